@@ -1,0 +1,66 @@
+"""What can go wrong, one class a cause. All are `ZrpcError`, which is a `RuntimeError`."""
+
+from __future__ import annotations
+
+
+class ZrpcError(RuntimeError):
+    """Root of the errors that zrpc itself raises."""
+
+
+class NotInitializedError(ZrpcError):
+    """A call before `init_rpc` or after `shutdown`."""
+
+
+class AlreadyInitializedError(ZrpcError):
+    """`init_rpc` while this process already is a worker."""
+
+
+class ConfigError(ZrpcError):
+    """An option, environment variable or address that cannot be used; the message says which and what to write."""
+
+
+class RendezvousError(ZrpcError):
+    """The workers of the group did not find each other: store or broker unreachable, or somebody is missing."""
+
+
+class RefusedError(ZrpcError):
+    """The group refused this worker: its name or rank is taken, or its settings do not fit the others'."""
+
+
+class UnknownWorkerError(ZrpcError):
+    """No worker of that name or rank is in the group."""
+
+
+class PeerLostError(ZrpcError):
+    """The peer died, left or became unreachable while a call was under way.
+
+    It is not known whether the call ran on the peer.
+    """
+
+
+class RpcTimeoutError(ZrpcError):
+    """The call's time ran out. It is not known whether the call ran, or still runs, on the peer."""
+
+
+class AgentClosedError(ZrpcError):
+    """This worker shut down while the call was under way."""
+
+
+class ProtocolError(ZrpcError):
+    """A message that this version cannot read, or that is impossible in the state its subject is in."""
+
+
+class SerializationError(ZrpcError):
+    """An argument or a result that cannot be sent: it cannot be pickled, or its device is not mapped."""
+
+
+class RemoteError(ZrpcError):
+    """A remote exception whose own type could not be rebuilt here; the message holds the remote traceback."""
+
+
+class RRefError(ZrpcError):
+    """An RRef used where it cannot be: its value asked for on a non-owner, or after its creation failed."""
+
+
+class AutogradError(ZrpcError):
+    """Distributed autograd used where it cannot be: no such context, or roots that cannot be differentiated."""

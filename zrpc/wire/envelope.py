@@ -1,0 +1,127 @@
+"""What travels: an envelope, as a list of frames.
+
+Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`; the frames behind it are the
+large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
+frame 0, or its length in bytes, if it is a frame of its own. A small message is therefore one frame: one send, one
+receive, no wait for a second part.
+
+The broker uses this module, so it knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from zrpc.errors import ProtocolError
+from zrpc.wire.messages import FIELD_GETTERS, MESSAGES, PROTOCOL_VERSION, Message
+
+Buffer = bytes | bytearray | memoryview
+"""Anything with the buffer interface that frames are made of and buffers arrive as."""
+
+INLINE_MAX_NBYTES = 4096
+"""Buffers up to this size ride inside frame 0: a copy of 4 KiB costs less than a frame of its own."""
+
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+_HEADER_LENGTH = 8
+
+
+@dataclass(slots=True)
+class Envelope:
+    """One message with what rides beside it.
+
+    Attributes:
+        message: the typed part.
+        call_id: the number that the sender of a request gave it; its answer carries the same.
+        extras: what the hooks of a call add (autograd, profiling), by hook key; msgpack values.
+        data: the pickle stream or packed values; empty if there are none.
+        table: an entry a tensor of `data` (`zrpc.wire.tensors` says what).
+        buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
+    """
+
+    message: Message
+    call_id: int = 0
+    extras: dict[str, Any] | None = None
+    data: Buffer = b""
+    table: Sequence[Any] = ()
+    buffers: Sequence[Buffer] = field(default_factory=list)
+
+
+def encode(envelope: Envelope) -> list[Buffer]:
+    """The frames of `envelope`. Large buffers are not copied: they must stay unchanged until the frames are sent.
+
+    Raises:
+        ProtocolError: a field or an extra is not something that msgpack can carry.
+    """
+    message = envelope.message
+    inline: list[Any] = []
+    frames: list[Buffer] = [b""]
+    for buffer in envelope.buffers:
+        nbytes = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+        if nbytes <= INLINE_MAX_NBYTES:
+            inline.append(buffer if type(buffer) is bytes else bytes(buffer))
+        else:
+            inline.append(nbytes)
+            frames.append(buffer)
+    try:
+        frames[0] = _pack(
+            (
+                PROTOCOL_VERSION,
+                message.CODE,
+                envelope.call_id,
+                FIELD_GETTERS[type(message)](message),
+                envelope.extras,
+                envelope.table,
+                inline,
+                envelope.data,
+            )
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"{message!r} cannot be packed: {error}") from error
+    return frames
+
+
+def decode(frames: Sequence[Buffer]) -> Envelope:
+    """The envelope that `frames` carry. Its large buffers are views of the frames.
+
+    Raises:
+        ProtocolError: the frames are not an envelope of this version, with what is wrong with them.
+    """
+    try:
+        header = msgpack.unpackb(frames[0], use_list=True, strict_map_key=False)
+    except Exception as error:
+        raise ProtocolError(f"a message of {len(frames)} frames does not begin with a msgpack header: {error}") from error
+    if not isinstance(header, list) or not header or header[0] != PROTOCOL_VERSION:
+        version = header[0] if isinstance(header, list) and header else header
+        raise ProtocolError(
+            f"the peer speaks version {version!r} of the protocol and this worker version {PROTOCOL_VERSION}: "
+            "install the same zrpc on both"
+        )
+    if len(header) != _HEADER_LENGTH:
+        raise ProtocolError(f"a header has {len(header)} fields instead of {_HEADER_LENGTH}")
+    _, code, call_id, fields, extras, table, buffers, data = header
+    cls = MESSAGES.get(code)
+    if cls is None:
+        raise ProtocolError(f"message code {code!r} is not known here: install the same zrpc on both sides")
+    try:
+        message = cls(*fields)
+    except TypeError as error:
+        raise ProtocolError(f"the fields {fields!r} do not make a {cls.__name__}: {error}") from error
+    if len(frames) > 1:
+        _fill_in(buffers, frames)
+    return Envelope(message, call_id, extras, data, table, buffers)
+
+
+def _fill_in(buffers: list[Any], frames: Sequence[Buffer]) -> None:
+    """Put the frames behind frame 0 where `buffers` holds their lengths."""
+    following = iter(frames[1:])
+    for index, entry in enumerate(buffers):
+        if isinstance(entry, int):
+            frame = next(following, None)
+            if frame is None or len(frame) != entry:
+                got = "no frame" if frame is None else f"{len(frame)} bytes"
+                raise ProtocolError(f"buffer {index} should have {entry} bytes, and {got} came")
+            buffers[index] = frame

@@ -1,0 +1,283 @@
+"""The messages: one frozen dataclass each, with the code it travels under.
+
+A message here is only the small typed part of what travels; values (arguments, results, gradients) ride beside it in
+the envelope (`zrpc.wire.envelope`). docs/wire.md lists who sends each, what answers it and whether it may be repeated.
+Codes are part of the protocol: a code is never used again for another message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, ClassVar, TypeVar
+
+from zrpc.ids import ForkId, GlobalId, RRefId
+
+PROTOCOL_VERSION = 1
+
+
+class Message:
+    """Base of every message. `CODE` is its number on the wire; its fields travel in the order of their definition."""
+
+    __slots__ = ()
+    CODE: ClassVar[int]
+    IDEMPOTENT: ClassVar[bool] = False
+    """A repeated delivery changes nothing: such a request may be sent again when its answer is missing."""
+
+
+MESSAGES: dict[int, type[Message]] = {}
+FIELD_GETTERS: dict[type[Message], Callable[[Any], list[Any]]] = {}
+
+M = TypeVar("M", bound=type[Message])
+
+
+def _getter(names: list[str]) -> Callable[[Any], list[Any]]:
+    if not names:
+        return lambda message: []
+    get = attrgetter(*names)
+    if len(names) == 1:
+        return lambda message: [get(message)]
+    return lambda message: list(get(message))
+
+
+def _message(code: int, idempotent: bool = False) -> Callable[[M], M]:
+    def register(cls: M) -> M:
+        if code in MESSAGES:
+            raise ValueError(f"message code {code} is taken by {MESSAGES[code].__name__}")
+        cls.CODE = code
+        cls.IDEMPOTENT = idempotent
+        MESSAGES[code] = cls
+        FIELD_GETTERS[cls] = _getter([f.name for f in fields(cls)])  # type: ignore[arg-type]  # a dataclass by now
+        return cls
+
+    return register
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------
+
+
+@_message(1)
+@dataclass(frozen=True, slots=True)
+class PythonCall(Message):
+    """Run a pickled `(function, args, kwargs)` and send back its result."""
+
+    async_execution: bool = False
+
+
+@_message(2)
+@dataclass(frozen=True, slots=True)
+class BuiltinCall(Message):
+    """Run the torch operator `op` (such as `aten::add`) on the packed `(args, kwargs)` and send back its result."""
+
+    op: str
+
+
+@_message(3)
+@dataclass(frozen=True, slots=True)
+class PythonRemote(Message):
+    """Run a pickled `(function, args, kwargs)` and keep its result as the value of the RRef `rref_id`."""
+
+    rref_id: RRefId
+    fork_id: ForkId
+    async_execution: bool = False
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "rref_id", "fork_id")
+
+
+@_message(4)
+@dataclass(frozen=True, slots=True)
+class BuiltinRemote(Message):
+    """Run the torch operator `op` and keep its result as the value of the RRef `rref_id`."""
+
+    rref_id: RRefId
+    fork_id: ForkId
+    op: str
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "rref_id", "fork_id")
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------
+
+
+@_message(10)
+@dataclass(frozen=True, slots=True)
+class Reply(Message):
+    """The request was carried out; a result, if any, rides beside it."""
+
+
+@_message(11)
+@dataclass(frozen=True, slots=True)
+class Failure(Message):
+    """The request raised. `type_name` and `text` are for people; the pickled exception, if it could be, rides beside."""
+
+    type_name: str
+    text: str
+    traceback: str
+
+
+# ---- remote references -----------------------------------------------------------------------------------------
+
+
+@_message(20)
+@dataclass(frozen=True, slots=True)
+class RRefFetch(Message):
+    """Send a copy of the value of `rref_id`, once it has one. User to owner."""
+
+    rref_id: RRefId
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "rref_id")
+
+
+@_message(21, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class RRefForkRequest(Message):
+    """`fork_id` is a new user of `rref_id`: keep the value alive for it. New user to owner."""
+
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "rref_id", "fork_id")
+
+
+@_message(22, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class RRefChildAccept(Message):
+    """The owner knows of the child `fork_id` now: its parent need not be kept for it. Child to parent."""
+
+    fork_id: ForkId
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "fork_id")
+
+
+@_message(23, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class RRefUserDelete(Message):
+    """The user `fork_id` of `rref_id` is gone. User to owner."""
+
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "rref_id", "fork_id")
+
+
+# ---- distributed autograd --------------------------------------------------------------------------------------
+
+
+@_message(30)
+@dataclass(frozen=True, slots=True)
+class BackwardRequest(Message):
+    """Gradients for the send function `autograd_message_id` of `context_id`: run backward from it."""
+
+    context_id: int
+    autograd_message_id: GlobalId
+    retain_graph: bool
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "autograd_message_id")
+
+
+@_message(31)
+@dataclass(frozen=True, slots=True)
+class RRefBackward(Message):
+    """Run `backward` from the value of `rref_id` under `context_id`. User to owner."""
+
+    rref_id: RRefId
+    context_id: int
+    retain_graph: bool
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "rref_id")
+
+
+@_message(32, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class ReleaseContext(Message):
+    """The autograd context `context_id` is over: free what belongs to it, and tell whom you told of it."""
+
+    context_id: int
+
+
+# ---- worker and broker -----------------------------------------------------------------------------------------
+
+
+@_message(40)
+@dataclass(frozen=True, slots=True)
+class Register(Message):
+    """A worker asks the broker to be let in. `rank` -1: give me one. `world_size` 0: the group may grow and shrink.
+
+    `card` is the worker's own record, kept and handed to the others as it is.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+    card: dict[str, Any]
+
+
+@_message(41)
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """The group is complete (or, if dynamic, you are in it): the broker's answer to `Register`.
+
+    `members` holds a `[incarnation, name, rank, card]` for every worker there, this one included.
+    """
+
+    rank: int
+    members: list[Any]
+    heartbeat_interval_s: float
+
+
+@_message(42)
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """The broker does not let the worker in; `reason` says why and what to do."""
+
+    reason: str
+
+
+@_message(43)
+@dataclass(frozen=True, slots=True)
+class Joined(Message):
+    """A worker came into a dynamic group. Broker to everybody in it."""
+
+    incarnation: bytes
+    name: str
+    rank: int
+    card: dict[str, Any]
+
+
+@_message(44)
+@dataclass(frozen=True, slots=True)
+class Left(Message):
+    """A worker is gone: it left (`lost` false) or died or fell silent (`lost` true). Broker to everybody in the group."""
+
+    incarnation: bytes
+    lost: bool
+    reason: str
+
+
+@_message(45)
+@dataclass(frozen=True, slots=True)
+class Leave(Message):
+    """The worker shuts down. Worker to broker."""
+
+
+@_message(46, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class Heartbeat(Message):
+    """I am alive. Worker to broker at every interval; the broker answers with the same."""
+
+
+def _restore_ids(message: Message, *names: str) -> None:
+    """msgpack hands tuples back as lists: make them ids again."""
+    for name in names:
+        value = getattr(message, name)
+        if type(value) is not GlobalId:
+            object.__setattr__(message, name, GlobalId(*value))
