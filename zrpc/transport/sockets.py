@@ -1,0 +1,134 @@
+"""Making ZeroMQ sockets: the one place where their options, and later their keys, are set.
+
+Every socket gets linger 0 at its creation (an exit never waits for a peer that is gone), ZMTP heartbeats (a TCP
+connection that died silently is noticed), a bounded high-water mark and a bounded message size.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket as pysocket
+import threading
+import warnings
+
+import zmq
+
+from zrpc.errors import ConfigError
+
+Context = zmq.Context[zmq.Socket[bytes]]
+Socket = zmq.Socket[bytes]
+
+HEARTBEAT_INTERVAL_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 10_000
+HIGH_WATER_MARK = 10_000
+MAX_FRAME_NBYTES = 1 << 40
+BACKLOG = 1024
+RECONNECT_FIRST_MS = 50
+RECONNECT_MAX_MS = 1_000
+
+_lock = threading.Lock()
+_context: Context | None = None
+_context_pid = 0
+
+
+def process_context() -> Context:
+    """The ZeroMQ context of this process; a forked child gets one of its own (its parent's cannot be used there)."""
+    global _context, _context_pid
+    with _lock:
+        if _context is None or _context.closed or _context_pid != os.getpid():
+            _context = zmq.Context()
+            _context.set(zmq.MAX_SOCKETS, 8192)
+            _context_pid = os.getpid()
+        return _context
+
+
+def make_socket(kind: int, identity: bytes | None = None) -> Socket:
+    """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has."""
+    sock: Socket = process_context().socket(kind)
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
+    sock.setsockopt(zmq.BACKLOG, BACKLOG)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
+    sock.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    if identity is not None:
+        sock.setsockopt(zmq.ROUTING_ID, identity)
+    if kind == zmq.ROUTER:
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return sock
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `tcp://host:port` (or `broker://host:port`); an IPv6 host may stand in brackets.
+
+    Raises:
+        ConfigError: there is no port, or it is not a number from 0 to 65535.
+    """
+    rest = address.split("://", 1)[-1]
+    host, colon, port = rest.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"{address!r} is not an address: write it as tcp://HOST:PORT, for example tcp://127.0.0.1:5555")
+    return host.strip("[]"), int(port)
+
+
+def resolve(address: str) -> str:
+    """The same address with its host as a number: ZeroMQ takes a name in a bind for that of a network interface.
+
+    Raises:
+        ConfigError: the host name cannot be resolved.
+    """
+    host, port = split_address(address)
+    if host == "*":
+        host = "0.0.0.0"
+    try:
+        infos = pysocket.getaddrinfo(host, port, type=pysocket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"the host of {address!r} cannot be resolved ({error}): check the name, or give a number") from error
+    infos.sort(key=lambda info: info[0] != pysocket.AF_INET)
+    number = str(infos[0][4][0])
+    return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
+
+
+def bind(sock: Socket, address: str) -> str:
+    """Bind to `address` (port 0: any free one) and return the address as bound.
+
+    Warns once a bind when it is not on the loopback interface: without keys any peer that reaches the port can run
+    code in this process.
+
+    Raises:
+        ConfigError: the address is not usable here or is taken.
+    """
+    numeric = resolve(address)
+    host, _ = split_address(numeric)
+    if ":" in host:
+        sock.setsockopt(zmq.IPV6, 1)
+    try:
+        sock.bind(numeric)
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: {error.strerror}. Choose another port (0: any free one) or an address of this machine"
+        ) from error
+    bound = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+    if not ipaddress.ip_address(host.split("%")[0]).is_loopback:
+        warnings.warn(
+            f"zrpc listens on {bound}, off the loopback interface, and without keys: any peer that reaches this port "
+            "can run code here. Bind to 127.0.0.1, or keep the port behind a firewall.",
+            stacklevel=3,
+        )
+    return bound
+
+
+def connect(sock: Socket, address: str) -> None:
+    """Connect to `address`; ZeroMQ goes on trying in the background until the socket is closed.
+
+    Raises:
+        ConfigError: the address cannot be resolved or is not one.
+    """
+    numeric = resolve(address)
+    if "[" in numeric:
+        sock.setsockopt(zmq.IPV6, 1)
+    sock.connect(numeric)
