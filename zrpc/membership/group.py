@@ -1,0 +1,56 @@
+"""Who is here: the interface behind which a torch Store or a broker keeps names, ranks and incarnations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from zrpc.ids import Incarnation, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker of the group in one of its lives.
+
+    Attributes:
+        info: its name and rank.
+        incarnation: this life's id, and its identity on the transport.
+        card: what it tells the others about itself (msgpack values): `address` where it listens (none with a broker),
+            `host` it runs on, `devices` and device maps.
+    """
+
+    info: WorkerInfo
+    incarnation: Incarnation
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+OnJoined = Callable[[Member], None]
+OnLeft = Callable[[Incarnation, bool, str], None]
+"""`on_left(incarnation, lost, reason)`: `lost` is false where the worker said goodbye."""
+
+
+class Group(Protocol):
+    """Membership of one worker in one group."""
+
+    def join(
+        self, name: str, rank: int, world_size: int | None, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+    ) -> tuple[Member, list[Member]]:
+        """Come in and wait until all `world_size` workers have (None: the group may grow and shrink; nobody is waited for).
+
+        Returns:
+            This worker's own member (its rank given out by the group if it was -1) and all members, this one included.
+
+        Raises:
+            RendezvousError: the store or broker is unreachable, or somebody did not come within `timeout_s`.
+            RefusedError: the name or the rank is taken, or the world sizes differ.
+        """
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        """Tell of later comings and goings, on any thread; the functions must not block. Called once, before `join`."""
+
+    def refresh(self) -> None:
+        """Look for newcomers now, and tell `watch`'s functions of them before returning."""
+
+    def leave(self, timeout_s: float) -> None:
+        """Say goodbye, so that the others do not take this worker for lost. Idempotent; never raises for a dead store or broker."""

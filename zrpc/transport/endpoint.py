@@ -1,0 +1,38 @@
+"""What every transport gives the floor above: frames out to a worker, frames in from one, and word of a lost one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from zrpc.ids import Incarnation
+from zrpc.wire.envelope import Buffer
+
+OnFrames = Callable[[Incarnation, list[Buffer]], None]
+"""`on_frames(source, frames)`: a message came. Runs on the reading thread: it must not block."""
+
+OnLost = Callable[[Incarnation, str], None]
+"""`on_lost(peer, reason)`: the peer cannot be reached any more. Any thread; it must not block."""
+
+
+class Endpoint(Protocol):
+    """One worker's end of the transport."""
+
+    incarnation: Incarnation
+
+    def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
+        """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""
+
+    def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
+        """Send one message to the worker `to`, from any thread, without blocking; messages to one worker keep their order.
+
+        Frames larger than `zrpc.wire.envelope.INLINE_MAX_NBYTES` may be sent without a copy: their memory is held, and must stay
+        unchanged, until ZeroMQ has let go of it.
+
+        Raises:
+            PeerLostError: the worker is not connected, or known to be lost.
+            AgentClosedError: this endpoint is closed.
+        """
+
+    def close(self, flush_s: float) -> None:
+        """Stop reading, give what is still unsent up to `flush_s` seconds to leave, and close every socket. Idempotent."""
