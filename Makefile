@@ -1,0 +1,48 @@
+# Needs Python 3.11 and make; everything else goes into the virtual environment $(VENV).
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFORMANCE := ../shared/conformance/run.py
+
+.PHONY: setup demo demo-brokerless test lint format types conformance clean
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test,lint]'
+	touch $@
+
+# Trains on the handwritten digits: a broker, a parameter server and two trainers on this machine.
+demo: $(READY)
+	$(BIN)/python examples/digits/run.py
+
+# The same without a broker.
+demo-brokerless: $(READY)
+	$(BIN)/python examples/digits/run.py --brokerless
+
+test: $(READY)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy does not see an editable install: the link gives broker/ the name that it is imported by.
+types: $(READY)
+	mkdir -p build/types
+	ln -sfn ../../broker build/types/zrpc_broker
+	MYPYPATH=build/types $(BIN)/mypy -p zrpc -p zrpc_broker
+	$(BIN)/mypy examples/digits
+
+# PyTorch's own RPC suite (about 5 minutes), for example: make conformance ARGS='-k RpcTest'
+conformance: $(READY)
+	$(BIN)/python $(CONFORMANCE) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

@@ -1,0 +1,110 @@
+"""What every test is held to: it leaves no thread, child process, socket or shared memory behind."""
+
+from __future__ import annotations
+
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+SETTLE_S = 5.0
+"""How long what a test closed may take to be gone: threads end and ZeroMQ closes sockets a moment after they are told to."""
+
+_SHM = Path("/dev/shm")
+_FDS = Path("/proc/self/fd")
+
+
+def _threads() -> set[str]:
+    return {f"thread {t.name} ({t.ident})" for t in threading.enumerate()}
+
+
+def _processes() -> set[str]:
+    """Child processes, without multiprocessing's own helpers, which live as long as the session."""
+    helpers = {
+        multiprocessing.forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
+        multiprocessing.resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
+    }
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.pid not in helpers:
+                found.add(f"process {child.pid} ({' '.join(child.cmdline())[:200] or child.name()})")
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _sockets() -> set[str]:
+    found = set()
+    for fd in _FDS.iterdir() if _FDS.exists() else ():
+        try:
+            target = str(fd.readlink())
+        except OSError:  # the directory's own descriptor, or one closed meanwhile
+            continue
+        if target.startswith("socket:"):
+            found.add(f"{target} (fd {fd.name})")
+    zmq = sys.modules.get("zrpc.transport.sockets")
+    context = getattr(zmq, "_context", None)
+    if context is not None and not context.closed:
+        found |= {f"ZeroMQ socket {sock!r}" for sock in list(context._sockets) if not sock.closed}
+    return found
+
+
+def _shared_memory() -> set[str]:
+    """zrpc's files in /dev/shm that no process of somebody else holds: several sessions may run on one machine."""
+    names = {str(path) for path in _SHM.glob("zrpc*")} if _SHM.exists() else set()
+    return {f"shared memory {name}" for name in names}
+
+
+def _mapped_by_others() -> set[str]:
+    me = psutil.Process()
+    ours = {me.pid, *(child.pid for child in me.children(recursive=True))}
+    mapped = set()
+    for process in psutil.process_iter():
+        if process.pid in ours:
+            continue
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            continue
+        mapped |= {f"shared memory {line.split()[-1]}" for line in maps.splitlines() if str(_SHM / "zrpc") in line}
+    return mapped
+
+
+def _settled(look: Callable[[], set[str]], before: set[str]) -> set[str]:
+    """What `look` still sees beside `before` once it had `SETTLE_S` to go away."""
+    deadline = time.monotonic() + SETTLE_S
+    while (left := look() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread's or descriptor's end sends no event
+    return left
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves something running or open."""
+    looks = (_threads, _processes, _sockets, _shared_memory)
+    before = [look() for look in looks]
+    yield
+    left: set[str] = set()
+    for look, known in zip(looks, before, strict=True):
+        left |= _settled(look, known)
+    if left and any(entry.startswith("shared memory") for entry in left):
+        left -= _mapped_by_others()
+    if left:
+        pytest.fail("left behind by this test: " + "; ".join(sorted(left)), pytrace=False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests where there is no GPU."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
