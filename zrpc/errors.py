@@ -64,3 +64,7 @@ class RRefError(ZrpcError):
 
 class AutogradError(ZrpcError):
     """Distributed autograd used where it cannot be: no such context, or roots that cannot be differentiated."""
+
+
+class OverloadedError(ZrpcError):
+    """Too many messages wait to be sent to a peer; nothing of this one was sent."""

@@ -7,9 +7,7 @@ connection that died silently is noticed), a bounded high-water mark and a bound
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket as pysocket
-import threading
 import warnings
 
 import zmq
@@ -26,26 +24,21 @@ MAX_FRAME_NBYTES = 1 << 40
 BACKLOG = 1024
 RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1_000
+CONNECT_TIMEOUT_MS = 5_000
 
-_lock = threading.Lock()
-_context: Context | None = None
-_context_pid = 0
-
-
-def process_context() -> Context:
-    """The ZeroMQ context of this process; a forked child gets one of its own (its parent's cannot be used there)."""
-    global _context, _context_pid
-    with _lock:
-        if _context is None or _context.closed or _context_pid != os.getpid():
-            _context = zmq.Context()
-            _context.set(zmq.MAX_SOCKETS, 8192)
-            _context_pid = os.getpid()
-        return _context
+MAX_SOCKETS = 8192
 
 
-def make_socket(kind: int, identity: bytes | None = None) -> Socket:
+def make_context() -> Context:
+    """A ZeroMQ context. Each endpoint has one of its own: its `term()` then waits for that endpoint's messages alone."""
+    context: Context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+    return context
+
+
+def make_socket(context: Context, kind: int, identity: bytes | None = None) -> Socket:
     """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has."""
-    sock: Socket = process_context().socket(kind)
+    sock: Socket = context.socket(kind)
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
@@ -53,6 +46,7 @@ def make_socket(kind: int, identity: bytes | None = None) -> Socket:
     sock.setsockopt(zmq.BACKLOG, BACKLOG)
     sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
     sock.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     if identity is not None:

@@ -1,0 +1,161 @@
+"""The options of a worker, with what each may be."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from zrpc.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    Device = torch.device | str | int
+    DeviceMap = dict[torch.device, torch.device]
+
+DEFAULT_RPC_TIMEOUT_S = 60.0
+DEFAULT_INIT_METHOD = "env://"
+DEFAULT_NUM_WORKER_THREADS = 16
+DEFAULT_SHUTDOWN_TIMEOUT_S = 0.0
+UNSET_RPC_TIMEOUT_S = -1.0
+"""A call with this timeout takes the worker's default."""
+
+DEFAULT_BIND = "tcp://127.0.0.1:0"
+INIT_SCHEMES = ("env", "tcp", "file", "broker")
+
+
+class RpcBackendOptions:
+    """How a worker reaches the others and serves their calls.
+
+    Attributes may be changed until `init_rpc`; later only `rpc_timeout` has an effect.
+
+    Args:
+        num_worker_threads: handler threads that run user functions; one more is added while all of them wait for remote
+            calls of their own, so nested calls cannot use them up.
+        rpc_timeout: default time limit of a call in seconds; 0: none.
+        init_method: where the workers find each other: `env://`, `tcp://host:port`, `file:///path` or
+            `broker://host:port`.
+        device_maps: peer name -> {device here: device there}, for tensors that are not on the CPU.
+        devices: the devices this worker uses; empty: those that the device maps name.
+        shared_memory: allow shared memory between workers on one host; without it all bytes go through sockets.
+        bind: where this worker listens in peer mode, as `tcp://address:port`; port 0 is any free one. The others
+            connect to this address; `tcp://0.0.0.0:0` listens everywhere and tells them this host's own address.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range, with what to write.
+    """
+
+    def __init__(
+        self,
+        num_worker_threads: int = DEFAULT_NUM_WORKER_THREADS,
+        rpc_timeout: float | timedelta = DEFAULT_RPC_TIMEOUT_S,
+        init_method: str = DEFAULT_INIT_METHOD,
+        device_maps: Mapping[str, Mapping[Device, Device]] | None = None,
+        devices: Sequence[Device] | None = None,
+        shared_memory: bool = True,
+        bind: str = DEFAULT_BIND,
+    ) -> None:
+        if not isinstance(num_worker_threads, numbers.Integral) or isinstance(num_worker_threads, bool):
+            raise ConfigError(f"num_worker_threads must be a whole number, not {num_worker_threads!r}")
+        if num_worker_threads < 1:
+            raise ConfigError(f"num_worker_threads must be 1 or more, not {num_worker_threads}")
+        if not isinstance(shared_memory, bool):
+            raise ConfigError(f"shared_memory must be True or False, not {shared_memory!r}")
+        if not isinstance(bind, str) or not bind.startswith("tcp://"):
+            raise ConfigError(f"bind must be an address such as 'tcp://127.0.0.1:0', not {bind!r}")
+        self.num_worker_threads = int(num_worker_threads)
+        self.rpc_timeout = rpc_timeout  # type: ignore[assignment]  # the setter takes a timedelta too
+        self.init_method = init_method
+        self.device_maps: dict[str, DeviceMap] = {}
+        self.devices: list[torch.device] = []
+        self.shared_memory = shared_memory
+        self.bind = bind
+        for worker, device_map in (device_maps or {}).items():
+            self.set_device_map(worker, device_map)
+        if devices:
+            self.set_devices(devices)
+
+    @property
+    def rpc_timeout(self) -> float:
+        """Default time limit of a call in seconds; 0: none."""
+        return self._rpc_timeout
+
+    @rpc_timeout.setter
+    def rpc_timeout(self, value: float | timedelta) -> None:
+        self._rpc_timeout = check_timeout(value, "rpc_timeout")
+
+    @property
+    def init_method(self) -> str:
+        """Where the workers find each other."""
+        return self._init_method
+
+    @init_method.setter
+    def init_method(self, value: str) -> None:
+        if not isinstance(value, str) or value.split("://", 1)[0] not in INIT_SCHEMES or "://" not in value:
+            raise ConfigError(
+                f"init_method must be env://, tcp://host:port, file:///path or broker://host:port, not {value!r}"
+            )
+        self._init_method = value
+
+    def set_device_map(self, to: str, device_map: Mapping[Device, Device]) -> None:
+        """Say on which device of the worker `to` a tensor of each device here arrives. Adds to what was said before.
+
+        Raises:
+            ValueError: two devices are mapped to one, or a device is mapped twice.
+        """
+        merged = dict(self.device_maps.get(to, {}))
+        for source, target in _as_devices(device_map).items():
+            if source in merged and merged[source] != target:
+                raise ValueError(
+                    f"device maps must be 1-to-1: {source} is mapped to {merged[source]} on {to!r} already, not to {target}"
+                )
+            merged[source] = target
+        self.device_maps[to] = _one_to_one(merged)
+
+    def set_devices(self, devices: Sequence[Device]) -> None:
+        """Name the CUDA devices that this worker uses.
+
+        Raises:
+            ValueError: a device that is not a CUDA one.
+        """
+        import torch
+
+        named = [torch.device(device) for device in devices]
+        for device in named:
+            if device.type != "cuda":
+                raise ValueError(f"`set_devices` expect a list of CUDA devices, but got device type {device.type}.")
+        self.devices = named
+
+
+def check_timeout(value: Any, what: str) -> float:
+    """`value` as seconds.
+
+    Raises:
+        ConfigError: it is not a number of seconds (or a timedelta), or it is negative.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):
+        raise ConfigError(f"{what} must be a number of seconds (0: no limit), not {value!r}")
+    if seconds < 0 or seconds != seconds:
+        raise ConfigError(f"{what} must be 0 (no limit) or more seconds, not {value!r}")
+    return float(seconds)
+
+
+def _as_devices(device_map: Mapping[Device, Device]) -> DeviceMap:
+    import torch
+
+    return _one_to_one({torch.device(source): torch.device(target) for source, target in device_map.items()})
+
+
+def _one_to_one(device_map: DeviceMap) -> DeviceMap:
+    sources: DeviceMap = {}
+    for source, target in device_map.items():
+        if target in sources:
+            raise ValueError(
+                "`device_map` only supports 1-to-1 mapping, "
+                f"trying to map {source} and {sources[target]} to {target}"
+            )
+        sources[target] = source
+    return device_map

@@ -1,0 +1,71 @@
+"""Sending to one peer from any thread: a DEALER behind a lock, and a bounded queue for what it does not take at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import zmq
+
+from zrpc.errors import OverloadedError
+from zrpc.transport.inbox import send_frames
+from zrpc.transport.sockets import Socket
+from zrpc.wire.envelope import Buffer
+
+MAX_QUEUED = 1_000_000
+"""Messages that may wait here for a peer that does not read; one more is refused."""
+
+
+class Outbox:
+    """The sending side. The socket and the queue are owned by the lock."""
+
+    def __init__(self, sock: Socket, prefix: Sequence[Buffer] = ()) -> None:
+        self._sock = sock
+        self._prefix = list(prefix)
+        self._lock = threading.Lock()
+        self._queue: deque[list[Buffer]] = deque()
+        self._closed = False
+
+    def send(self, frames: Sequence[Buffer]) -> bool:
+        """Send one message, or queue it at the high-water mark; messages keep their order.
+
+        Returns:
+            False where the message was queued: `drain` must be called until it says True.
+
+        Raises:
+            OverloadedError: the queue is full.
+            zmq.ZMQError: the outbox is closed.
+        """
+        message = [*self._prefix, *frames]
+        with self._lock:
+            if self._closed:
+                raise zmq.ZMQError(zmq.ETERM)
+            if not self._queue:
+                try:
+                    send_frames(self._sock, message)
+                    return True
+                except zmq.Again:
+                    pass
+            if len(self._queue) >= MAX_QUEUED:
+                raise OverloadedError(f"{MAX_QUEUED} messages wait for a peer that does not read them: send fewer at once")
+            self._queue.append(message)
+            return False
+
+    def drain(self) -> bool:
+        """Send what is queued, as far as the socket takes it. True: nothing is left."""
+        with self._lock:
+            while self._queue and not self._closed:
+                try:
+                    send_frames(self._sock, self._queue[0])
+                except zmq.Again:
+                    return False
+                self._queue.popleft()
+            return True
+
+    def close(self, linger_ms: int) -> None:
+        """Close the socket; ZeroMQ goes on sending what it took for up to `linger_ms`. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+            self._sock.close(linger=linger_ms)

@@ -1,0 +1,187 @@
+"""Brokerless transport: every worker listens on one ROUTER and connects one DEALER to each peer it talks to.
+
+Sockets are one-way. The ROUTER is only read, by the reading thread; a DEALER is only sent on, by any thread, under its
+lock. An answer travels on the answerer's own DEALER. So a call needs no hop through an I/O thread on its way out, and no
+socket is ever polled for both.
+
+A DEALER's routing id is its worker's incarnation: the ROUTER's source frame says who sent, and two lives of one worker
+are never mistaken for each other. Connections are made when the first message is sent.
+
+A second thread, the watcher, reads the connections' monitors, drains queues, and declares peers lost.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import zmq
+
+from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.ids import Incarnation
+from zrpc.transport import sockets
+from zrpc.transport.endpoint import OnFrames, OnLost
+from zrpc.transport.inbox import Inbox
+from zrpc.transport.outbox import Outbox
+from zrpc.transport.watch import EVENTS, ConnectionWatch
+from zrpc.wire.envelope import Buffer
+
+DRAIN_INTERVAL_MS = 2
+_WAKE = b""
+
+
+class PeerEndpoint:
+    """One worker's end of the brokerless transport.
+
+    Args:
+        incarnation: this life of the worker.
+        bind: address to listen on, such as `tcp://127.0.0.1:0`.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+
+    def __init__(self, incarnation: Incarnation, bind: str) -> None:
+        self.incarnation = incarnation
+        self._context = sockets.make_context()
+        router = sockets.make_socket(self._context, zmq.ROUTER)
+        try:
+            self.address = sockets.bind(router, bind)
+        except BaseException:
+            router.close()
+            self._context.term()
+            raise
+        router.bind("inproc://wake-reader")
+        self._inbox = Inbox(router)
+        self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
+        watcher_end = self._context.socket(zmq.PAIR)
+        watcher_end.bind("inproc://wake-watcher")
+        self._watcher_wake = self._wake_socket("inproc://wake-watcher", zmq.PAIR)
+        self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(watcher_end)
+        self._watcher_end = watcher_end
+        self._lock = threading.Lock()  # owns the tables below and the wake sockets
+        self._addresses: dict[Incarnation, str] = {}
+        self._outboxes: dict[Incarnation, Outbox] = {}
+        self._new_monitors: list[tuple[Incarnation, sockets.Socket]] = []
+        self._lost: dict[Incarnation, str] = {}
+        self._clogged: set[Incarnation] = set()
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._on_frames: OnFrames
+        self._on_lost: OnLost
+
+    def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
+        """Begin to read; see `Endpoint.start`."""
+        self._on_frames, self._on_lost = on_frames, on_lost
+        for target, name in ((self._read_loop, "zrpc-reader"), (self._watch_loop, "zrpc-watcher")):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def connect(self, peer: Incarnation, address: str) -> None:
+        """Say where `peer` listens; the connection is made with the first message to it."""
+        with self._lock:
+            self._addresses.setdefault(peer, address)
+
+    def disconnect(self, peer: Incarnation) -> None:
+        """Forget a peer that said goodbye; what was sent to it may still leave."""
+        with self._lock:
+            self._addresses.pop(peer, None)
+            self._lost.setdefault(peer, "it left the group")
+            outbox = self._outboxes.pop(peer, None)
+        if outbox is not None:
+            outbox.close(linger_ms=1_000)
+
+    def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
+        """Send one message; see `Endpoint.send`."""
+        outbox = self._outboxes.get(to) or self._open(to)
+        try:
+            if not outbox.send(frames):
+                with self._lock:
+                    self._clogged.add(to)
+                    self._wake_watcher()
+        except zmq.ZMQError as error:
+            raise self._gone(to) from error
+
+    def close(self, flush_s: float) -> None:
+        """Stop; see `Endpoint.close`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._reader_wake.send(_WAKE)
+            self._wake_watcher()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        for outbox in self._outboxes.values():
+            outbox.drain()
+            outbox.close(linger_ms=int(flush_s * 1000))
+        self._watch.close()
+        for _, monitor in self._new_monitors:
+            monitor.close()
+        self._inbox.close()
+        for wake in (self._watcher_end, self._watcher_wake, self._reader_wake):
+            wake.close()
+        self._context.term()
+
+    def _wake_socket(self, address: str, kind: int) -> sockets.Socket:
+        sock: sockets.Socket = self._context.socket(kind)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.connect(address)
+        return sock
+
+    def _wake_watcher(self) -> None:
+        """Make the watcher look at its tables. Call it under the lock."""
+        self._watcher_wake.send(_WAKE)
+
+    def _gone(self, peer: Incarnation) -> Exception:
+        if self._closed:
+            return AgentClosedError("this worker has shut down its transport")
+        return PeerLostError(f"the peer is gone: {self._lost.get(peer, 'it is not connected')}")
+
+    def _open(self, peer: Incarnation) -> Outbox:
+        """Make the connection to `peer`."""
+        with self._lock:
+            existing = self._outboxes.get(peer)
+            if existing is not None:
+                return existing
+            address = self._addresses.get(peer)
+            if self._closed or peer in self._lost or address is None:
+                raise self._gone(peer)
+            sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation)
+            monitor = sock.get_monitor_socket(EVENTS)
+            sockets.connect(sock, address)
+            outbox = self._outboxes[peer] = Outbox(sock)
+            self._new_monitors.append((peer, monitor))
+            self._wake_watcher()
+            return outbox
+
+    def _read_loop(self) -> None:
+        while True:
+            source, frames = self._inbox.read()
+            if self._closed:
+                return
+            if len(frames) > 1 or frames[0]:
+                self._on_frames(source, frames)
+
+    def _watch_loop(self) -> None:
+        while not self._closed:
+            self._watch.poll(DRAIN_INTERVAL_MS if self._clogged else None, self._declare_lost)
+            with self._lock:
+                added, self._new_monitors = self._new_monitors, []
+                clogged = [(peer, self._outboxes.get(peer)) for peer in self._clogged]
+            for peer, monitor in added:
+                self._watch.add(peer, monitor)
+            for peer, outbox in clogged:
+                if outbox is None or outbox.drain():
+                    self._clogged.discard(peer)
+
+    def _declare_lost(self, peer: Incarnation, reason: str) -> None:
+        with self._lock:
+            outbox = self._outboxes.pop(peer, None)
+            if outbox is None:
+                return
+            self._lost[peer] = reason
+        outbox.close(linger_ms=0)
+        self._on_lost(peer, reason)

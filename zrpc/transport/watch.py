@@ -1,0 +1,78 @@
+"""Noticing that a connection is gone: ZeroMQ's socket monitors, judged.
+
+A monitor's events are hints. What they mean here: a connection that breaks and cannot be made again at once (`REFUSALS` attempts
+in a row end without one) has nobody behind it any more. One that breaks and comes back is none of our business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from zrpc.transport.sockets import Socket
+
+EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+REFUSALS = 3
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(slots=True)
+class ConnectionState:
+    """What the events of one connection add up to. Pure: events in, verdict out."""
+
+    was_up: bool = False
+    refusals: int = 0
+
+    def on_event(self, event: int) -> str | None:
+        """Take in one monitor event; the reason why the peer is gone, if it now is."""
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.was_up, self.refusals = True, 0
+        elif event == zmq.EVENT_CLOSED:
+            self.refusals += 1
+            if self.refusals >= REFUSALS:
+                return "its connection broke and is refused" if self.was_up else "nobody listens at its address"
+        return None
+
+
+class ConnectionWatch(Generic[K]):
+    """Watches the outgoing connections of an endpoint. Owned by the one thread that calls `poll`."""
+
+    def __init__(self, wake: Socket) -> None:
+        self._poller = zmq.Poller()
+        self._poller.register(wake, zmq.POLLIN)
+        self._wake = wake
+        self._watched: dict[Socket, tuple[K, ConnectionState]] = {}
+
+    def add(self, key: K, monitor: Socket) -> None:
+        """Watch one more connection, by its monitor socket."""
+        self._poller.register(monitor, zmq.POLLIN)
+        self._watched[monitor] = (key, ConnectionState())
+
+    def poll(self, timeout_ms: int | None, on_gone: Callable[[K, str], None]) -> None:
+        """Wait for events, or for a wake message, up to `timeout_ms`; call `on_gone` for each peer found gone."""
+        for sock, _ in self._poller.poll(timeout_ms):
+            if sock is self._wake:
+                self._wake.recv()
+                continue
+            key, state = self._watched[sock]
+            reason = None
+            while reason is None and sock.poll(0):
+                reason = state.on_event(parse_monitor_message(sock.recv_multipart())["event"])
+            if reason is not None:
+                self._drop(sock)
+                on_gone(key, reason)
+
+    def _drop(self, monitor: Socket) -> None:
+        self._poller.unregister(monitor)
+        del self._watched[monitor]
+        monitor.close()
+
+    def close(self) -> None:
+        """Close every monitor socket."""
+        for monitor in list(self._watched):
+            self._drop(monitor)

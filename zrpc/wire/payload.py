@@ -1,0 +1,60 @@
+"""A value taken apart for travel: its stream, its tensors and its other large buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from zrpc.wire import tensors as tensor_codec
+from zrpc.wire.envelope import Buffer, Envelope
+from zrpc.wire.messages import Message
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(slots=True)
+class Payload:
+    """What `pickling.dumps` or `values.pack` make of a value, and what the same value is made of again.
+
+    Attributes:
+        data: the pickle stream or packed values.
+        tensors: the tensors of the value, in the order in which `data` names them. Call hooks may replace them.
+        buffers: memory of PEP 574 objects (numpy arrays among them), in the order in which `data` names them.
+    """
+
+    data: Buffer = b""
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    buffers: Sequence[Buffer] = ()
+
+
+def seal(
+    message: Message, call_id: int, payload: Payload | None, extras: dict[str, Any] | None, device_map: tensor_codec.DeviceNames
+) -> Envelope:
+    """The envelope that carries `message` and `payload`.
+
+    `device_map` says on which device there a tensor of each device here arrives.
+
+    Raises:
+        SerializationError: a tensor is of a kind that cannot travel, or on a device that is not mapped.
+    """
+    if payload is None:
+        return Envelope(message, call_id, extras)
+    if not payload.tensors:
+        return Envelope(message, call_id, extras, payload.data, (), payload.buffers)
+    buffers: list[Buffer] = list(payload.buffers)
+    table = tensor_codec.pack(payload.tensors, buffers, device_map)
+    return Envelope(message, call_id, extras, payload.data, table, buffers)
+
+
+def open_payload(envelope: Envelope) -> Payload:
+    """The payload of a received envelope: its tensors are made, its stream is not yet read.
+
+    Raises:
+        ProtocolError: the tensor table does not fit the buffers.
+    """
+    if not envelope.table:
+        return Payload(envelope.data, [], envelope.buffers)
+    made = tensor_codec.unpack(envelope.table, envelope.buffers)
+    return Payload(envelope.data, made, envelope.buffers)

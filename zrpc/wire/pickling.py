@@ -1,0 +1,130 @@
+"""Pickle with tensors and large buffers set aside.
+
+Plain `torch.Tensor` objects leave the stream for the payload's tensor table (subclasses, `nn.Parameter` among them,
+pickle by their own rules, which bring their data to the table in turn). Objects that offer PEP 574 buffers, numpy
+arrays above all, leave their memory in the payload's buffers. Other classes are added with `register_reducer`.
+
+A result that is nothing or one tensor, the two usual cases, is not pickled at all.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zrpc.errors import SerializationError
+from zrpc.wire import values
+from zrpc.wire.payload import Payload
+
+_PROTOCOL = 5
+_NONE = b""
+_ONE_TENSOR = bytes([values.MAGIC, 0])
+
+Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class _Tables(threading.local):
+    """The tensor tables that this thread's pickling under way fills and reads; a nested one puts its own there."""
+
+    sending: list[torch.Tensor] | None = None
+    receiving: list[torch.Tensor] | None = None
+
+
+_tables = _Tables()
+
+
+def _tensor_at(index: int) -> torch.Tensor:
+    if _tables.receiving is None:
+        raise pickle.UnpicklingError("a stream with a tensor table can only be read by zrpc")
+    return _tables.receiving[index]
+
+
+def _reduce_tensor(tensor: torch.Tensor) -> Reduced:
+    assert _tables.sending is not None  # only dumps() uses this dispatch table
+    _tables.sending.append(tensor)
+    return _tensor_at, (len(_tables.sending) - 1,)
+
+
+_dispatch_table: dict[type, Callable[[Any], Any]] = {**copyreg.dispatch_table, torch.Tensor: _reduce_tensor}
+
+
+def register_reducer(cls: type, reducer: Callable[[Any], Reduced]) -> None:
+    """From now on pickle objects whose class is exactly `cls` as `reducer` says: `(function, arguments)` rebuilds one."""
+    _dispatch_table[cls] = reducer
+
+
+def is_pickling() -> bool:
+    """Whether this thread is inside `dumps`: objects that must not be pickled elsewhere ask this."""
+    return _tables.sending is not None
+
+
+def dumps(obj: Any) -> Payload:
+    """Take `obj` apart. Tensors and buffers are not copied.
+
+    Raises:
+        SerializationError: something in it cannot be pickled; the cause is attached and named.
+    """
+    if obj is None:
+        return Payload(_NONE)
+    if type(obj) is torch.Tensor:
+        return Payload(_ONE_TENSOR, [obj])
+    outer = _tables.sending
+    _tables.sending = tensors = []
+    buffers: list[pickle.PickleBuffer] = []
+    stream = io.BytesIO()
+    try:
+        pickler = pickle.Pickler(stream, _PROTOCOL, buffer_callback=buffers.append)
+        pickler.dispatch_table = _dispatch_table
+        pickler.dump(obj)
+    except Exception as error:
+        raise SerializationError(
+            f"{_brief(obj)} cannot be pickled: {error}. Pass objects that pickle can name or copy: functions and "
+            "classes defined at the top level of a module that both sides can import"
+        ) from error
+    finally:
+        _tables.sending = outer
+    return Payload(stream.getvalue(), tensors, [buffer.raw() for buffer in buffers])
+
+
+def loads(payload: Payload) -> Any:
+    """Put a payload together again, whether `dumps` or `values.pack` made it. Its tensors are used as they are.
+
+    Raises:
+        SerializationError: the stream names a function or class that this process lacks, or is damaged.
+    """
+    data = payload.data
+    if len(data) == 0:
+        return None
+    if data[0] == values.MAGIC:
+        return payload.tensors[0] if data == _ONE_TENSOR else values.unpack(payload)
+    outer = _tables.receiving
+    _tables.receiving = payload.tensors
+    try:
+        return pickle.loads(data, buffers=_own(payload))
+    except (AttributeError, ImportError) as error:
+        raise SerializationError(
+            f"{error}. The default RPC pickler does not serialize function code: define the function or class in a "
+            "module that caller and callee both import"
+        ) from error
+    except SerializationError:
+        raise
+    except Exception as error:
+        raise SerializationError(f"a received value cannot be unpickled: {type(error).__name__}: {error}") from error
+    finally:
+        _tables.receiving = outer
+
+
+def _own(payload: Payload) -> list[Any]:
+    """The PEP 574 buffers as writable memory that only the rebuilt object will see."""
+    return [bytearray(buffer) if isinstance(buffer, bytes) else buffer for buffer in payload.buffers]
+
+
+def _brief(obj: Any) -> str:
+    text = repr(obj)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,334 @@
+"""Tensors as table entries and buffers.
+
+An entry is a msgpack list that begins with its kind:
+
+    [DENSE,      dtype, shape, requires_grad, buffer]                      contiguous memory, nothing else in it
+    [STRIDED,    dtype, shape, requires_grad, buffer, strides, offset, conj, neg]
+    [COO,        shape, requires_grad, coalesced, dense_dim, indices, values]        the last two are entries
+    [COMPRESSED, layout, shape, requires_grad, compressed, plain, values]            the last three are entries
+    [QUANTIZED,  dtype, shape, scheme, parameters..., integers]
+    [META,       dtype, shape, requires_grad, strides]
+    [PLACED,     device, entry]                                            to be moved to `device` of the receiver
+
+`buffer` is an index into the envelope's buffers, or -1 where there is not one byte. Tensors of one message that share
+a storage share one buffer and are views of one storage again on arrival. Of a storage, only the span that is
+really seen travels; a tensor that sees only a small part of its span (a column of a matrix, say) is made
+contiguous first.
+
+Received tensors own their memory, are writable and never alias anything of the sender's or of another message.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from zrpc.errors import ProtocolError, SerializationError
+from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
+
+DeviceNames = Mapping[str, str]
+"""Device here -> device there, as `str(torch.device)`."""
+
+DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED = range(7)
+
+COPY_MAX_NBYTES = 16_384
+"""Received buffers up to this size are copied: a view would keep the whole receive batch of ZeroMQ alive."""
+
+ALIGNMENT = 8
+"""A received buffer that does not begin on this boundary is copied: kernels may expect aligned elements."""
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for name in sorted(dir(torch))
+    if isinstance(dtype := getattr(torch, name), torch.dtype)
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COMPRESSED_LAYOUTS = {
+    str(layout): layout for layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+}
+_ROW_LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
+
+_Span = tuple[int, int]
+
+
+def pack(tensors: Sequence[torch.Tensor], buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
+    """The table entries of `tensors`; their memory is appended to `buffers` (large memory as views, not copies).
+
+    Raises:
+        SerializationError: a tensor cannot travel; the message says which and what to do.
+    """
+    if len(tensors) == 1:
+        return [_pack_one(tensors[0], buffers, devices)]
+    shared = _shared_storages(tensors)
+    if not shared:
+        return [_pack_one(tensor, buffers, devices) for tensor in tensors]
+    placed: dict[int, tuple[int, int]] = {}
+    table = []
+    for tensor in tensors:
+        key = _storage_key(tensor)
+        if key in shared:
+            if key not in placed:
+                placed[key] = (_add_span(tensor.untyped_storage(), shared[key], buffers), shared[key][0])
+            table.append(_strided_entry(tensor, *placed[key]))
+        else:
+            table.append(_pack_one(tensor, buffers, devices))
+    return table
+
+
+def unpack(table: Sequence[Any], buffers: Sequence[Buffer]) -> list[torch.Tensor]:
+    """The tensors that `table` and `buffers` describe.
+
+    Raises:
+        ProtocolError: an entry is malformed or names a buffer that is not there.
+    """
+    memory = _Memory(buffers)
+    try:
+        return [_UNPACKERS[entry[0]](entry, memory) for entry in table]
+    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ProtocolError(f"a tensor table cannot be read: {error}") from error
+
+
+# ---- sending ---------------------------------------------------------------------------------------------------
+
+
+def _pack_one(tensor: torch.Tensor, buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
+    device = tensor.device
+    if device.type == "cpu":
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            return _pack_special(tensor, buffers, devices)
+        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            return _dense_entry(tensor, buffers)
+        return _pack_strided(tensor, buffers)
+    if device.type == "meta":
+        return [META, _NAMES[tensor.dtype], list(tensor.shape), tensor.requires_grad, list(tensor.stride())]
+    target = devices.get(str(device))
+    if target is None:
+        raise SerializationError(
+            f"a tensor on {device} cannot be sent: the device map for this peer does not say where {device} is there. "
+            "Call set_device_map(peer, {...}) on the options before init_rpc, or send tensor.cpu()"
+        )
+    entry = _pack_one(tensor.cpu(), buffers, devices)
+    return entry if target == "cpu" else [PLACED, target, entry]
+
+
+def _dense_entry(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
+    nbytes = tensor.nbytes
+    entry = [DENSE, _NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, len(buffers) if nbytes else -1]
+    if not nbytes:
+        return entry
+    if nbytes <= INLINE_MAX_NBYTES:
+        buffers.append(ctypes.string_at(tensor.data_ptr(), nbytes))
+    else:
+        start = tensor.storage_offset() * tensor.element_size()
+        buffers.append(_view(tensor.untyped_storage(), start, nbytes))
+    return entry
+
+
+def _pack_strided(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
+    start, stop = _span(tensor)
+    if stop - start > tensor.nbytes:
+        return _pack_one(tensor.detach().contiguous().requires_grad_(tensor.requires_grad), buffers, {})
+    return _strided_entry(tensor, _add_span(tensor.untyped_storage(), (start, stop), buffers), start)
+
+
+def _strided_entry(tensor: torch.Tensor, buffer: int, span_start: int) -> list[Any]:
+    offset = tensor.storage_offset() - span_start // tensor.element_size()
+    return [
+        STRIDED, _NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, buffer,
+        tensor.stride(), offset, tensor.is_conj(), tensor.is_neg(),
+    ]  # fmt: skip
+
+
+def _span(tensor: torch.Tensor) -> _Span:
+    """First byte and end of what `tensor` sees of its storage."""
+    size = tensor.element_size()
+    start = tensor.storage_offset() * size
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * size
+
+
+def _add_span(storage: torch.UntypedStorage, span: _Span, buffers: list[Buffer]) -> int:
+    start, stop = span
+    if start == stop:
+        return -1
+    buffers.append(_view(storage, start, stop - start))
+    return len(buffers) - 1
+
+
+def _view(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
+    """The bytes of `storage`, not copied; the view keeps the storage alive."""
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))  # type: ignore[call-overload]
+    view: memoryview = raw.numpy().data
+    return view
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    """Which storage a plain CPU tensor sees; 0 for every other tensor."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return 0
+    return tensor.untyped_storage()._cdata
+
+
+def _shared_storages(tensors: Sequence[torch.Tensor]) -> dict[int, _Span]:
+    """The storages that more than one of `tensors` sees, each with the span they see together.
+
+    The span begins on a multiple of the largest element, so that every view keeps its alignment.
+    """
+    seen: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        seen[_storage_key(tensor)].append(tensor)
+    shared = {}
+    for key, views in seen.items():
+        if key and len(views) > 1:
+            spans = [_span(view) for view in views]
+            widest = max(view.element_size() for view in views)
+            start = min(start for start, _ in spans) // widest * widest
+            shared[key] = (start, max(stop for _, stop in spans))
+    return shared
+
+
+def _pack_special(tensor: torch.Tensor, buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
+    def part(piece: torch.Tensor) -> list[Any]:
+        return _pack_one(piece.detach(), buffers, devices)
+
+    shape, grad = list(tensor.shape), tensor.requires_grad
+    if tensor.layout is torch.sparse_coo:
+        dense_dim = tensor.dense_dim()
+        return [COO, shape, grad, tensor.is_coalesced(), dense_dim, part(tensor._indices()), part(tensor._values())]
+    if str(tensor.layout) in _COMPRESSED_LAYOUTS:
+        by_row = tensor.layout in _ROW_LAYOUTS
+        compressed = tensor.crow_indices() if by_row else tensor.ccol_indices()
+        plain = tensor.col_indices() if by_row else tensor.row_indices()
+        return [COMPRESSED, str(tensor.layout), shape, grad, part(compressed), part(plain), part(tensor.values())]
+    if tensor.is_quantized:
+        return _pack_quantized(tensor, part)
+    raise SerializationError(
+        f"a tensor of layout {'nested' if tensor.is_nested else tensor.layout} cannot be sent: "
+        "send its parts, or tensor.to_dense()"
+    )
+
+
+def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
+    head = [QUANTIZED, _NAMES[tensor.dtype], list(tensor.shape)]
+    integers = part(tensor.int_repr())
+    if tensor.qscheme() is torch.per_tensor_affine:
+        return [*head, "tensor", tensor.q_scale(), tensor.q_zero_point(), 0, integers]
+    if tensor.qscheme() is torch.per_channel_affine:
+        scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+        return [*head, "channel", part(scales), part(zero_points), tensor.q_per_channel_axis(), integers]
+    raise SerializationError(f"a tensor quantized by {tensor.qscheme()} cannot be sent: send tensor.dequantize()")
+
+
+# ---- receiving -------------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """The buffers of one message, each turned into writable memory of our own at most once."""
+
+    __slots__ = ("_buffers", "_storages")
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._buffers = buffers
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def own(self, index: int) -> Buffer:
+        """Writable bytes that nobody else sees."""
+        buffer = self._buffers[index]
+        if type(buffer) is bytes or len(buffer) <= COPY_MAX_NBYTES or not _is_aligned(buffer):
+            return bytearray(buffer)
+        return buffer
+
+    def storage(self, index: int) -> torch.UntypedStorage:
+        """The same as a storage, one for all the views of this message."""
+        if index < 0:
+            return torch.UntypedStorage(0)
+        storage = self._storages.get(index)
+        if storage is None:
+            storage = torch.frombuffer(self.own(index), dtype=torch.uint8).untyped_storage()
+            self._storages[index] = storage
+        return storage
+
+
+def _is_aligned(buffer: Buffer) -> bool:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT == 0
+
+
+def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, dtype, shape, requires_grad, buffer = entry
+    if buffer < 0:
+        tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    else:
+        tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype]).view(shape)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, dtype, shape, requires_grad, buffer, strides, offset, conj, neg = entry
+    tensor = torch.empty(0, dtype=DTYPES[dtype])
+    tensor.set_(memory.storage(buffer), offset, shape, strides)  # type: ignore[call-overload]
+    if conj:
+        tensor = tensor.conj()
+    if neg:
+        tensor = torch._neg_view(tensor)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, shape, requires_grad, coalesced, _, indices, values = entry
+    tensor = torch.sparse_coo_tensor(
+        _unpack_entry(indices, memory), _unpack_entry(values, memory), shape, is_coalesced=coalesced, check_invariants=False
+    )
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _unpack_compressed(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, layout, shape, requires_grad, *parts = entry
+    tensor = torch.sparse_compressed_tensor(
+        *(_unpack_entry(part, memory) for part in parts), shape, layout=_COMPRESSED_LAYOUTS[layout], check_invariants=False
+    )
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _unpack_quantized(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, dtype, shape, scheme, scale, zero_point, axis, integers = entry
+    raw = _unpack_entry(integers, memory).view(shape)
+    if scheme == "tensor":
+        return torch._make_per_tensor_quantized_tensor(raw, scale, zero_point)
+    del dtype
+    return torch._make_per_channel_quantized_tensor(
+        raw, _unpack_entry(scale, memory), _unpack_entry(zero_point, memory), axis
+    )
+
+
+def _unpack_meta(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    del memory
+    _, dtype, shape, requires_grad, strides = entry
+    tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="meta")
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, device, inner = entry
+    tensor = _unpack_entry(inner, memory)
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+
+def _unpack_entry(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    return _UNPACKERS[entry[0]](entry, memory)
+
+
+_UNPACKERS: dict[int, Callable[[list[Any], _Memory], torch.Tensor]] = {
+    DENSE: _unpack_dense,
+    STRIDED: _unpack_strided,
+    COO: _unpack_coo,
+    COMPRESSED: _unpack_compressed,
+    QUANTIZED: _unpack_quantized,
+    META: _unpack_meta,
+    PLACED: _unpack_placed,
+}

@@ -1,0 +1,100 @@
+"""Arguments and results of torch operators, packed with msgpack: nothing in them is ever unpickled.
+
+What an operator takes is closed: tensors, numbers, strings, None, dtypes, devices, layouts, memory formats, and lists,
+tuples and dicts of those. A stream begins with `MAGIC`, a byte with which neither msgpack nor pickle begins.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgpack
+import torch
+
+from zrpc.errors import ProtocolError
+from zrpc.wire.payload import Payload
+
+MAGIC = 0xC1
+_PREFIX = bytes([MAGIC, 1])
+
+_TENSOR, _TUPLE, _COMPLEX, _DTYPE, _DEVICE, _LAYOUT, _MEMORY_FORMAT, _SIZE = range(8)
+_NAMED: dict[type, int] = {torch.dtype: _DTYPE, torch.layout: _LAYOUT, torch.memory_format: _MEMORY_FORMAT}
+
+
+class UnpackableError(TypeError):
+    """The value is not one that this module carries; pickle may."""
+
+
+def pack(value: Any) -> Payload:
+    """Take `value` apart without pickle. Tensors are not copied.
+
+    Raises:
+        UnpackableError: something in it is none of the types above.
+    """
+    tensors: list[torch.Tensor] = []
+
+    def extend(obj: Any) -> msgpack.ExtType:
+        cls = type(obj)
+        if cls is torch.Tensor:
+            tensors.append(obj)
+            return msgpack.ExtType(_TENSOR, (len(tensors) - 1).to_bytes(4, "little"))
+        if cls is tuple or cls is torch.Size:
+            return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, encode(list(obj)))
+        if cls is complex:
+            return msgpack.ExtType(_COMPLEX, struct.pack("<dd", obj.real, obj.imag))
+        if cls is torch.device:
+            return msgpack.ExtType(_DEVICE, str(obj).encode())
+        if cls in _NAMED:
+            return msgpack.ExtType(_NAMED[cls], str(obj).removeprefix("torch.").encode())
+        raise UnpackableError(f"a {cls.__module__}.{cls.__qualname__} is not an operator's argument")
+
+    def encode(obj: Any) -> bytes:
+        packed: bytes = msgpack.packb(obj, default=extend, strict_types=True)
+        return packed
+
+    try:
+        return Payload(_PREFIX + encode(value), tensors)
+    except (OverflowError, ValueError) as error:
+        raise UnpackableError(str(error)) from error
+
+
+def unpack(payload: Payload) -> Any:
+    """Put a value together again that `pack` took apart.
+
+    Raises:
+        ProtocolError: the stream is damaged.
+    """
+    tensors = payload.tensors
+
+    def restore(code: int, raw: bytes) -> Any:
+        if code == _TENSOR:
+            return tensors[int.from_bytes(raw, "little")]
+        if code == _TUPLE:
+            return tuple(decode(raw))
+        if code == _SIZE:
+            return torch.Size(decode(raw))
+        if code == _COMPLEX:
+            return complex(*struct.unpack("<dd", raw))
+        if code == _DEVICE:
+            return torch.device(raw.decode())
+        if code in (_DTYPE, _LAYOUT, _MEMORY_FORMAT):
+            return _torch_constant(raw.decode())
+        raise ProtocolError(f"packed values have an unknown type code {code}")
+
+    def decode(raw: bytes | memoryview) -> Any:
+        return msgpack.unpackb(raw, ext_hook=restore, strict_map_key=False)
+
+    try:
+        return decode(memoryview(payload.data)[len(_PREFIX) :])
+    except ProtocolError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"packed values cannot be read: {error}") from error
+
+
+def _torch_constant(name: str) -> Any:
+    value = getattr(torch, name, None)
+    if not isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+        raise ProtocolError(f"torch.{name} is not a dtype, layout or memory format")
+    return value
