@@ -212,13 +212,15 @@ class ReleaseContext(Message):
 class Register(Message):
     """A worker asks the broker to be let in. `rank` -1: give me one. `world_size` 0: the group may grow and shrink.
 
-    `card` is the worker's own record, kept and handed to the others as it is.
+    `card` is the worker's own record, kept and handed to the others as it is. `group` keeps apart the runs that one
+    broker serves at the same time.
     """
 
     name: str
     rank: int
     world_size: int
     card: dict[str, Any]
+    group: str = "default"
 
 
 @_message(41)
@@ -273,6 +275,19 @@ class Leave(Message):
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Message):
     """I am alive. Worker to broker at every interval; the broker answers with the same."""
+
+
+@_message(47, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class Forming(Message):
+    """Not all are there yet: the broker's answer to a `Register` or `Heartbeat` that comes before `Welcome`.
+
+    `names` holds who is there, `world_size` how many there must be.
+    """
+
+    names: list[str]
+    world_size: int
+    heartbeat_interval_s: float
 
 
 def _restore_ids(message: Message, *names: str) -> None:
