@@ -1,0 +1,431 @@
+"""The agent: calls out, requests in, for one worker.
+
+Three kinds of threads meet here. The transport's reading thread takes messages in: it completes calls, runs inline handlers and
+hands every other request to a handler thread; it never runs user code and never blocks. Handler threads run user
+functions. Completer threads complete the futures of asynchronous calls, and so run what users hang on them. Callers send
+on their own threads.
+
+Until the group is complete, requests are kept back (a peer that is done earlier may call already).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from zrpc.agent.call import Call
+from zrpc.agent.deadlines import Deadlines
+from zrpc.agent.execution import serve_builtin, serve_python
+from zrpc.agent.pool import HandlerPool, blocking
+from zrpc.agent.request import CallHook, Request
+from zrpc.config import RpcBackendOptions, check_timeout
+from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, UnknownWorkerError
+from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
+from zrpc.membership.group import Group, Member
+from zrpc.membership.registry import Registry
+from zrpc.transport.endpoint import Endpoint
+from zrpc.wire.envelope import Buffer, Envelope, decode, encode
+from zrpc.wire.exceptions import dump_exception, load_exception
+from zrpc.wire.messages import BuiltinCall, Failure, Message, PythonCall, Reply
+from zrpc.wire.payload import Payload, open_payload, seal
+
+log = logging.getLogger("zrpc")
+
+M = TypeVar("M", bound=Message)
+
+NOTIFY_TIMEOUT_S = 5.0
+"""An idempotent notification that is not acknowledged within this time is sent again."""
+
+Handler = Callable[[Request[Any]], None]
+
+
+class Agent:
+    """One worker. Create it, `handle` what floors above serve, then `join`, then `open`.
+
+    Args:
+        options: what the user asked for.
+        endpoint: the transport; the agent starts and closes it.
+        group: the membership; the agent joins and leaves it.
+        connect: tells the transport of a member's address (nothing, with a broker).
+        disconnect: tells the transport that a member is gone for good.
+    """
+
+    info: WorkerInfo
+    ids: IdGenerator
+
+    def __init__(
+        self,
+        options: RpcBackendOptions,
+        endpoint: Endpoint,
+        group: Group,
+        connect: Callable[[Member], None],
+        disconnect: Callable[[Incarnation], None],
+    ) -> None:
+        self.options = options
+        self.rpc_timeout_s = options.rpc_timeout
+        self.members = Registry()
+        self.extensions: dict[type, Any] = {}
+        self.hooks: dict[str, CallHook] = {}
+        self.is_static_group = True
+        self._endpoint = endpoint
+        self._group = group
+        self._connect = connect
+        self._disconnect = disconnect
+        self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
+        self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
+        self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
+        self._call_ids = itertools.count(1)
+        self._lock = threading.Lock()  # owns what follows
+        self._serving = 0
+        self._early: list[tuple[Incarnation, Envelope]] | None = []
+        self._closed = False
+        self._idle = threading.Condition(self._lock)
+        self._handler_pool = HandlerPool(options.num_worker_threads, "zrpc-handler")
+        self.completions = HandlerPool(1, "zrpc-completer")
+        self._deadlines = Deadlines(self._expire)
+        self.handle(PythonCall, serve_python, inline=False)
+        self.handle(BuiltinCall, serve_builtin, inline=False)
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
+        """Come into the group, as `Group.join`; requests are kept back until `open`."""
+        self.is_static_group = bool(world_size)
+        self._endpoint.start(self._on_frames, self._on_lost)
+        self._group.watch(self._on_joined, self._on_left)
+        me, members = self._group.join(name, rank, world_size, self._endpoint.incarnation, card, timeout_s)
+        self.info = me.info
+        self.ids = IdGenerator(me.info.id)
+        for member in members:
+            self._on_joined(member)
+
+    def open(self) -> None:
+        """Serve requests from now on, those kept back first."""
+        while True:
+            with self._lock:
+                early, self._early = self._early, []
+                if not early:
+                    self._early = None
+                    return
+            for source, envelope in early:
+                self._on_request(source, envelope)
+
+    def quiesce(self, timeout_s: float) -> bool:
+        """Wait until no call is under way and no request is being served; False if `timeout_s` (0: no limit) was too short."""
+        deadline = time.monotonic() + timeout_s if timeout_s else None
+        with self._idle:
+            while self._calls or self._serving:
+                left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
+                if left <= 0:
+                    return False
+                self._idle.wait(left)
+        return True
+
+    def close(self, flush_s: float) -> None:
+        """Leave the group and stop. Calls under way end with `AgentClosedError`. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._group.leave(flush_s)
+        self._handler_pool.close(flush_s)
+        self._endpoint.close(flush_s)
+        self._deadlines.close()
+        for call_id in list(self._calls):
+            self._finish(call_id, None, AgentClosedError("this worker shut down while the call was under way"))
+        self.completions.close(flush_s)
+
+    # ---- for the floors above --------------------------------------------------------------------------------------
+
+    def handle(self, message_type: type[M], handler: Callable[[Request[M]], None], *, inline: bool) -> None:
+        """Serve requests of `message_type` with `handler`: on the reading thread (`inline`; it must not block) or a handler thread."""
+        self._handlers[message_type] = (handler, inline)
+
+    def add_hook(self, hook: CallHook) -> None:
+        """Let `hook` ride on every hooked call."""
+        self.hooks[hook.key] = hook
+
+    def on_peer_lost(self, listener: Callable[[WorkerInfo, str], None]) -> None:
+        """Call `listener(worker, reason)` when a peer is gone, on a handler thread."""
+        self._lost_listeners.append(listener)
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run `task` soon on a handler thread."""
+        self._handler_pool.submit(task)
+
+    def blocking(self) -> AbstractContextManager[None]:
+        """While the body waits, this thread does not count against the handler pool."""
+        return blocking()
+
+    def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
+        """The worker that `to` names; in a dynamic group newcomers are looked for.
+
+        Raises:
+            UnknownWorkerError: there is none.
+            TypeError: `to` is none of the three.
+        """
+        try:
+            return self._lookup(to)
+        except UnknownWorkerError:
+            if self.is_static_group:
+                raise
+        self.refresh()
+        return self._lookup(to)
+
+    def refresh(self) -> None:
+        """Look for newcomers to a dynamic group."""
+        self._group.refresh()
+
+    def request(
+        self, to: WorkerInfo, message: Message, payload: Payload | None = None, *, timeout_s: float | None = None,
+        hooked: bool = False, waited: bool = False,
+    ) -> Call:  # fmt: skip
+        """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
+
+        Args:
+            to: the callee.
+            message: what is asked.
+            payload: what rides beside it; its memory must not be written to until the call is done.
+            timeout_s: time limit in seconds; 0: none; None: the default.
+            hooked: let the hooks see it.
+            waited: the caller calls `wait` at once on this very thread, which then keeps the time limit.
+
+        Raises:
+            SerializationError: a tensor of the payload cannot travel.
+        """
+        limit_s = self.rpc_timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
+        extras = None
+        if hooked and self.hooks:
+            payload = payload or Payload()
+            extras = self._extras(to, message, payload, None)
+        call_id = next(self._call_ids)
+        frames = encode(seal(message, call_id, payload, extras, self._device_names(to)))
+        call = Call(self, call_id, to, message, limit_s)
+        self._calls[call_id] = call
+        try:
+            self._send(to, frames)
+        except Exception as error:
+            self._finish(call_id, None, error)
+            return call
+        if limit_s and not waited:
+            self._deadlines.add(call_id, limit_s)
+        if self._closed:  # the sweep of close() may have passed by
+            self._finish(call_id, None, AgentClosedError("this worker has shut down"))
+        return call
+
+    def notify(self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None) -> None:
+        """Send an idempotent message until it is acknowledged, the peer is lost or this worker closes.
+
+        `on_done(error)`, if given, is called once, on a thread where it must not block.
+
+        Raises:
+            ProtocolError: the message is not idempotent.
+        """
+        if not message.IDEMPOTENT:
+            raise ProtocolError(f"{type(message).__name__} is not idempotent: it must not be sent twice")
+
+        def settle(call: Call) -> None:
+            if isinstance(call.error, RpcTimeoutError) and not self._closed:
+                self.submit(lambda: self.notify(to, message, on_done))
+            elif on_done is not None:
+                on_done(call.error)
+
+        self.request(to, message, timeout_s=NOTIFY_TIMEOUT_S).add_done_callback(settle)
+
+    def counts(self) -> dict[str, int]:
+        """Calls under way, requests being served, handler threads and idle ones."""
+        threads, idle = self._handler_pool.counts()
+        return {
+            "client_active_calls": len(self._calls), "server_active_calls": self._serving,
+            "thread_pool_size": threads, "num_idle_threads": idle,
+        }  # fmt: skip
+
+    # ---- for calls and requests ------------------------------------------------------------------------------------
+
+    def abandon(self, call_id: int) -> bool:
+        """See `CallOwner.abandon`."""
+        return self._calls.pop(call_id, None) is not None
+
+    def open_answer(self, call: Call, envelope: Envelope) -> Payload:
+        """See `CallOwner.open_answer`."""
+        payload = open_payload(envelope)
+        for key, meta in (envelope.extras or {}).items():
+            hook = self.hooks.get(key)
+            if hook is not None:
+                hook.receive(call.peer, meta, payload, True)
+        if isinstance(envelope.message, Failure):
+            raise load_exception(call.peer, envelope.message, payload)
+        return payload
+
+    def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
+        """See `Answerer.answer`. A second answer to one request is a defect of its handler and raises."""
+        with self._lock:
+            if request.answered:
+                raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
+            request.answered = True
+        try:
+            frames = self._answer_frames(request, payload, error)
+        except Exception as unsendable:
+            frames = self._answer_frames(request, None, unsendable)
+        try:
+            self._send(request.source, frames)
+        except (PeerLostError, AgentClosedError, UnknownWorkerError) as gone:
+            log.debug("the answer to %s was not sent: %s", request.source, gone)
+        finally:
+            with self._idle:
+                self._serving -= 1
+                if not self._serving:
+                    self._idle.notify_all()
+
+    def _answer_frames(
+        self, request: Request[Message], payload: Payload | None, error: BaseException | None
+    ) -> list[Buffer]:
+        message: Message = Reply()
+        if error is not None:
+            message, payload = dump_exception(error)
+        extras = None
+        if request.extras:
+            payload = payload or Payload()
+            extras = self._extras(request.source, message, payload, request.extras)
+        return encode(seal(message, request.call_id, payload, extras, self._device_names(request.source)))
+
+    def _extras(
+        self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """What the hooks add to a request, or to the answer of one that came with `request_extras`."""
+        extras = {}
+        for key, hook in self.hooks.items():
+            if request_extras is None or key in request_extras:
+                meta = hook.send(to, message, payload, request_extras[key] if request_extras else None)
+                if meta is not None:
+                    extras[key] = meta
+        return extras or None
+
+    # ---- messages in -----------------------------------------------------------------------------------------------
+
+    def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
+        try:
+            envelope = decode(frames)
+        except ProtocolError as error:
+            log.error("a message of %s was dropped: %s", source.hex(), error)
+            return
+        if isinstance(envelope.message, Reply | Failure):
+            self._finish(envelope.call_id, envelope, None)
+        else:
+            self._on_request(source, envelope)
+
+    def _on_request(self, source: Incarnation, envelope: Envelope) -> None:
+        member = self.members.by_incarnation(source)
+        if member is None or self._early is not None:
+            with self._lock:
+                if self._early is not None:
+                    self._early.append((source, envelope))
+                    return
+            self.submit(lambda: self._on_stranger(source, envelope))
+            return
+        self._serve(member.info, envelope)
+
+    def _on_stranger(self, source: Incarnation, envelope: Envelope) -> None:
+        """A request of somebody not known here: a newcomer, or one who is gone."""
+        if self.members.by_incarnation(source) is None:
+            self.refresh()
+        member = self.members.by_incarnation(source)
+        if member is None:
+            log.warning("a %s of an unknown worker was dropped", type(envelope.message).__name__)
+            return
+        self._serve(member.info, envelope)
+
+    def _serve(self, source: WorkerInfo, envelope: Envelope) -> None:
+        request = Request(self, source, envelope, envelope.message)
+        with self._lock:
+            self._serving += 1
+        handler = self._handlers.get(type(envelope.message))
+        if handler is None:
+            request.fail(ProtocolError(f"{self.info} does not serve {type(envelope.message).__name__}"))
+        elif handler[1]:
+            _run(handler[0], request)
+        else:
+            self._handler_pool.submit(lambda: _run(handler[0], request))
+
+    def _finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is not None:  # else it timed out, or its peer was declared lost
+            call.complete(answer, error)
+
+    def _expire(self, call_id: int) -> None:
+        call = self._calls.pop(call_id, None)
+        if call is not None:
+            call.expire()
+
+    # ---- members ---------------------------------------------------------------------------------------------------
+
+    def _lookup(self, to: str | int | WorkerInfo) -> WorkerInfo:
+        if isinstance(to, WorkerInfo):
+            return self.members.by_rank(to.id)
+        if isinstance(to, str):
+            return self.members.by_name(to)
+        if isinstance(to, int) and not isinstance(to, bool):
+            return self.members.by_rank(to)
+        raise TypeError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by a {type(to).__name__}")
+
+    def _send(self, to: WorkerInfo, frames: list[Buffer]) -> None:
+        member = self.members.member(to.id)
+        if member is None:
+            raise PeerLostError(f"{to} is not in the group any more")
+        try:
+            self._endpoint.send(member.incarnation, frames)
+        except PeerLostError as error:
+            raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
+
+    def _device_names(self, to: WorkerInfo) -> dict[str, str]:
+        """Device here -> device there, for tensors on their way to `to`: our map for it, else its map for us, reversed."""
+        maps = self.options.device_maps
+        if to.name in maps:
+            return {str(here): str(there) for here, there in maps[to.name].items()}
+        member = self.members.member(to.id)
+        theirs = member.card.get("device_maps", {}).get(self.info.name) if member else None
+        return {there: here for here, there in theirs.items()} if theirs else {}
+
+    def _on_joined(self, member: Member) -> None:
+        self._connect(member)
+        self.members.add(member)
+
+    def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
+        if lost:
+            self._on_lost(incarnation, reason)
+            return
+        self._forget(incarnation, reason)
+        self._disconnect(incarnation)
+
+    def _on_lost(self, incarnation: Incarnation, reason: str) -> None:
+        self._forget(incarnation, reason)
+
+    def _forget(self, incarnation: Incarnation, reason: str) -> None:
+        """A peer is gone: its calls fail; in a static group its name stays known, so that calls to it say what happened."""
+        member = self.members.by_incarnation(incarnation)
+        if member is None or self._closed:
+            return
+        if not self.is_static_group:
+            self.members.remove(incarnation)
+        error = PeerLostError(f"{member.info} is lost: {reason}. It is not known whether the call ran there")
+        for call_id, call in list(self._calls.items()):
+            if call.peer.id == member.info.id:
+                self._finish(call_id, None, error)
+        for listener in self._lost_listeners:
+            self.submit(lambda tell=listener: tell(member.info, reason))  # type: ignore[misc]
+
+
+def _run(handler: Handler, request: Request[Any]) -> None:
+    """Run a handler; what it raises is the answer, unless it has answered."""
+    try:
+        handler(request)
+    except BaseException as error:
+        if request.answered:
+            log.exception("the handler of %s failed after its answer", type(request.message).__name__)
+        else:
+            request.fail(error)

@@ -1,0 +1,146 @@
+"""One call under way, as its caller sees it.
+
+A call is done once, by whoever takes it out of the table of calls under way first: the reading thread with the answer,
+the deadline, a lost peer, or the closing agent. What came is opened (tensors made, hooks told, exception rebuilt) by the
+first thread that asks for the outcome, not by the reading thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from zrpc.agent.pool import blocking
+from zrpc.errors import RpcTimeoutError
+from zrpc.ids import WorkerInfo
+from zrpc.wire.envelope import Envelope
+from zrpc.wire.messages import Message
+from zrpc.wire.payload import Payload
+
+class CallOwner(Protocol):
+    """What a call needs of its agent."""
+
+    def abandon(self, call_id: int) -> bool:
+        """Take the call out of the table; False if it is done already."""
+
+    def open_answer(self, call: Call, envelope: Envelope) -> Payload:
+        """The payload of an answer; raises the remote exception if it is a failure."""
+
+
+class Call:
+    """A request that was sent, or could not be. Any thread may use it.
+
+    Attributes:
+        peer: who was called.
+        message: what was asked.
+        timeout_s: its time limit in seconds; 0: none.
+    """
+
+    __slots__ = (
+        "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_opened", "_owner", "_payload", "call_id",
+        "message", "peer", "timeout_s",
+    )  # fmt: skip
+
+    def __init__(self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float) -> None:
+        self._owner = owner
+        self.call_id = call_id
+        self.peer = peer
+        self.message = message
+        self.timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s if timeout_s else None
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[Call], None]] | None = []
+        self._answer: Envelope | None = None
+        self._opened = False
+        self._payload: Payload | None = None
+        self._error: BaseException | None = None
+
+    def complete(self, answer: Envelope | None, error: BaseException | None) -> None:
+        """Set what came of the call. For the agent; once."""
+        self._answer, self._error = answer, error
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, None
+        self._done.release()
+        for callback in callbacks or ():
+            callback(self)
+
+    def done(self) -> bool:
+        """Whether the outcome is here."""
+        return self._callbacks is None
+
+    def add_done_callback(self, callback: Callable[[Call], None]) -> None:
+        """Call `callback(self)` when done: at once if it is, else on the reading thread. It must not block."""
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def wait(self) -> Payload:
+        """Wait for the answer, up to the call's own time limit.
+
+        Returns:
+            The answer's payload; its tensors are made, its stream is not yet read.
+
+        Raises:
+            RpcTimeoutError: the time ran out.
+            PeerLostError: the peer died or left.
+            AgentClosedError: this worker shut down.
+            Exception: whatever the remote function raised.
+        """
+        if self._callbacks is not None:
+            with blocking():
+                self._await()
+        return self.result()
+
+    def result(self) -> Payload:
+        """The outcome of a call that is done; see `wait`."""
+        with self._lock:
+            if not self._opened:
+                self._open()
+            if self._error is not None:
+                raise self._error
+            assert self._payload is not None
+            return self._payload
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong with a call that is done, or None."""
+        with self._lock:
+            if not self._opened:
+                self._open()
+            return self._error
+
+    def expire(self) -> None:
+        """End the call because its time ran out. For the agent, which has taken it out of its table."""
+        self.complete(
+            None,
+            RpcTimeoutError(
+                f"RPC ran for more than its time limit of {self.timeout_s * 1000:g} ms: {type(self.message).__name__} to {self.peer}. "
+                "It is not known whether it ran there. Give it more time with timeout=, or look at that worker"
+            ),
+        )
+
+    def _await(self) -> None:
+        if self._deadline is None:
+            self._done.acquire()
+        else:
+            if not self._done.acquire(timeout=max(0.0, self._deadline - time.monotonic())):
+                if self._owner.abandon(self.call_id):
+                    self.expire()
+                self._done.acquire()
+        self._done.release()
+
+    def _open(self) -> None:
+        self._opened = True
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return
+        try:
+            self._payload = self._owner.open_answer(self, answer)
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,122 @@
+"""Running what a call names: a pickled Python function, or a torch operator by its name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from zrpc.agent.request import Request
+from zrpc.errors import ProtocolError
+from zrpc.wire import pickling
+from zrpc.wire.messages import BuiltinCall, PythonCall
+from zrpc.wire.payload import Payload
+
+log = logging.getLogger("zrpc")
+
+ASYNC_ATTRIBUTE = "_wrapped_async_rpc_function"
+"""What `functions.async_execution` leaves on a function; the name is torch's, whose decorator works here too."""
+
+
+class PythonFunction(NamedTuple):
+    """What the payload of a Python call holds."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def execute_python(payload: Payload) -> Any:
+    """Run the pickled function of `payload`.
+
+    Raises:
+        SerializationError: this process lacks the function.
+        Exception: whatever the function raises.
+    """
+    func, args, kwargs = pickling.loads(payload)
+    return func(*args, **kwargs)
+
+
+def execute_builtin(op: str, payload: Payload) -> Any:
+    """Run the torch operator `op`, such as `aten::add`, on the packed `(args, kwargs)` of `payload`.
+
+    Raises:
+        ProtocolError: this torch has no such operator.
+        RuntimeError: the arguments fit none of its schemas, or what it raises itself.
+    """
+    args, kwargs = pickling.loads(payload)
+    return _operator(op)(*args, **kwargs)
+
+
+@lru_cache(maxsize=None)
+def _operator(op: str) -> Callable[..., Any]:
+    namespace, _, name = op.partition("::")
+    try:
+        found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), name)
+    except (AttributeError, RuntimeError) as error:
+        raise ProtocolError(f"the torch of this worker has no operator {op}: {error}") from error
+    return found
+
+
+def when_done(result: Any, func_text: str, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]) -> None:
+    """Wait, without a thread, for the future that an async_execution function returned.
+
+    Raises:
+        RuntimeError: `result` is no future.
+    """
+    if not isinstance(result, torch._C.Future):
+        raise RuntimeError(
+            "Functions decorated with @rpc.functions.async_execution must return a torch.futures.Future object, "
+            f"but {func_text} returned a {type(result).__name__}"
+        )
+
+    def finish(future: torch.futures.Future[Any]) -> None:
+        try:
+            value = future.wait()
+        except Exception as error:
+            on_error(error)
+        else:
+            on_value(value)
+
+    if isinstance(result, torch.futures.Future):
+        result.add_done_callback(finish)
+    else:  # what `then` of torch's own futures returns
+        result.then(finish)
+
+
+def serve_python(request: Request[PythonCall]) -> None:
+    """Handle a `PythonCall`. Runs on a handler thread."""
+    try:
+        with request.context():
+            result = execute_python(request.payload)
+            if not request.message.async_execution:
+                request.reply(pickling.dumps(result))
+                return
+            when_done(
+                result,
+                "this one",
+                lambda value: _reply(request, value),
+                request.fail,
+            )
+    except BaseException as error:
+        log.error("a function called by %s raised", request.source, exc_info=error)
+        request.fail(error)
+
+
+def serve_builtin(request: Request[BuiltinCall]) -> None:
+    """Handle a `BuiltinCall`."""
+    try:
+        with request.context():
+            request.reply(pickling.dumps(execute_builtin(request.message.op, request.payload)))
+    except BaseException as error:
+        request.fail(error)
+
+
+def _reply(request: Request[PythonCall], value: Any) -> None:
+    try:
+        request.reply(pickling.dumps(value))
+    except BaseException as error:
+        request.fail(error)

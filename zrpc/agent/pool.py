@@ -1,0 +1,131 @@
+"""Handler threads: where user functions run.
+
+The pool keeps `size` threads able to work. A thread that waits for a remote call says so (`blocking`), and while it
+waits it does not count: work that is queued gets another thread. So calls that call back, however deep, cannot use up
+the pool and wait for each other for ever. Threads are started when there is work for them, and those over `size` end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
+from types import TracebackType
+
+log = logging.getLogger("zrpc")
+
+Task = Callable[[], None]
+
+
+class _Here(threading.local):
+    """The pool that this thread belongs to."""
+
+    pool: HandlerPool | None = None
+
+
+_here = _Here()
+_not_counted = nullcontext()
+
+
+def blocking() -> AbstractContextManager[None]:
+    """While the body waits, this thread does not count as working. On a thread of no pool it does nothing."""
+    pool = _here.pool
+    return _not_counted if pool is None else _Waiting(pool)
+
+
+class HandlerPool:
+    """A pool that grows while its threads wait. The counters are owned by the lock.
+
+    Args:
+        size: how many threads may work at once.
+        name: prefix of the threads' names.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size = size
+        self._name = name
+        self._queue: SimpleQueue[Task | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._waiting = 0
+        self._started = 0
+        self._closed = False
+
+    def submit(self, task: Task) -> None:
+        """Run `task` soon on a handler thread. After `close` it is dropped."""
+        with self._lock:
+            if self._closed:
+                return
+            self._queue.put(task)
+            self._grow()
+
+    def change_waiting(self, by: int) -> None:
+        """One thread more (1) or less (-1) waits. For `blocking`."""
+        with self._lock:
+            self._waiting += by
+            if by > 0:
+                self._grow()
+
+    def counts(self) -> tuple[int, int]:
+        """How many threads there are, and how many of them have nothing to do."""
+        with self._lock:
+            return len(self._threads), self._idle
+
+    def close(self, timeout_s: float) -> None:
+        """Let the queued tasks run, then end the threads; wait up to `timeout_s` for them. Idempotent."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+            for _ in threads:
+                self._queue.put(None)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+
+    def _grow(self) -> None:
+        """Start a thread if there is work that no idle one will take. Call it under the lock."""
+        working = len(self._threads) - self._waiting
+        if self._queue.qsize() > self._idle and working < self._size and not self._closed:
+            thread = threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True)
+            self._started += 1
+            self._threads.add(thread)
+            self._idle += 1
+            thread.start()
+
+    def _work(self) -> None:
+        _here.pool = self
+        while True:
+            task = self._queue.get()
+            with self._lock:
+                self._idle -= 1
+            if task is None:
+                break
+            try:
+                task()
+            except Exception:
+                log.exception("a handler thread's task failed")
+            del task
+            with self._lock:
+                if len(self._threads) - self._waiting > self._size and self._queue.empty():
+                    break
+                self._idle += 1
+        with self._lock:
+            self._threads.discard(threading.current_thread())
+
+
+class _Waiting:
+    """The context of a waiting handler thread."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(self, pool: HandlerPool) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        self._pool.change_waiting(1)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._pool.change_waiting(-1)

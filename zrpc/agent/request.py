@@ -1,0 +1,91 @@
+"""One request being served, as its handler sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Generic, Protocol, TypeVar
+
+from zrpc.ids import WorkerInfo
+from zrpc.wire.envelope import Envelope
+from zrpc.wire.messages import Message
+from zrpc.wire.payload import Payload, open_payload
+
+M = TypeVar("M", bound=Message)
+
+
+class CallHook(Protocol):
+    """Something that rides on calls: autograd, profiling. Its metadata travels in the envelope under its key."""
+
+    key: str
+
+    def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
+        """A hooked request (`request_meta` None), or the answer to a request that came with `request_meta`, is about to leave.
+
+        May replace tensors of `payload`. Returns metadata that msgpack can carry, or None.
+        """
+
+    def receive(self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool) -> AbstractContextManager[None]:
+        """Metadata came with a request or an answer. Replaces tensors of `payload` before it is read.
+
+        The context returned is entered around the serving of a request; for an answer it is not.
+        """
+
+
+class Answerer(Protocol):
+    """What a request needs of its agent."""
+
+    hooks: dict[str, CallHook]
+
+    def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
+        """Send the answer."""
+
+
+class Request(Generic[M]):
+    """A request of `source`. It is answered once, by `reply` or `fail`, from any thread."""
+
+    __slots__ = ("_answerer", "_envelope", "_payload", "answered", "call_id", "extras", "message", "source")
+
+    def __init__(self, answerer: Answerer, source: WorkerInfo, envelope: Envelope, message: M) -> None:
+        self._answerer = answerer
+        self._envelope: Envelope | None = envelope
+        self._payload: Payload | None = None
+        self.source = source
+        self.message = message
+        self.call_id = envelope.call_id
+        self.extras = envelope.extras
+        self.answered = False
+
+    @property
+    def payload(self) -> Payload:
+        """What rides beside the message.
+
+        Raises:
+            ProtocolError: its tensor table is damaged.
+        """
+        if self._payload is None:
+            assert self._envelope is not None
+            self._payload = open_payload(self._envelope)
+            self._envelope = None
+        return self._payload
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What the caller's hooks ask for around the serving of this request. Enter it before the payload is loaded, once."""
+        if not self.extras:
+            yield
+            return
+        with ExitStack() as stack:
+            for key, meta in self.extras.items():
+                hook = self._answerer.hooks.get(key)
+                if hook is not None:
+                    stack.enter_context(hook.receive(self.source, meta, self.payload, False))
+            yield
+
+    def reply(self, payload: Payload | None = None) -> None:
+        """Answer that the request was carried out, with what came of it."""
+        self._answerer.answer(self, payload, None)  # type: ignore[arg-type]  # M is a Message
+
+    def fail(self, error: BaseException) -> None:
+        """Answer that the request raised `error`."""
+        self._answerer.answer(self, None, error)  # type: ignore[arg-type]  # M is a Message

@@ -1,0 +1,255 @@
+"""Membership kept by a broker: it tells of every coming and going, and both sides listen for each other's heartbeats.
+
+Nothing is decided here: the broker gives ranks, refuses duplicates and says who is lost. What this side notices by itself
+is the loss of the broker, and then everybody is lost, as nobody can be reached without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from zrpc.errors import ProtocolError, RefusedError, RendezvousError, ZrpcError
+from zrpc.ids import Incarnation, WorkerInfo
+from zrpc.membership.group import Member, OnJoined, OnLeft
+from zrpc.wire.envelope import Buffer, Envelope, decode, encode
+from zrpc.wire.messages import (
+    Forming,
+    Heartbeat,
+    Joined,
+    Leave,
+    Left,
+    Message,
+    Refused,
+    Register,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from zrpc.transport.brokered import BrokeredEndpoint
+
+GROUP_VARIABLE = "ZRPC_GROUP"
+DEFAULT_GROUP = "default"
+FIRST_HEARTBEAT_INTERVAL_S = 1.0
+"""Until the broker says which interval it wants."""
+SILENCE_MAX = 15
+"""Intervals without a word from the broker after which it is taken for dead. A broker that died is noticed at once, by its
+broken connection; this is for one that hangs, or a network that swallows everything."""
+REFRESH_TIMEOUT_S = 5.0
+
+
+class _State(Enum):
+    OUTSIDE = "not registered yet"
+    JOINING = "registered; waiting for the welcome"
+    JOINED = "welcomed"
+    LEAVING = "said goodbye; waiting for the broker to have taken note"
+    ENDED = "left, refused or cut off"
+
+
+class BrokerGroup:
+    """One worker's membership in a group that a broker keeps.
+
+    The state is owned by `_changed`; its functions run on the reading thread, on the heartbeat thread and on callers'.
+
+    Args:
+        endpoint: this worker's connection to the broker.
+        group: which of the broker's groups; None: the environment's `ZRPC_GROUP`, or "default".
+    """
+
+    def __init__(self, endpoint: BrokeredEndpoint, group: str | None = None) -> None:
+        self._endpoint = endpoint
+        self._group = group or os.environ.get(GROUP_VARIABLE) or DEFAULT_GROUP
+        self._on_joined: OnJoined = _ignore
+        self._on_left: OnLeft = _ignore
+        self._changed = threading.Condition()
+        self._state = _State.OUTSIDE
+        self._ended_by: ZrpcError | None = None
+        self._members: dict[Incarnation, Member] = {}
+        self._forming: Forming | None = None
+        self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
+        self._probes = itertools.count(1)
+        self._answered_probe = 0
+        self._stop_heartbeat = threading.Event()
+        self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="zrpc-heartbeat", daemon=True)
+        endpoint.on_control = self._on_control
+        endpoint.on_broker_lost = self._on_broker_lost
+
+    # ---- Group ------------------------------------------------------------------------------------------------------
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        """See `Group.watch`. Of a lost worker, the endpoint's `on_lost` is told as well."""
+        self._on_joined, self._on_left = on_joined, on_left
+
+    def join(
+        self, name: str, rank: int, world_size: int | None, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+    ) -> tuple[Member, list[Member]]:
+        """See `Group.join`."""
+        with self._changed:
+            if self._state is not _State.OUTSIDE:
+                raise ProtocolError(f"{name!r} cannot join group {self._group!r} again: it is {self._state.value}")
+            self._state = _State.JOINING
+        self._endpoint.open()
+        self._tell(Register(name, rank, world_size or 0, card, self._group))
+        self._heartbeat_thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._state is not _State.JOINING, timeout_s)
+            if self._state is _State.JOINED:
+                return self._members[incarnation], list(self._members.values())
+            error = self._ended_by or self._late(name, timeout_s)
+            self._state = _State.ENDED
+        self._stop_heartbeat.set()
+        with contextlib.suppress(ZrpcError):
+            self._tell(Leave())
+        self._heartbeat_thread.join()
+        raise error
+
+    def refresh(self) -> None:
+        """See `Group.refresh`: an answer of the broker comes after all that it said before. Not on the reading thread."""
+        probe = next(self._probes)
+        with contextlib.suppress(ZrpcError):
+            self._tell(Heartbeat(), probe)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._answered_probe >= probe or self._state is not _State.JOINED, REFRESH_TIMEOUT_S
+                )
+
+    def leave(self, timeout_s: float) -> None:
+        """See `Group.leave`. Waits for the broker to have taken note: all that this worker sent before has passed it then."""
+        with self._changed:
+            was, self._state = self._state, _State.LEAVING
+        if was is _State.JOINED:
+            with contextlib.suppress(ZrpcError):
+                self._tell(Leave())
+                with self._changed:
+                    self._changed.wait_for(lambda: self._state is _State.ENDED, timeout_s)
+        with self._changed:
+            self._state = _State.ENDED
+        self._stop_heartbeat.set()
+        if self._heartbeat_thread.ident is not None and self._heartbeat_thread is not threading.current_thread():
+            self._heartbeat_thread.join()
+
+    # ---- what the broker says ---------------------------------------------------------------------------------------
+
+    def _on_control(self, frames: list[Buffer]) -> None:
+        try:
+            envelope = decode(frames)
+        except ProtocolError as error:
+            self._end(error)
+            return
+        message = envelope.message
+        if isinstance(message, Heartbeat):
+            self._on_answer(envelope.call_id)
+        elif isinstance(message, Left):
+            self._on_gone(message)
+        elif isinstance(message, Joined):
+            self._on_newcomer(message)
+        elif isinstance(message, Forming):
+            with self._changed:
+                self._forming = message
+                self._interval_s = message.heartbeat_interval_s
+        elif isinstance(message, Welcome):
+            self._on_welcome(message)
+        elif isinstance(message, Refused):
+            self._end(RefusedError(message.reason))
+        else:
+            self._end(ProtocolError(f"the broker sent a {type(message).__name__}, which is not for workers"))
+
+    def _on_answer(self, probe: int) -> None:
+        with self._changed:
+            self._answered_probe = max(self._answered_probe, probe)
+            self._changed.notify_all()
+
+    def _on_welcome(self, message: Welcome) -> None:
+        members = [Member(WorkerInfo(name, rank), incarnation, card) for incarnation, name, rank, card in message.members]
+        for member in members:
+            self._endpoint.add_peer(member.incarnation)
+        with self._changed:
+            self._interval_s = message.heartbeat_interval_s
+            if self._state is _State.JOINING:
+                self._members = {member.incarnation: member for member in members}
+                self._state = _State.JOINED
+                self._changed.notify_all()
+
+    def _on_newcomer(self, message: Joined) -> None:
+        member = Member(WorkerInfo(message.name, message.rank), message.incarnation, message.card)
+        self._endpoint.add_peer(member.incarnation)
+        with self._changed:
+            self._members[member.incarnation] = member
+        self._on_joined(member)
+
+    def _on_gone(self, message: Left) -> None:
+        if message.incarnation == self._endpoint.incarnation:
+            with self._changed:
+                self._state = _State.ENDED
+                self._changed.notify_all()
+            return
+        with self._changed:
+            known = self._members.pop(message.incarnation, None)
+        if message.lost:
+            self._endpoint.lose_peer(message.incarnation, message.reason)
+        else:
+            self._endpoint.remove_peer(message.incarnation, message.reason)
+        if known is not None:
+            self._on_left(message.incarnation, message.lost, message.reason)
+
+    # ---- the broker's own loss --------------------------------------------------------------------------------------
+
+    def _on_broker_lost(self, reason: str) -> None:
+        self._end(RendezvousError(f"{reason}. Look whether the broker still runs, and at what it said last"))
+
+    def _end(self, error: ZrpcError) -> None:
+        """The broker is gone, or wants nothing to do with us: whoever joins is told, and who has joined loses everybody."""
+        with self._changed:
+            was = self._state
+            if was is _State.ENDED:
+                return
+            self._state, self._ended_by = _State.ENDED, error
+            members = [m.incarnation for m in self._members.values() if m.incarnation != self._endpoint.incarnation]
+            self._members = {}
+            self._changed.notify_all()
+        self._stop_heartbeat.set()
+        if was is _State.JOINED:
+            self._endpoint.lose_broker(str(error))
+            for incarnation in members:
+                self._on_left(incarnation, True, str(error))
+
+    def _heartbeat_loop(self) -> None:
+        while not self._stop_heartbeat.wait(self._interval_s):
+            silent_s = time.monotonic() - self._endpoint.heard_at
+            if self._endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
+                self._endpoint.lose_broker(f"the broker at {self._endpoint.address} has said nothing for {silent_s:.0f} s")
+                return
+            with contextlib.suppress(ZrpcError):
+                self._tell(Heartbeat())
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, message: Message, call_id: int = 0) -> None:
+        self._endpoint.tell_broker(encode(Envelope(message, call_id)))
+
+    def _late(self, name: str, timeout_s: float) -> RendezvousError:
+        """Why `name` was not welcomed in time."""
+        address, forming = self._endpoint.address, self._forming
+        if forming is not None:
+            return RendezvousError(
+                f"{len(forming.names)} of {forming.world_size} workers came to group {self._group!r} of the broker at {address} "
+                f"within {timeout_s:g} s ({', '.join(forming.names)}): check that the others were started, with the same "
+                "world_size"
+            )
+        if self._endpoint.is_connected():
+            return RendezvousError(
+                f"something listens at {address}, but it did not answer {name!r} within {timeout_s:g} s: check that it is a zrpc broker"
+            )
+        return RendezvousError(
+            f"no broker could be reached at {address} within {timeout_s:g} s: check the address, and that "
+            f"`zrpc broker --bind tcp://HOST:PORT` runs there"
+        )
+
+
+def _ignore(*_: object) -> None:
+    """Nobody watches yet."""

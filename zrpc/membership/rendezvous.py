@@ -1,0 +1,94 @@
+"""From an `init_method` to a torch Store, through torch's own rendezvous handlers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from zrpc.errors import ConfigError, RendezvousError
+from zrpc.membership.store import Store
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_generations = itertools.count()
+_kept_alive: list[Iterator[Any]] = []
+
+
+def resolve_rank(rank: int, world_size: int | None, init_method: str) -> tuple[int, int | None]:
+    """Rank and world size, taken from RANK and WORLD_SIZE where the call left them out and the launcher set them.
+
+    Raises:
+        ConfigError: a variable is not a whole number, or a static group has no rank from 0 to world_size - 1.
+    """
+    if rank < 0:
+        rank = _int_from_env("RANK", -1)
+        if world_size is None:
+            world_size = _int_from_env("WORLD_SIZE", 0) or None
+    if world_size is not None and world_size < 1:
+        raise ConfigError(f"world_size must be 1 or more, or None for a group that grows and shrinks, not {world_size}")
+    if world_size is not None and not init_method.startswith("broker://") and not 0 <= rank < world_size:
+        raise ConfigError(
+            f"rank {rank} is not one of 0 to {world_size - 1}: pass rank=, or set RANK, as torchrun and zrpc launch do"
+        )
+    return rank, world_size
+
+
+def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: float) -> Store:
+    """The store that `init_method` names, fresh for this `init_rpc` of the process.
+
+    Workers call `init_rpc` and `shutdown` in step: the n-th `init_rpc` of one meets the n-th of the others.
+
+    Raises:
+        ConfigError: `init_method`, or an environment variable that it needs, cannot be used.
+        RendezvousError: the store's host does not answer within `timeout_s` seconds.
+    """
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if world_size is None:
+            store = _open_dynamic(init_method, rank, timeout)
+        else:
+            handler = dist.rendezvous(init_method, rank, world_size, timeout=timeout)
+            store = next(handler)[0]
+            _kept_alive.append(handler)
+    except ValueError as error:
+        raise ConfigError(f"init_method {init_method!r} cannot be used: {error}") from error
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"the store of init_method {init_method!r} (MASTER_ADDR={os.environ.get('MASTER_ADDR')}, "
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')}) cannot be reached: {error}. Check the address, and that rank 0 runs"
+        ) from error
+    store.set_timeout(timeout)
+    prefixed: Store = dist.PrefixStore(f"zrpc/{next(_generations)}", store)
+    return prefixed
+
+
+def _open_dynamic(init_method: str, rank: int, timeout: timedelta) -> dist.Store:
+    """The store of a group without a fixed size. Whoever has rank 0 hosts it, as in a static group."""
+    import torch.distributed as dist
+
+    url = urlparse(init_method)
+    if url.scheme == "file":
+        return dist.FileStore(url.path, -1)
+    host, port = url.hostname, url.port
+    if url.scheme == "env":
+        host, port = os.environ.get("MASTER_ADDR"), _int_from_env("MASTER_PORT", 0)
+    if not host or not port:
+        raise ValueError("it needs a host and a port: tcp://host:port, or MASTER_ADDR and MASTER_PORT for env://")
+    return dist.TCPStore(host, port, None, is_master=rank == 0, timeout=timeout, multi_tenant=True)
+
+
+def _int_from_env(variable: str, default: int) -> int:
+    value = os.environ.get(variable)
+    if value is None:
+        return default
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"the environment variable {variable} must be a whole number, not {value!r}") from error

@@ -1,0 +1,202 @@
+"""Membership kept in a torch Store (TCPStore, FileStore, HashStore or what `torchrun` provides).
+
+Each worker writes one record and reads the others'. In a static group the records lie under the ranks; in a dynamic
+one under a counter, so that a look at the counter tells of newcomers. Nobody watches the store: a newcomer is looked
+for when a name, rank or incarnation is not known (`refresh`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import msgpack
+
+from zrpc.errors import RefusedError, RendezvousError
+from zrpc.ids import Incarnation, WorkerInfo
+from zrpc.membership.group import Member, OnJoined, OnLeft
+
+POLL_S = 0.02
+
+
+class Store(Protocol):
+    """What is used of `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str | bytes, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+class StoreGroup:
+    """One worker's membership in the group of a store. `refresh` and `leave` are guarded by a lock.
+
+    Args:
+        store: the store, shared by all workers of the group and used for nothing else under these keys.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._on_joined: OnJoined = _ignore
+        self._on_left: OnLeft = _ignore
+        self._dynamic = False
+        self._index = 0
+        self._seen: dict[int, Incarnation] = {}
+        self._count = 0
+        self._me: Member | None = None
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        """See `Group.watch`."""
+        self._on_joined, self._on_left = on_joined, on_left
+
+    def join(
+        self, name: str, rank: int, world_size: int | None, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+    ) -> tuple[Member, list[Member]]:
+        """See `Group.join`."""
+        try:
+            if world_size:
+                return self._join_static(name, rank, world_size, incarnation, card, timeout_s)
+            return self._join_dynamic(name, rank, incarnation, card)
+        except (RefusedError, RendezvousError):
+            raise
+        except RuntimeError as error:  # torch's DistError among them
+            raise RendezvousError(f"the store failed while {name!r} joined: {error}. Check that its host is up") from error
+
+    def refresh(self) -> None:
+        """See `Group.refresh`. In a static group nobody comes."""
+        if not self._dynamic:
+            return
+        with self._lock:
+            count = self._store.add("members", 0)
+            joined = [self._read_indexed(index) for index in range(self._count + 1, count + 1)]
+            self._count = max(self._count, count)
+            gone = [index for index in self._seen if self._store.check([f"left/{index}"])]
+            left = [self._seen.pop(index) for index in gone]
+        for member in joined:
+            if member is not None:
+                self._on_joined(member)
+        for incarnation in left:
+            self._on_left(incarnation, False, "it left the group")
+
+    def leave(self, timeout_s: float) -> None:
+        """See `Group.leave`. A static group ends as a whole: there is nothing to say."""
+        me, self._me = self._me, None
+        if me is None or not self._dynamic:
+            return
+        try:
+            _set_timeout(self._store, timeout_s)
+            self._store.set(f"left/{self._index}", b"1")
+            self._store.set(f"name/{me.info.name}", "")
+            self._store.set(f"rank/{me.info.id}", "")
+        except RuntimeError:
+            return  # the store's host is gone: so is the group
+
+    # ---- static groups ----------------------------------------------------------------------------------------------
+
+    def _join_static(
+        self, name: str, rank: int, world_size: int, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+    ) -> tuple[Member, list[Member]]:
+        me = Member(WorkerInfo(name, rank), incarnation, card)
+        mine = incarnation.hex()
+        holder = self._store.compare_set(f"holder/{rank}", "", mine).decode()
+        if holder != mine:
+            raise RefusedError(f"rank {rank} is taken by another worker of this group: start each worker with a rank of its own")
+        self._store.set(f"member/{rank}", _pack(me, world_size))
+        deadline = time.monotonic() + timeout_s
+        self._await_ranks(range(world_size), deadline, timeout_s)
+        records = [_unpack(self._store.get(f"member/{other}")) for other in range(world_size)]
+        for member, size in records:
+            if size != world_size:
+                raise RefusedError(
+                    f"{member.info} was started with world_size={size} and {me.info} with world_size={world_size}: "
+                    "start all workers with the same"
+                )
+        members = [member for member, _ in records]
+        _check_names(members)
+        self._me = me
+        return me, members
+
+    def _await_ranks(self, ranks: Iterable[int], deadline: float, timeout_s: float) -> None:
+        """Wait until every rank has written its record."""
+        missing = [rank for rank in ranks if not self._store.check([f"member/{rank}"])]
+        while missing:
+            if time.monotonic() > deadline:
+                raise RendezvousError(
+                    f"rank(s) {', '.join(map(str, missing))} did not join within {timeout_s:g} s: check that they were started, with "
+                    "the same init_method and world_size"
+                )
+            time.sleep(POLL_S)  # a Store offers no event that a FileStore and a TCPStore both have
+            missing = [rank for rank in missing if not self._store.check([f"member/{rank}"])]
+
+    # ---- dynamic groups ---------------------------------------------------------------------------------------------
+
+    def _join_dynamic(
+        self, name: str, rank: int, incarnation: Incarnation, card: dict[str, Any]
+    ) -> tuple[Member, list[Member]]:
+        self._dynamic = True
+        mine = incarnation.hex()
+        if not self._claim(f"name/{name}", mine):
+            raise RefusedError(f"worker name {name} is not unique: a worker of this group has it. Choose another name")
+        if rank < 0:
+            rank = next(free for free in range(1 << 16) if self._claim(f"rank/{free}", mine))
+        elif not self._claim(f"rank/{rank}", mine):
+            self._store.set(f"name/{name}", "")
+            raise RefusedError(f"rank {rank} is taken by another worker of this group. Choose another rank")
+        me = Member(WorkerInfo(name, rank), incarnation, card)
+        self._index = self._store.add("members", 1)
+        self._store.set(f"member/{self._index}", _pack(me, 0))
+        others: list[Member] = []
+        for index in range(1, self._index):
+            member = self._read_indexed(index)
+            if member is not None:
+                others.append(member)
+        self._count = self._index
+        self._me = me
+        return me, [*others, me]
+
+    def _claim(self, key: str, mine: str) -> bool:
+        return self._store.compare_set(key, "", mine).decode() == mine
+
+    def _read_indexed(self, index: int) -> Member | None:
+        """The member that came as number `index`; None if it has left."""
+        if self._store.check([f"left/{index}"]):
+            return None
+        member, _ = _unpack(self._store.get(f"member/{index}"))
+        self._seen[index] = member.incarnation
+        return member
+
+
+def _ignore(*_: object) -> None:
+    """Nobody watches yet."""
+
+
+def _set_timeout(store: Store, timeout_s: float) -> None:
+    set_timeout = getattr(store, "set_timeout", None)
+    if set_timeout is not None:
+        set_timeout(timedelta(seconds=timeout_s))
+
+
+def _check_names(members: list[Member]) -> None:
+    ranks: dict[str, int] = {}
+    for member in members:
+        name, rank = member.info.name, member.info.id
+        if name in ranks:
+            raise RefusedError(
+                f"worker name {name} is not unique: ranks {ranks[name]} and {rank} both have it. Give each worker a name of its own"
+            )
+        ranks[name] = rank
+
+
+def _pack(member: Member, world_size: int) -> bytes:
+    packed: bytes = msgpack.packb([member.info.name, member.info.id, member.incarnation, member.card, world_size])
+    return packed
+
+
+def _unpack(raw: bytes) -> tuple[Member, int]:
+    name, rank, incarnation, card, world_size = msgpack.unpackb(raw)
+    return Member(WorkerInfo(name, rank), incarnation, card), world_size
