@@ -1,0 +1,303 @@
+"""RemoteModule: an `nn.Module` whose forward runs on another worker.
+
+The module itself lives behind an RRef on its owner; what the user holds is a small local stand-in. Calls go out as
+ordinary remote calls, so distributed autograd records them and the gradients find their way back by themselves.
+
+The stand-in can be sent to other workers by RPC: what travels is the RRef and where the module is (attributes that a
+user adds stay behind). It cannot be pickled in any other way, because the owner would not know of the copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import types
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+from torch.distributed import _remote_device
+
+from zrpc.agent.current import current_agent
+from zrpc.api import remote, rpc_async, rpc_sync
+from zrpc.nn import scripting
+from zrpc.rref import RRef
+from zrpc.wire.pickling import register_reducer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_REMOTE_MODULE_PICKLED_ATTRIBUTES = (
+    "on",
+    "device",
+    "is_device_map_set",
+    "is_scriptable",
+    "generated_methods",
+    "module_rref",
+)
+"""The attributes that a RemoteModule has on arrival at another worker, beside its methods; in this order."""
+
+_UNSUPPORTED = (
+    "register_buffer register_parameter add_module apply cuda ipu xpu cpu type float double half bfloat16 to "
+    "register_backward_hook register_forward_pre_hook register_forward_hook state_dict load_state_dict "
+    "named_parameters buffers named_buffers children named_children modules named_modules requires_grad_ zero_grad "
+    "share_memory extra_repr"
+).split()
+"""Methods of `nn.Module` that would have to reach into the module itself, and are not carried over."""
+
+
+class RemoteModule(nn.Module):
+    """An `nn.Module` that is made, and runs its forward, on another worker.
+
+    `forward` waits for the result; `forward_async` returns a future of it. Both take what the forward of the module
+    takes. If the module is on a CUDA device, CPU tensors among the arguments are moved there, and unless the owner's
+    device map says where CUDA tensors go, the results come back as CPU tensors.
+
+    Of the other methods of `nn.Module` only `train` and `eval` work, and act on the remote module; the rest raise
+    `ValueError`. For optimizers there is `remote_parameters`.
+
+    Args:
+        remote_device: where the module goes: `"<worker name>/<device>"` or `"rank:<rank>/<device>"`; without a device
+            it is the CPU.
+        module_cls: makes the module on the owner: a class or function that gives an `nn.Module`.
+        args: positional arguments of `module_cls`.
+        kwargs: keyword arguments of `module_cls`.
+        _module_interface_cls: a `torch.jit.interface` that the module fulfils: it is scripted on the owner, and this
+            object can be compiled with `torch.jit.script` here.
+
+    Raises:
+        NotInitializedError: RPC is not initialized.
+        ValueError: `remote_device` cannot be read, or, at the first use, `module_cls` did not give an `nn.Module`.
+        UnknownWorkerError: there is no such worker.
+    """
+
+    __jit_ignored_attributes__ = ("module_rref", "generated_methods")  # TorchScript leaves these in Python
+
+    def __init__(
+        self,
+        remote_device: str,
+        module_cls: Callable[..., nn.Module],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        _module_interface_cls: Any = None,
+    ) -> None:
+        super().__init__()
+        self._place(remote_device)
+        scripted = _module_interface_cls is not None
+        module_rref = remote(self.on, _create_module, args=(module_cls, args or (), kwargs or {}, self.device, scripted))
+        self._attach(module_rref, _module_interface_cls)
+
+    @staticmethod
+    def init_from_module_rref(
+        remote_device: str, module_rref: RRef[Any], _module_interface_cls: Any = None
+    ) -> RemoteModule:
+        """Another RemoteModule on a module that is already there.
+
+        Args:
+            remote_device: where the module is, as in the constructor.
+            module_rref: the module, from `get_module_rref`.
+            _module_interface_cls: as in the constructor; the module must be scripted already.
+
+        Returns:
+            A RemoteModule that shares the module with the others on it.
+        """
+        made = RemoteModule.__new__(RemoteModule)
+        nn.Module.__init__(made)
+        made._place(remote_device)
+        made._attach(module_rref, _module_interface_cls)
+        return made
+
+    def remote_parameters(self, recurse: bool = True) -> list[RRef[nn.Parameter]]:
+        """References to the module's parameters, as DistributedOptimizer takes them.
+
+        Args:
+            recurse: those of its submodules too.
+        """
+        found: list[RRef[nn.Parameter]] = rpc_sync(self.on, _parameter_rrefs, args=(self.module_rref, recurse))
+        return found
+
+    def get_module_rref(self) -> RRef[Any]:
+        """The reference to the module itself."""
+        return self.module_rref
+
+    def train(self, mode: bool = True) -> RemoteModule:
+        """Put the remote module into training mode (or, if not `mode`, evaluation mode)."""
+        rpc_sync(self.on, _set_training, args=(self.module_rref, mode))
+        return self
+
+    def eval(self) -> RemoteModule:
+        """Put the remote module into evaluation mode."""
+        return self.train(False)
+
+    def parameters(self, recurse: bool = True) -> NoReturn:
+        """Not there: the parameters are on another worker."""
+        raise ValueError(
+            "Method ``parameters`` not supported for RemoteModule. Please use ``remote_parameters`` instead."
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as `forward`: hooks are those of the remote module."""
+        return self.forward(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"RemoteModule(on={self.on!r}, device={self.device!r})"
+
+    # TorchScript compiles the next two, so their texts stand here as literals.
+
+    @torch.jit.export
+    def __getstate__(self) -> None:
+        raise RuntimeError(
+            "Cannot pickle RemoteModule in python pickler. RemoteModule can only be pickled when using RPC"
+        )
+
+    @torch.jit.export
+    def __setstate__(self, state: torch.Tensor) -> None:
+        raise RuntimeError(
+            "Cannot unpickle RemoteModule in python pickler. RemoteModule can only be unpickled when using RPC"
+        )
+
+    def _place(self, remote_device: str) -> None:
+        """Work out which worker and device are meant."""
+        agent = current_agent()
+        parsed = _remote_device(remote_device)
+        name, rank = parsed.worker_name(), parsed.rank()
+        if name is None and rank is None:
+            raise ValueError(
+                f"{remote_device!r} names no worker: write '<worker name>/<device>' or 'rank:<rank>/<device>'"
+            )
+        self.on: str | int = name if name is not None else rank
+        self.device = str(parsed.device())
+        self.is_device_map_set = bool(agent.device_map(agent.members.find(self.on)))
+
+    def _attach(self, module_rref: RRef[Any], interface: Any) -> None:
+        self.is_scriptable = interface is not None
+        own = scripting.methods_of(interface) if self.is_scriptable else [forward_async, forward]
+        self.generated_methods: list[Callable[..., Any]] = own
+        self.module_rref = module_rref
+        if self.is_scriptable:
+            start = functools.partial(_start_forward, module_rref, self.device, self.is_device_map_set)
+            self._link = scripting.make_link(start)
+        self._install_methods()
+
+    def _install_methods(self) -> None:
+        """Make the generated methods this object's own: TorchScript compiles them from here."""
+        for method in self.generated_methods:
+            object.__setattr__(self, method.__name__, types.MethodType(method, self))
+
+
+def forward_async(self: RemoteModule, *args: Any, **kwargs: Any) -> torch.futures.Future[Any]:
+    """Start the remote module's forward; a future of its result."""
+    return _start_forward(self.module_rref, self.device, self.is_device_map_set, args, kwargs)
+
+
+def forward(self: RemoteModule, *args: Any, **kwargs: Any) -> Any:
+    """Run the remote module's forward and wait for its result."""
+    return forward_async(self, *args, **kwargs).wait()
+
+
+def _start_forward(
+    module_rref: RRef[Any], device: str, is_device_map_set: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.futures.Future[Any]:
+    return rpc_async(
+        module_rref.owner(), _run_forward, args=(module_rref, device, is_device_map_set, args, kwargs)
+    )
+
+
+def _unsupported(name: str) -> Callable[..., NoReturn]:
+    def method(self: RemoteModule, *args: object, **kwargs: object) -> NoReturn:
+        raise ValueError(f"Method ``{name}`` not supported for RemoteModule")
+
+    method.__name__ = name
+    method.__qualname__ = f"RemoteModule.{name}"
+    return method
+
+
+for _name in _UNSUPPORTED:
+    setattr(RemoteModule, _name, _unsupported(_name))
+
+_RemoteModule = RemoteModule
+"""torch's name for the class that takes `_module_interface_cls`; here it is one class."""
+
+
+# ---- on the owner ----------------------------------------------------------------------------------------------
+
+
+def _create_module(
+    module_cls: Callable[..., nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], device: str, scripted: bool
+) -> nn.Module:
+    module = module_cls(*args, **kwargs)
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            "Expect `module_cls(*args, **kwargs)` returns an instance of <class nn.Module>, "
+            f"but it returns a {type(module).__name__}: pass a class or function that makes a module"
+        )
+    module.to(device)
+    return torch.jit.script(module) if scripted else module
+
+
+def _parameter_rrefs(module_rref: RRef[Any], recurse: bool) -> list[RRef[nn.Parameter]]:
+    return [RRef(parameter) for parameter in module_rref.local_value().parameters(recurse)]
+
+
+def _set_training(module_rref: RRef[Any], mode: bool) -> None:
+    module_rref.local_value().train(mode)
+
+
+def _run_forward(
+    module_rref: RRef[Any], device: str, is_device_map_set: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    module = module_rref.local_value()
+    target = torch.device(device)
+    if target.type == "cpu":
+        return module(*args, **kwargs)
+    result = module(*_moved(args, target), **_moved(kwargs, target))
+    return result if is_device_map_set else _moved(result, torch.device("cpu"))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """`value` with the tensors in it, also those in tuples, lists and dicts, moved to `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
+# ---- travelling ------------------------------------------------------------------------------------------------
+
+_NO_SCRIPT = (
+    "Passing a script RemoteModule over RPC is not supported. Send its `module_rref`, and let the receiver make "
+    "another RemoteModule on it with `RemoteModule.init_from_module_rref`"
+)
+
+
+def _reduce_remote_module(module: RemoteModule) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if module.is_scriptable:
+        raise RuntimeError(_NO_SCRIPT)
+    return _rebuild_remote_module, (module.on, module.device, module.is_device_map_set, module.module_rref)
+
+
+def _rebuild_remote_module(on: str | int, device: str, is_device_map_set: bool, module_rref: RRef[Any]) -> RemoteModule:
+    module = RemoteModule.__new__(RemoteModule)
+    values = (on, device, is_device_map_set, False, [forward_async, forward], module_rref)
+    module.__dict__.update(zip(_REMOTE_MODULE_PICKLED_ATTRIBUTES, values, strict=True))
+    module._install_methods()
+    return module
+
+
+def _reduce_script_module(module: torch.jit.RecursiveScriptModule) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if any(scripting.is_linked(part) for part in module.modules()):
+        raise RuntimeError(_NO_SCRIPT)
+    saved = io.BytesIO()
+    torch.jit.save(module, saved)
+    return _rebuild_script_module, (saved.getvalue(),)
+
+
+def _rebuild_script_module(saved: bytes) -> Any:
+    return torch.jit.load(io.BytesIO(saved))
+
+
+register_reducer(RemoteModule, _reduce_remote_module)
+register_reducer(torch.jit.RecursiveScriptModule, _reduce_script_module)
