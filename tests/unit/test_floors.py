@@ -1,0 +1,165 @@
+"""The floors of the house: a module imports only what is below it, and nothing imports in a circle."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"zrpc": ROOT / "zrpc", "zrpc_broker": ROOT / "broker"}
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("zrpc.errors", "zrpc.config", "zrpc.ids"),
+    ("zrpc.wire",),
+    ("zrpc.transport",),
+    ("zrpc.membership",),
+    ("zrpc.agent",),
+    ("zrpc.rref",),
+    ("zrpc.autograd",),
+    ("zrpc.api",),
+    ("zrpc.optim", "zrpc.nn"),
+    ("zrpc",),
+    ("zrpc.compat", "zrpc.cli"),
+)
+"""From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
+
+BROKER_MAY_IMPORT = ("zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids")
+
+ONLY_IN = {
+    "zmq": ("zrpc.transport",),
+    "torch.distributed.rpc": ("zrpc.compat",),
+    "torch.distributed.autograd": ("zrpc.compat",),
+    "torch._C._distributed_rpc": ("zrpc.compat",),
+    "torch._C._distributed_autograd": ("zrpc.compat",),
+}
+"""What a few rooms alone may import."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """`source` imports `target`; at import time, or only when a function runs or a type checker reads it."""
+
+    source: str
+    target: str
+    eager: bool
+    line: int
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _nodes(node: ast.AST, eager: bool = True) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_type_checking(child)
+        yield child, eager and not later
+        yield from _nodes(child, eager and not later)
+
+
+def _imports(module: str, path: Path) -> Iterator[Import]:
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node, eager in _nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(module, alias.name, eager, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                is_module = inner in MODULES or inner in ONLY_IN
+                yield Import(module, inner if is_module else base, eager, node.lineno)
+
+
+IMPORTS = [found for module, path in MODULES.items() for found in _imports(module, path)]
+
+
+def _is_in(module: str, room: str) -> bool:
+    return module == room or (room != "zrpc" and module.startswith(f"{room}."))
+
+
+def _room(module: str) -> tuple[int, str]:
+    for height, floor in enumerate(FLOORS):
+        for room in floor:
+            if _is_in(module, room):
+                return height, room
+    raise AssertionError(f"{module} is on no floor: give it one in FLOORS, as DESIGN.md says")
+
+
+def _is_ours(target: str) -> bool:
+    return target.split(".")[0] in PACKAGES
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if module.startswith("zrpc.") or module == "zrpc"))
+def test_a_module_imports_only_floors_below(module: str) -> None:
+    height, room = _room(module)
+    for found in IMPORTS:
+        if found.source != module or not _is_ours(found.target) or _is_in(found.target, room):
+            continue
+        if found.target.startswith("zrpc_broker"):
+            assert room == "zrpc.cli", f"{module}:{found.line} imports the broker, which only the command line starts"
+            continue
+        below, target_room = _room(found.target)
+        leaves = height == below == 0
+        assert below < height or leaves, f"{module}:{found.line} imports {found.target}, and {target_room} is not below {room}"
+
+
+def test_the_broker_imports_only_wire_transport_and_leaves() -> None:
+    for found in IMPORTS:
+        if found.source.startswith("zrpc_broker") and found.target.startswith("zrpc."):
+            allowed = any(_is_in(found.target, room) for room in BROKER_MAY_IMPORT)
+            assert allowed, f"{found.source}:{found.line} imports {found.target}"
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_IN))
+def test_some_imports_are_for_a_few_rooms_alone(name: str) -> None:
+    for found in IMPORTS:
+        if _is_in(found.target, name):
+            allowed = any(_is_in(found.source, room) for room in ONLY_IN[name])
+            assert allowed, f"{found.source}:{found.line} imports {found.target}, which is for {ONLY_IN[name]} alone"
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in IMPORTS:
+        if not found.eager or not _is_ours(found.target):
+            continue
+        # Importing a.b.c runs a and a.b first; they are already under way if the importing module lies in them.
+        parts = found.target.split(".")
+        chain = {".".join(parts[: end + 1]) for end in range(len(parts))}
+        under_way = {parent for parent in chain if found.source.startswith(f"{parent}.") and parent != found.target}
+        graph[found.source] |= (chain - under_way) & MODULES.keys()
+    for module, targets in graph.items():
+        targets.discard(module)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("import circle: " + " -> ".join(error.args[1]))
+
+
+def test_every_package_is_installed() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    there = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert listed == there
