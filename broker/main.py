@@ -1,0 +1,53 @@
+"""Running a broker in this process, with signals that end it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from zrpc.errors import ConfigError
+from zrpc_broker.server import DEFAULT_HEARTBEAT_INTERVAL_S, DEFAULT_MISSED_MAX, Broker
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+DEFAULT_BIND = "tcp://127.0.0.1:5555"
+READY_PREFIX = "zrpc broker listens on "
+"""Its first line of output begins with this; the address follows."""
+EXIT_USAGE = 2
+
+
+def serve(
+    bind: str = DEFAULT_BIND,
+    heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_S,
+    missed_max: int = DEFAULT_MISSED_MAX,
+    verbose: bool = False,
+) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code. Call it on the main thread."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="zrpc broker: %(message)s")
+    warnings.showwarning = _show_warning
+    if heartbeat_interval_s <= 0 or missed_max < 1:
+        print("zrpc broker: the heartbeat interval must be above 0, and the missed heartbeats 1 or more", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        broker = Broker(bind, heartbeat_interval_s, missed_max)
+    except ConfigError as error:
+        print(f"zrpc broker: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        broker.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    print(f"{READY_PREFIX}{broker.address}", flush=True)
+    broker.run()
+    return 0
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """A warning as a line of the log: where in the source it arose says nothing to whoever starts a broker."""
+    logging.getLogger(__name__).warning("%s", message)

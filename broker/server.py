@@ -1,0 +1,161 @@
+"""The broker at work: the hub's events go to the directory and the liveness watch, and what they decide is carried out.
+
+One thread runs all of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from zrpc.errors import ProtocolError
+from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
+from zrpc.wire.envelope import Envelope, decode, encode
+from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
+from zrpc_broker.actions import Action, Admit, Dismiss, Tell
+from zrpc_broker.directory import Directory
+from zrpc_broker.liveness import Liveness
+
+if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
+
+DEFAULT_HEARTBEAT_INTERVAL_S = 2.0
+DEFAULT_MISSED_MAX = 15
+"""30 s of silence: a worker may hold the interpreter's lock that long in an import or a compiler. Death is noticed sooner."""
+
+_log = logging.getLogger(__name__)
+
+
+class Broker:
+    """Listens once made; serves while `run` runs.
+
+    Args:
+        address: where to listen, `tcp://host:port`; port 0 takes any free one.
+        heartbeat_interval_s: how often workers must say that they are alive.
+        missed_max: how many intervals of silence make a worker lost.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_S,
+        missed_max: int = DEFAULT_MISSED_MAX,
+    ) -> None:
+        self._hub = Hub(address)
+        self.address = self._hub.address
+        self._directory = Directory(heartbeat_interval_s)
+        self._liveness = Liveness(heartbeat_interval_s, missed_max, time.monotonic())
+        self._unanswerable: dict[Incarnation, tuple[int, Register]] = {}
+        self._stopped = False
+
+    def run(self) -> None:
+        """Serve until `stop`, then close every socket."""
+        try:
+            while not self._stopped:
+                self._serve_once()
+        finally:
+            self._hub.close()
+
+    def stop(self) -> None:
+        """End `run` soon. Any thread, or a signal handler."""
+        self._stopped = True
+        self._hub.wake()
+
+    def _serve_once(self) -> None:
+        events = self._hub.pump(int(self._liveness.wait_s(time.monotonic()) * 1000) + 1)
+        now = time.monotonic()
+        for source in self._hub.take_active():
+            self._liveness.heard(source, now)
+        for event in events:
+            self._on_event(event, now)
+        lost, probe = self._liveness.tick(now)
+        for member in lost:
+            self._lose(member, "it has said nothing for too long: its process hangs, or its host is cut off")
+        if probe:
+            for member in self._liveness.members():
+                self._tell(member, Heartbeat())
+
+    def _on_event(self, event: Event, now: float) -> None:
+        if isinstance(event, Control):
+            self._on_control(event)
+        elif isinstance(event, Hello):
+            self._liveness.heard(event.source, now)
+            waiting = self._unanswerable.pop(event.source, None)
+            if waiting is not None:
+                self._register(event.source, *waiting)
+        elif isinstance(event, Undelivered):
+            self._on_undelivered(event)
+        elif isinstance(event, Unreachable):
+            self._lose(event.peer, event.reason)
+        elif isinstance(event, Hint):
+            self._liveness.hint(now)
+
+    def _on_control(self, event: Control) -> None:
+        source = event.source
+        try:
+            envelope = decode(event.frames)
+        except ProtocolError as error:
+            self._tell(source, Refused(str(error)))
+            return
+        message = envelope.message
+        if isinstance(message, Register):
+            if self._hub.has_said_hello(source):
+                self._register(source, envelope.call_id, message)
+            else:
+                self._unanswerable[source] = (envelope.call_id, message)
+        elif isinstance(message, Heartbeat):
+            if source not in self._unanswerable:
+                self._perform(self._directory.heartbeat(source), source, envelope.call_id)
+        elif isinstance(message, Leave):
+            self._unanswerable.pop(source, None)
+            _log.info("%s leaves", self._describe(source))
+            self._perform(self._directory.leave(source), source, envelope.call_id)
+        else:
+            self._tell(source, Refused(f"a {type(message).__name__} is not for the broker: install the same zrpc on both"))
+
+    def _register(self, source: Incarnation, call_id: int, message: Register) -> None:
+        self._perform(self._directory.register(source, message), source, call_id)
+        if source in self._directory:
+            _log.info("%s came", self._describe(source))
+
+    def _on_undelivered(self, event: Undelivered) -> None:
+        if event.source in self._directory:
+            self._tell(event.source, Left(event.destination, True, "it is not in this group, or no longer"))
+        else:
+            self._perform(self._directory.heartbeat(event.source), event.source, 0)
+
+    def _lose(self, member: Incarnation, reason: str) -> None:
+        if member in self._directory:
+            _log.warning("%s is lost: %s", self._describe(member), reason)
+        self._unanswerable.pop(member, None)
+        self._liveness.forget(member)
+        actions = self._directory.lose(member, reason)
+        self._hub.forget(member)
+        self._perform(actions, member, 0)
+
+    def _perform(self, actions: Iterable[Action], source: Incarnation, call_id: int) -> None:
+        """Carry out `actions`; what is told to `source` answers its message `call_id`."""
+        for action in actions:
+            if isinstance(action, Tell):
+                if isinstance(action.message, Refused):
+                    _log.warning("%s is refused: %s", action.to.hex(), action.message.reason)
+                self._tell(action.to, action.message, call_id if action.to == source else 0)
+            elif isinstance(action, Admit):
+                self._hub.admit(action.incarnation, action.room)
+            elif isinstance(action, Dismiss):
+                self._hub.dismiss(action.incarnation)
+
+    def _tell(self, to: Incarnation, message: Message, call_id: int = 0) -> None:
+        self._hub.send(to, encode(Envelope(message, call_id)))
+
+    def _describe(self, member: Incarnation) -> str:
+        run = self._directory.run_of(member)
+        if run is None:
+            return f"worker {member.hex()}"
+        seat = run.seats[member]
+        return f"{seat.name!r} (rank {seat.rank}) of group {run.key!r}"

@@ -1,0 +1,272 @@
+"""Brokered transport: a worker reaches all others through one broker, and listens nowhere.
+
+The worker has two DEALERs, both connected to the broker's one ROUTER (`zrpc.transport.hub` has the frames): any thread
+sends on the one, under its lock; the reading thread reads the other. Before it is ever read, the second one says hello,
+so that the broker knows that it can be answered.
+
+A connection to the broker that breaks is not made again: the broker's ROUTER drops what waited for it, so going on would
+lose messages without a word. Every peer is then reported lost, and the broker, which sees the receiving connection go,
+tells the others.
+
+A second thread, the watcher, reads the two sockets' monitors and drains the queue of what did not fit into the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.ids import Incarnation
+from zrpc.transport import sockets
+from zrpc.transport.endpoint import OnFrames, OnLost
+from zrpc.transport.hub import BROKER, RECEIVER, SENDER
+from zrpc.transport.inbox import Inbox
+from zrpc.transport.outbox import Outbox
+from zrpc.wire.envelope import Buffer
+
+DRAIN_INTERVAL_MS = 2
+EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_WAKE_READER = "inproc://wake-reader"
+_WAKE_WATCHER = "inproc://wake-watcher"
+
+OnControl = Callable[[list[Buffer]], None]
+"""`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
+
+class BrokeredEndpoint:
+    """One worker's end of the brokered transport.
+
+    Peers are known by `add_peer`; the membership calls it, and `lose_peer` or `remove_peer` when they are gone.
+
+    Args:
+        address: the broker's, `broker://host:port` or `tcp://host:port`.
+        incarnation: this life of the worker.
+
+    Attributes:
+        on_control: takes the broker's own messages. Set it before `open`.
+        on_broker_lost: takes the reason when the broker is gone. Any thread; it must not block. Set it before `open`.
+        heard_at: when anything last came from the broker (`time.monotonic`).
+
+    Raises:
+        ConfigError: the address is not one, or its host is not known.
+    """
+
+    def __init__(self, address: str, incarnation: Incarnation) -> None:
+        self.incarnation = incarnation
+        self.address = address
+        self.on_control: OnControl = _ignore
+        self.on_broker_lost: Callable[[str], None] = _ignore
+        self.heard_at = time.monotonic()
+        self._context = sockets.make_context()
+        try:
+            sender, self._sender_monitor = self._connect(SENDER + incarnation)
+            receiver, self._receiver_monitor = self._connect(RECEIVER + incarnation)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        receiver.send(b"")
+        receiver.bind(_WAKE_READER)
+        self._outbox = Outbox(sender)
+        self._inbox = Inbox(receiver)
+        self._watcher_end = self._context.socket(zmq.PAIR)
+        self._watcher_end.bind(_WAKE_WATCHER)
+        self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
+        self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
+        self._lock = threading.Lock()  # owns what follows and the wake sockets
+        self._peers: set[Incarnation] = set()
+        self._gone: dict[Incarnation, str] = {}
+        self._broker_lost: str | None = None
+        self._connections_up = 0
+        self._clogged = False
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._deliver_lock = threading.Lock()  # owns what came before `start`
+        self._early: list[tuple[Incarnation, list[Buffer] | str]] = []
+        self._started = False
+        self._on_frames: OnFrames
+        self._on_lost: OnLost
+
+    # ---- Endpoint ---------------------------------------------------------------------------------------------------
+
+    def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
+        """Begin to deliver; see `Endpoint.start`. What came since `open` is delivered before this returns."""
+        self.open()
+        with self._deliver_lock:
+            self._on_frames, self._on_lost = on_frames, on_lost
+            early, self._early = self._early, []
+            for source, what in early:
+                self._hand_over(source, what)
+            self._started = True
+
+    def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
+        """Send one message to a worker; see `Endpoint.send`."""
+        if to not in self._peers:
+            raise self._refusal(to)
+        self._send(to, frames)
+
+    def close(self, flush_s: float) -> None:
+        """Stop; see `Endpoint.close`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._wake(self._reader_wake)
+            self._wake(self._watcher_wake)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._outbox.drain()
+        self._outbox.close(linger_ms=0 if self._broker_lost else int(flush_s * 1000))
+        self._inbox.close()
+        for sock in (self._watcher_end, self._reader_wake, self._watcher_wake, self._sender_monitor, self._receiver_monitor):
+            sock.close()
+        self._context.term()
+
+    # ---- for the membership -----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin to read: the broker's messages are taken from now on, the workers' kept until `start`. Idempotent."""
+        with self._lock:
+            if self._threads or self._closed:
+                return
+            for target, name in ((self._read_loop, "zrpc-reader"), (self._watch_loop, "zrpc-watcher")):
+                self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def tell_broker(self, frames: Sequence[Buffer]) -> None:
+        """Send a message to the broker itself. Raises what `send` raises."""
+        self._send(BROKER, frames)
+
+    def is_connected(self) -> bool:
+        """Whether both connections to the broker are made."""
+        return self._connections_up == 2
+
+    def add_peer(self, peer: Incarnation) -> None:
+        """A worker can be sent to from now on."""
+        with self._lock:
+            self._peers.add(peer)
+
+    def remove_peer(self, peer: Incarnation, reason: str) -> bool:
+        """A worker cannot be sent to any more; false if that was known already."""
+        with self._lock:
+            known = peer in self._peers
+            self._peers.discard(peer)
+            self._gone.setdefault(peer, reason)
+            return known
+
+    def lose_peer(self, peer: Incarnation, reason: str) -> None:
+        """The same for one that is lost: `on_lost` is told, once."""
+        if self.remove_peer(peer, reason):
+            self._deliver(peer, reason)
+
+    def lose_broker(self, reason: str) -> None:
+        """The broker is gone, and every peer with it. Idempotent."""
+        with self._lock:
+            if self._closed or self._broker_lost is not None:
+                return
+            self._broker_lost = reason
+            peers = list(self._peers)
+            self._wake(self._reader_wake)
+        for peer in peers:
+            self.lose_peer(peer, reason)
+        self.on_broker_lost(reason)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _connect(self, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
+        """A DEALER connected to the broker, and its monitor."""
+        sock = sockets.make_socket(self._context, zmq.DEALER, identity=identity)
+        monitor = sock.get_monitor_socket(EVENTS)
+        sockets.connect(sock, self.address)
+        return sock, monitor
+
+    def _wake_socket(self, address: str, kind: int) -> sockets.Socket:
+        sock: sockets.Socket = self._context.socket(kind)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.connect(address)
+        return sock
+
+    def _wake(self, sock: sockets.Socket) -> None:
+        """Make the thread at the other end look around, if it still runs. Call it under the lock."""
+        with contextlib.suppress(zmq.Again):
+            sock.send_multipart([BROKER, b""], zmq.NOBLOCK)
+
+    def _send(self, to: bytes, frames: Sequence[Buffer]) -> None:
+        if self._broker_lost is not None:
+            raise self._refusal(to)
+        try:
+            sent = self._outbox.send([to, *frames])
+        except zmq.ZMQError as error:
+            raise self._refusal(to) from error
+        if not sent:
+            with self._lock:
+                self._clogged = True
+                if not self._closed:
+                    self._wake(self._watcher_wake)
+
+    def _refusal(self, to: bytes) -> Exception:
+        if self._closed:
+            return AgentClosedError("this worker has shut down its transport")
+        reason = self._broker_lost or self._gone.get(to, "it is not connected")
+        return PeerLostError(f"the peer is gone: {reason}")
+
+    def _read_loop(self) -> None:
+        while True:
+            source, frames = self._inbox.read()
+            if self._closed:
+                return
+            if self._broker_lost is not None:
+                self._inbox.close()
+                return
+            self.heard_at = time.monotonic()
+            if source != BROKER:
+                self._deliver(source, frames)
+            elif len(frames) > 1 or frames[0]:
+                self.on_control(frames)
+
+    def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> None:
+        """Hand over a worker's message, or the reason why it is lost; keep it if nobody takes it yet."""
+        if not self._started:
+            with self._deliver_lock:
+                if not self._started:
+                    self._early.append((source, what))
+                    return
+        self._hand_over(source, what)
+
+    def _hand_over(self, source: Incarnation, what: list[Buffer] | str) -> None:
+        if isinstance(what, str):
+            self._on_lost(source, what)
+        else:
+            self._on_frames(source, what)
+
+    def _watch_loop(self) -> None:
+        poller = zmq.Poller()
+        for sock in (self._watcher_end, self._sender_monitor, self._receiver_monitor):
+            poller.register(sock, zmq.POLLIN)
+        while not self._closed and self._broker_lost is None:
+            ready = dict(poller.poll(DRAIN_INTERVAL_MS if self._clogged else None))
+            if self._watcher_end in ready:
+                self._watcher_end.recv_multipart()
+            for monitor in (self._sender_monitor, self._receiver_monitor):
+                if monitor in ready:
+                    self._on_monitor(int(recv_monitor_message(monitor)["event"]))
+            if self._clogged:
+                self._clogged = False
+                if not self._outbox.drain():
+                    self._clogged = True
+
+    def _on_monitor(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connections_up += 1
+        elif self._connections_up:
+            self.lose_broker(f"the connection to the broker at {self.address} broke")
+
+
+def _ignore(_: object) -> None:
+    """Nobody listens yet."""

@@ -1,0 +1,304 @@
+"""The broker's side of the brokered transport: one ROUTER that relays frames between workers without reading them.
+
+Theory of operation. A worker has two DEALERs connected to the one ROUTER: it sends on the one whose identity is
+`SENDER + incarnation` and receives on the one whose identity is `RECEIVER + incarnation`. So every socket is one-way,
+and the worker needs no port of its own.
+
+    worker to hub   [SENDER + source] destination, frames...      destination b"": the broker itself
+    hub to worker   [RECEIVER + destination] source, frames...    source b"": the broker itself
+    hello           [RECEIVER + source] b""                       the receiver can be reached from now on
+
+- Frames between workers pass as they came (`copy=False`); only members of one room reach each other.
+- `ROUTER_MANDATORY` makes both kinds of trouble visible: EHOSTUNREACH means that the receiver's connection is gone,
+  and with it the worker; EAGAIN that it is at its high-water mark, and then messages wait in a backlog that is counted
+  in bytes. A worker whose backlog passes its limit is given up (`Unreachable`): nothing is dropped without word of it.
+- A ROUTER does not say who went away. Its monitor says that somebody did (`Hint`), and the broker then probes.
+
+One thread owns a `Hub`; only `wake` may be called from others, and from a signal handler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket as pysocket
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from zrpc.ids import INCARNATION_NBYTES, Incarnation
+from zrpc.transport import sockets
+from zrpc.wire.envelope import Buffer
+
+SENDER = b"S"
+RECEIVER = b"R"
+BROKER = b""
+"""Stands for the broker as a source or a destination."""
+
+BACKLOG_MAX_NBYTES = 256 << 20
+BATCH = 256
+"""Messages taken in one `pump`: the broker looks at its clock at least this often."""
+RETRY_MS = 2
+"""A backlog is tried again this often: a ROUTER cannot be waited on for one peer."""
+
+_NOW = zmq.NOBLOCK
+_NOW_MORE = zmq.NOBLOCK | zmq.SNDMORE
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The receiver of `source` is connected."""
+
+    source: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """`source` sent `frames` to the broker."""
+
+    source: Incarnation
+    frames: list[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """`source` addressed a worker that is not in its room."""
+
+    source: Incarnation
+    destination: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """`peer` is gone, or so slow that it is given up."""
+
+    peer: Incarnation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Some connection went away."""
+
+
+Event = Hello | Control | Undelivered | Unreachable | Hint
+Frames = Sequence["Buffer | zmq.Frame"]
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    incarnation: Incarnation
+    receiver: bytes
+    said_hello: bool = False
+    room: dict[Incarnation, _Peer] | None = None
+    backlog: deque[tuple[bytes, Frames]] = field(default_factory=deque)
+    backlog_nbytes: int = 0
+
+
+class Hub:
+    """The ROUTER, who may reach whom through it, and what waits for slow workers.
+
+    Args:
+        address: where to listen, `tcp://host:port`; port 0 takes any free one.
+        backlog_max_nbytes: a worker that lets more than this wait is given up.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+
+    def __init__(self, address: str, backlog_max_nbytes: int = BACKLOG_MAX_NBYTES) -> None:
+        self._context = sockets.make_context()
+        self._router = sockets.make_socket(self._context, zmq.ROUTER)
+        try:
+            self.address = sockets.bind(self._router, address)
+        except BaseException:
+            self._context.destroy()
+            raise
+        self._monitor = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._wake_in, self._wake_out = pysocket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._poller = zmq.Poller()
+        for readable in (self._router, self._monitor, self._wake_out):
+            self._poller.register(readable, zmq.POLLIN)
+        self._backlog_max_nbytes = backlog_max_nbytes
+        self._peers: dict[Incarnation, _Peer] = {}
+        self._rooms: dict[int, dict[Incarnation, _Peer]] = {}
+        self._clogged: set[_Peer] = set()
+        self._active: set[Incarnation] = set()
+        self._events: list[Event] = []
+
+    def pump(self, timeout_ms: int) -> list[Event]:
+        """Relay what is there, waiting up to `timeout_ms` for something to come, and say what the broker must see to."""
+        if self._clogged:
+            timeout_ms = min(timeout_ms, RETRY_MS)
+        taken = self._take_batch()
+        if not taken and not self._events:
+            ready = dict(self._poller.poll(timeout_ms))
+            if self._wake_out.fileno() in ready:
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_out.recv(4096)
+            self._take_batch()
+        self._read_monitor()
+        for peer in list(self._clogged):
+            self._retry(peer)
+        events, self._events = self._events, []
+        return events
+
+    def wake(self) -> None:
+        """Let a waiting `pump` return now. Any thread, or a signal handler."""
+        with contextlib.suppress(OSError):
+            self._wake_in.send(b"\0")
+
+    def has_said_hello(self, peer: Incarnation) -> bool:
+        """Whether messages to `peer` can arrive."""
+        known = self._peers.get(peer)
+        return known is not None and known.said_hello
+
+    def take_active(self) -> set[Incarnation]:
+        """Who sent anything since the last call."""
+        active, self._active = self._active, set()
+        return active
+
+    def admit(self, incarnation: Incarnation, room: int) -> None:
+        """Let a worker reach, and be reached by, the others in `room`."""
+        peer = self._peer(incarnation)
+        peer.room = self._rooms.setdefault(room, {})
+        peer.room[incarnation] = peer
+
+    def dismiss(self, incarnation: Incarnation) -> None:
+        """The opposite of `admit`."""
+        peer = self._peers.get(incarnation)
+        if peer is None or peer.room is None:
+            return
+        del peer.room[incarnation]
+        peer.room = None
+        self._rooms = {key: room for key, room in self._rooms.items() if room}
+
+    def forget(self, incarnation: Incarnation) -> None:
+        """Drop all that is known of a worker, its backlog included."""
+        self.dismiss(incarnation)
+        peer = self._peers.pop(incarnation, None)
+        if peer is not None:
+            self._clogged.discard(peer)
+
+    def send(self, to: Incarnation, frames: Frames) -> None:
+        """Send a message of the broker's own. A destination that is gone comes back as an event."""
+        self._push(self._peer(to), BROKER, frames)
+
+    def close(self) -> None:
+        """Close the sockets. Idempotent."""
+        if self._context.closed:
+            return
+        self._context.destroy(linger=0)
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _peer(self, incarnation: Incarnation) -> _Peer:
+        peer = self._peers.get(incarnation)
+        if peer is None:
+            peer = self._peers[incarnation] = _Peer(incarnation, RECEIVER + incarnation)
+        return peer
+
+    def _take_batch(self) -> int:
+        for taken in range(BATCH):
+            if not self._take_one():
+                return taken
+        return BATCH
+
+    def _take_one(self) -> bool:
+        recv = self._router.recv
+        try:
+            frame = recv(_NOW, copy=False)
+        except zmq.Again:
+            return False
+        origin = frame.bytes
+        parts: list[zmq.Frame] = []
+        while frame.more:
+            frame = recv(_NOW, copy=False)
+            parts.append(frame)
+        if len(origin) != 1 + INCARNATION_NBYTES or not parts:
+            _log.warning("a message of %d frames from %r is not from a zrpc worker: dropped", len(parts), origin)
+            return True
+        source = origin[1:]
+        if origin[:1] == SENDER:
+            self._active.add(source)
+            self._route(source, parts)
+        else:
+            self._peer(source).said_hello = True
+            self._events.append(Hello(source))
+        return True
+
+    def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
+        destination = parts.pop(0).bytes
+        if destination == BROKER:
+            self._events.append(Control(source, [part.bytes for part in parts]))
+            return
+        room = self._peer(source).room
+        peer = None if room is None else room.get(destination)
+        if peer is None:
+            self._events.append(Undelivered(source, destination))
+        elif parts:
+            self._push(peer, source, parts)
+
+    def _push(self, peer: _Peer, source: bytes, frames: Frames) -> None:
+        if not peer.backlog and self._try_send(peer, source, frames):
+            return
+        peer.backlog.append((source, frames))
+        peer.backlog_nbytes += _nbytes(frames)
+        self._clogged.add(peer)
+        if peer.backlog_nbytes > self._backlog_max_nbytes:
+            limit_mb = self._backlog_max_nbytes >> 20
+            self._give_up(peer, f"it is too slow: it took nothing while more than {limit_mb} MiB waited for it at the broker")
+
+    def _try_send(self, peer: _Peer, source: bytes, frames: Frames) -> bool:
+        """False: at its high-water mark. True: sent, or the peer is gone and an event says so."""
+        send = self._router.send
+        try:
+            send(peer.receiver, _NOW_MORE)
+            send(source, _NOW_MORE)
+            last = len(frames) - 1
+            for index, frame in enumerate(frames):
+                send(frame, _NOW if index == last else _NOW_MORE, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._give_up(peer, "its connection to the broker is gone")
+        return True
+
+    def _retry(self, peer: _Peer) -> None:
+        while peer.backlog:
+            source, frames = peer.backlog[0]
+            if not self._try_send(peer, source, frames):
+                return
+            if not peer.backlog:
+                break
+            peer.backlog.popleft()
+            peer.backlog_nbytes -= _nbytes(frames)
+        self._clogged.discard(peer)
+
+    def _give_up(self, peer: _Peer, reason: str) -> None:
+        peer.backlog.clear()
+        peer.backlog_nbytes = 0
+        self.forget(peer.incarnation)
+        self._events.append(Unreachable(peer.incarnation, reason))
+
+    def _read_monitor(self) -> None:
+        gone = False
+        with contextlib.suppress(zmq.Again):
+            while True:
+                recv_monitor_message(self._monitor, _NOW)
+                gone = True
+        if gone:
+            self._events.append(Hint())
+
+
+def _nbytes(frames: Frames) -> int:
+    return sum(len(frame) for frame in frames)
