@@ -1,0 +1,81 @@
+"""Remote calls, remote references and distributed autograd for PyTorch, on ZeroMQ.
+
+`import zrpc as rpc` gives the names of torch.distributed.rpc. They are looked up when they are first used, so this
+import is cheap and brings no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zrpc import functions as functions
+    from zrpc.agent.future import Future as Future
+    from zrpc.api import get_worker_info as get_worker_info
+    from zrpc.api import remote as remote
+    from zrpc.api import rpc_async as rpc_async
+    from zrpc.api import rpc_sync as rpc_sync
+    from zrpc.config import RpcBackendOptions as RpcBackendOptions
+    from zrpc.errors import ZrpcError as ZrpcError
+    from zrpc.ids import WorkerInfo as WorkerInfo
+    from zrpc.lifecycle import init_rpc as init_rpc
+    from zrpc.lifecycle import shutdown as shutdown
+    from zrpc.rref.rref import RRef as RRef
+
+_HOMES = {
+    "Future": "zrpc.agent.future",
+    "RRef": "zrpc.rref.rref",
+    "RpcBackendOptions": "zrpc.config",
+    "WorkerInfo": "zrpc.ids",
+    "ZrpcError": "zrpc.errors",
+    "get_worker_info": "zrpc.api",
+    "init_rpc": "zrpc.lifecycle",
+    "remote": "zrpc.api",
+    "rpc_async": "zrpc.api",
+    "rpc_sync": "zrpc.api",
+    "shutdown": "zrpc.lifecycle",
+}
+_MODULES = ("autograd", "errors", "functions", "nn", "optim")
+
+__all__ = [
+    "Future",
+    "RRef",
+    "RpcBackendOptions",
+    "WorkerInfo",
+    "ZrpcError",
+    "functions",
+    "get_worker_info",
+    "init_rpc",
+    "is_available",
+    "remote",
+    "rpc_async",
+    "rpc_sync",
+    "shutdown",
+]
+
+try:
+    __version__ = version("zrpc")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+
+def is_available() -> bool:
+    """Whether remote calls can be made here: always."""
+    return True
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"zrpc.{name}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'zrpc' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

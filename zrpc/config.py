@@ -22,7 +22,6 @@ DEFAULT_SHUTDOWN_TIMEOUT_S = 0.0
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
-DEFAULT_BIND = "tcp://127.0.0.1:0"
 INIT_SCHEMES = ("env", "tcp", "file", "broker")
 
 
@@ -46,6 +45,8 @@ class RpcBackendOptions:
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
     """
+
+    DEFAULT_BIND = "tcp://127.0.0.1:0"
 
     def __init__(
         self,

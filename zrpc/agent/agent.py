@@ -51,6 +51,7 @@ class Agent:
         options: what the user asked for.
         endpoint: the transport; the agent starts and closes it.
         group: the membership; the agent joins and leaves it.
+        address: where others reach this worker; None with a broker.
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
     """
@@ -63,10 +64,12 @@ class Agent:
         options: RpcBackendOptions,
         endpoint: Endpoint,
         group: Group,
+        address: str | None,
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
     ) -> None:
         self.options = options
+        self.address = address
         self.rpc_timeout_s = options.rpc_timeout
         self.members = Registry()
         self.extensions: dict[type, Any] = {}
@@ -153,6 +156,12 @@ class Agent:
     def on_peer_lost(self, listener: Callable[[WorkerInfo, str], None]) -> None:
         """Call `listener(worker, reason)` when a peer is gone, on a handler thread."""
         self._lost_listeners.append(listener)
+
+    def watch(self, to: WorkerInfo) -> None:
+        """See to it that the listeners of `on_peer_lost` hear of the loss of `to` even if it is never called."""
+        member = self.members.member(to.id)
+        if member is not None:
+            self._endpoint.watch(member.incarnation)
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""

@@ -69,7 +69,7 @@ def when_done(result: Any, func_text: str, on_value: Callable[[Any], None], on_e
     """
     if not isinstance(result, torch._C.Future):
         raise RuntimeError(
-            "Functions decorated with @rpc.functions.async_execution must return a torch.futures.Future object, "
+            "Functions decorated with @rpc.async_function must return a torch.futures.Future object, "
             f"but {func_text} returned a {type(result).__name__}"
         )
 

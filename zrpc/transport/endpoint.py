@@ -34,5 +34,8 @@ class Endpoint(Protocol):
             AgentClosedError: this endpoint is closed.
         """
 
+    def watch(self, peer: Incarnation) -> None:
+        """See to it that `on_lost` tells of the loss of `peer` even if nothing is ever sent to it."""
+
     def close(self, flush_s: float) -> None:
         """Stop reading, give what is still unsent up to `flush_s` seconds to leave, and close every socket. Idempotent."""

@@ -92,6 +92,13 @@ class PeerEndpoint:
         if outbox is not None:
             outbox.close(linger_ms=1_000)
 
+    def watch(self, peer: Incarnation) -> None:
+        """Connect to `peer` now; see `Endpoint.watch`."""
+        try:
+            self._open(peer)
+        except PeerLostError:
+            self._on_lost(peer, self._lost.get(peer, "it is not connected"))
+
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message; see `Endpoint.send`."""
         outbox = self._outboxes.get(to) or self._open(to)

@@ -126,3 +126,22 @@ def connect(sock: Socket, address: str) -> None:
     if "[" in numeric:
         sock.setsockopt(zmq.IPV6, 1)
     sock.connect(numeric)
+
+
+def reachable_address(bound: str, toward: str | None) -> str:
+    """What to tell others who shall connect to `bound`: itself, or, for a bind to every interface, this host's own address.
+
+    Args:
+        bound: the address as bound.
+        toward: a host of the group; the interface on the way to it is taken.
+    """
+    host, port = split_address(bound)
+    if not ipaddress.ip_address(host.split("%")[0]).is_unspecified:
+        return bound
+    with pysocket.socket(pysocket.AF_INET6 if ":" in host else pysocket.AF_INET, pysocket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((toward or "192.0.2.1", 9))  # no packet is sent: this only chooses a route
+            own = str(probe.getsockname()[0])
+        except OSError:
+            own = pysocket.gethostbyname(pysocket.gethostname())
+    return f"tcp://[{own}]:{port}" if ":" in own else f"tcp://{own}:{port}"

@@ -1,0 +1,143 @@
+"""Calls: `rpc_sync`, `rpc_async`, `remote`, `get_worker_info`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from zrpc.agent.agent import Agent
+from zrpc.agent.call import Call
+from zrpc.agent.current import current_agent
+from zrpc.agent.execution import ASYNC_ATTRIBUTE
+from zrpc.agent.future import Future, future_of
+from zrpc.config import UNSET_RPC_TIMEOUT_S
+from zrpc.ids import WorkerInfo
+from zrpc.rref.context import remote_builtin, remote_python
+from zrpc.rref.rref import RRef
+from zrpc.wire import pickling, values
+from zrpc.wire.messages import BuiltinCall, Message, PythonCall
+from zrpc.wire.payload import Payload
+
+T = TypeVar("T")
+Worker = str | int | WorkerInfo
+
+
+def rpc_sync(
+    to: Worker,
+    func: Callable[..., T],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    timeout: float = UNSET_RPC_TIMEOUT_S,
+) -> T:
+    """Call `func(*args, **kwargs)` on the worker `to` and wait for its result.
+
+    Args:
+        to: name, rank or `WorkerInfo` of the callee.
+        func: what the callee runs: a torch operator, or anything callable that pickle can name or copy.
+        args: positional arguments; tensors in them are sent without a copy and may be written to again on return.
+        kwargs: keyword arguments.
+        timeout: seconds; 0: no limit; by default `rpc_timeout` of the options.
+
+    Returns:
+        What `func` returned; its tensors are copies that belong to the caller.
+
+    Raises:
+        NotInitializedError: `init_rpc` was not called.
+        UnknownWorkerError: no such worker.
+        SerializationError: an argument or the result cannot be sent.
+        RpcTimeoutError: the time ran out; it is not known whether `func` ran.
+        PeerLostError: the callee died or left; it is not known whether `func` ran.
+        Exception: whatever `func` raised there, with the remote traceback as its cause.
+    """
+    agent = current_agent()
+    return pickling.loads(_call(agent, to, func, args, kwargs, timeout, waited=True).wait())  # type: ignore[no-any-return]
+
+
+def rpc_async(
+    to: Worker,
+    func: Callable[..., T],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    timeout: float = UNSET_RPC_TIMEOUT_S,
+) -> Future[T]:
+    """Call `func(*args, **kwargs)` on the worker `to` and return a future for its result at once.
+
+    Arguments, timeout and errors are those of `rpc_sync`; errors of the call are raised by the future. Tensors in the
+    arguments must not be written to until the future is done.
+    """
+    agent = current_agent()
+    call = _call(agent, to, func, args, kwargs, timeout, waited=False)
+    return future_of(call, pickling.loads, agent.completions)
+
+
+def remote(
+    to: Worker,
+    func: Callable[..., T],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    timeout: float = UNSET_RPC_TIMEOUT_S,
+) -> RRef[T]:
+    """Call `func(*args, **kwargs)` on the worker `to`, leave its result there, and return a reference to it at once.
+
+    Arguments are those of `rpc_sync`. An error of the call is raised when the reference is used.
+    """
+    agent = current_agent()
+    info = agent.resolve(_checked(func, to))
+    op, payload = _take_apart(func, args, kwargs)
+    limit_s = _limit_s(timeout)
+    if op is not None:
+        return remote_builtin(agent, info, op, payload, limit_s)
+    return remote_python(agent, info, payload, limit_s, hasattr(func, ASYNC_ATTRIBUTE))
+
+
+def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
+    """Name and rank of the worker `worker_name`, or of this one.
+
+    Raises:
+        UnknownWorkerError: no such worker (yet).
+    """
+    agent = current_agent()
+    return agent.info if worker_name is None else agent.resolve(worker_name)
+
+
+def _call(
+    agent: Agent, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float, *, waited: bool
+) -> Call:
+    info = agent.resolve(_checked(func, to))
+    op, payload = _take_apart(func, args, kwargs)
+    message: Message = PythonCall(hasattr(func, ASYNC_ATTRIBUTE)) if op is None else BuiltinCall(op)
+    return agent.request(info, message, payload, timeout_s=_limit_s(timeout), hooked=True, waited=waited)
+
+
+def _checked(func: object, to: Worker) -> Worker:
+    if not callable(func):
+        raise TypeError(f"function should be callable, and this is a {type(func).__name__}.")
+    return to
+
+
+def _limit_s(timeout: float) -> float | None:
+    return None if timeout == UNSET_RPC_TIMEOUT_S else timeout
+
+
+def _take_apart(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str | None, Payload]:
+    """A torch operator's name and its packed arguments; for everything else None and a pickle."""
+    call_args, call_kwargs = tuple(args or ()), dict(kwargs or {})
+    op = operator_name(func)
+    if op is not None:
+        try:
+            return op, values.pack((call_args, call_kwargs))
+        except values.UnpackableError:
+            pass
+    return None, pickling.dumps((func, call_args, call_kwargs))
+
+
+def operator_name(func: Callable[..., Any]) -> str | None:
+    """`func` as a torch operator, such as `aten::add` (or `aten::add.Tensor` for one overload); None if it is none."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return str(func._qualified_op_name)
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.name())
+    name: str | None = torch.jit._builtins._find_builtin(func)
+    return name

@@ -1,0 +1,196 @@
+"""From nothing to a worker, and back: `init_rpc` and `shutdown`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from zrpc import gather
+from zrpc.agent.agent import Agent
+from zrpc.agent.current import current_agent, is_agent_set, set_agent
+from zrpc.autograd import install as install_autograd
+from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
+from zrpc.errors import AlreadyInitializedError, ConfigError
+from zrpc.ids import WorkerInfo, new_incarnation
+from zrpc.membership.rendezvous import open_store, resolve_rank
+from zrpc.membership.store import StoreGroup
+from zrpc.rref.context import RRefContext
+from zrpc.rref.context import install as install_rrefs
+from zrpc.transport.peer import PeerEndpoint
+from zrpc.transport.sockets import reachable_address
+
+if TYPE_CHECKING:
+    from zrpc.membership.store import Store
+
+log = logging.getLogger("zrpc")
+
+INIT_METHOD_VARIABLE = "ZRPC_INIT_METHOD"
+"""Replaces the default `env://`; the launcher sets it, so that a program need not know whether there is a broker."""
+BIND_VARIABLE = "ZRPC_BIND"
+"""Replaces the default `bind`, for programs that do not set it."""
+BROKER_SCHEME = "broker://"
+UNLIMITED_JOIN_S = 1800.0
+"""How long to wait for the others where `rpc_timeout` is 0, no limit."""
+FLUSH_S = 2.0
+"""How long last messages may take to leave at shutdown."""
+
+
+def init_rpc(
+    name: str,
+    backend: object = None,
+    rank: int = -1,
+    world_size: int | None = None,
+    rpc_backend_options: RpcBackendOptions | None = None,
+) -> None:
+    """Make this process a worker of a group, ready to call and to be called.
+
+    Returns when all `world_size` workers are there. With `world_size` None and no WORLD_SIZE in the environment, the
+    group may grow and shrink, and nobody is waited for.
+
+    Args:
+        name: this worker's name, unique in the group: letters, digits, underscores, colons and dashes, at most 127.
+        backend: accepted for programs written for torch.distributed.rpc; there is one backend here.
+        rank: this worker's rank, unique in the group; -1: RANK of the environment, or the broker's choice.
+        world_size: how many workers the group has.
+        rpc_backend_options: everything else; see `RpcBackendOptions`.
+
+    Raises:
+        AlreadyInitializedError: this process is a worker already.
+        ConfigError: an argument, option or environment variable that cannot be used.
+        RendezvousError: store or broker cannot be reached, or somebody did not come within `rpc_timeout` seconds.
+        RefusedError: the name or rank is taken, or the others were started with another world size.
+    """
+    del backend
+    options = RpcBackendOptions() if rpc_backend_options is None else rpc_backend_options
+    if not isinstance(options, RpcBackendOptions):
+        raise ConfigError(f"rpc_backend_options must be an instance of RpcBackendOptions, not {type(options).__name__}")
+    if is_agent_set():
+        raise AlreadyInitializedError("RPC is already initialized: call shutdown() before init_rpc() again")
+    init_method = _init_method(options)
+    rank, world_size = resolve_rank(rank, world_size, init_method)
+    WorkerInfo(name, max(rank, 0))  # refuses a name that cannot be one before anything is started
+    if init_method.startswith(BROKER_SCHEME):
+        agent = _brokered_agent(options, init_method)
+    else:
+        store = open_store(init_method, rank, world_size, _join_limit_s(options))
+        agent = _peer_agent(options, store)
+    _start(agent, name, rank, world_size)
+
+
+def start_worker(name: str, rank: int, world_size: int | None, options: RpcBackendOptions, store: Store) -> None:
+    """`init_rpc` with a store that is there already. For programs that bring their own."""
+    if is_agent_set():
+        raise AlreadyInitializedError("RPC is already initialized: call shutdown() before init_rpc() again")
+    _start(_peer_agent(options, store), name, rank, world_size)
+
+
+def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S) -> None:
+    """Stop being a worker.
+
+    Args:
+        graceful: first wait until every worker of a static group has come here too and its calls are done. A worker that is lost is
+            not waited for: it ends the wait with an error.
+        timeout: seconds to wait for the others; 0: no limit.
+
+    Raises:
+        NotInitializedError: this process is no worker.
+        PeerLostError: a worker died or did not come; this one is shut down all the same.
+    """
+    agent = current_agent()
+    limit_s = check_timeout(timeout, "timeout")
+    try:
+        if graceful and agent.is_static_group:
+            gather.all_gather(None, timeout=limit_s)
+            finish_work(agent, limit_s)
+            gather.all_gather(None, timeout=limit_s)
+        elif graceful:
+            finish_work(agent, limit_s)
+    finally:
+        finalize(agent, ignore_rref_leak=True)
+
+
+def finish_work(agent: Agent, timeout_s: float) -> None:
+    """Give up this worker's references and wait until nothing is under way; `timeout_s` 0: no limit."""
+    agent.extensions[RRefContext].delete_all_user_and_unforked_owner_rrefs(timeout_s or UNLIMITED_JOIN_S)
+    if not agent.quiesce(timeout_s):
+        log.warning("%s shuts down with calls under way: %s", agent.info, agent.counts())
+
+
+def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
+    """End this worker at once.
+
+    Raises:
+        RuntimeError: values are still referenced by others, and `ignore_rref_leak` is false. It is ended all the same.
+    """
+    try:
+        agent.extensions[RRefContext].destroy(ignore_rref_leak)
+    finally:
+        agent.close(FLUSH_S)
+        set_agent(None)
+
+
+def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
+    for install in (gather.install, install_rrefs, install_autograd):
+        install(agent)
+    try:
+        agent.join(name, rank, world_size, _card(agent), _join_limit_s(agent.options))
+        set_agent(agent)
+    except BaseException:
+        agent.close(0.0)
+        raise
+    agent.open()
+
+
+def _card(agent: Agent) -> dict[str, Any]:
+    """What this worker tells the others about itself."""
+    options = agent.options
+    maps = {
+        to: {str(here): str(there) for here, there in device_map.items()} for to, device_map in options.device_maps.items()
+    }
+    return {"address": agent.address, "device_maps": maps, "devices": [str(device) for device in options.devices]}
+
+
+def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
+    bind = options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
+    endpoint = PeerEndpoint(new_incarnation(), bind)
+    return Agent(
+        options,
+        endpoint,
+        StoreGroup(store),
+        address=reachable_address(endpoint.address, os.environ.get("MASTER_ADDR")),
+        connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
+        disconnect=endpoint.disconnect,
+    )
+
+
+def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
+    from zrpc.membership.broker import BrokerGroup
+    from zrpc.transport.brokered import BrokeredEndpoint
+
+    endpoint = BrokeredEndpoint("tcp://" + init_method.removeprefix(BROKER_SCHEME), new_incarnation())
+    return Agent(options, endpoint, BrokerGroup(endpoint), address=None, connect=_nothing, disconnect=_nothing)
+
+
+def _nothing(_: object) -> None:
+    """With a broker there is nobody to connect to."""
+
+
+def _init_method(options: RpcBackendOptions) -> str:
+    if options.init_method == DEFAULT_INIT_METHOD:
+        return os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)
+    return options.init_method
+
+
+def _join_limit_s(options: RpcBackendOptions) -> float:
+    return options.rpc_timeout or UNLIMITED_JOIN_S
+
+
+@atexit.register
+def _leave_at_exit() -> None:
+    """A program that ends without `shutdown` leaves without waiting for anybody."""
+    if is_agent_set():
+        with contextlib.suppress(Exception):
+            finalize(current_agent(), ignore_rref_leak=True)
