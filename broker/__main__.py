@@ -11,10 +11,14 @@ from zrpc_broker.server import DEFAULT_HEARTBEAT_INTERVAL_S, DEFAULT_MISSED_MAX
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the arguments and serve; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m zrpc_broker", description="Relay messages between zrpc workers.")
-    parser.add_argument("--bind", default=DEFAULT_BIND, help="where to listen (default: %(default)s); port 0: any free one")
+    parser = argparse.ArgumentParser(
+        prog="python -m zrpc_broker",
+        description="Relay messages between zrpc workers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--bind", default=DEFAULT_BIND, help="where to listen; port 0: any free one")
     parser.add_argument("--heartbeat-interval", type=float, default=DEFAULT_HEARTBEAT_INTERVAL_S, metavar="SECONDS")
-    parser.add_argument("--missed", type=int, default=DEFAULT_MISSED_MAX, help="silent intervals until a worker is lost")
+    parser.add_argument("--missed", type=int, default=DEFAULT_MISSED_MAX, help="silent intervals before it is lost")
     parser.add_argument("--verbose", action="store_true", help="log who comes and goes")
     args = parser.parse_args(argv)
     return serve(args.bind, args.heartbeat_interval, args.missed, args.verbose)

@@ -6,7 +6,7 @@ Theory of operation. A group, known by its key, is used by one run after another
   RUNNING it is full. Once a worker has left or was lost it is CLOSING: nobody can come in any more, and the next worker
   to register begins the next run of the same group. So workers may shut down and start again without waiting for the
   slowest to have left, and workers restarted after a crash find each other though a survivor still hangs about.
-- A dynamic run (`world_size` 0) is OPEN: workers come and go, and names and ranks are free again when their holder is gone.
+- A dynamic run (`world_size` 0) is OPEN: workers come and go, and a name or rank is free again when its holder is gone.
 - A run whose last worker is gone is forgotten.
 
 Ranks that workers leave to the broker (-1) are given out when a static run is complete, as somebody may still come and
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from zrpc.ids import Incarnation
 
 UNGIVEN = -1
+
+_OWN_GROUP = "or give this run a group of its own with ZRPC_GROUP"
+_STRANGER = "the broker does not know this worker: it took it for lost, or was restarted. Start the run again"
 
 
 class Phase(Enum):
@@ -62,7 +65,7 @@ class Run:
         if wanted.world_size != self.world_size:
             return (
                 f"group {self.key!r} was begun with {_size(self.world_size)} and {wanted.name!r} came with "
-                f"{_size(wanted.world_size)}: start all workers with the same, or give this run a group of its own with ZRPC_GROUP"
+                f"{_size(wanted.world_size)}: start all workers with the same, {_OWN_GROUP}"
             )
         for seat in self.seats.values():
             if seat.name == wanted.name:
@@ -71,11 +74,14 @@ class Run:
                     f"{'not given yet' if seat.rank == UNGIVEN else seat.rank}). Choose another name"
                 )
             if wanted.rank != UNGIVEN and seat.rank == wanted.rank:
-                return f"rank {wanted.rank} is taken by {seat.name!r} of group {self.key!r}: start each worker with a rank of its own"
+                return (
+                    f"rank {wanted.rank} is taken by {seat.name!r} of group {self.key!r}: "
+                    "start each worker with a rank of its own"
+                )
         if self.phase is Phase.RUNNING:
             return (
-                f"group {self.key!r} is complete: its {self.world_size} workers are running. Wait until they are done, or give this "
-                "run a group of its own with ZRPC_GROUP"
+                f"group {self.key!r} is complete: its {self.world_size} workers are running. "
+                f"Wait until they are done, {_OWN_GROUP}"
             )
         return None
 
@@ -107,8 +113,9 @@ class Directory:
     def register(self, incarnation: Incarnation, wanted: Register) -> list[Action]:
         """A worker wants to come in."""
         if incarnation in self._run_of:
-            return [Tell(incarnation, Refused("this worker has registered already: call init_rpc once, and shutdown before the next"))]
-        reason = _malformed(wanted)
+            reason: str | None = "this worker has registered already: call shutdown before the next init_rpc"
+        else:
+            reason = _malformed(wanted)
         if reason is None:
             run = self._open_run(wanted)
             reason = run.refusal(wanted)
@@ -127,12 +134,7 @@ class Directory:
         """A worker says that it is alive."""
         run = self._run_of.get(incarnation)
         if run is None:
-            return [
-                Tell(
-                    incarnation,
-                    Refused("the broker does not know this worker: it took it for lost, or was restarted. Start the run again"),
-                )
-            ]
+            return [Tell(incarnation, Refused(_STRANGER))]
         return [Tell(incarnation, self._forming(run) if run.phase is Phase.FORMING else Heartbeat())]
 
     def leave(self, incarnation: Incarnation) -> list[Action]:
@@ -148,10 +150,11 @@ class Directory:
         run = self._current.get(wanted.group)
         if run is not None and run.phase is not Phase.CLOSING:
             return run
-        return Run(wanted.group, wanted.world_size, next(self._rooms), Phase.FORMING if wanted.world_size else Phase.OPEN)
+        phase = Phase.FORMING if wanted.world_size else Phase.OPEN
+        return Run(wanted.group, wanted.world_size, next(self._rooms), phase)
 
     def _come_in(self, run: Run, seat: Seat) -> list[Action]:
-        """Into a dynamic run. The others are told before the newcomer, so that they know it when its first message comes."""
+        """Into a dynamic run. The others are told before the newcomer: they know it when its first message comes."""
         if seat.rank == UNGIVEN:
             seat.rank = run.lowest_free_rank()
         joined = Joined(seat.incarnation, seat.name, seat.rank, seat.card)
@@ -194,9 +197,8 @@ def _size(world_size: int) -> str:
 
 def _malformed(wanted: Register) -> str | None:
     """What is wrong with a registration whatever the group."""
-    if not all(isinstance(number, int) for number in (wanted.rank, wanted.world_size)) or not isinstance(wanted.group, str):
-        return f"{wanted!r} is malformed: install the same zrpc on workers and broker"
-    if not isinstance(wanted.name, str) or not isinstance(wanted.card, dict):
+    values: list[object] = [wanted.name, wanted.rank, wanted.world_size, wanted.card, wanted.group]
+    if [type(value) for value in values] != [str, int, int, dict, str]:
         return f"{wanted!r} is malformed: install the same zrpc on workers and broker"
     try:
         WorkerInfo(wanted.name, wanted.rank)
@@ -205,6 +207,6 @@ def _malformed(wanted: Register) -> str | None:
     if wanted.world_size < 0:
         return f"world_size is {wanted.world_size}: it must be 1 or more, or none for a group that grows and shrinks"
     if wanted.rank < UNGIVEN or (wanted.world_size and wanted.rank >= wanted.world_size):
-        highest = f"{wanted.world_size - 1} (world_size - 1)" if wanted.world_size else "what you like"
-        return f"rank {wanted.rank} of {wanted.name!r} is out of range: it must be from 0 to {highest}, or -1 to be given one"
+        wish = f"from 0 to {wanted.world_size - 1} (world_size - 1)" if wanted.world_size else "0 or more"
+        return f"rank {wanted.rank} of {wanted.name!r} is out of range: it must be {wish}, or -1 to be given one"
     return None

@@ -1,8 +1,8 @@
 """Which workers are alive. Pure: heartbeats and the time go in, probes and the lost come out.
 
 Every worker says at each interval that it is alive; one that was silent for `missed_max` intervals is lost. That is
-for workers that hang. One that died is found sooner: when some connection went away (`hint`), every worker is probed a few
-times within a second, as a hint does not say whose connection it was and may come before a probe can fail.
+for workers that hang. One that died is found sooner: when some connection went away (`hint`), every worker is probed a
+few times within a second, as a hint does not say whose connection it was and may come before a probe can fail.
 
 Time in which the broker itself did not run (a suspended machine, say) is nobody's silence and is not counted.
 """

@@ -28,9 +28,10 @@ def serve(
 ) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. Call it on the main thread."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="zrpc broker: %(message)s")
-    warnings.showwarning = _show_warning
+    logging.captureWarnings(True)
+    warnings.formatwarning = _format_warning
     if heartbeat_interval_s <= 0 or missed_max < 1:
-        print("zrpc broker: the heartbeat interval must be above 0, and the missed heartbeats 1 or more", file=sys.stderr)
+        print("zrpc broker: --heartbeat-interval must be above 0 and --missed 1 or more", file=sys.stderr)
         return EXIT_USAGE
     try:
         broker = Broker(bind, heartbeat_interval_s, missed_max)
@@ -48,6 +49,8 @@ def serve(
     return 0
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning as a line of the log: where in the source it arose says nothing to whoever starts a broker."""
-    logging.getLogger(__name__).warning("%s", message)
+    return str(message)

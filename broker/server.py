@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ProtocolError
@@ -15,15 +14,17 @@ from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Un
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
-from zrpc_broker.directory import Directory
+from zrpc_broker.directory import UNGIVEN, Directory
 from zrpc_broker.liveness import Liveness
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zrpc.ids import Incarnation
 
 DEFAULT_HEARTBEAT_INTERVAL_S = 2.0
 DEFAULT_MISSED_MAX = 15
-"""30 s of silence: a worker may hold the interpreter's lock that long in an import or a compiler. Death is noticed sooner."""
+"""30 s of silence: so long may an import or a compiler hold the interpreter's lock. Death is noticed sooner."""
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ class Broker:
             _log.info("%s leaves", self._describe(source))
             self._perform(self._directory.leave(source), source, envelope.call_id)
         else:
-            self._tell(source, Refused(f"a {type(message).__name__} is not for the broker: install the same zrpc on both"))
+            name = type(message).__name__
+            self._tell(source, Refused(f"a {name} is not for the broker: install the same zrpc on both"))
 
     def _register(self, source: Incarnation, call_id: int, message: Register) -> None:
         self._perform(self._directory.register(source, message), source, call_id)
@@ -158,4 +160,5 @@ class Broker:
         if run is None:
             return f"worker {member.hex()}"
         seat = run.seats[member]
-        return f"{seat.name!r} (rank {seat.rank}) of group {run.key!r}"
+        rank = "no rank yet" if seat.rank == UNGIVEN else f"rank {seat.rank}"
+        return f"{seat.name!r} ({rank}) of group {run.key!r}"

@@ -1,7 +1,7 @@
 """Membership kept by a broker: it tells of every coming and going, and both sides listen for each other's heartbeats.
 
-Nothing is decided here: the broker gives ranks, refuses duplicates and says who is lost. What this side notices by itself
-is the loss of the broker, and then everybody is lost, as nobody can be reached without it.
+Nothing is decided here: the broker gives ranks, refuses duplicates and says who is lost. What this side notices by
+itself is the loss of the broker, and then everybody is lost, as nobody can be reached without it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ DEFAULT_GROUP = "default"
 FIRST_HEARTBEAT_INTERVAL_S = 1.0
 """Until the broker says which interval it wants."""
 SILENCE_MAX = 15
-"""Intervals without a word from the broker after which it is taken for dead. A broker that died is noticed at once, by its
-broken connection; this is for one that hangs, or a network that swallows everything."""
+"""Intervals without a word from the broker after which it is taken for dead. A broker that died is noticed at once, by
+its broken connection; this is for one that hangs, or a network that swallows everything."""
 REFRESH_TIMEOUT_S = 5.0
 
 
@@ -86,7 +86,13 @@ class BrokerGroup:
         self._on_joined, self._on_left = on_joined, on_left
 
     def join(
-        self, name: str, rank: int, world_size: int | None, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+        self,
+        name: str,
+        rank: int,
+        world_size: int | None,
+        incarnation: Incarnation,
+        card: dict[str, Any],
+        timeout_s: float,
     ) -> tuple[Member, list[Member]]:
         """See `Group.join`."""
         with self._changed:
@@ -109,7 +115,7 @@ class BrokerGroup:
         raise error
 
     def refresh(self) -> None:
-        """See `Group.refresh`: an answer of the broker comes after all that it said before. Not on the reading thread."""
+        """See `Group.refresh`: the broker's answer comes after all that it said before. Not on the reading thread."""
         probe = next(self._probes)
         with contextlib.suppress(ZrpcError):
             self._tell(Heartbeat(), probe)
@@ -119,7 +125,7 @@ class BrokerGroup:
                 )
 
     def leave(self, timeout_s: float) -> None:
-        """See `Group.leave`. Waits for the broker to have taken note: all that this worker sent before has passed it then."""
+        """See `Group.leave`. Waits for the broker's answer: all that this worker sent before has passed it then."""
         with self._changed:
             was, self._state = self._state, _State.LEAVING
         if was is _State.JOINED:
@@ -165,7 +171,9 @@ class BrokerGroup:
             self._changed.notify_all()
 
     def _on_welcome(self, message: Welcome) -> None:
-        members = [Member(WorkerInfo(name, rank), incarnation, card) for incarnation, name, rank, card in message.members]
+        members = [
+            Member(WorkerInfo(name, rank), incarnation, card) for incarnation, name, rank, card in message.members
+        ]
         for member in members:
             self._endpoint.add_peer(member.incarnation)
         with self._changed:
@@ -203,7 +211,7 @@ class BrokerGroup:
         self._end(RendezvousError(f"{reason}. Look whether the broker still runs, and at what it said last"))
 
     def _end(self, error: ZrpcError) -> None:
-        """The broker is gone, or wants nothing to do with us: whoever joins is told, and who has joined loses everybody."""
+        """The broker is gone, or does not want this worker: a join under way fails, a member loses everybody."""
         with self._changed:
             was = self._state
             if was is _State.ENDED:
@@ -222,7 +230,9 @@ class BrokerGroup:
         while not self._stop_heartbeat.wait(self._interval_s):
             silent_s = time.monotonic() - self._endpoint.heard_at
             if self._endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
-                self._endpoint.lose_broker(f"the broker at {self._endpoint.address} has said nothing for {silent_s:.0f} s")
+                self._endpoint.lose_broker(
+                    f"the broker at {self._endpoint.address} has said nothing for {silent_s:.0f} s"
+                )
                 return
             with contextlib.suppress(ZrpcError):
                 self._tell(Heartbeat())
@@ -237,13 +247,14 @@ class BrokerGroup:
         address, forming = self._endpoint.address, self._forming
         if forming is not None:
             return RendezvousError(
-                f"{len(forming.names)} of {forming.world_size} workers came to group {self._group!r} of the broker at {address} "
-                f"within {timeout_s:g} s ({', '.join(forming.names)}): check that the others were started, with the same "
-                "world_size"
+                f"{len(forming.names)} of {forming.world_size} workers came to group {self._group!r} of the broker at "
+                f"{address} within {timeout_s:g} s ({', '.join(forming.names)}): check that the others were started, "
+                "with the same world_size"
             )
         if self._endpoint.is_connected():
             return RendezvousError(
-                f"something listens at {address}, but it did not answer {name!r} within {timeout_s:g} s: check that it is a zrpc broker"
+                f"something listens at {address}, but it did not answer {name!r} within {timeout_s:g} s: "
+                "check that it is a zrpc broker"
             )
         return RendezvousError(
             f"no broker could be reached at {address} within {timeout_s:g} s: check the address, and that "

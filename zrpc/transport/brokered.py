@@ -4,9 +4,9 @@ The worker has two DEALERs, both connected to the broker's one ROUTER (`zrpc.tra
 sends on the one, under its lock; the reading thread reads the other. Before it is ever read, the second one says hello,
 so that the broker knows that it can be answered.
 
-A connection to the broker that breaks is not made again: the broker's ROUTER drops what waited for it, so going on would
-lose messages without a word. Every peer is then reported lost, and the broker, which sees the receiving connection go,
-tells the others.
+A connection to the broker that breaks is not made again: the broker's ROUTER drops what waited for it, so going on
+would lose messages without a word. Every peer is then reported lost, and the broker, which sees the receiving
+connection go, tells the others.
 
 A second thread, the watcher, reads the two sockets' monitors and drains the queue of what did not fit into the socket.
 """
@@ -17,18 +17,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from zrpc.errors import AgentClosedError, PeerLostError
-from zrpc.ids import Incarnation
 from zrpc.transport import sockets
-from zrpc.transport.endpoint import OnFrames, OnLost
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import Inbox
 from zrpc.transport.outbox import Outbox
 from zrpc.wire.envelope import Buffer
+
+if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
+    from zrpc.transport.endpoint import OnFrames, OnLost
 
 DRAIN_INTERVAL_MS = 2
 EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -37,6 +40,7 @@ _WAKE_WATCHER = "inproc://wake-watcher"
 
 OnControl = Callable[[list[Buffer]], None]
 """`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
+
 
 class BrokeredEndpoint:
     """One worker's end of the brokered transport.
@@ -123,7 +127,8 @@ class BrokeredEndpoint:
         self._outbox.drain()
         self._outbox.close(linger_ms=0 if self._broker_lost else int(flush_s * 1000))
         self._inbox.close()
-        for sock in (self._watcher_end, self._reader_wake, self._watcher_wake, self._sender_monitor, self._receiver_monitor):
+        wakes = (self._watcher_end, self._reader_wake, self._watcher_wake)
+        for sock in (*wakes, self._sender_monitor, self._receiver_monitor):
             sock.close()
         self._context.term()
 

@@ -25,13 +25,16 @@ import socket as pysocket
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import sockets
-from zrpc.wire.envelope import Buffer
+
+if TYPE_CHECKING:
+    from zrpc.wire.envelope import Buffer
 
 SENDER = b"S"
 RECEIVER = b"R"
@@ -134,7 +137,7 @@ class Hub:
         self._events: list[Event] = []
 
     def pump(self, timeout_ms: int) -> list[Event]:
-        """Relay what is there, waiting up to `timeout_ms` for something to come, and say what the broker must see to."""
+        """Relay what is there, waiting up to `timeout_ms` for something; returns what the broker must see to."""
         if self._clogged:
             timeout_ms = min(timeout_ms, RETRY_MS)
         taken = self._take_batch()
@@ -254,7 +257,7 @@ class Hub:
         self._clogged.add(peer)
         if peer.backlog_nbytes > self._backlog_max_nbytes:
             limit_mb = self._backlog_max_nbytes >> 20
-            self._give_up(peer, f"it is too slow: it took nothing while more than {limit_mb} MiB waited for it at the broker")
+            self._give_up(peer, f"it is too slow: more than {limit_mb} MiB wait for it at the broker")
 
     def _try_send(self, peer: _Peer, source: bytes, frames: Frames) -> bool:
         """False: at its high-water mark. True: sent, or the peer is gone and an event says so."""
