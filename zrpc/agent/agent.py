@@ -108,15 +108,11 @@ class Agent:
             self._on_joined(member)
 
     def open(self) -> None:
-        """Serve requests from now on, those kept back first."""
-        while True:
-            with self._lock:
-                early, self._early = self._early, []
-                if not early:
-                    self._early = None
-                    return
-            for source, envelope in early:
-                self._on_request(source, envelope)
+        """Serve requests from now on, and those kept back."""
+        with self._lock:
+            early, self._early = self._early or [], None
+        for source, envelope in early:
+            self._on_request(source, envelope)
 
     def quiesce(self, timeout_s: float) -> bool:
         """Wait until no call is under way and no request is being served; False if `timeout_s` (0: no limit) was too short."""

@@ -1,0 +1,42 @@
+"""What the tables ask for: they decide, and whoever feeds them events carries this out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zrpc.ids import RRefId
+from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send `message` to worker `to`, again and again until it is acknowledged or `to` is lost."""
+
+    to: int
+    message: RRefChildAccept | RRefUserDelete
+
+
+@dataclass(frozen=True, slots=True)
+class AskOwner:
+    """As `Tell`, and report the acknowledgement (`acknowledged`) or its failure (`failed`) for `message.fork_id`."""
+
+    to: int
+    message: RRefForkRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Nobody else uses the RRef `rref_id`: let go of its value, unless this worker itself holds on to it."""
+
+    rref_id: RRefId
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """The RRef `rref_id` will never get a value, because its creator `creator` is gone: tell all who wait for it."""
+
+    rref_id: RRefId
+    creator: int
+
+
+Action = Tell | AskOwner | Release | Orphan

@@ -1,0 +1,198 @@
+"""The owner's side of reference counting: which forks of which RRefs are alive, and who holds them.
+
+An RRef's count is the set of its fork ids, so adding or removing a fork twice is the same as once. What sets cannot
+tell is late from new: a fork request that was repeated on its way may come after the delete that ended the fork. The
+table therefore remembers the forks that ended and the RRefs that nobody uses any more (`Remembered`).
+
+A value's life does not depend on the creation message coming first. Users that the owner hears of before the creation
+put the RRef in AWAITED, where it has forks but no value.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from zrpc.ids import ForkId, RRefId
+from zrpc.rref.actions import Action, Orphan, Release
+from zrpc.rref.states import OWNER_TRANSITIONS, OwnerEvent, OwnerState, step
+
+REMEMBERED_MAX = 16384
+"""So many ended forks (about 3 MB) stay known. A repeated fork request can only do harm if it is overtaken by that many
+deletes on one owner; then it counts a user that is gone, until that user's worker is lost or the owner shuts down."""
+
+UNSENT = -1
+"""Holder of a fork that is pickled but not sent to anybody yet."""
+
+
+class Remembered:
+    """The last `limit` ids that were added."""
+
+    __slots__ = ("_ids", "_limit")
+
+    def __init__(self, limit: int = REMEMBERED_MAX) -> None:
+        self._ids: OrderedDict[Hashable, None] = OrderedDict()
+        self._limit = limit
+
+    def __contains__(self, item: Hashable) -> bool:
+        return item in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, item: Hashable) -> None:
+        self._ids[item] = None
+        if len(self._ids) > self._limit:
+            self._ids.popitem(last=False)
+
+    def discard(self, item: Hashable) -> None:
+        self._ids.pop(item, None)
+
+
+class Availability(Enum):
+    """What a user that asks for a value is to be told."""
+
+    HERE = "answer as soon as the value is set"
+    AWAITED = "its creation is on its way; answer as soon as the value is set"
+    REFUSED = "the asking fork was deleted, or everybody's forks were: there is nothing to answer with"
+
+
+@dataclass(slots=True)
+class Owned:
+    """One RRef of this owner that somebody uses.
+
+    Attributes:
+        forks: the users that keep it alive, each with the rank that holds it.
+        waiting: forks that want its value before it was created, each with the rank that asked; they keep the record,
+            never the value.
+    """
+
+    state: OwnerState
+    forks: dict[ForkId, int] = field(default_factory=dict)
+    waiting: dict[ForkId, int] = field(default_factory=dict)
+
+
+class OwnerTable:
+    """The RRefs that worker `me` owns and others use. Whoever calls it owns it: nothing here locks."""
+
+    def __init__(self, me: int, remembered_max: int = REMEMBERED_MAX) -> None:
+        self._me = me
+        self._owned: dict[RRefId, Owned] = {}
+        self._ended = Remembered(remembered_max)
+        self._unused = Remembered(remembered_max)
+
+    def __len__(self) -> int:
+        return len(self._owned)
+
+    def __contains__(self, rref_id: RRefId) -> bool:
+        return rref_id in self._owned
+
+    def __iter__(self) -> Iterator[RRefId]:
+        return iter(self._owned)
+
+    def forks(self, rref_id: RRefId) -> dict[ForkId, int]:
+        """The counted forks of `rref_id` and who holds them."""
+        owned = self._owned.get(rref_id)
+        return dict(owned.forks) if owned else {}
+
+    def state(self, rref_id: RRefId) -> OwnerState:
+        """What is known of `rref_id`. An RRef made here was never on its way: unless it is used it is UNUSED."""
+        owned = self._owned.get(rref_id)
+        if owned:
+            return owned.state
+        made_here = rref_id.created_on == self._me
+        return OwnerState.UNUSED if made_here or rref_id in self._unused else OwnerState.UNKNOWN
+
+    def created(self, rref_id: RRefId, fork_id: ForkId, holder: int, alive: bool = True) -> list[Action]:
+        """The creation of `rref_id` came; its creator's own fork is `fork_id`, unless that ended already."""
+        owned = self._enter(rref_id, OwnerEvent.CREATED)
+        owned.waiting.clear()
+        if alive and fork_id not in self._ended:
+            owned.forks[fork_id] = holder
+        return self._settle(rref_id)
+
+    def shared(self, rref_id: RRefId, fork_id: ForkId, holder: int = UNSENT) -> None:
+        """This worker pickled its own RRef: `fork_id` counts from now on."""
+        self._enter(rref_id, OwnerEvent.SHARED).forks[fork_id] = holder
+
+    def sent(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
+        """The fork that `shared` counted is on its way to `holder`."""
+        owned = self._owned.get(rref_id)
+        if owned and fork_id in owned.forks:
+            owned.forks[fork_id] = holder
+
+    def forked(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
+        """The new user `fork_id` asks to be counted: again, too late, or before the creation, as it may be."""
+        if fork_id in self._ended:
+            return
+        state = step(OWNER_TRANSITIONS, rref_id, self.state(rref_id), OwnerEvent.FORKED)
+        if state is not OwnerState.UNUSED:
+            self._enter(rref_id, OwnerEvent.FORKED).forks[fork_id] = holder
+
+    def used(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> Availability:
+        """Somebody wants the value, in the name of `fork_id`."""
+        if fork_id in self._ended:
+            return Availability.REFUSED
+        state = step(OWNER_TRANSITIONS, rref_id, self.state(rref_id), OwnerEvent.USED)
+        if state is OwnerState.UNUSED:
+            return Availability.REFUSED
+        if state is OwnerState.AWAITED:
+            self._enter(rref_id, OwnerEvent.USED).waiting[fork_id] = holder
+            return Availability.AWAITED
+        return Availability.HERE
+
+    def ended(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
+        """The user `fork_id` is gone, and whatever of it comes later is late."""
+        self._ended.add(fork_id)
+        return self.forget(rref_id, fork_id)
+
+    def forget(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
+        """Nothing more comes from `fork_id`, in whose name this worker itself waited or was counted."""
+        owned = self._owned.get(rref_id)
+        if owned is None:
+            return []
+        owned.forks.pop(fork_id, None)
+        owned.waiting.pop(fork_id, None)
+        return self._settle(rref_id)
+
+    def peer_lost(self, rank: int) -> list[Action]:
+        """Worker `rank` is gone, and with it what it held and what it was still to create."""
+        actions: list[Action] = []
+        for rref_id, owned in list(self._owned.items()):
+            owned.forks = {fork: holder for fork, holder in owned.forks.items() if holder != rank}
+            owned.waiting = {fork: holder for fork, holder in owned.waiting.items() if holder != rank}
+            if owned.state is OwnerState.AWAITED and rref_id.created_on == rank:
+                owned.state = step(OWNER_TRANSITIONS, rref_id, owned.state, OwnerEvent.CREATOR_LOST)
+                owned.waiting.clear()
+                actions.append(Orphan(rref_id, rank))
+            actions += self._settle(rref_id)
+        return actions
+
+    def drop_unforked(self) -> list[Action]:
+        """Forget what only waits for a creation: this worker shuts down."""
+        actions: list[Action] = []
+        for rref_id, owned in list(self._owned.items()):
+            owned.waiting.clear()
+            actions += self._settle(rref_id)
+        return actions
+
+    def _enter(self, rref_id: RRefId, event: OwnerEvent) -> Owned:
+        state = step(OWNER_TRANSITIONS, rref_id, self.state(rref_id), event)
+        owned = self._owned.get(rref_id)
+        if owned is None:
+            owned = self._owned[rref_id] = Owned(state)
+            self._unused.discard(rref_id)
+        owned.state = state
+        return owned
+
+    def _settle(self, rref_id: RRefId) -> list[Action]:
+        owned = self._owned[rref_id]
+        if owned.forks or owned.waiting:
+            return []
+        state = step(OWNER_TRANSITIONS, rref_id, owned.state, OwnerEvent.EMPTIED)
+        del self._owned[rref_id]
+        if state is OwnerState.UNUSED:
+            self._unused.add(rref_id)
+        return [Release(rref_id)]

@@ -1,0 +1,181 @@
+"""One worker's part in counting references, as owner and as user: events in, actions out.
+
+The table knows no thread, clock or socket. It relies on three things of whoever feeds it:
+
+- an action is carried out after the lock that guards the table is released, and exactly once;
+- `Tell` and `AskOwner` are repeated until they are acknowledged; they may arrive repeated, late and in any order;
+- a worker that was reported lost stays lost until `peer_joined`: what still comes from it is ignored here.
+
+docs/rref.md tells the protocol, and what lost, late and repeated messages and dead workers do to it.
+"""
+
+from __future__ import annotations
+
+from zrpc.ids import ForkId, RRefId
+from zrpc.rref.actions import Action, Tell
+from zrpc.rref.owners import REMEMBERED_MAX, Availability, OwnerTable
+from zrpc.rref.states import OwnerState, UserState
+from zrpc.rref.users import UserTable
+from zrpc.wire.messages import RRefChildAccept
+
+
+class RRefTable:
+    """Reference counts of worker `me`. Whoever calls it guards it with one lock: nothing here locks.
+
+    Args:
+        me: this worker's rank.
+        remembered_max: how many ended forks and unused RRefs stay known (see `owners.REMEMBERED_MAX`).
+    """
+
+    def __init__(self, me: int, remembered_max: int = REMEMBERED_MAX) -> None:
+        self._me = me
+        self._owners = OwnerTable(me, remembered_max)
+        self._users = UserTable()
+        self._lost: set[int] = set()
+
+    # ---- this worker as owner ----------------------------------------------------------------------------------
+
+    def begin_here(self, rref_id: RRefId) -> None:
+        """remote() to this worker itself: the RRef exists until `finish_here` at least."""
+        self._owners.created(rref_id, rref_id, self._me)
+
+    def finish_here(self, rref_id: RRefId) -> list[Action]:
+        """The call that `begin_here` announced is over."""
+        return self._owners.forget(rref_id, rref_id)
+
+    def creation_arrived(self, rref_id: RRefId, fork_id: ForkId, creator: int) -> list[Action]:
+        """Another worker's remote() came: its value is being made.
+
+        The RRef may be released at once, if its creator gave up and said so before, or is lost.
+        """
+        return self._owners.created(rref_id, fork_id, creator, alive=creator not in self._lost)
+
+    def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
+        """`RRefForkRequest` came: first, again, before the creation or after the delete."""
+        if holder not in self._lost:
+            self._owners.forked(rref_id, fork_id, holder)
+
+    def user_deleted(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
+        """`RRefUserDelete` came: first, again, or before the creation."""
+        return self._owners.ended(rref_id, fork_id)
+
+    def value_wanted(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> Availability:
+        """A user asks for the value: by `RRefFetch`, say."""
+        return Availability.REFUSED if holder in self._lost else self._owners.used(rref_id, fork_id, holder)
+
+    def share_owned(self, rref_id: RRefId, fork_id: ForkId) -> None:
+        """This worker pickles its own RRef for somebody: `fork_id` counts from now on."""
+        self._owners.shared(rref_id, fork_id)
+
+    def came_home(self, rref_id: RRefId, fork_id: ForkId, parent: int) -> tuple[Availability, list[Action]]:
+        """This worker's own RRef came back to it as `fork_id`, sent by itself or by a user.
+
+        Returns:
+            Whether the value is here, will be or is gone. If it is AWAITED, `home_dropped` must follow when the program
+            lets go of it. And the actions.
+        """
+        if parent == self._me:
+            availability = self._owners.used(rref_id, fork_id, self._me)
+            return availability, self._owners.forget(rref_id, fork_id)
+        return self._owners.used(rref_id, fork_id, self._me), [Tell(parent, RRefChildAccept(fork_id))]
+
+    def home_dropped(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
+        """The program let go of what `came_home`."""
+        return self._owners.forget(rref_id, fork_id)
+
+    # ---- this worker as user -----------------------------------------------------------------------------------
+
+    def create(self, rref_id: RRefId, fork_id: ForkId, owner: int) -> None:
+        """remote() is about to ask `owner`; `acknowledged` or `failed` follows."""
+        self._users.create(rref_id, fork_id, owner)
+
+    def receive(self, rref_id: RRefId, fork_id: ForkId, owner: int, parent: int) -> list[Action]:
+        """A fork of another worker's RRef came, sent by `parent`."""
+        return self._users.receive(rref_id, fork_id, owner, parent, owner in self._lost)
+
+    def acknowledged(self, fork_id: ForkId) -> list[Action]:
+        """The owner answered remote() or `RRefForkRequest`."""
+        return self._users.acknowledged(fork_id)
+
+    def failed(self, fork_id: ForkId) -> list[Action]:
+        """remote() or `RRefForkRequest` failed; it is not known whether the owner heard it."""
+        return self._users.failed(fork_id)
+
+    def share_used(self, fork_id: ForkId, child: ForkId) -> None:
+        """This worker pickles its fork for somebody, as `child`."""
+        self._users.share(fork_id, child)
+
+    def child_accepted(self, child: ForkId) -> list[Action]:
+        """`RRefChildAccept` came: first or again."""
+        return self._users.child_accepted(child)
+
+    def user_dropped(self, fork_id: ForkId) -> list[Action]:
+        """The program let go of its fork."""
+        return self._users.dropped(fork_id)
+
+    # ---- both --------------------------------------------------------------------------------------------------
+
+    def sent(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> list[Action]:
+        """What was pickled as `fork_id` is on its way to `holder`, who may be lost by now."""
+        self._owners.sent(rref_id, fork_id, holder)
+        self._users.sent(fork_id, holder)
+        return self.unsent(rref_id, fork_id) if holder in self._lost else []
+
+    def unsent(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
+        """What was pickled as `fork_id` will not be sent to anybody."""
+        return self._owners.forget(rref_id, fork_id) + self._users.child_accepted(fork_id)
+
+    def peer_lost(self, rank: int) -> list[Action]:
+        """Worker `rank` died, left or became unreachable."""
+        self._lost.add(rank)
+        return self._owners.peer_lost(rank) + self._users.peer_lost(rank)
+
+    def peer_joined(self, rank: int) -> None:
+        """A new worker `rank` is here: what comes from it counts again."""
+        self._lost.discard(rank)
+
+    def drop_all_users(self) -> list[Action]:
+        """Let go of every fork as if the program had: this worker shuts down."""
+        return [action for fork_id in list(self._users) for action in self._users.dropped(fork_id)]
+
+    def drop_unforked_owners(self) -> list[Action]:
+        """Forget the RRefs that are only waited for: this worker shuts down."""
+        return self._owners.drop_unforked()
+
+    # ---- questions ---------------------------------------------------------------------------------------------
+
+    def is_lost(self, rank: int) -> bool:
+        """Whether `rank` was lost and nobody took its place."""
+        return rank in self._lost
+
+    def user_state(self, fork_id: ForkId) -> UserState:
+        """The state of this worker's fork `fork_id`."""
+        return self._users.state(fork_id)
+
+    def owner_state(self, rref_id: RRefId) -> OwnerState:
+        """What this worker, the owner, knows of `rref_id`."""
+        return self._owners.state(rref_id)
+
+    def owned_forks(self) -> dict[RRefId, dict[ForkId, int]]:
+        """The forks of this worker's RRefs with the ranks that hold them."""
+        return {rref_id: self._owners.forks(rref_id) for rref_id in self._owners}
+
+    @property
+    def num_owned(self) -> int:
+        """RRefs of this worker that somebody uses."""
+        return len(self._owners)
+
+    @property
+    def num_users(self) -> int:
+        """Forks that this worker holds."""
+        return len(self._users)
+
+    @property
+    def num_unconfirmed_users(self) -> int:
+        """Forks that wait for their owner's answer."""
+        return self._users.num_unconfirmed
+
+    @property
+    def num_children(self) -> int:
+        """Forks that this worker handed out as a user and that were not accepted yet."""
+        return self._users.num_children

@@ -1,0 +1,179 @@
+"""A user's side of reference counting: its forks of other workers' RRefs, and the children it handed out.
+
+Two rules keep the owner's value alive for as long as anybody can ask for it:
+
+- a fork is deleted only after the owner answered for it, so no delete overtakes what made the owner count the fork;
+- a fork is deleted only after all of its children were accepted, so at any time at least one ancestor of a fork that
+  the owner does not know yet is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from zrpc.ids import ForkId, RRefId
+from zrpc.rref.actions import Action, AskOwner, Tell
+from zrpc.rref.owners import UNSENT
+from zrpc.rref.states import USER_TRANSITIONS, UserEvent, UserState, step
+from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+
+_UNCONFIRMED = frozenset({UserState.CREATING, UserState.FORKING, UserState.LEAVING_UNCONFIRMED})
+_LEAVING = frozenset({UserState.LEAVING_UNCONFIRMED, UserState.LEAVING})
+
+
+@dataclass(slots=True)
+class Fork:
+    """One fork that this worker holds.
+
+    Attributes:
+        parent: the user that handed it out and waits to hear that the owner counts it; None if nobody waits.
+        children: forks of this one that were handed out and not accepted yet, each with the rank it went to.
+    """
+
+    rref_id: RRefId
+    fork_id: ForkId
+    owner: int
+    state: UserState
+    parent: int | None = None
+    children: dict[ForkId, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"fork {self.fork_id} of {self.rref_id}"
+
+
+class UserTable:
+    """The forks that one worker holds. Whoever calls it owns it: nothing here locks."""
+
+    def __init__(self) -> None:
+        self._forks: dict[ForkId, Fork] = {}
+        self._parent_of: dict[ForkId, ForkId] = {}
+        self._num_unconfirmed = 0
+
+    def __len__(self) -> int:
+        return len(self._forks)
+
+    def __iter__(self) -> Iterator[ForkId]:
+        return iter(self._forks)
+
+    @property
+    def num_unconfirmed(self) -> int:
+        """How many forks wait for their owner's answer."""
+        return self._num_unconfirmed
+
+    @property
+    def num_children(self) -> int:
+        """How many children are not accepted yet."""
+        return len(self._parent_of)
+
+    def state(self, fork_id: ForkId) -> UserState:
+        """The state of `fork_id`; GONE if it is not here."""
+        fork = self._forks.get(fork_id)
+        return fork.state if fork else UserState.GONE
+
+    def create(self, rref_id: RRefId, fork_id: ForkId, owner: int) -> None:
+        """remote() is about to ask `owner` for a new RRef."""
+        self._step(self._fork(rref_id, fork_id, owner), UserEvent.CREATED)
+
+    def receive(
+        self, rref_id: RRefId, fork_id: ForkId, owner: int, parent: int, owner_lost: bool = False
+    ) -> list[Action]:
+        """A fork came from `parent`, the owner (which counted it before it sent it) or another user."""
+        fork = self._fork(rref_id, fork_id, owner)
+        if parent == owner:
+            self._step(fork, UserEvent.CAME_FROM_OWNER)
+        else:
+            self._step(fork, UserEvent.CAME_FROM_USER)
+            fork.parent = parent
+        if owner_lost:
+            return self._orphan(fork)
+        return [] if parent == owner else [AskOwner(owner, RRefForkRequest(rref_id, fork_id))]
+
+    def share(self, fork_id: ForkId, child: ForkId, holder: int = UNSENT) -> None:
+        """`fork_id` is pickled for somebody as `child`: it stays until `child` is accepted.
+
+        Raises:
+            ProtocolError: `fork_id` cannot be shared any more.
+        """
+        fork = self._fork(fork_id, fork_id, UNSENT)
+        self._step(fork, UserEvent.SHARED)
+        fork.children[child] = holder
+        self._parent_of[child] = fork_id
+
+    def sent(self, child: ForkId, holder: int) -> None:
+        """The pickled `child` is on its way to `holder`."""
+        parent = self._forks.get(self._parent_of.get(child, child))
+        if parent and child in parent.children:
+            parent.children[child] = holder
+
+    def acknowledged(self, fork_id: ForkId) -> list[Action]:
+        """The owner counts `fork_id`. Nothing happens if it was forgotten with a lost owner."""
+        return self._answered(fork_id, UserEvent.ACKNOWLEDGED)
+
+    def failed(self, fork_id: ForkId) -> list[Action]:
+        """Asking the owner for `fork_id` failed: it may have been heard or not."""
+        return self._answered(fork_id, UserEvent.FAILED)
+
+    def child_accepted(self, child: ForkId) -> list[Action]:
+        """`child` is counted by the owner, or will never be. A repetition changes nothing."""
+        parent = self._forks.get(self._parent_of.pop(child, child))
+        if parent is None or parent.children.pop(child, None) is None:
+            return []
+        return self._settle(parent)
+
+    def dropped(self, fork_id: ForkId) -> list[Action]:
+        """The program let go of `fork_id`. A repetition changes nothing."""
+        fork = self._forks.get(fork_id)
+        if fork is None or fork.state in _LEAVING:
+            return []
+        self._step(fork, UserEvent.DROPPED)
+        return self._settle(fork)
+
+    def peer_lost(self, rank: int) -> list[Action]:
+        """Worker `rank` is gone: forks of its RRefs are orphans, and children it held are nobody's concern."""
+        actions: list[Action] = []
+        for fork in list(self._forks.values()):
+            if fork.parent == rank:
+                fork.parent = None
+            if fork.owner == rank:
+                actions += self._orphan(fork)
+                continue
+            for child in [child for child, holder in fork.children.items() if holder == rank]:
+                actions += self.child_accepted(child)
+        return actions
+
+    def _orphan(self, fork: Fork) -> list[Action]:
+        for child in fork.children:
+            self._parent_of.pop(child, None)
+        fork.children.clear()
+        self._step(fork, UserEvent.OWNER_LOST)
+        return self._accept(fork)
+
+    def _answered(self, fork_id: ForkId, event: UserEvent) -> list[Action]:
+        fork = self._forks.get(fork_id)
+        if fork is None:
+            return []
+        self._step(fork, event)
+        return self._accept(fork) + self._settle(fork)
+
+    def _accept(self, fork: Fork) -> list[Action]:
+        parent, fork.parent = fork.parent, None
+        return [] if parent is None else [Tell(parent, RRefChildAccept(fork.fork_id))]
+
+    def _settle(self, fork: Fork) -> list[Action]:
+        if fork.state is not UserState.LEAVING or fork.children:
+            return []
+        self._step(fork, UserEvent.SETTLED)
+        return [Tell(fork.owner, RRefUserDelete(fork.rref_id, fork.fork_id))]
+
+    def _fork(self, rref_id: RRefId, fork_id: ForkId, owner: int) -> Fork:
+        return self._forks.get(fork_id) or Fork(rref_id, fork_id, owner, UserState.GONE)
+
+    def _step(self, fork: Fork, event: UserEvent) -> None:
+        before = fork.state
+        fork.state = step(USER_TRANSITIONS, fork, before, event)
+        self._num_unconfirmed += (fork.state in _UNCONFIRMED) - (before in _UNCONFIRMED)
+        if fork.state is UserState.GONE:
+            del self._forks[fork.fork_id]
+        elif before is UserState.GONE:
+            self._forks[fork.fork_id] = fork
