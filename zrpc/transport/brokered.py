@@ -113,6 +113,9 @@ class BrokeredEndpoint:
             raise self._refusal(to)
         self._send(to, frames)
 
+    def watch(self, peer: Incarnation) -> None:
+        """See `Endpoint.watch`: the broker tells of every loss."""
+
     def close(self, flush_s: float) -> None:
         """Stop; see `Endpoint.close`."""
         with self._lock:
