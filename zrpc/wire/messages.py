@@ -173,14 +173,15 @@ class RRefUserDelete(Message):
 @_message(30)
 @dataclass(frozen=True, slots=True)
 class BackwardRequest(Message):
-    """Gradients for the send function `autograd_message_id` of `context_id`: run backward from it."""
+    """Gradients for the send function `autograd_message_id` of `context_id`: run backward from it, as part of `pass_id`."""
 
     context_id: int
     autograd_message_id: GlobalId
+    pass_id: GlobalId
     retain_graph: bool
 
     def __post_init__(self) -> None:
-        _restore_ids(self, "autograd_message_id")
+        _restore_ids(self, "autograd_message_id", "pass_id")
 
 
 @_message(31)
@@ -202,6 +203,33 @@ class ReleaseContext(Message):
     """The autograd context `context_id` is over: free what belongs to it, and tell whom you told of it."""
 
     context_id: int
+
+
+@_message(33, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class AbortBackward(Message):
+    """The backward pass `pass_id` of `context_id` has failed somewhere: stop it, and tell whom you told of the context."""
+
+    context_id: int
+    pass_id: GlobalId
+    reason: str
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "pass_id")
+
+
+@_message(34)
+@dataclass(frozen=True, slots=True)
+class MarkSends(Message):
+    """The send functions `autograd_message_ids` will get gradients in `pass_id`. Answered once all they lead to are marked."""
+
+    context_id: int
+    pass_id: GlobalId
+    autograd_message_ids: list[GlobalId]
+
+    def __post_init__(self) -> None:
+        _restore_ids(self, "pass_id")
+        object.__setattr__(self, "autograd_message_ids", [GlobalId(*one) for one in self.autograd_message_ids])
 
 
 # ---- worker and broker -----------------------------------------------------------------------------------------
