@@ -74,7 +74,6 @@ class BrokerGroup:
         self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
         self._probes = itertools.count(1)
         self._answered_probe = 0
-        self._stop_heartbeat = threading.Event()
         self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="zrpc-heartbeat", daemon=True)
         endpoint.on_control = self._on_control
         endpoint.on_broker_lost = self._on_broker_lost
@@ -107,8 +106,7 @@ class BrokerGroup:
             if self._state is _State.JOINED:
                 return self._members[incarnation], list(self._members.values())
             error = self._ended_by or self._late(name, timeout_s)
-            self._state = _State.ENDED
-        self._stop_heartbeat.set()
+            self._set_state(_State.ENDED)
         with contextlib.suppress(ZrpcError):
             self._tell(Leave())
         self._heartbeat_thread.join()
@@ -134,8 +132,7 @@ class BrokerGroup:
                 with self._changed:
                     self._changed.wait_for(lambda: self._state is _State.ENDED, timeout_s)
         with self._changed:
-            self._state = _State.ENDED
-        self._stop_heartbeat.set()
+            self._set_state(_State.ENDED)
         if self._heartbeat_thread.ident is not None and self._heartbeat_thread is not threading.current_thread():
             self._heartbeat_thread.join()
 
@@ -158,6 +155,7 @@ class BrokerGroup:
             with self._changed:
                 self._forming = message
                 self._interval_s = message.heartbeat_interval_s
+                self._changed.notify_all()
         elif isinstance(message, Welcome):
             self._on_welcome(message)
         elif isinstance(message, Refused):
@@ -180,8 +178,7 @@ class BrokerGroup:
             self._interval_s = message.heartbeat_interval_s
             if self._state is _State.JOINING:
                 self._members = {member.incarnation: member for member in members}
-                self._state = _State.JOINED
-                self._changed.notify_all()
+                self._set_state(_State.JOINED)
 
     def _on_newcomer(self, message: Joined) -> None:
         member = Member(WorkerInfo(message.name, message.rank), message.incarnation, message.card)
@@ -193,8 +190,7 @@ class BrokerGroup:
     def _on_gone(self, message: Left) -> None:
         if message.incarnation == self._endpoint.incarnation:
             with self._changed:
-                self._state = _State.ENDED
-                self._changed.notify_all()
+                self._set_state(_State.ENDED)
             return
         with self._changed:
             known = self._members.pop(message.incarnation, None)
@@ -216,28 +212,40 @@ class BrokerGroup:
             was = self._state
             if was is _State.ENDED:
                 return
-            self._state, self._ended_by = _State.ENDED, error
+            self._ended_by = error
             members = [m.incarnation for m in self._members.values() if m.incarnation != self._endpoint.incarnation]
             self._members = {}
-            self._changed.notify_all()
-        self._stop_heartbeat.set()
+            self._set_state(_State.ENDED)
         if was is _State.JOINED:
             self._endpoint.lose_broker(str(error))
             for incarnation in members:
                 self._on_left(incarnation, True, str(error))
 
     def _heartbeat_loop(self) -> None:
-        while not self._stop_heartbeat.wait(self._interval_s):
-            silent_s = time.monotonic() - self._endpoint.heard_at
-            if self._endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
-                self._endpoint.lose_broker(
-                    f"the broker at {self._endpoint.address} has said nothing for {silent_s:.0f} s"
-                )
+        endpoint = self._endpoint
+        while self._wait_interval():
+            silent_s = time.monotonic() - endpoint.heard_at
+            if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
+                endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
                 return
             with contextlib.suppress(ZrpcError):
                 self._tell(Heartbeat())
 
+    def _wait_interval(self) -> bool:
+        """Wait until a heartbeat is due, or the broker asks for another interval; false: no more are wanted."""
+        with self._changed:
+            interval_s = self._interval_s
+            self._changed.wait_for(
+                lambda: self._state is _State.ENDED or self._interval_s != interval_s, timeout=interval_s
+            )
+            return self._state is not _State.ENDED
+
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _set_state(self, state: _State) -> None:
+        """Go to `state`, under the lock, and tell whoever waits for it."""
+        self._state = state
+        self._changed.notify_all()
 
     def _tell(self, message: Message, call_id: int = 0) -> None:
         self._endpoint.tell_broker(encode(Envelope(message, call_id)))

@@ -128,7 +128,8 @@ class BrokeredEndpoint:
             if thread is not threading.current_thread():
                 thread.join()
         self._outbox.drain()
-        self._outbox.close(linger_ms=0 if self._broker_lost else int(flush_s * 1000))
+        can_flush = self.is_connected() and self._broker_lost is None
+        self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
         self._inbox.close()
         wakes = (self._watcher_end, self._reader_wake, self._watcher_wake)
         for sock in (*wakes, self._sender_monitor, self._receiver_monitor):

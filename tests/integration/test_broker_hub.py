@@ -1,0 +1,123 @@
+"""The hub alone, with endpoints connected to it in one process."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import zmq
+
+from tests.integration.broker_harness import TIMEOUT_S
+from zrpc.ids import Incarnation, new_incarnation
+from zrpc.transport.brokered import BrokeredEndpoint
+from zrpc.transport.hub import BROKER, Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class HubThread:
+    """A hub pumped by a thread; its events are kept."""
+
+    def __init__(self, backlog_max_nbytes: int) -> None:
+        self.hub = Hub("tcp://127.0.0.1:0", backlog_max_nbytes)
+        self.address = self.hub.address
+        self.events: list[Event] = []
+        self.commands: list[tuple[Incarnation, int]] = []
+        self._changed = threading.Condition()
+        self._stop = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop:
+            events = self.hub.pump(1000)
+            while self.commands:
+                self.hub.admit(*self.commands.pop(0))
+            with self._changed:
+                self.events += events
+                self._changed.notify_all()
+        self.hub.close()
+
+    def wait(self, event: Event) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: event in self.events, TIMEOUT_S), self.events
+
+    def wait_unreachable(self, peer: Incarnation) -> str:
+        def reasons() -> list[str]:
+            return [event.reason for event in self.events if isinstance(event, Unreachable) and event.peer == peer]
+
+        with self._changed:
+            assert self._changed.wait_for(reasons, TIMEOUT_S), self.events
+        return reasons()[0]
+
+    def close(self) -> None:
+        self._stop = True
+        self.hub.wake()
+        self._thread.join()
+
+
+@pytest.fixture
+def hub() -> Iterator[HubThread]:
+    started = HubThread(backlog_max_nbytes=1 << 20)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def endpoints(hub: HubThread) -> Iterator[list[BrokeredEndpoint]]:
+    made = [BrokeredEndpoint(hub.address, new_incarnation()) for _ in range(2)]
+    for endpoint in made:
+        hub.wait(Hello(endpoint.incarnation))
+        for other in made:
+            endpoint.add_peer(other.incarnation)
+    yield made
+    for endpoint in made:
+        endpoint.close(flush_s=0.0)
+
+
+def test_what_is_for_the_broker_and_what_has_no_destination(hub: HubThread, endpoints: list[BrokeredEndpoint]) -> None:
+    a, b = endpoints
+    a.tell_broker([b"one", b"two"])
+    a.send(b.incarnation, [b"x"])
+    hub.wait(Control(a.incarnation, [b"one", b"two"]))
+    hub.wait(Undelivered(a.incarnation, b.incarnation))
+
+
+def test_a_worker_that_reads_nothing_is_given_up(hub: HubThread, endpoints: list[BrokeredEndpoint]) -> None:
+    a, b = endpoints  # b is never opened: nobody reads for it
+    hub.commands += [(a.incarnation, 1), (b.incarnation, 1)]
+    hub.hub.wake()
+    a.tell_broker([b"after admission"])
+    hub.wait(Control(a.incarnation, [b"after admission"]))
+    message = bytes(4000)
+    for _ in range(40_000):
+        a.send(b.incarnation, [message])
+        a._outbox.drain()  # nobody else does: a is not open either
+    assert "too slow" in hub.wait_unreachable(b.incarnation)
+
+
+def test_a_connection_that_goes_is_hinted_at_and_found_by_a_message(
+    hub: HubThread, endpoints: list[BrokeredEndpoint]
+) -> None:
+    a, b = endpoints
+    hub.commands += [(a.incarnation, 1), (b.incarnation, 1)]
+    hub.hub.wake()
+    b.close(flush_s=0.0)
+    hub.wait(Hint())
+    a.send(b.incarnation, [b"x"])
+    assert "gone" in hub.wait_unreachable(b.incarnation)
+
+
+def test_what_is_not_from_a_worker_is_dropped_with_a_word(
+    hub: HubThread, endpoints: list[BrokeredEndpoint], caplog: pytest.LogCaptureFixture
+) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 1000)
+        stranger.connect(hub.address)
+        stranger.send_multipart([BROKER, b"x"])
+        stranger.send(b"")
+    endpoints[0].tell_broker([b"still served"])
+    hub.wait(Control(endpoints[0].incarnation, [b"still served"]))
+    assert "not from a zrpc worker" in caplog.text
