@@ -164,7 +164,6 @@ def test_a_killed_worker_is_lost_within_seconds(broker: Broker) -> None:
             a.seen.wait(lambda: len(a.seen.frames) == 1)
             process.process.kill()
             a.seen.wait(lambda: a.seen.lost == [(victim, "its connection to the broker is gone")], timeout_s=5.0)
-            assert [(gone, lost) for gone, lost, _ in a.seen.left] == [(victim, True)]
             with pytest.raises(PeerLostError):
                 a.endpoint.send(victim, [b"x"])
     finally:
@@ -189,7 +188,6 @@ def test_the_death_of_the_broker_loses_everybody(broker: Broker) -> None:
     with workers(broker.address, "a", "b") as (a, b):
         broker.kill()
         a.seen.wait(lambda: b.incarnation in {peer for peer, _ in a.seen.lost}, timeout_s=5.0)
-        a.seen.wait(lambda: [(gone, lost) for gone, lost, _ in a.seen.left] == [(b.incarnation, True)])
         with pytest.raises(PeerLostError, match="connection to the broker"):
             a.endpoint.send(b.incarnation, [b"x"])
         began = time.monotonic()

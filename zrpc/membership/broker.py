@@ -81,7 +81,7 @@ class BrokerGroup:
     # ---- Group ------------------------------------------------------------------------------------------------------
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        """See `Group.watch`. Of a lost worker, the endpoint's `on_lost` is told as well."""
+        """See `Group.watch`. `on_left` is told of goodbyes only; of a lost worker, the endpoint's `on_lost` is, once."""
         self._on_joined, self._on_left = on_joined, on_left
 
     def join(
@@ -193,13 +193,11 @@ class BrokerGroup:
                 self._set_state(_State.ENDED)
             return
         with self._changed:
-            known = self._members.pop(message.incarnation, None)
+            self._members.pop(message.incarnation, None)
         if message.lost:
             self._endpoint.lose_peer(message.incarnation, message.reason)
-        else:
-            self._endpoint.remove_peer(message.incarnation, message.reason)
-        if known is not None:
-            self._on_left(message.incarnation, message.lost, message.reason)
+        elif self._endpoint.remove_peer(message.incarnation, message.reason):
+            self._on_left(message.incarnation, False, message.reason)
 
     # ---- the broker's own loss --------------------------------------------------------------------------------------
 
@@ -213,13 +211,9 @@ class BrokerGroup:
             if was is _State.ENDED:
                 return
             self._ended_by = error
-            members = [m.incarnation for m in self._members.values() if m.incarnation != self._endpoint.incarnation]
-            self._members = {}
             self._set_state(_State.ENDED)
         if was is _State.JOINED:
             self._endpoint.lose_broker(str(error))
-            for incarnation in members:
-                self._on_left(incarnation, True, str(error))
 
     def _heartbeat_loop(self) -> None:
         endpoint = self._endpoint
