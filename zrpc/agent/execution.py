@@ -41,7 +41,7 @@ def execute_python(payload: Payload) -> Any:
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
-    """Run the torch operator `op`, such as `aten::add`, on the packed `(args, kwargs)` of `payload`.
+    """Run the torch operator `op`, such as `aten::add` or `aten::add.Tensor`, on the packed `(args, kwargs)` of `payload`.
 
     Raises:
         ProtocolError: this torch has no such operator.
@@ -54,8 +54,11 @@ def execute_builtin(op: str, payload: Payload) -> Any:
 @lru_cache(maxsize=None)
 def _operator(op: str) -> Callable[..., Any]:
     namespace, _, name = op.partition("::")
+    packet, _, overload = name.partition(".")
     try:
-        found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), name)
+        found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), packet)
+        if overload:
+            found = getattr(found, overload)
     except (AttributeError, RuntimeError) as error:
         raise ProtocolError(f"the torch of this worker has no operator {op}: {error}") from error
     return found
