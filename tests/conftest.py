@@ -7,14 +7,17 @@ import multiprocessing.resource_tracker
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 SETTLE_S = 5.0
-"""How long what a test closed may take to be gone: threads end and ZeroMQ closes sockets a moment after they are told to."""
+"""How long what a test closed may take to be gone: threads end, and ZeroMQ closes sockets, some time after."""
 
 _SHM = Path("/dev/shm")
 _FDS = Path("/proc/self/fd")

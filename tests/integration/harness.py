@@ -17,10 +17,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 Mode = Literal["file", "tcp", "broker"]
 MODES: tuple[Mode, ...] = ("file", "tcp", "broker")
@@ -34,7 +36,7 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "zrpc.a
 
 @dataclass
 class Outcome:
-    """How one worker ended: with a `result`, with an `error` (its traceback as text), or killed or dead without a word."""
+    """How one worker ended: with a `result` or with an `error`, as text: its traceback, or how it died."""
 
     rank: int
     result: Any = None

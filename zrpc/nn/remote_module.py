@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
-from torch.distributed import _remote_device
+from torch.distributed.remote_device import _remote_device
+from torch.jit import RecursiveScriptModule  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from zrpc.agent.current import current_agent
 from zrpc.api import remote, rpc_async, rpc_sync
 from zrpc.nn import scripting
-from zrpc.rref import RRef
+from zrpc.rref.rref import RRef
 from zrpc.wire.pickling import register_reducer
 
 if TYPE_CHECKING:
@@ -37,12 +38,15 @@ _REMOTE_MODULE_PICKLED_ATTRIBUTES = (
 )
 """The attributes that a RemoteModule has on arrival at another worker, beside its methods; in this order."""
 
+# fmt: off
 _UNSUPPORTED = (
-    "register_buffer register_parameter add_module apply cuda ipu xpu cpu type float double half bfloat16 to "
-    "register_backward_hook register_forward_pre_hook register_forward_hook state_dict load_state_dict "
-    "named_parameters buffers named_buffers children named_children modules named_modules requires_grad_ zero_grad "
-    "share_memory extra_repr"
-).split()
+    "register_buffer", "register_parameter", "add_module", "apply", "cuda", "ipu", "xpu", "cpu", "type",
+    "float", "double", "half", "bfloat16", "to", "register_backward_hook", "register_forward_pre_hook",
+    "register_forward_hook", "state_dict", "load_state_dict", "named_parameters", "buffers", "named_buffers",
+    "children", "named_children", "modules", "named_modules", "requires_grad_", "zero_grad", "share_memory",
+    "extra_repr",
+)
+# fmt: on
 """Methods of `nn.Module` that would have to reach into the module itself, and are not carried over."""
 
 
@@ -84,7 +88,9 @@ class RemoteModule(nn.Module):
         super().__init__()
         self._place(remote_device)
         scripted = _module_interface_cls is not None
-        module_rref = remote(self.on, _create_module, args=(module_cls, args or (), kwargs or {}, self.device, scripted))
+        module_rref = remote(
+            self.on, _create_module, args=(module_cls, args or (), kwargs or {}, self.device, scripted)
+        )
         self._attach(module_rref, _module_interface_cls)
 
     @staticmethod
@@ -161,13 +167,14 @@ class RemoteModule(nn.Module):
         agent = current_agent()
         parsed = _remote_device(remote_device)
         name, rank = parsed.worker_name(), parsed.rank()
-        if name is None and rank is None:
+        on = name if name is not None else rank
+        if on is None:
             raise ValueError(
                 f"{remote_device!r} names no worker: write '<worker name>/<device>' or 'rank:<rank>/<device>'"
             )
-        self.on: str | int = name if name is not None else rank
+        self.on = on
         self.device = str(parsed.device())
-        self.is_device_map_set = bool(agent.device_map(agent.members.find(self.on)))
+        self.is_device_map_set = bool(agent.options.device_maps.get(agent.resolve(self.on).name))
 
     def _attach(self, module_rref: RRef[Any], interface: Any) -> None:
         self.is_scriptable = interface is not None
@@ -198,9 +205,7 @@ def forward(self: RemoteModule, *args: Any, **kwargs: Any) -> Any:
 def _start_forward(
     module_rref: RRef[Any], device: str, is_device_map_set: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.futures.Future[Any]:
-    return rpc_async(
-        module_rref.owner(), _run_forward, args=(module_rref, device, is_device_map_set, args, kwargs)
-    )
+    return rpc_async(module_rref.owner(), _run_forward, args=(module_rref, device, is_device_map_set, args, kwargs))
 
 
 def _unsupported(name: str) -> Callable[..., NoReturn]:
@@ -287,7 +292,7 @@ def _rebuild_remote_module(on: str | int, device: str, is_device_map_set: bool, 
     return module
 
 
-def _reduce_script_module(module: torch.jit.RecursiveScriptModule) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _reduce_script_module(module: RecursiveScriptModule) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if any(scripting.is_linked(part) for part in module.modules()):
         raise RuntimeError(_NO_SCRIPT)
     saved = io.BytesIO()
@@ -296,8 +301,8 @@ def _reduce_script_module(module: torch.jit.RecursiveScriptModule) -> tuple[Call
 
 
 def _rebuild_script_module(saved: bytes) -> Any:
-    return torch.jit.load(io.BytesIO(saved))
+    return torch.jit.load(io.BytesIO(saved))  # type: ignore[no-untyped-call]
 
 
 register_reducer(RemoteModule, _reduce_remote_module)
-register_reducer(torch.jit.RecursiveScriptModule, _reduce_script_module)
+register_reducer(RecursiveScriptModule, _reduce_script_module)

@@ -4,9 +4,9 @@ TorchScript knows neither RRefs nor remote calls that are made in Python. What i
 code may call back into a Python function of declared types. So `forward` and `forward_async` are generated for each
 interface, as source because TorchScript compiles source, around two such functions: one starts the remote call, the
 other waits for its result. Two things are handed from one to the other through compiled code, which can hold a tensor
-but no Python object: what starts a call (the *link*) and the call. Each rides as the attribute of an empty tensor:
-a tensor keeps its Python object, attributes and all, for as long as compiled code holds the tensor, so nothing has to be
-looked up in a table or freed by hand.
+but no Python object: what starts a call (the *link*) and the call. Each rides as the attribute of an empty tensor: a
+tensor keeps its Python object, attributes and all, for as long as compiled code holds the tensor, so nothing has to
+be looked up in a table or freed by hand.
 
 The future of `forward_async` is a `torch.jit.fork` that waits: a plain Python future would give compiled code an
 object where it expects a value of the declared type. The remote call itself has started by then, on the calling
@@ -63,7 +63,7 @@ _numbers = itertools.count()
 
 @functools.cache
 def methods_of(interface: Any) -> list[Callable[..., Any]]:
-    """`forward_async` and `forward` with the types of `interface.forward`, to be installed on a RemoteModule and compiled.
+    """`forward_async` and `forward` with the types of `interface.forward`, for a RemoteModule to have compiled.
 
     Args:
         interface: a class decorated with `torch.jit.interface` that has a method `forward`.
@@ -73,7 +73,8 @@ def methods_of(interface: Any) -> list[Callable[..., Any]]:
     """
     if not getattr(interface, "__torch_script_interface__", False) or not hasattr(interface, "forward"):
         raise ValueError(
-            f"module_interface_cls {interface} must be a type object decorated by @torch.jit.interface, with a method `forward`"
+            f"module_interface_cls {interface} must be a type object decorated by @torch.jit.interface, "
+            "with a method `forward`"
         )
     signature = inspect.signature(interface.forward, eval_str=True)
     parameters = list(signature.parameters.values())[1:]
@@ -114,7 +115,7 @@ def make_link(start: Start) -> torch.Tensor:
     return _carry(start)
 
 
-def is_linked(module: torch.jit.ScriptModule) -> bool:
+def is_linked(module: torch.nn.Module) -> bool:
     """Whether `module` is a compiled RemoteModule."""
     return hasattr(module, LINK_ATTRIBUTE) and hasattr(getattr(module, LINK_ATTRIBUTE), "carried")
 
