@@ -1,0 +1,388 @@
+"""A small world of workers for the property tests: tables, programs that hold RRefs, and a network that misbehaves.
+
+Only the decisions are real (`RRefTable`). The network keeps every message that is under way in a list and delivers
+them in any order, repeats and drops control messages and their acknowledgements (the sender repeats what is not
+acknowledged), and delivers calls once at most. Workers die: their messages under way may still arrive, until the others
+hear of the death.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from zrpc.ids import ForkId, GlobalId, IdGenerator, RRefId
+from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
+from zrpc.rref.owners import Availability
+from zrpc.rref.states import OwnerState, UserState
+from zrpc.rref.table import RRefTable
+from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+
+Control = RRefChildAccept | RRefForkRequest | RRefUserDelete
+SHARABLE = (UserState.CREATING, UserState.FORKING, UserState.CONFIRMED)
+
+
+@dataclass
+class Handle:
+    """An RRef object of a worker's program.
+
+    Attributes:
+        fork_id: the fork, or None for the owner's own.
+        lineage: the workers that the handle came through, this one included.
+    """
+
+    rref_id: RRefId
+    owner: int
+    fork_id: ForkId | None
+    lineage: frozenset[int]
+    waits: bool = False
+
+
+@dataclass
+class Packet:
+    """Something under way."""
+
+    source: int
+    to: int
+
+
+@dataclass
+class ControlPacket(Packet):
+    """A control message; `number` is what its acknowledgement names."""
+
+    number: int
+    message: Control
+
+
+@dataclass
+class Ack(Packet):
+    number: int
+
+
+@dataclass
+class Carry(Packet):
+    """A call or a reply that carries a pickled RRef."""
+
+    rref_id: RRefId
+    owner: int
+    fork_id: ForkId
+    lineage: frozenset[int]
+
+
+@dataclass
+class Creation(Packet):
+    """remote() on its way to the owner."""
+
+    rref_id: RRefId
+    fork_id: ForkId
+
+
+@dataclass
+class Created(Packet):
+    """The owner's answer to remote()."""
+
+    fork_id: ForkId
+
+
+@dataclass
+class Fetch(Packet):
+    handle: Handle
+
+
+@dataclass
+class Worker:
+    rank: int
+    table: RRefTable
+    handles: list[Handle] = field(default_factory=list)
+    unacknowledged: dict[int, ControlPacket] = field(default_factory=dict)
+    creating: set[ForkId] = field(default_factory=set)
+    values: set[RRefId] = field(default_factory=set)
+
+
+class World:
+    """Some workers and everything under way between them."""
+
+    def __init__(self, size: int) -> None:
+        self.workers = [Worker(rank, RRefTable(rank)) for rank in range(size)]
+        self.ids = [IdGenerator(rank) for rank in range(size)]
+        self.dead: set[int] = set()
+        self.told: dict[int, set[int]] = defaultdict(set)
+        self.packets: list[Packet] = []
+        self.next_number = 0
+        self.undeliverable: set[RRefId] = set()
+        """RRefs whose creation was lost for good: their users exist and their value never will."""
+
+    # ---- what programs do --------------------------------------------------------------------------------------
+
+    def make_local(self, rank: int) -> None:
+        """RRef(value) on `rank`."""
+        self.workers[rank].handles.append(Handle(self.ids[rank].next(), rank, None, frozenset({rank})))
+
+    def make_remote(self, rank: int, owner: int) -> None:
+        """remote() from `rank` to `owner`."""
+        worker = self.workers[rank]
+        if owner == rank:
+            rref_id = self.ids[rank].next()
+            worker.table.begin_here(rref_id)
+            worker.values.add(rref_id)
+            worker.handles.append(Handle(rref_id, rank, None, frozenset({rank})))
+            self.packets.append(Creation(rank, rank, rref_id, rref_id))
+            return
+        rref_id, fork_id = self.ids[rank].next(), self.ids[rank].next()
+        worker.table.create(rref_id, fork_id, owner)
+        worker.creating.add(fork_id)
+        worker.handles.append(Handle(rref_id, owner, fork_id, frozenset({rank})))
+        self.packets.append(Creation(rank, owner, rref_id, fork_id))
+
+    def give_up_creating(self, rank: int, choice: int) -> None:
+        """A remote() of `rank` times out; its message and its answer may still be under way."""
+        worker = self.workers[rank]
+        if worker.creating:
+            fork_id = sorted(worker.creating)[choice % len(worker.creating)]
+            worker.creating.discard(fork_id)
+            self.act(rank, worker.table.failed(fork_id))
+
+    def share(self, rank: int, to: int, choice: int) -> None:
+        """`rank` sends one of its RRefs to `to`."""
+        worker = self.workers[rank]
+        handle = self._pick(worker, choice)
+        if handle is None:
+            return
+        if handle.fork_id is not None and worker.table.user_state(handle.fork_id) not in SHARABLE:
+            return
+        child = self.ids[rank].next()
+        if handle.fork_id is None:
+            worker.table.share_owned(handle.rref_id, child)
+            if worker.table.owner_state(handle.rref_id) is OwnerState.LIVE:
+                worker.values.add(handle.rref_id)
+        else:
+            worker.table.share_used(handle.fork_id, child)
+        self.packets.append(Carry(rank, to, handle.rref_id, handle.owner, child, handle.lineage | {to}))
+        self.act(rank, worker.table.sent(handle.rref_id, child, to))
+
+    def fetch(self, rank: int, choice: int) -> None:
+        """to_here() on one of the RRefs of `rank`."""
+        handle = self._pick(self.workers[rank], choice)
+        if handle is not None and handle.fork_id is not None:
+            self.packets.append(Fetch(rank, handle.owner, handle))
+
+    def drop(self, rank: int, choice: int) -> None:
+        """The program of `rank` lets go of one of its RRefs."""
+        worker = self.workers[rank]
+        handle = self._pick(worker, choice)
+        if handle is None:
+            return
+        worker.handles.remove(handle)
+        if handle.owner != rank and handle.fork_id is not None:
+            self.act(rank, worker.table.user_dropped(handle.fork_id))
+        elif handle.waits and handle.fork_id is not None:
+            self.act(rank, worker.table.home_dropped(handle.rref_id, handle.fork_id))
+
+    def die(self, rank: int) -> None:
+        """Worker `rank` dies; nobody knows yet."""
+        self.dead.add(rank)
+
+    def tell_death(self, rank: int, dead: int) -> None:
+        """Worker `rank` hears that `dead` died. Its own requests to `dead` fail with it."""
+        if dead not in self.dead or rank in self.dead or dead in self.told[rank]:
+            return
+        self.told[rank].add(dead)
+        worker = self.workers[rank]
+        self.act(rank, worker.table.peer_lost(dead))
+        for number, packet in list(worker.unacknowledged.items()):
+            if packet.to == dead:
+                del worker.unacknowledged[number]
+                if isinstance(packet.message, RRefForkRequest):
+                    self.act(rank, worker.table.failed(packet.message.fork_id))
+
+    # ---- what the network does ---------------------------------------------------------------------------------
+
+    def deliver(self, choice: int) -> None:
+        """One packet arrives."""
+        if self.packets:
+            self._arrive(self.packets.pop(choice % len(self.packets)))
+
+    def repeat(self, choice: int) -> None:
+        """A control message or an acknowledgement is on its way twice."""
+        repeatable = [p for p in self.packets if isinstance(p, ControlPacket | Ack)]
+        if repeatable:
+            self.packets.append(repeatable[choice % len(repeatable)])
+
+    def lose(self, choice: int) -> None:
+        """A packet is lost: a control message, its acknowledgement, a fetch, or a remote() whose caller gave up."""
+        losable = [
+            p
+            for p in self.packets
+            if isinstance(p, ControlPacket | Ack | Fetch)
+            or (isinstance(p, Creation | Created) and self._given_up(p))
+        ]
+        if losable:
+            packet = losable[choice % len(losable)]
+            self.packets.remove(packet)
+            if isinstance(packet, Creation):
+                self.undeliverable.add(packet.rref_id)
+
+    def retry(self, rank: int) -> None:
+        """Worker `rank` repeats what is not acknowledged."""
+        if rank not in self.dead:
+            self.packets.extend(self.workers[rank].unacknowledged.values())
+
+    def act(self, rank: int, actions: list[Action]) -> None:
+        """Carry out what a table asked for."""
+        worker = self.workers[rank]
+        for action in actions:
+            if isinstance(action, Tell | AskOwner):
+                packet = ControlPacket(rank, action.to, self.next_number, action.message)
+                self.next_number += 1
+                if action.to not in self.told[rank]:
+                    worker.unacknowledged[packet.number] = packet
+                    self.packets.append(packet)
+                elif isinstance(action, AskOwner):
+                    self.act(rank, worker.table.failed(action.message.fork_id))
+            elif isinstance(action, Release):
+                worker.values.discard(action.rref_id)
+            elif isinstance(action, Orphan):
+                assert action.creator in self.told[rank]
+
+    # ---- what must hold ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """No early delete: a handle that came through living workers only keeps a value that exists."""
+        for worker in self.workers:
+            if worker.rank not in self.dead:
+                for handle in worker.handles:
+                    self._check_handle(worker, handle)
+        for packet in self.packets:
+            if isinstance(packet, Carry) and packet.fork_id is not None:
+                self._check_value(packet.rref_id, packet.owner, packet.lineage | {packet.source})
+
+    def settle(self) -> None:
+        """Drop every handle, tell every death, and let everything arrive that still can, until nothing is under way."""
+        for worker in self.workers:
+            for dead in sorted(self.dead):
+                self.tell_death(worker.rank, dead)
+        while self.packets or any(self._busy(worker) for worker in self.workers):
+            for worker in self.workers:
+                while worker.rank not in self.dead and worker.handles:
+                    self.drop(worker.rank, 0)
+            while self.packets:
+                self.deliver(0)
+            for worker in self.workers:
+                self.retry(worker.rank)
+                for fork_id in sorted(worker.creating):
+                    if not self.packets:
+                        self.give_up_creating(worker.rank, 0)
+
+    def check_empty(self) -> None:
+        """No leak: no living worker's table holds anything."""
+        for worker in self.workers:
+            if worker.rank not in self.dead:
+                table = worker.table
+                assert table.owned_forks() == {}, f"worker {worker.rank} leaks {table.owned_forks()}"
+                assert worker.values == set(), f"worker {worker.rank} keeps the values {worker.values}"
+                assert table.num_users == 0, f"worker {worker.rank} keeps {table.num_users} forks"
+                assert table.num_children == 0, f"worker {worker.rank} waits for {table.num_children} children"
+                assert table.num_unconfirmed_users == 0
+
+    # ---- below -------------------------------------------------------------------------------------------------
+
+    def _busy(self, worker: Worker) -> bool:
+        return worker.rank not in self.dead and bool(worker.handles or worker.unacknowledged or worker.creating)
+
+    def _given_up(self, packet: Creation | Created) -> bool:
+        creator = packet.source if isinstance(packet, Creation) else packet.to
+        return creator in self.dead or packet.fork_id not in self.workers[creator].creating | {self._self_fork(packet)}
+
+    @staticmethod
+    def _self_fork(packet: Creation | Created) -> GlobalId | None:
+        return packet.fork_id if isinstance(packet, Creation) and packet.source == packet.to else None
+
+    def _pick(self, worker: Worker, choice: int) -> Handle | None:
+        if worker.rank in self.dead or not worker.handles:
+            return None
+        return worker.handles[choice % len(worker.handles)]
+
+    def _check_handle(self, worker: Worker, handle: Handle) -> None:
+        if handle.fork_id is None or handle.owner == worker.rank:
+            return
+        if handle.lineage & self.dead or handle.owner in self.dead:
+            return
+        assert worker.table.user_state(handle.fork_id) in (*SHARABLE, UserState.DOUBTFUL)
+        self._check_value(handle.rref_id, handle.owner, handle.lineage)
+
+    def _check_value(self, rref_id: RRefId, owner: int, lineage: frozenset[int]) -> None:
+        """A value that somebody can ask for exists, unless its creation is under way, or lost, or its maker dead."""
+        if lineage & self.dead or owner in self.dead or rref_id.created_on in self.dead:
+            return
+        if rref_id in self.undeliverable or self._creation_under_way(rref_id):
+            return
+        owning = self.workers[owner]
+        local = any(h.rref_id == rref_id for h in owning.handles)
+        assert rref_id in owning.values or local, f"the value of {rref_id} is gone, and {sorted(lineage)} can ask for it"
+
+    def _creation_under_way(self, rref_id: RRefId) -> bool:
+        return any(isinstance(p, Creation) and p.rref_id == rref_id for p in self.packets)
+
+    def _arrive(self, packet: Packet) -> None:
+        if packet.to in self.dead:
+            return
+        worker, table = self.workers[packet.to], self.workers[packet.to].table
+        if isinstance(packet, Ack):
+            sent = worker.unacknowledged.pop(packet.number, None)
+            if sent and isinstance(sent.message, RRefForkRequest):
+                self.act(worker.rank, table.acknowledged(sent.message.fork_id))
+        elif isinstance(packet, ControlPacket):
+            self._control(worker, packet)
+        elif isinstance(packet, Carry):
+            self._carried(worker, packet)
+        elif isinstance(packet, Creation):
+            self._creation(worker, packet)
+        elif isinstance(packet, Created):
+            if packet.fork_id in worker.creating:
+                worker.creating.discard(packet.fork_id)
+                self.act(worker.rank, table.acknowledged(packet.fork_id))
+        elif isinstance(packet, Fetch):
+            self._fetched(worker, packet)
+
+    def _control(self, worker: Worker, packet: ControlPacket) -> None:
+        message, table = packet.message, worker.table
+        if isinstance(message, RRefForkRequest):
+            table.fork_requested(message.rref_id, message.fork_id, packet.source)
+        elif isinstance(message, RRefChildAccept):
+            self.act(worker.rank, table.child_accepted(message.fork_id))
+        else:
+            self.act(worker.rank, table.user_deleted(message.rref_id, message.fork_id))
+        self.packets.append(Ack(worker.rank, packet.source, packet.number))
+
+    def _carried(self, worker: Worker, packet: Carry) -> None:
+        if packet.owner != worker.rank:
+            self.act(
+                worker.rank, worker.table.receive(packet.rref_id, packet.fork_id, packet.owner, packet.source)
+            )
+            worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage))
+            return
+        availability, actions = worker.table.came_home(packet.rref_id, packet.fork_id, packet.source)
+        self.act(worker.rank, actions)
+        if availability is not Availability.REFUSED:
+            waits = availability is Availability.AWAITED
+            worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage, waits))
+        else:
+            alive = not packet.lineage & self.dead and packet.rref_id.created_on not in self.dead
+            assert not alive or any(h.rref_id == packet.rref_id for h in worker.handles), "the owner lost its own RRef"
+
+    def _creation(self, worker: Worker, packet: Creation) -> None:
+        if packet.source == packet.to:
+            self.act(worker.rank, worker.table.finish_here(packet.rref_id))
+            return
+        worker.values.add(packet.rref_id)
+        self.act(worker.rank, worker.table.creation_arrived(packet.rref_id, packet.fork_id, packet.source))
+        self.packets.append(Created(worker.rank, packet.source, packet.fork_id))
+
+    def _fetched(self, worker: Worker, packet: Fetch) -> None:
+        handle = packet.handle
+        assert handle.fork_id is not None
+        holder = self.workers[packet.source]
+        availability = worker.table.value_wanted(handle.rref_id, handle.fork_id, packet.source)
+        interested = handle in holder.handles and not (handle.lineage | {packet.source}) & self.dead
+        if availability is Availability.REFUSED and interested:
+            assert handle.rref_id.created_on in self.dead, f"{handle} was refused"

@@ -1,0 +1,72 @@
+"""Property tests: no history of lost, repeated, reordered and late messages and dying workers leaks or deletes early.
+
+`ZRPC_HISTORIES=10000` runs that many random histories instead of the default number.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.rref.simulation import World
+
+HISTORIES = int(os.environ.get("ZRPC_HISTORIES", "400"))
+SIZE = 4
+
+rank = st.integers(0, SIZE - 1)
+choice = st.integers(0, 63)
+
+PROGRAM = [
+    st.tuples(st.just("make_local"), rank),
+    st.tuples(st.just("make_remote"), rank, rank),
+    st.tuples(st.just("share"), rank, rank, choice),
+    st.tuples(st.just("share"), rank, rank, choice),
+    st.tuples(st.just("drop"), rank, choice),
+    st.tuples(st.just("fetch"), rank, choice),
+]
+NETWORK = [
+    st.tuples(st.just("deliver"), choice),
+    st.tuples(st.just("deliver"), choice),
+    st.tuples(st.just("deliver"), choice),
+    st.tuples(st.just("repeat"), choice),
+]
+LOSSES = [
+    st.tuples(st.just("lose"), choice),
+    st.tuples(st.just("retry"), rank),
+    st.tuples(st.just("give_up_creating"), rank, choice),
+]
+DEATHS = [st.tuples(st.just("die"), rank), st.tuples(st.just("tell_death"), rank, rank)]
+
+thorough = settings(max_examples=HISTORIES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def run(history: list[tuple[object, ...]], max_deaths: int = SIZE) -> World:
+    world = World(SIZE)
+    for event, *args in history:
+        if event == "die" and len(world.dead) >= max_deaths:
+            continue
+        getattr(world, str(event))(*args)
+        world.check()
+    world.settle()
+    world.check_empty()
+    return world
+
+
+@thorough
+@given(st.lists(st.one_of(*PROGRAM, *NETWORK), max_size=100))
+def test_reordered_and_repeated_messages(history: list[tuple[object, ...]]) -> None:
+    run(history)
+
+
+@thorough
+@given(st.lists(st.one_of(*PROGRAM, *NETWORK, *LOSSES), max_size=100))
+def test_lost_and_late_messages(history: list[tuple[object, ...]]) -> None:
+    run(history)
+
+
+@thorough
+@given(st.lists(st.one_of(*PROGRAM, *NETWORK, *LOSSES, *DEATHS), max_size=100))
+def test_dying_workers(history: list[tuple[object, ...]]) -> None:
+    run(history, max_deaths=SIZE - 2)
