@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
-import sys
 import threading
 import time
 from pathlib import Path
@@ -44,18 +43,15 @@ def _processes() -> set[str]:
 
 
 def _sockets() -> set[str]:
+    """Sockets, and the event descriptors by which ZeroMQ's contexts and sockets wake each other."""
     found = set()
     for fd in _FDS.iterdir() if _FDS.exists() else ():
         try:
             target = str(fd.readlink())
         except OSError:  # the directory's own descriptor, or one closed meanwhile
             continue
-        if target.startswith("socket:"):
-            found.add(f"{target} (fd {fd.name})")
-    zmq = sys.modules.get("zrpc.transport.sockets")
-    context = getattr(zmq, "_context", None)
-    if context is not None and not context.closed:
-        found |= {f"ZeroMQ socket {sock!r}" for sock in list(context._sockets) if not sock.closed}
+        if target.startswith(("socket:", "anon_inode:[eventfd]", "anon_inode:[eventpoll]")):
+            found.add(f"file descriptor {fd.name} ({target})")
     return found
 
 
