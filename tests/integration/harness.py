@@ -20,6 +20,8 @@ import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from zmq.utils.garbage import GarbageCollectorThread
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
