@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from zrpc.agent.agent import Agent
-from zrpc.agent.call import Call
 from zrpc.agent.current import current_agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
 from zrpc.config import UNSET_RPC_TIMEOUT_S
 from zrpc.ids import WorkerInfo
 from zrpc.rref.context import remote_builtin, remote_python
-from zrpc.rref.rref import RRef
 from zrpc.wire import pickling, values
 from zrpc.wire.messages import BuiltinCall, Message, PythonCall
-from zrpc.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from zrpc.agent.agent import Agent
+    from zrpc.agent.call import Call
+    from zrpc.rref.rref import RRef
+    from zrpc.wire.payload import Payload
 
 T = TypeVar("T")
 Worker = str | int | WorkerInfo

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
 
     Device = torch.device | str | int
@@ -110,7 +111,8 @@ class RpcBackendOptions:
         for source, target in _as_devices(device_map).items():
             if source in merged and merged[source] != target:
                 raise ValueError(
-                    f"device maps must be 1-to-1: {source} is mapped to {merged[source]} on {to!r} already, not to {target}"
+                    f"device maps must be 1-to-1: {source} is mapped to {merged[source]} on {to!r} already, "
+                    f"not to {target}"
                 )
             merged[source] = target
         self.device_maps[to] = _one_to_one(merged)
@@ -155,8 +157,7 @@ def _one_to_one(device_map: DeviceMap) -> DeviceMap:
     for source, target in device_map.items():
         if target in sources:
             raise ValueError(
-                "`device_map` only supports 1-to-1 mapping, "
-                f"trying to map {source} and {sources[target]} to {target}"
+                f"`device_map` only supports 1-to-1 mapping, trying to map {source} and {sources[target]} to {target}"
             )
         sources[target] = source
     return device_map

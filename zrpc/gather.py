@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent
 from zrpc.errors import PeerLostError, RpcTimeoutError
-from zrpc.ids import WorkerInfo
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zrpc.agent.agent import Agent
+    from zrpc.ids import WorkerInfo
 
 log = logging.getLogger("zrpc")
 
@@ -46,7 +49,9 @@ class Gatherings:
         self._lost: dict[str, str] = {}
         agent.on_peer_lost(self._on_peer_lost)
 
-    def gather(self, obj: Any, names: tuple[str, ...], call_timeout_s: float, wait_timeout_s: float | None) -> dict[str, Any]:
+    def gather(
+        self, obj: Any, names: tuple[str, ...], call_timeout_s: float, wait_timeout_s: float | None
+    ) -> dict[str, Any]:
         """Take part in the next gathering of `names`; see `all_gather`."""
         me, leader = self._agent.info.name, names[0]
         with self._lock:
@@ -145,7 +150,7 @@ def all_gather(obj: Any, worker_names: Iterable[str] | None = None, timeout: flo
     Args:
         obj: this worker's object; it is pickled.
         worker_names: who takes part, this worker included; all of the group if None.
-        timeout: seconds for each call and for the wait; None: the default for calls and no limit for the wait; 0: no limit.
+        timeout: seconds for each call and for the wait; 0: no limit; None: the calls' default, no limit for the wait.
 
     Returns:
         Worker name -> the object of that worker.

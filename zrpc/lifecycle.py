@@ -91,8 +91,8 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
     """Stop being a worker.
 
     Args:
-        graceful: first wait until every worker of a static group has come here too and its calls are done. A worker that is lost is
-            not waited for: it ends the wait with an error.
+        graceful: first wait until every worker of a static group has come here too and its calls are done. A worker
+            that is lost is not waited for: it ends the wait with an error.
         timeout: seconds to wait for the others; 0: no limit.
 
     Raises:
@@ -148,13 +148,16 @@ def _card(agent: Agent) -> dict[str, Any]:
     """What this worker tells the others about itself."""
     options = agent.options
     maps = {
-        to: {str(here): str(there) for here, there in device_map.items()} for to, device_map in options.device_maps.items()
+        to: {str(here): str(there) for here, there in device_map.items()}
+        for to, device_map in options.device_maps.items()
     }
     return {"address": agent.address, "device_maps": maps, "devices": [str(device) for device in options.devices]}
 
 
 def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
-    bind = options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
+    bind = (
+        options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
+    )
     endpoint = PeerEndpoint(new_incarnation(), bind)
     return Agent(
         options,

@@ -1,9 +1,9 @@
 """The agent: calls out, requests in, for one worker.
 
-Three kinds of threads meet here. The transport's reading thread takes messages in: it completes calls, runs inline handlers and
-hands every other request to a handler thread; it never runs user code and never blocks. Handler threads run user
-functions. Completer threads complete the futures of asynchronous calls, and so run what users hang on them. Callers send
-on their own threads.
+Three kinds of threads meet here. The transport's reading thread takes messages in: it completes calls, runs inline
+handlers and hands every other request to a handler thread; it never runs user code and never blocks. Handler threads
+run user functions. Completer threads complete the futures of asynchronous calls, and so run what users hang on them.
+Callers send on their own threads.
 
 Until the group is complete, requests are kept back (a peer that is done earlier may call already).
 """
@@ -15,8 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.agent.call import Call
 from zrpc.agent.deadlines import Deadlines
@@ -26,13 +25,17 @@ from zrpc.agent.request import CallHook, Request
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, UnknownWorkerError
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
-from zrpc.membership.group import Group, Member
 from zrpc.membership.registry import Registry
-from zrpc.transport.endpoint import Endpoint
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
 from zrpc.wire.exceptions import dump_exception, load_exception
 from zrpc.wire.messages import BuiltinCall, Failure, Message, PythonCall, Reply
 from zrpc.wire.payload import Payload, open_payload, seal
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from zrpc.membership.group import Group, Member
+    from zrpc.transport.endpoint import Endpoint
 
 log = logging.getLogger("zrpc")
 
@@ -115,7 +118,7 @@ class Agent:
             self._on_request(source, envelope)
 
     def quiesce(self, timeout_s: float) -> bool:
-        """Wait until no call is under way and no request is being served; False if `timeout_s` (0: no limit) was too short."""
+        """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short."""
         deadline = time.monotonic() + timeout_s if timeout_s else None
         with self._idle:
             while self._calls or self._serving:
@@ -142,7 +145,13 @@ class Agent:
     # ---- for the floors above --------------------------------------------------------------------------------------
 
     def handle(self, message_type: type[M], handler: Callable[[Request[M]], None], *, inline: bool) -> None:
-        """Serve requests of `message_type` with `handler`: on the reading thread (`inline`; it must not block) or a handler thread."""
+        """Serve requests of `message_type` with `handler`.
+
+        Args:
+            message_type: what it serves.
+            handler: called once a request; it, or what it starts, answers.
+            inline: run it on the reading thread, where it must not block; else it runs on a handler thread.
+        """
         self._handlers[message_type] = (handler, inline)
 
     def add_hook(self, hook: CallHook) -> None:
@@ -223,7 +232,9 @@ class Agent:
             self._finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call
 
-    def notify(self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None) -> None:
+    def notify(
+        self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None
+    ) -> None:
         """Send an idempotent message until it is acknowledged, the peer is lost or this worker closes.
 
         `on_done(error)`, if given, is called once, on a thread where it must not block.
@@ -388,7 +399,7 @@ class Agent:
             raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
 
     def _device_names(self, to: WorkerInfo) -> dict[str, str]:
-        """Device here -> device there, for tensors on their way to `to`: our map for it, else its map for us, reversed."""
+        """Device here -> device there, for tensors on the way to `to`: our map for it, or its map for us, reversed."""
         maps = self.options.device_maps
         if to.name in maps:
             return {str(here): str(there) for here, there in maps[to.name].items()}
@@ -411,7 +422,7 @@ class Agent:
         self._forget(incarnation, reason)
 
     def _forget(self, incarnation: Incarnation, reason: str) -> None:
-        """A peer is gone: its calls fail; in a static group its name stays known, so that calls to it say what happened."""
+        """A peer is gone: its calls fail. In a static group its name stays known: calls to it say what happened."""
         member = self.members.by_incarnation(incarnation)
         if member is None or self._closed:
             return

@@ -1,23 +1,27 @@
 """One call under way, as its caller sees it.
 
-A call is done once, by whoever takes it out of the table of calls under way first: the reading thread with the answer,
-the deadline, a lost peer, or the closing agent. What came is opened (tensors made, hooks told, exception rebuilt) by the
-first thread that asks for the outcome, not by the reading thread.
+A call is done once, by whoever takes it out of the table of calls under way first: the reading thread with the
+answer, the deadline, a lost peer, or the closing agent. What came is opened (tensors made, hooks told, exception
+rebuilt) by the first thread that asks for the outcome, not by the reading thread.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
-from zrpc.ids import WorkerInfo
-from zrpc.wire.envelope import Envelope
-from zrpc.wire.messages import Message
-from zrpc.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.ids import WorkerInfo
+    from zrpc.wire.envelope import Envelope
+    from zrpc.wire.messages import Message
+    from zrpc.wire.payload import Payload
+
 
 class CallOwner(Protocol):
     """What a call needs of its agent."""
@@ -120,8 +124,9 @@ class Call:
         self.complete(
             None,
             RpcTimeoutError(
-                f"RPC ran for more than its time limit of {self.timeout_s * 1000:g} ms: {type(self.message).__name__} to {self.peer}. "
-                "It is not known whether it ran there. Give it more time with timeout=, or look at that worker"
+                f"RPC ran for more than its time limit of {self.timeout_s * 1000:g} ms: "
+                f"{type(self.message).__name__} to {self.peer}. It is not known whether it ran there. "
+                "Give it more time with timeout=, or look at that worker"
             ),
         )
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TICK_S = 0.005
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from zrpc.agent.request import Request
 from zrpc.errors import ProtocolError
 from zrpc.wire import pickling
-from zrpc.wire.messages import BuiltinCall, PythonCall
-from zrpc.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.agent.request import Request
+    from zrpc.wire.messages import BuiltinCall, PythonCall
+    from zrpc.wire.payload import Payload
 
 log = logging.getLogger("zrpc")
 
@@ -41,7 +44,7 @@ def execute_python(payload: Payload) -> Any:
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
-    """Run the torch operator `op`, such as `aten::add` or `aten::add.Tensor`, on the packed `(args, kwargs)` of `payload`.
+    """Run the torch operator `op` (such as `aten::add` or `aten::add.Tensor`) on the packed `(args, kwargs)`.
 
     Raises:
         ProtocolError: this torch has no such operator.
@@ -51,7 +54,7 @@ def execute_builtin(op: str, payload: Payload) -> Any:
     return _operator(op)(*args, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _operator(op: str) -> Callable[..., Any]:
     namespace, _, name = op.partition("::")
     packet, _, overload = name.partition(".")
@@ -64,7 +67,9 @@ def _operator(op: str) -> Callable[..., Any]:
     return found
 
 
-def when_done(result: Any, func_text: str, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]) -> None:
+def when_done(
+    result: Any, func_text: str, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]
+) -> None:
     """Wait, without a thread, for the future that an async_execution function returned.
 
     Raises:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from zrpc.agent.call import Call
 from zrpc.agent.pool import HandlerPool, blocking
-from zrpc.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from zrpc.agent.call import Call
+    from zrpc.wire.payload import Payload
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -20,8 +23,7 @@ class Future(torch.futures.Future[T]):
     """A `torch.futures.Future` that knows of handler threads and of asyncio.
 
     `wait` lets the handler pool know that its thread waits, so nested calls cannot use up the pool; `await future`
-    works in any running event loop. A function given to `then` runs on a thread of its own kind, never on the reading thread: it
-    may call and wait.
+    works in any running event loop. A function given to `then` never runs on the reading thread: it may call and wait.
     """
 
     def wait(self) -> T:
@@ -32,7 +34,7 @@ class Future(torch.futures.Future[T]):
             return super().wait()
 
     def then(self, callback: Callable[[torch.futures.Future[T]], S]) -> Future[S]:  # type: ignore[override]
-        """A future for `callback(self)`, which runs once this one is done; what it raises becomes that future's error."""
+        """A future for `callback(self)`, which runs once this one is done; what it raises is that future's error."""
         if not callable(callback):
             super().then(callback)  # raises the TypeError that torch's own futures raise
         child: Future[S] = Future()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from zrpc.ids import WorkerInfo
-from zrpc.wire.envelope import Envelope
 from zrpc.wire.messages import Message
 from zrpc.wire.payload import Payload, open_payload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zrpc.ids import WorkerInfo
+    from zrpc.wire.envelope import Envelope
 
 M = TypeVar("M", bound=Message)
 
@@ -20,12 +23,14 @@ class CallHook(Protocol):
     key: str
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
-        """A hooked request (`request_meta` None), or the answer to a request that came with `request_meta`, is about to leave.
+        """A hooked request (`request_meta` None), or the answer to one that came with `request_meta`, is to be sent.
 
         May replace tensors of `payload`. Returns metadata that msgpack can carry, or None.
         """
 
-    def receive(self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool) -> AbstractContextManager[None]:
+    def receive(
+        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
+    ) -> AbstractContextManager[None]:
         """Metadata came with a request or an answer. Replaces tensors of `payload` before it is read.
 
         The context returned is entered around the serving of a request; for an answer it is not.
@@ -71,7 +76,7 @@ class Request(Generic[M]):
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """What the caller's hooks ask for around the serving of this request. Enter it before the payload is loaded, once."""
+        """What the caller's hooks ask for while this request is served. Enter it once, before the payload is loaded."""
         if not self.extras:
             yield
             return

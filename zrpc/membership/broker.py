@@ -81,7 +81,7 @@ class BrokerGroup:
     # ---- Group ------------------------------------------------------------------------------------------------------
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        """See `Group.watch`. `on_left` is told of goodbyes only; of a lost worker, the endpoint's `on_lost` is, once."""
+        """See `Group.watch`. `on_left` is told of goodbyes only; of a loss, the endpoint's `on_lost` is, once."""
         self._on_joined, self._on_left = on_joined, on_left
 
     def join(

@@ -34,9 +34,15 @@ class Group(Protocol):
     """Membership of one worker in one group."""
 
     def join(
-        self, name: str, rank: int, world_size: int | None, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+        self,
+        name: str,
+        rank: int,
+        world_size: int | None,
+        incarnation: Incarnation,
+        card: dict[str, Any],
+        timeout_s: float,
     ) -> tuple[Member, list[Member]]:
-        """Come in and wait until all `world_size` workers have (None: the group may grow and shrink; nobody is waited for).
+        """Come in and wait until all `world_size` workers have (None: the group may grow and shrink; wait for nobody).
 
         Returns:
             This worker's own member (its rank given out by the group if it was -1) and all members, this one included.
@@ -53,4 +59,7 @@ class Group(Protocol):
         """Look for newcomers now, and tell `watch`'s functions of them before returning."""
 
     def leave(self, timeout_s: float) -> None:
-        """Say goodbye, so that the others do not take this worker for lost. Idempotent; never raises for a dead store or broker."""
+        """Say goodbye, so that the others do not take this worker for lost.
+
+        Idempotent; never raises for a dead store or broker.
+        """

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from zrpc.errors import UnknownWorkerError
-from zrpc.ids import Incarnation, WorkerInfo
-from zrpc.membership.group import Member
+
+if TYPE_CHECKING:
+    from zrpc.ids import Incarnation, WorkerInfo
+    from zrpc.membership.group import Member
 
 
 class Registry:
-    """Members by name, by rank and by incarnation. Changed under its lock; read without (each look-up is one dict access)."""
+    """Members by name, by rank and by incarnation.
+
+    Changed under its lock; read without it, since each look-up is one dict access.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -83,4 +89,6 @@ class Registry:
 
     def _unknown(self, what: str) -> UnknownWorkerError:
         known = ", ".join(f"{info.name} ({info.id})" for info in self.all()[:32])
-        return UnknownWorkerError(f"could not find destination {what}; the workers of this group are {known or 'none yet'}")
+        return UnknownWorkerError(
+            f"could not find destination {what}; the workers of this group are {known or 'none yet'}"
+        )

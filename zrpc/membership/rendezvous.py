@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from zrpc.errors import ConfigError, RendezvousError
-from zrpc.membership.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch.distributed as dist
+
+    from zrpc.membership.store import Store
 
 _generations = itertools.count()
 _kept_alive: list[Iterator[Any]] = []
@@ -62,7 +64,8 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     except RuntimeError as error:
         raise RendezvousError(
             f"the store of init_method {init_method!r} (MASTER_ADDR={os.environ.get('MASTER_ADDR')}, "
-            f"MASTER_PORT={os.environ.get('MASTER_PORT')}) cannot be reached: {error}. Check the address, and that rank 0 runs"
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')}) cannot be reached: {error}. "
+            "Check the address, and that rank 0 runs"
         ) from error
     store.set_timeout(timeout)
     prefixed: Store = dist.PrefixStore(f"zrpc/{next(_generations)}", store)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.group import Member, OnJoined, OnLeft
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 POLL_S = 0.02
 
@@ -55,7 +57,13 @@ class StoreGroup:
         self._on_joined, self._on_left = on_joined, on_left
 
     def join(
-        self, name: str, rank: int, world_size: int | None, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
+        self,
+        name: str,
+        rank: int,
+        world_size: int | None,
+        incarnation: Incarnation,
+        card: dict[str, Any],
+        timeout_s: float,
     ) -> tuple[Member, list[Member]]:
         """See `Group.join`."""
         try:
@@ -65,7 +73,9 @@ class StoreGroup:
         except (RefusedError, RendezvousError):
             raise
         except RuntimeError as error:  # torch's DistError among them
-            raise RendezvousError(f"the store failed while {name!r} joined: {error}. Check that its host is up") from error
+            raise RendezvousError(
+                f"the store failed while {name!r} joined: {error}. Check that its host is up"
+            ) from error
 
     def refresh(self) -> None:
         """See `Group.refresh`. In a static group nobody comes."""
@@ -105,7 +115,9 @@ class StoreGroup:
         mine = incarnation.hex()
         holder = self._store.compare_set(f"holder/{rank}", "", mine).decode()
         if holder != mine:
-            raise RefusedError(f"rank {rank} is taken by another worker of this group: start each worker with a rank of its own")
+            raise RefusedError(
+                f"rank {rank} is taken by another worker of this group: start each worker with a rank of its own"
+            )
         self._store.set(f"member/{rank}", _pack(me, world_size))
         deadline = time.monotonic() + timeout_s
         self._await_ranks(range(world_size), deadline, timeout_s)
@@ -127,8 +139,8 @@ class StoreGroup:
         while missing:
             if time.monotonic() > deadline:
                 raise RendezvousError(
-                    f"rank(s) {', '.join(map(str, missing))} did not join within {timeout_s:g} s: check that they were started, with "
-                    "the same init_method and world_size"
+                    f"rank(s) {', '.join(map(str, missing))} did not join within {timeout_s:g} s: "
+                    "check that they were started, with the same init_method and world_size"
                 )
             time.sleep(POLL_S)  # a Store offers no event that a FileStore and a TCPStore both have
             missing = [rank for rank in missing if not self._store.check([f"member/{rank}"])]
@@ -187,7 +199,8 @@ def _check_names(members: list[Member]) -> None:
         name, rank = member.info.name, member.info.id
         if name in ranks:
             raise RefusedError(
-                f"worker name {name} is not unique: ranks {ranks[name]} and {rank} both have it. Give each worker a name of its own"
+                f"worker name {name} is not unique: ranks {ranks[name]} and {rank} both have it. "
+                "Give each worker a name of its own"
             )
         ranks[name] = rank
 

@@ -24,10 +24,10 @@ class Endpoint(Protocol):
         """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
-        """Send one message to the worker `to`, from any thread, without blocking; messages to one worker keep their order.
+        """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.
 
-        Frames larger than `zrpc.wire.envelope.INLINE_MAX_NBYTES` may be sent without a copy: their memory is held, and must stay
-        unchanged, until ZeroMQ has let go of it.
+        Frames larger than `zrpc.wire.envelope.INLINE_MAX_NBYTES` may be sent without a copy: their memory is held, and
+        must stay unchanged, until ZeroMQ has let go of it.
 
         Raises:
             PeerLostError: the worker is not connected, or known to be lost.
@@ -38,4 +38,4 @@ class Endpoint(Protocol):
         """See to it that `on_lost` tells of the loss of `peer` even if nothing is ever sent to it."""
 
     def close(self, flush_s: float) -> None:
-        """Stop reading, give what is still unsent up to `flush_s` seconds to leave, and close every socket. Idempotent."""
+        """Stop reading, give what is unsent up to `flush_s` seconds to leave, and close every socket. Idempotent."""

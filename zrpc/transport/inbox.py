@@ -7,11 +7,14 @@ outside the lock, so one that is slow to be handed on does not keep the next fro
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import zmq
 
-from zrpc.transport.sockets import Socket
-from zrpc.wire.envelope import Buffer, INLINE_MAX_NBYTES
+from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
+
+if TYPE_CHECKING:
+    from zrpc.transport.sockets import Socket
 
 
 class Inbox:

@@ -1,17 +1,21 @@
-"""Sending to one peer from any thread: a DEALER behind a lock, and a bounded queue for what it does not take at once."""
+"""Sending to one peer from any thread: a socket behind a lock, and a bounded queue for what it does not take yet."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 
 from zrpc.errors import OverloadedError
 from zrpc.transport.inbox import send_frames
-from zrpc.transport.sockets import Socket
-from zrpc.wire.envelope import Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zrpc.transport.sockets import Socket
+    from zrpc.wire.envelope import Buffer
 
 MAX_QUEUED = 1_000_000
 """Messages that may wait here for a peer that does not read; one more is refused."""
@@ -48,7 +52,9 @@ class Outbox:
                 except zmq.Again:
                     pass
             if len(self._queue) >= MAX_QUEUED:
-                raise OverloadedError(f"{MAX_QUEUED} messages wait for a peer that does not read them: send fewer at once")
+                raise OverloadedError(
+                    f"{MAX_QUEUED} messages wait for a peer that does not read them: send fewer at once"
+                )
             self._queue.append(message)
             return False
 

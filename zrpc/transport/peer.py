@@ -1,8 +1,8 @@
 """Brokerless transport: every worker listens on one ROUTER and connects one DEALER to each peer it talks to.
 
-Sockets are one-way. The ROUTER is only read, by the reading thread; a DEALER is only sent on, by any thread, under its
-lock. An answer travels on the answerer's own DEALER. So a call needs no hop through an I/O thread on its way out, and no
-socket is ever polled for both.
+Sockets are one-way. The ROUTER is only read, by the reading thread; a DEALER is only sent on, by any thread, under
+its lock. An answer travels on the answerer's own DEALER. So a call needs no hop through an I/O thread on its way out,
+and no socket is ever polled for both.
 
 A DEALER's routing id is its worker's incarnation: the ROUTER's source frame says who sent, and two lives of one worker
 are never mistaken for each other. Connections are made when the first message is sent.
@@ -13,18 +13,22 @@ A second thread, the watcher, reads the connections' monitors, drains queues, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 
 from zrpc.errors import AgentClosedError, PeerLostError
-from zrpc.ids import Incarnation
 from zrpc.transport import sockets
-from zrpc.transport.endpoint import OnFrames, OnLost
 from zrpc.transport.inbox import Inbox
 from zrpc.transport.outbox import Outbox
 from zrpc.transport.watch import EVENTS, ConnectionWatch
-from zrpc.wire.envelope import Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zrpc.ids import Incarnation
+    from zrpc.transport.endpoint import OnFrames, OnLost
+    from zrpc.wire.envelope import Buffer
 
 DRAIN_INTERVAL_MS = 2
 _WAKE = b""

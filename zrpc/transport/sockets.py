@@ -30,7 +30,7 @@ MAX_SOCKETS = 8192
 
 
 def make_context() -> Context:
-    """A ZeroMQ context. Each endpoint has one of its own: its `term()` then waits for that endpoint's messages alone."""
+    """A ZeroMQ context. Each endpoint has its own: its `term()` then waits for that endpoint's messages alone."""
     context: Context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     return context
@@ -65,7 +65,9 @@ def split_address(address: str) -> tuple[str, int]:
     rest = address.split("://", 1)[-1]
     host, colon, port = rest.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65_535:
-        raise ConfigError(f"{address!r} is not an address: write it as tcp://HOST:PORT, for example tcp://127.0.0.1:5555")
+        raise ConfigError(
+            f"{address!r} is not an address: write it as tcp://HOST:PORT, for example tcp://127.0.0.1:5555"
+        )
     return host.strip("[]"), int(port)
 
 
@@ -81,7 +83,9 @@ def resolve(address: str) -> str:
     try:
         infos = pysocket.getaddrinfo(host, port, type=pysocket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(f"the host of {address!r} cannot be resolved ({error}): check the name, or give a number") from error
+        raise ConfigError(
+            f"the host of {address!r} cannot be resolved ({error}): check the name, or give a number"
+        ) from error
     infos.sort(key=lambda info: info[0] != pysocket.AF_INET)
     number = str(infos[0][4][0])
     return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
@@ -104,7 +108,8 @@ def bind(sock: Socket, address: str) -> str:
         sock.bind(numeric)
     except zmq.ZMQError as error:
         raise ConfigError(
-            f"cannot listen on {address}: {error.strerror}. Choose another port (0: any free one) or an address of this machine"
+            f"cannot listen on {address}: {error.strerror}. "
+            "Choose another port (0: any free one) or an address of this machine"
         ) from error
     bound = sock.getsockopt_string(zmq.LAST_ENDPOINT)
     if not ipaddress.ip_address(host.split("%")[0]).is_loopback:
@@ -129,7 +134,7 @@ def connect(sock: Socket, address: str) -> None:
 
 
 def reachable_address(bound: str, toward: str | None) -> str:
-    """What to tell others who shall connect to `bound`: itself, or, for a bind to every interface, this host's own address.
+    """What to tell others who shall connect to `bound`: itself, or for a bind to every interface this host's address.
 
     Args:
         bound: the address as bound.

@@ -1,19 +1,21 @@
 """Noticing that a connection is gone: ZeroMQ's socket monitors, judged.
 
-A monitor's events are hints. What they mean here: a connection that breaks and cannot be made again at once (`REFUSALS` attempts
-in a row end without one) has nobody behind it any more. One that breaks and comes back is none of our business.
+A monitor's events are hints. What they mean here: a connection that breaks and cannot be made again at once
+(`REFUSALS` attempts in a row end without one) has nobody behind it any more. One that breaks and comes back is none of
+our business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from zrpc.transport.sockets import Socket
+if TYPE_CHECKING:
+    from zrpc.transport.sockets import Socket
 
 EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 REFUSALS = 3

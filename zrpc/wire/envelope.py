@@ -1,7 +1,7 @@
 """What travels: an envelope, as a list of frames.
 
-Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`; the frames behind it are the
-large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
+Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`; the frames behind it are
+the large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
 frame 0, or its length in bytes, if it is a frame of its own. A small message is therefore one frame: one send, one
 receive, no wait for a second part.
 
@@ -10,14 +10,16 @@ The broker uses this module, so it knows nothing of torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from zrpc.errors import ProtocolError
 from zrpc.wire.messages import FIELD_GETTERS, MESSAGES, PROTOCOL_VERSION, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Buffer = bytes | bytearray | memoryview
 """Anything with the buffer interface that frames are made of and buffers arrive as."""
@@ -93,7 +95,9 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     try:
         header = msgpack.unpackb(frames[0], use_list=True, strict_map_key=False)
     except Exception as error:
-        raise ProtocolError(f"a message of {len(frames)} frames does not begin with a msgpack header: {error}") from error
+        raise ProtocolError(
+            f"a message of {len(frames)} frames does not begin with a msgpack header: {error}"
+        ) from error
     if not isinstance(header, list) or not header or header[0] != PROTOCOL_VERSION:
         version = header[0] if isinstance(header, list) and header else header
         raise ProtocolError(

@@ -9,16 +9,18 @@ traceback is attached as `__cause__`, and as a note. Where class or arguments ca
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import RemoteError, SerializationError
-from zrpc.ids import WorkerInfo
 from zrpc.wire import pickling
 from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
 
+if TYPE_CHECKING:
+    from zrpc.ids import WorkerInfo
 
-class RemoteTraceback(Exception):  # noqa: N818  # it is no error: it shows where one came from
+
+class RemoteTraceback(Exception):  # it is no error: it shows where one came from
     """Where on the remote worker an exception was raised; the cause of the exception as raised here."""
 
     def __init__(self, worker: WorkerInfo, text: str) -> None:

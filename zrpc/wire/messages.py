@@ -7,12 +7,14 @@ Codes are part of the protocol: a code is never used again for another message.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from zrpc.ids import ForkId, GlobalId, RRefId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PROTOCOL_VERSION = 1
 
@@ -111,7 +113,7 @@ class Reply(Message):
 @_message(11)
 @dataclass(frozen=True, slots=True)
 class Failure(Message):
-    """The request raised. `type_name` and `text` are for people; the pickled exception, if it could be, rides beside."""
+    """The request raised. `type_name` and `text` are for people; the pickled exception, if it could be, rides along."""
 
     type_name: str
     text: str
@@ -173,7 +175,7 @@ class RRefUserDelete(Message):
 @_message(30)
 @dataclass(frozen=True, slots=True)
 class BackwardRequest(Message):
-    """Gradients for the send function `autograd_message_id` of `context_id`: run backward from it, as part of `pass_id`."""
+    """Gradients for the send function `autograd_message_id` of `context_id`: run backward from it, within `pass_id`."""
 
     context_id: int
     autograd_message_id: GlobalId
@@ -208,7 +210,7 @@ class ReleaseContext(Message):
 @_message(33, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class AbortBackward(Message):
-    """The backward pass `pass_id` of `context_id` has failed somewhere: stop it, and tell whom you told of the context."""
+    """The backward pass `pass_id` of `context_id` failed somewhere: stop it, and tell whom you told of the context."""
 
     context_id: int
     pass_id: GlobalId
@@ -221,7 +223,10 @@ class AbortBackward(Message):
 @_message(34)
 @dataclass(frozen=True, slots=True)
 class MarkSends(Message):
-    """The send functions `autograd_message_ids` will get gradients in `pass_id`. Answered once all they lead to are marked."""
+    """The send functions `autograd_message_ids` will get gradients in `pass_id`.
+
+    Answered once all that they lead to are marked.
+    """
 
     context_id: int
     pass_id: GlobalId
@@ -286,7 +291,7 @@ class Joined(Message):
 @_message(44)
 @dataclass(frozen=True, slots=True)
 class Left(Message):
-    """A worker is gone: it left (`lost` false) or died or fell silent (`lost` true). Broker to everybody in the group."""
+    """A worker is gone: it left (`lost` false) or died or fell silent (`lost` true). Broker to all in the group."""
 
     incarnation: bytes
     lost: bool

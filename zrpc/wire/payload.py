@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zrpc.wire import tensors as tensor_codec
 from zrpc.wire.envelope import Buffer, Envelope
-from zrpc.wire.messages import Message
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+    from zrpc.wire.messages import Message
 
 
 @dataclass(slots=True)
@@ -30,7 +32,11 @@ class Payload:
 
 
 def seal(
-    message: Message, call_id: int, payload: Payload | None, extras: dict[str, Any] | None, device_map: tensor_codec.DeviceNames
+    message: Message,
+    call_id: int,
+    payload: Payload | None,
+    extras: dict[str, Any] | None,
+    device_map: tensor_codec.DeviceNames,
 ) -> Envelope:
     """The envelope that carries `message` and `payload`.
 

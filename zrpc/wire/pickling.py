@@ -55,7 +55,7 @@ _dispatch_table: dict[type, Callable[[Any], Any]] = {**copyreg.dispatch_table, t
 
 
 def register_reducer(cls: type, reducer: Callable[[Any], Reduced]) -> None:
-    """From now on pickle objects whose class is exactly `cls` as `reducer` says: `(function, arguments)` rebuilds one."""
+    """From now on pickle objects whose class is exactly `cls` as `reducer` says: `(function, arguments)` makes one."""
     _dispatch_table[cls] = reducer
 
 

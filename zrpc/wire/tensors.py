@@ -282,7 +282,11 @@ def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
 def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, shape, requires_grad, coalesced, _, indices, values = entry
     tensor = torch.sparse_coo_tensor(
-        _unpack_entry(indices, memory), _unpack_entry(values, memory), shape, is_coalesced=coalesced, check_invariants=False
+        _unpack_entry(indices, memory),
+        _unpack_entry(values, memory),
+        shape,
+        is_coalesced=coalesced,
+        check_invariants=False,
     )
     return tensor.requires_grad_() if requires_grad else tensor
 
@@ -290,7 +294,10 @@ def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
 def _unpack_compressed(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, layout, shape, requires_grad, *parts = entry
     tensor = torch.sparse_compressed_tensor(
-        *(_unpack_entry(part, memory) for part in parts), shape, layout=_COMPRESSED_LAYOUTS[layout], check_invariants=False
+        *(_unpack_entry(part, memory) for part in parts),
+        shape,
+        layout=_COMPRESSED_LAYOUTS[layout],
+        check_invariants=False,
     )
     return tensor.requires_grad_() if requires_grad else tensor
 
