@@ -16,11 +16,11 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 # Trains on the handwritten digits: a broker, a parameter server and two trainers on this machine.
 demo: $(READY)
-	$(BIN)/python examples/digits/run.py
+	$(BIN)/python scripts/zrpc-cluster -n 3 examples/digits/train.py $(ARGS)
 
 # The same without a broker.
 demo-brokerless: $(READY)
-	$(BIN)/python examples/digits/run.py --brokerless
+	$(BIN)/python scripts/zrpc-peers -n 3 examples/digits/train.py $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests $(ARGS)
