@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from zrpc_broker.main import DEFAULT_BIND, serve
-from zrpc_broker.server import DEFAULT_HEARTBEAT_INTERVAL_S, DEFAULT_MISSED_MAX
+from zrpc_broker import defaults
+from zrpc_broker.main import serve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,9 +16,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Relay messages between zrpc workers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--bind", default=DEFAULT_BIND, help="where to listen; port 0: any free one")
-    parser.add_argument("--heartbeat-interval", type=float, default=DEFAULT_HEARTBEAT_INTERVAL_S, metavar="SECONDS")
-    parser.add_argument("--missed", type=int, default=DEFAULT_MISSED_MAX, help="silent intervals before it is lost")
+    parser.add_argument("--bind", default=defaults.BIND, help="where to listen; port 0: any free one")
+    parser.add_argument("--heartbeat-interval", type=float, default=defaults.HEARTBEAT_INTERVAL_S, metavar="SECONDS")
+    parser.add_argument("--missed", type=int, default=defaults.MISSED_MAX, help="silent intervals before it is lost")
     parser.add_argument("--verbose", action="store_true", help="log who comes and goes")
     args = parser.parse_args(argv)
     return serve(args.bind, args.heartbeat_interval, args.missed, args.verbose)

@@ -9,21 +9,19 @@ import warnings
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ConfigError
-from zrpc_broker.server import DEFAULT_HEARTBEAT_INTERVAL_S, DEFAULT_MISSED_MAX, Broker
+from zrpc_broker import defaults
+from zrpc_broker.server import Broker
 
 if TYPE_CHECKING:
     from types import FrameType
 
-DEFAULT_BIND = "tcp://127.0.0.1:5555"
-READY_PREFIX = "zrpc broker listens on "
-"""Its first line of output begins with this; the address follows."""
 EXIT_USAGE = 2
 
 
 def serve(
-    bind: str = DEFAULT_BIND,
-    heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_S,
-    missed_max: int = DEFAULT_MISSED_MAX,
+    bind: str = defaults.BIND,
+    heartbeat_interval_s: float = defaults.HEARTBEAT_INTERVAL_S,
+    missed_max: int = defaults.MISSED_MAX,
     verbose: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. Call it on the main thread."""
@@ -44,7 +42,7 @@ def serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    print(f"{READY_PREFIX}{broker.address}", flush=True)
+    print(f"{defaults.READY_PREFIX}{broker.address}", flush=True)
     broker.run()
     return 0
 

@@ -13,6 +13,7 @@ from zrpc.errors import ProtocolError
 from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
+from zrpc_broker import defaults
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
 from zrpc_broker.directory import UNGIVEN, Directory
 from zrpc_broker.liveness import Liveness
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zrpc.ids import Incarnation
-
-DEFAULT_HEARTBEAT_INTERVAL_S = 2.0
-DEFAULT_MISSED_MAX = 15
-"""30 s of silence: so long may an import or a compiler hold the interpreter's lock. Death is noticed sooner."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,8 +41,8 @@ class Broker:
     def __init__(
         self,
         address: str,
-        heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_S,
-        missed_max: int = DEFAULT_MISSED_MAX,
+        heartbeat_interval_s: float = defaults.HEARTBEAT_INTERVAL_S,
+        missed_max: int = defaults.MISSED_MAX,
     ) -> None:
         self._hub = Hub(address)
         self.address = self._hub.address

@@ -1,0 +1,121 @@
+"""One process of a cluster: in a process group of its own, its output read line by line, its end told."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from zrpc.cli.output import LineSplitter, Screen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    OnLine = Callable[[str], None]
+    OnExit = Callable[["ManagedProcess", int], None]
+
+LAST_LINES = 20
+DRAIN_S = 2.0
+"""How long output may still come once the process and its group are gone."""
+_CHUNK_NBYTES = 65_536
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+class ManagedProcess:
+    """A started process.
+
+    Two threads serve it: one reads its output, one waits for its end, then ends what is left of its group, and then
+    calls `on_exit(process, code)`.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        colour: int,
+        argv: list[str],
+        environment: Mapping[str, str],
+        screen: Screen,
+        on_exit: OnExit,
+        on_line: OnLine | None = None,
+    ) -> None:
+        self.name = name
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._colour = colour
+        self._screen = screen
+        self._on_exit = on_exit
+        self._on_line = on_line
+        self._popen = subprocess.Popen(
+            argv,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if _prctl is not None else None,
+        )
+        self.pid = self._popen.pid
+        self._is_over = False
+        self._reader = threading.Thread(target=self._read, name=f"zrpc-launch-read-{name}", daemon=True)
+        self._waiter = threading.Thread(target=self._wait, name=f"zrpc-launch-wait-{name}", daemon=True)
+        self._reader.start()
+        self._waiter.start()
+
+    def terminate(self) -> None:
+        """Ask the process and its children to end."""
+        self._signal_group(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the process and its children."""
+        self._signal_group(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+
+    def _signal_group(self, number: int) -> None:
+        if self._is_over:
+            return  # by now the number may be another process's
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self.pid, number)
+            else:
+                self._popen.terminate()
+
+    def _read(self) -> None:
+        assert self._popen.stdout is not None
+        splitter = LineSplitter()
+        with self._popen.stdout as stream:
+            while chunk := stream.read(_CHUNK_NBYTES):
+                self._take(splitter.feed(chunk))
+        self._take(splitter.finish())
+
+    def _take(self, lines: list[tuple[str, bool]]) -> None:
+        for text, stays in lines:
+            if stays:
+                self.last_lines.append(text)
+                if self._on_line is not None:
+                    self._on_line(text)
+            self._screen.show(self.name, self._colour, text, stays)
+
+    def _wait(self) -> None:
+        code = self._popen.wait()
+        self.kill()
+        self._is_over = True
+        self._reader.join(DRAIN_S)
+        self._on_exit(self, code)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before its program: the kernel kills it when the launcher dies, even of SIGKILL.
+
+    The launcher's threads hold no lock that this needs: the function was looked up before.
+    """
+    assert _prctl is not None
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
