@@ -19,6 +19,7 @@ from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
 from zrpc.rref.context import RRefContext
 from zrpc.rref.context import install as install_rrefs
+from zrpc.transport.slabs import SharedMemory, is_supported
 from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.sockets import reachable_address
 
@@ -151,7 +152,8 @@ def _card(agent: Agent) -> dict[str, Any]:
         to: {str(here): str(there) for here, there in device_map.items()}
         for to, device_map in options.device_maps.items()
     }
-    return {"address": agent.address, "device_maps": maps, "devices": [str(device) for device in options.devices]}
+    devices = [str(device) for device in options.devices]
+    return {"address": agent.address, "device_maps": maps, "devices": devices, "memory": agent.memory_card()}
 
 
 def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
@@ -166,6 +168,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
         address=reachable_address(endpoint.address, os.environ.get("MASTER_ADDR")),
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
+        shared_memory=_shared_memory(options),
     )
 
 
@@ -174,7 +177,19 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     endpoint = BrokeredEndpoint("tcp://" + init_method.removeprefix(BROKER_SCHEME), new_incarnation())
-    return Agent(options, endpoint, BrokerGroup(endpoint), address=None, connect=_nothing, disconnect=_nothing)
+    return Agent(
+        options,
+        endpoint,
+        BrokerGroup(endpoint),
+        address=None,
+        connect=_nothing,
+        disconnect=_nothing,
+        shared_memory=_shared_memory(options),
+    )
+
+
+def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:
+    return SharedMemory() if options.shared_memory and is_supported() else None
 
 
 def _nothing(_: object) -> None:

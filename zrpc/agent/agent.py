@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import Group, Member
     from zrpc.transport.endpoint import Endpoint
+from zrpc.transport.slabs import SharedMemory
 
 log = logging.getLogger("zrpc")
 
@@ -57,6 +58,7 @@ class Agent:
         address: where others reach this worker; None with a broker.
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
+        shared_memory: for large buffers between workers of one host; None: they go through the endpoint.
     """
 
     info: WorkerInfo
@@ -70,6 +72,7 @@ class Agent:
         address: str | None,
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
+        shared_memory: SharedMemory | None = None,
     ) -> None:
         self.options = options
         self.address = address
@@ -82,6 +85,7 @@ class Agent:
         self._group = group
         self._connect = connect
         self._disconnect = disconnect
+        self._shared_memory = shared_memory
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
@@ -137,6 +141,8 @@ class Agent:
         self._group.leave(flush_s)
         self._handler_pool.close(flush_s)
         self._endpoint.close(flush_s)
+        if self._shared_memory is not None:
+            self._shared_memory.close()
         self._deadlines.close()
         for call_id in list(self._calls):
             self._finish(call_id, None, AgentClosedError("this worker shut down while the call was under way"))
@@ -171,6 +177,10 @@ class Agent:
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
         self._handler_pool.submit(task)
+
+    def memory_card(self) -> list[Any] | None:
+        """What the membership card says of this worker's shared memory."""
+        return self._shared_memory.card() if self._shared_memory is not None else None
 
     def blocking(self) -> AbstractContextManager[None]:
         """While the body waits, this thread does not count against the handler pool."""
@@ -218,7 +228,7 @@ class Agent:
             payload = payload or Payload()
             extras = self._extras(to, message, payload, None)
         call_id = next(self._call_ids)
-        frames = encode(seal(message, call_id, payload, extras, self._device_names(to)))
+        frames = self._encode(to, seal(message, call_id, payload, extras, self._device_names(to)))
         call = Call(self, call_id, to, message, limit_s)
         self._calls[call_id] = call
         try:
@@ -308,7 +318,8 @@ class Agent:
         if request.extras:
             payload = payload or Payload()
             extras = self._extras(request.source, message, payload, request.extras)
-        return encode(seal(message, request.call_id, payload, extras, self._device_names(request.source)))
+        envelope = seal(message, request.call_id, payload, extras, self._device_names(request.source))
+        return self._encode(request.source, envelope)
 
     def _extras(
         self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
@@ -326,14 +337,13 @@ class Agent:
 
     def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
         try:
-            envelope = decode(frames)
-        except ProtocolError as error:
-            log.error("a message of %s was dropped: %s", source.hex(), error)
-            return
-        if isinstance(envelope.message, Reply | Failure):
-            self._finish(envelope.call_id, envelope, None)
-        else:
-            self._on_request(source, envelope)
+            envelope = decode(frames, self._shared_memory.fetching(source) if self._shared_memory else None)
+            if isinstance(envelope.message, Reply | Failure):
+                self._finish(envelope.call_id, envelope, None)
+            else:
+                self._on_request(source, envelope)
+        except Exception:  # whatever one message does, the next one is read
+            log.exception("a message of %s was dropped", source.hex())
 
     def _on_request(self, source: Incarnation, envelope: Envelope) -> None:
         member = self.members.by_incarnation(source)
@@ -389,6 +399,13 @@ class Agent:
             return self.members.by_rank(to)
         raise TypeError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by a {type(to).__name__}")
 
+    def _encode(self, to: WorkerInfo, envelope: Envelope) -> list[Buffer]:
+        """The frames of `envelope`, its large buffers in shared memory where `to` can see it."""
+        if self._shared_memory is None or not envelope.buffers:
+            return encode(envelope)
+        member = self.members.member(to.id)
+        return encode(envelope, self._shared_memory.placing(member.incarnation) if member else None)
+
     def _send(self, to: WorkerInfo, frames: list[Buffer]) -> None:
         member = self.members.member(to.id)
         if member is None:
@@ -396,6 +413,8 @@ class Agent:
         try:
             self._endpoint.send(member.incarnation, frames)
         except PeerLostError as error:
+            if self._shared_memory is not None:
+                self._shared_memory.forget(member.incarnation)
             raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
 
     def _device_names(self, to: WorkerInfo) -> dict[str, str]:
@@ -409,6 +428,8 @@ class Agent:
 
     def _on_joined(self, member: Member) -> None:
         self._connect(member)
+        if self._shared_memory is not None:
+            self._shared_memory.meet(member.incarnation, member.card.get("memory"))
         self.members.add(member)
 
     def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
@@ -426,6 +447,8 @@ class Agent:
         member = self.members.by_incarnation(incarnation)
         if member is None or self._closed:
             return
+        if self._shared_memory is not None:
+            self._shared_memory.forget(incarnation)
         if not self.is_static_group:
             self.members.remove(incarnation)
         error = PeerLostError(f"{member.info} is lost: {reason}. It is not known whether the call ran there")

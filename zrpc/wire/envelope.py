@@ -2,8 +2,8 @@
 
 Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`; the frames behind it are
 the large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
-frame 0, or its length in bytes, if it is a frame of its own. A small message is therefore one frame: one send, one
-receive, no wait for a second part.
+frame 0; its length in bytes, if it is a frame of its own; or a descriptor (a list) of memory that both sides share, if
+the transport has put it there. A small message is therefore one frame: one send, one receive, no wait for a second part.
 
 The broker uses this module, so it knows nothing of torch.
 """
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from zrpc.errors import ProtocolError
-from zrpc.wire.messages import FIELD_GETTERS, MESSAGES, PROTOCOL_VERSION, Message
+from zrpc.wire.messages import FIELD_GETTERS, PROTOCOL_VERSION, Message, make_message
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 Buffer = bytes | bytearray | memoryview
 """Anything with the buffer interface that frames are made of and buffers arrive as."""
@@ -29,6 +29,8 @@ INLINE_MAX_NBYTES = 4096
 
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 _HEADER_LENGTH = 8
+_HEADER_TYPES = ((int, list, list, bytes, type(None)), (int, list, list, bytes, dict))
+"""Of call id, table, buffers, data and extras."""
 
 
 @dataclass(slots=True)
@@ -52,8 +54,12 @@ class Envelope:
     buffers: Sequence[Buffer] = field(default_factory=list)
 
 
-def encode(envelope: Envelope) -> list[Buffer]:
+def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | None = None) -> list[Buffer]:
     """The frames of `envelope`. Large buffers are not copied: they must stay unchanged until the frames are sent.
+
+    Args:
+        envelope: what to send.
+        place: puts a large buffer where the receiver can see it and gives its descriptor, or None to have it sent.
 
     Raises:
         ProtocolError: a field or an extra is not something that msgpack can carry.
@@ -65,6 +71,10 @@ def encode(envelope: Envelope) -> list[Buffer]:
         nbytes = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
         if nbytes <= INLINE_MAX_NBYTES:
             inline.append(buffer if type(buffer) is bytes else bytes(buffer))
+            continue
+        descriptor = place(buffer) if place is not None else None
+        if descriptor is not None:
+            inline.append(descriptor)
         else:
             inline.append(nbytes)
             frames.append(buffer)
@@ -86,8 +96,12 @@ def encode(envelope: Envelope) -> list[Buffer]:
     return frames
 
 
-def decode(frames: Sequence[Buffer]) -> Envelope:
-    """The envelope that `frames` carry. Its large buffers are views of the frames.
+def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None = None) -> Envelope:
+    """The envelope that `frames` carry. Its large buffers are views of the frames, or of shared memory.
+
+    Args:
+        frames: what came.
+        fetch: finds the memory that a descriptor tells of.
 
     Raises:
         ProtocolError: the frames are not an envelope of this version, with what is wrong with them.
@@ -107,25 +121,30 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     if len(header) != _HEADER_LENGTH:
         raise ProtocolError(f"a header has {len(header)} fields instead of {_HEADER_LENGTH}")
     _, code, call_id, fields, extras, table, buffers, data = header
-    cls = MESSAGES.get(code)
-    if cls is None:
-        raise ProtocolError(f"message code {code!r} is not known here: install the same zrpc on both sides")
-    try:
-        message = cls(*fields)
-    except TypeError as error:
-        raise ProtocolError(f"the fields {fields!r} do not make a {cls.__name__}: {error}") from error
-    if len(frames) > 1:
-        _fill_in(buffers, frames)
+    if (type(call_id), type(table), type(buffers), type(data), type(extras)) not in _HEADER_TYPES:
+        raise ProtocolError(f"a header {header!r:.300} has a part of a wrong type")
+    message = make_message(code, fields)
+    if buffers or len(frames) > 1:
+        _fill_in(buffers, frames, fetch)
     return Envelope(message, call_id, extras, data, table, buffers)
 
 
-def _fill_in(buffers: list[Any], frames: Sequence[Buffer]) -> None:
-    """Put the frames behind frame 0 where `buffers` holds their lengths."""
+def _fill_in(buffers: list[Any], frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None) -> None:
+    """Put frames where `buffers` holds their lengths, and shared memory where it holds descriptors."""
     following = iter(frames[1:])
     for index, entry in enumerate(buffers):
-        if isinstance(entry, int):
-            frame = next(following, None)
-            if frame is None or len(frame) != entry:
-                got = "no frame" if frame is None else f"{len(frame)} bytes"
-                raise ProtocolError(f"buffer {index} should have {entry} bytes, and {got} came")
-            buffers[index] = frame
+        if type(entry) is bytes:
+            continue
+        if isinstance(entry, list):
+            if fetch is None:
+                raise ProtocolError(f"buffer {index} lies in shared memory, which this worker does not use")
+            buffers[index] = fetch(entry)
+            continue
+        frame = next(following, None)
+        if frame is None or len(frame) != entry:
+            got = "no frame" if frame is None else f"{len(frame)} bytes"
+            raise ProtocolError(f"buffer {index} should have {entry} bytes, and {got} came")
+        buffers[index] = frame
+    surplus = sum(1 for _ in following)
+    if surplus:
+        raise ProtocolError(f"a message has {surplus} frames more than its header names")
