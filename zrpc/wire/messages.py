@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from zrpc.errors import ProtocolError
 from zrpc.ids import ForkId, GlobalId, RRefId
 
 if TYPE_CHECKING:
@@ -30,6 +31,23 @@ class Message:
 
 MESSAGES: dict[int, type[Message]] = {}
 FIELD_GETTERS: dict[type[Message], Callable[[Any], list[Any]]] = {}
+FIELD_TYPES: dict[type[Message], list[type]] = {}
+"""As what each field arrives."""
+
+_ARRIVES_AS: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "bytes": bytes,
+    "list[Any]": list,
+    "list[str]": list,
+    "list[GlobalId]": list,
+    "dict[str, Any]": dict,
+    "GlobalId": list,
+    "RRefId": list,
+    "ForkId": list,
+}
 
 M = TypeVar("M", bound=type[Message])
 
@@ -50,10 +68,35 @@ def _message(code: int, idempotent: bool = False) -> Callable[[M], M]:
         cls.CODE = code
         cls.IDEMPOTENT = idempotent
         MESSAGES[code] = cls
-        FIELD_GETTERS[cls] = _getter([f.name for f in fields(cls)])  # type: ignore[arg-type]  # a dataclass by now
+        own = fields(cls)  # type: ignore[arg-type]  # a dataclass by now
+        FIELD_GETTERS[cls] = _getter([f.name for f in own])
+        FIELD_TYPES[cls] = [_ARRIVES_AS[str(f.type)] for f in own]
         return cls
 
     return register
+
+
+def make_message(code: object, values: object) -> Message:
+    """The message that travelled as `code` and `values`.
+
+    Raises:
+        ProtocolError: there is no such message, or these are not its fields.
+    """
+    cls = MESSAGES.get(code) if type(code) is int else None
+    if cls is None:
+        raise ProtocolError(f"message code {code!r} is not known here: install the same zrpc on both sides")
+    if type(values) is list:
+        kinds = list(map(type, values))
+        if kinds == FIELD_TYPES[cls] or _fit(kinds, FIELD_TYPES[cls]):
+            return cls(*values)
+    raise ProtocolError(f"the fields {values!r} do not make a {cls.__name__}")
+
+
+def _fit(kinds: list[type], wanted: list[type]) -> bool:
+    """The same, but for whole numbers in the place of floats."""
+    return len(kinds) == len(wanted) and all(
+        kind is want or (want is float and kind is int) for kind, want in zip(kinds, wanted, strict=True)
+    )
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------
@@ -230,11 +273,12 @@ class MarkSends(Message):
 
     context_id: int
     pass_id: GlobalId
+    retain_graph: bool
     autograd_message_ids: list[GlobalId]
 
     def __post_init__(self) -> None:
         _restore_ids(self, "pass_id")
-        object.__setattr__(self, "autograd_message_ids", [GlobalId(*one) for one in self.autograd_message_ids])
+        object.__setattr__(self, "autograd_message_ids", [_restored(one) for one in self.autograd_message_ids])
 
 
 # ---- worker and broker -----------------------------------------------------------------------------------------
@@ -328,4 +372,10 @@ def _restore_ids(message: Message, *names: str) -> None:
     for name in names:
         value = getattr(message, name)
         if type(value) is not GlobalId:
-            object.__setattr__(message, name, GlobalId(*value))
+            object.__setattr__(message, name, _restored(value))
+
+
+def _restored(value: Any) -> GlobalId:
+    if len(value) != 2 or not isinstance(value[0], int) or not isinstance(value[1], int):
+        raise ProtocolError(f"{value!r} is not a global id")
+    return GlobalId(*value)
