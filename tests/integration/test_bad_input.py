@@ -52,7 +52,7 @@ def calls_that_cannot_work(rank: int) -> list[str]:
         (errors.UnknownWorkerError, "nobody.*worker0", lambda: rpc.rpc_sync("nobody", double, args=(1,))),
         (errors.UnknownWorkerError, "id 17", lambda: rpc.rpc_async(17, double, args=(1,))),
         (errors.UnknownWorkerError, "id 3", lambda: rpc.remote(rpc.WorkerInfo("ghost", 3), double, args=(1,))),
-        (TypeError, "name, its rank or its WorkerInfo", lambda: rpc.rpc_sync(1.5, double, args=(1,))),  # type: ignore[arg-type]
+        (ValueError, "name, its rank or its WorkerInfo", lambda: rpc.rpc_sync(1.5, double, args=(1,))),  # type: ignore[arg-type]
         (TypeError, "callable", lambda: rpc.rpc_sync(to, 5)),  # type: ignore[arg-type]
         (errors.SerializationError, "lock", lambda: rpc.rpc_sync(to, double, args=(threading.Lock(),))),
         (errors.SerializationError, "lambda", lambda: rpc.rpc_sync(to, lambda: 1)),

@@ -191,7 +191,7 @@ class Agent:
 
         Raises:
             UnknownWorkerError: there is none.
-            TypeError: `to` is none of the three.
+            ValueError: `to` is none of the three.
         """
         try:
             return self._lookup(to)
@@ -397,7 +397,7 @@ class Agent:
             return self.members.by_name(to)
         if isinstance(to, int) and not isinstance(to, bool):
             return self.members.by_rank(to)
-        raise TypeError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by a {type(to).__name__}")
+        raise ValueError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by {to!r}")
 
     def _encode(self, to: WorkerInfo, envelope: Envelope) -> list[Buffer]:
         """The frames of `envelope`, its large buffers in shared memory where `to` can see it."""

@@ -34,7 +34,10 @@ class Future(torch.futures.Future[T]):
             return super().wait()
 
     def then(self, callback: Callable[[torch.futures.Future[T]], S]) -> Future[S]:  # type: ignore[override]
-        """A future for `callback(self)`, which runs once this one is done; what it raises is that future's error."""
+        """A future for `callback(self)`, which runs once this one is done.
+
+        A `RuntimeError` that `callback` raises is that future's error; any other becomes, as in torch, the cause of one.
+        """
         if not callable(callback):
             super().then(callback)  # raises the TypeError that torch's own futures raise
         child: Future[S] = Future()
@@ -42,8 +45,10 @@ class Future(torch.futures.Future[T]):
         def run(done: torch.futures.Future[T]) -> None:
             try:
                 child.set_result(callback(done))
-            except Exception as error:
+            except RuntimeError as error:
                 child.set_exception(error)
+            except Exception as error:
+                child.set_exception(_callback_error(error))
 
         self.add_done_callback(run)
         return child
@@ -59,6 +64,12 @@ class Future(torch.futures.Future[T]):
         self.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
         yield from waiter
         return super().wait()
+
+
+def _callback_error(error: Exception) -> RuntimeError:
+    wrapped = RuntimeError(f"Got the following error when running the callback: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def future_of(call: Call, convert: Callable[[Payload], T], pool: HandlerPool) -> Future[T]:
