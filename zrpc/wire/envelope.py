@@ -3,7 +3,8 @@
 Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`; the frames behind it are
 the large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
 frame 0; its length in bytes, if it is a frame of its own; or a descriptor (a list) of memory that both sides share, if
-the transport has put it there. A small message is therefore one frame: one send, one receive, no wait for a second part.
+the transport has put it there. A small message is therefore one frame: one send, one receive, no wait for a second
+part.
 
 The broker uses this module, so it knows nothing of torch.
 """

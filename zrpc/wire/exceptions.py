@@ -1,9 +1,9 @@
 """Remote exceptions: how one travels, and how it is raised again.
 
 An exception travels as its class, its arguments and its attributes, and is put together again without calling its
-constructor, so a class whose constructor takes other arguments than it passes on does not get in the way. Its remote
-traceback is attached as `__cause__`, and as a note. Where class or arguments cannot travel, the caller gets a
-`RemoteError` with the text.
+constructor, so a class whose constructor takes other arguments than it passes on does not get in the way. A class that
+says itself how it is pickled (`__reduce__`) is taken at its word. The remote traceback is attached as `__cause__`.
+Where class or arguments cannot travel, the caller gets a `RemoteError` with the text.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zrpc.ids import WorkerInfo
 
 
@@ -36,10 +38,9 @@ def dump_exception(error: BaseException) -> tuple[Failure, Payload]:
     """The message and payload that carry `error`."""
     text = "".join(traceback.format_exception(error))
     failure = Failure(type(error).__qualname__, _text_of(error), text)
-    state = {name: value for name, value in vars(error).items() if not name.startswith("__")}
-    for kept in (state, {}):
+    for form in _forms(error):
         try:
-            return failure, pickling.dumps((type(error), _arguments_of(error), kept))
+            return failure, pickling.dumps(form)
         except SerializationError:
             continue
     return failure, Payload()
@@ -48,32 +49,42 @@ def dump_exception(error: BaseException) -> tuple[Failure, Payload]:
 def load_exception(worker: WorkerInfo, failure: Failure, payload: Payload) -> BaseException:
     """The exception that `worker` answered with, ready to be raised."""
     try:
-        error = _rebuild(*pickling.loads(payload)) if len(payload.data) else None
+        form = pickling.loads(payload)
+        error = _rebuild(*form) if isinstance(form, tuple) else form
     except Exception:
         error = None
-    if error is None:
+    if not isinstance(error, Exception):
         error = RemoteError(f"On {worker}:\n{failure.type_name}: {failure.text}\n{failure.traceback}")
     remote = RemoteTraceback(worker, failure.traceback)
     error.__cause__ = remote
     return error
 
 
-def _arguments_of(error: BaseException) -> tuple[Any, ...]:
-    """What the class passed on to its base; for the classes of the interpreter, such as OSError, all it was made of."""
+def _forms(error: BaseException) -> Iterator[Any]:
+    """What to try to pickle for `error`, the best first."""
+    cls = type(error)
+    if cls.__reduce__ is not _interpreters(cls).__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+        yield error
+        yield cls, error.args, {}
+        return
     reduced = error.__reduce__()
-    return reduced[1] if isinstance(reduced, tuple) and reduced[0] is type(error) else error.args
+    assert isinstance(
+        reduced, tuple
+    )  # the interpreter's own classes give (class, arguments) or (class, arguments, state)
+    yield cls, reduced[1], (reduced[2] if len(reduced) > 2 else {}) or {}
+    yield cls, reduced[1], {}
 
 
-def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException | None:
-    if not (isinstance(cls, type) and issubclass(cls, Exception)):
-        return None
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
     error = cls.__new__(cls, *args)
-    if cls.__init__ is not BaseException.__init__ and cls.__module__ == "builtins":
-        error.__init__(*args)  # type: ignore[misc]  # the interpreter's own classes keep fields outside __dict__
-    else:
-        error.args = args
-    error.__dict__.update(state)
+    _interpreters(cls).__init__(error, *args)  # fills the fields that the interpreter keeps outside __dict__
+    BaseException.__setstate__(error, state)
     return error
+
+
+def _interpreters(cls: type[BaseException]) -> type[BaseException]:
+    """The nearest base of `cls`, or itself, that is one of the interpreter's own classes."""
+    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
 
 
 def _text_of(error: BaseException) -> str:

@@ -13,14 +13,17 @@ import copyreg
 import io
 import pickle
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zrpc.errors import SerializationError
 from zrpc.wire import values
 from zrpc.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from zrpc.wire.envelope import Buffer
 
 _PROTOCOL = 5
 _NONE = b""
@@ -51,7 +54,14 @@ def _reduce_tensor(tensor: torch.Tensor) -> Reduced:
     return _tensor_at, (len(_tables.sending) - 1,)
 
 
-_dispatch_table: dict[type, Callable[[Any], Any]] = {**copyreg.dispatch_table, torch.Tensor: _reduce_tensor}
+class _DispatchTable(dict[type, Callable[[Any], Any]]):
+    """Our reducers, and behind them those that anybody gives to `copyreg`, at any time."""
+
+    def __missing__(self, cls: type) -> Callable[[Any], Any]:
+        return copyreg.dispatch_table[cls]
+
+
+_dispatch_table = _DispatchTable({torch.Tensor: _reduce_tensor})
 
 
 def register_reducer(cls: type, reducer: Callable[[Any], Reduced]) -> None:
@@ -75,13 +85,15 @@ def dumps(obj: Any) -> Payload:
     if type(obj) is torch.Tensor:
         return Payload(_ONE_TENSOR, [obj])
     outer = _tables.sending
-    _tables.sending = tensors = []
+    tensors: list[torch.Tensor] = []
+    _tables.sending = tensors
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     try:
         pickler = pickle.Pickler(stream, _PROTOCOL, buffer_callback=buffers.append)
         pickler.dispatch_table = _dispatch_table
         pickler.dump(obj)
+        raw = [buffer.raw() for buffer in buffers]
     except Exception as error:
         raise SerializationError(
             f"{_brief(obj)} cannot be pickled: {error}. Pass objects that pickle can name or copy: functions and "
@@ -89,7 +101,7 @@ def dumps(obj: Any) -> Payload:
         ) from error
     finally:
         _tables.sending = outer
-    return Payload(stream.getvalue(), tensors, [buffer.raw() for buffer in buffers])
+    return Payload(stream.getvalue(), tensors, raw)
 
 
 def loads(payload: Payload) -> Any:
@@ -97,12 +109,15 @@ def loads(payload: Payload) -> Any:
 
     Raises:
         SerializationError: the stream names a function or class that this process lacks, or is damaged.
+        ProtocolError: packed values, or the one tensor, are damaged.
     """
     data = payload.data
     if len(data) == 0:
         return None
+    if data == _ONE_TENSOR and len(payload.tensors) == 1:
+        return payload.tensors[0]
     if data[0] == values.MAGIC:
-        return payload.tensors[0] if data == _ONE_TENSOR else values.unpack(payload)
+        return values.unpack(payload)
     outer = _tables.receiving
     _tables.receiving = payload.tensors
     try:
@@ -120,11 +135,15 @@ def loads(payload: Payload) -> Any:
         _tables.receiving = outer
 
 
-def _own(payload: Payload) -> list[Any]:
-    """The PEP 574 buffers as writable memory that only the rebuilt object will see."""
-    return [bytearray(buffer) if isinstance(buffer, bytes) else buffer for buffer in payload.buffers]
+def _own(payload: Payload) -> Iterator[Buffer]:
+    """The PEP 574 buffers as writable memory that only the rebuilt object will see, made as they are asked for."""
+    for buffer in payload.buffers:
+        yield bytearray(buffer) if memoryview(buffer).readonly else buffer
 
 
 def _brief(obj: Any) -> str:
-    text = repr(obj)
+    try:
+        text = repr(obj)
+    except Exception:
+        return f"a {type(obj).__qualname__}"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -15,7 +15,8 @@ a storage share one buffer and are views of one storage again on arrival. Of a s
 really seen travels; a tensor that sees only a small part of its span (a column of a matrix, say) is made
 contiguous first.
 
-Received tensors own their memory, are writable and never alias anything of the sender's or of another message.
+Received tensors own their memory, are writable and never alias anything of the sender's or of another message. They
+take over the memory of large received frames: a message is unpacked once.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def pack(tensors: Sequence[torch.Tensor], buffers: list[Buffer], devices: Device
     table = []
     for tensor in tensors:
         key = _storage_key(tensor)
-        if key in shared:
+        if key in shared and tensor.numel():
             if key not in placed:
                 placed[key] = (_add_span(tensor.untyped_storage(), shared[key], buffers), shared[key][0])
             table.append(_strided_entry(tensor, *placed[key]))
@@ -88,7 +89,7 @@ def unpack(table: Sequence[Any], buffers: Sequence[Buffer]) -> list[torch.Tensor
     memory = _Memory(buffers)
     try:
         return [_UNPACKERS[entry[0]](entry, memory) for entry in table]
-    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise ProtocolError(f"a tensor table cannot be read: {error}") from error
 
 
@@ -121,9 +122,12 @@ def _dense_entry(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
     if not nbytes:
         return entry
     if nbytes <= INLINE_MAX_NBYTES:
-        buffers.append(ctypes.string_at(tensor.data_ptr(), nbytes))
+        address = tensor.data_ptr()
+        if not address:
+            raise _without_memory()
+        buffers.append(ctypes.string_at(address, nbytes))
     else:
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         buffers.append(_view(tensor.untyped_storage(), start, nbytes))
     return entry
 
@@ -146,10 +150,10 @@ def _strided_entry(tensor: torch.Tensor, buffer: int, span_start: int) -> list[A
 def _span(tensor: torch.Tensor) -> _Span:
     """First byte and end of what `tensor` sees of its storage."""
     size = tensor.element_size()
-    start = tensor.storage_offset() * size
+    start = int(tensor.storage_offset()) * size
     if tensor.numel() == 0:
         return start, start
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((int(n) - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * size
 
 
@@ -162,17 +166,30 @@ def _add_span(storage: torch.UntypedStorage, span: _Span, buffers: list[Buffer])
 
 
 def _view(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
-    """The bytes of `storage`, not copied; the view keeps the storage alive."""
+    """The bytes of `storage`, not copied; the view keeps the storage alive.
+
+    Raises:
+        SerializationError: the storage has been shrunk under its tensors, and has no such bytes.
+    """
+    if start + nbytes > storage.nbytes():  # `set_` would make the sender's own storage larger
+        raise _without_memory()
     raw = torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))  # type: ignore[call-overload]
     view: memoryview = raw.numpy().data
     return view
+
+
+def _without_memory() -> SerializationError:
+    return SerializationError(
+        "a tensor whose storage was made smaller than the tensor cannot be sent: send it while it has its memory"
+    )
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
     """Which storage a plain CPU tensor sees; 0 for every other tensor."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return 0
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def _shared_storages(tensors: Sequence[torch.Tensor]) -> dict[int, _Span]:
@@ -182,7 +199,8 @@ def _shared_storages(tensors: Sequence[torch.Tensor]) -> dict[int, _Span]:
     """
     seen: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     for tensor in tensors:
-        seen[_storage_key(tensor)].append(tensor)
+        if tensor.numel():
+            seen[_storage_key(tensor)].append(tensor)
     shared = {}
     for key, views in seen.items():
         if key and len(views) > 1:
@@ -240,14 +258,14 @@ class _Memory:
     def own(self, index: int) -> Buffer:
         """Writable bytes that nobody else sees."""
         buffer = self._buffers[index]
-        if type(buffer) is bytes or len(buffer) <= COPY_MAX_NBYTES or not _is_aligned(buffer):
+        if type(buffer) is bytes or len(buffer) <= COPY_MAX_NBYTES or not _can_be_taken_over(buffer):
             return bytearray(buffer)
         return buffer
 
     def storage(self, index: int) -> torch.UntypedStorage:
         """The same as a storage, one for all the views of this message."""
         if index < 0:
-            return torch.UntypedStorage(0)
+            return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
         storage = self._storages.get(index)
         if storage is None:
             storage = torch.frombuffer(self.own(index), dtype=torch.uint8).untyped_storage()
@@ -255,7 +273,9 @@ class _Memory:
         return storage
 
 
-def _is_aligned(buffer: Buffer) -> bool:
+def _can_be_taken_over(buffer: Buffer) -> bool:
+    if memoryview(buffer).readonly:
+        return False
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT == 0
 
 
@@ -271,7 +291,7 @@ def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
 def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, dtype, shape, requires_grad, buffer, strides, offset, conj, neg = entry
     tensor = torch.empty(0, dtype=DTYPES[dtype])
-    tensor.set_(memory.storage(buffer), offset, shape, strides)  # type: ignore[call-overload]
+    tensor.set_(memory.storage(buffer), offset, shape, strides)
     if conj:
         tensor = tensor.conj()
     if neg:
@@ -292,9 +312,11 @@ def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
 
 
 def _unpack_compressed(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, layout, shape, requires_grad, *parts = entry
+    _, layout, shape, requires_grad, compressed, plain, values = entry
     tensor = torch.sparse_compressed_tensor(
-        *(_unpack_entry(part, memory) for part in parts),
+        _unpack_entry(compressed, memory),
+        _unpack_entry(plain, memory),
+        _unpack_entry(values, memory),
         shape,
         layout=_COMPRESSED_LAYOUTS[layout],
         check_invariants=False,

@@ -55,7 +55,7 @@ def pack(value: Any) -> Payload:
 
     try:
         return Payload(_PREFIX + encode(value), tensors)
-    except (OverflowError, ValueError) as error:
+    except (OverflowError, ValueError, RecursionError) as error:
         raise UnpackableError(str(error)) from error
 
 
@@ -86,6 +86,8 @@ def unpack(payload: Payload) -> Any:
         return msgpack.unpackb(raw, ext_hook=restore, strict_map_key=False)
 
     try:
+        if payload.data[: len(_PREFIX)] != _PREFIX:
+            raise ProtocolError(f"packed values begin with {bytes(payload.data[:2])!r}")
         return decode(memoryview(payload.data)[len(_PREFIX) :])
     except ProtocolError:
         raise
