@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zmq.utils.garbage import gc as zero_copy_gc
+import zmq
 
 from zrpc.ids import Incarnation, new_incarnation
 from zrpc.membership.broker import BrokerGroup
@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 20.0
 
-zero_copy_gc.start()  # pyzmq's thread that frees sent memory lives as long as the process: it is no test's leak
+
+def _start_zero_copy() -> None:
+    """Make pyzmq start what frees sent memory: it lives as long as the process, and is no test's leak."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://once")
+        other.connect("inproc://once")
+        one.send(bytes(1 << 20), copy=False)
+        other.recv()
+
+
+_start_zero_copy()
 
 WORKER_SCRIPT = """
 import sys

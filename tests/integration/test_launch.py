@@ -210,7 +210,7 @@ def test_a_killed_launcher_takes_its_workers_along(running: Running) -> None:
         (["-n", "2", "--hosts", "a,b;c", "--ssh", "SCRIPT"], "'b;c' is not the name of a host"),
         (["-n", "2", "--hosts", "a,b", "--srun", "SCRIPT"], "there is no srun"),
         (["SCRIPT"], "--workers"),
-        (["-n", "two", "SCRIPT"], "two"),
+        (["-n", "two", "SCRIPT"], "-n"),
     ],
 )
 @pytest.mark.parametrize("command", [CLUSTER, PEERS])
