@@ -70,7 +70,7 @@ def _message(code: int, idempotent: bool = False) -> Callable[[M], M]:
         MESSAGES[code] = cls
         own = fields(cls)  # type: ignore[arg-type]  # a dataclass by now
         FIELD_GETTERS[cls] = _getter([f.name for f in own])
-        FIELD_TYPES[cls] = [_ARRIVES_AS[str(f.type)] for f in own]
+        FIELD_TYPES[cls] = [_ARRIVES_AS[str(f.type)] for f in own]  # a KeyError: say there as what the new type arrives
         return cls
 
     return register
@@ -376,6 +376,6 @@ def _restore_ids(message: Message, *names: str) -> None:
 
 
 def _restored(value: Any) -> GlobalId:
-    if len(value) != 2 or not isinstance(value[0], int) or not isinstance(value[1], int):
-        raise ProtocolError(f"{value!r} is not a global id")
-    return GlobalId(*value)
+    if isinstance(value, list | tuple) and list(map(type, value)) == [int, int]:
+        return GlobalId(*value)
+    raise ProtocolError(f"{value!r} is not a global id")
