@@ -251,6 +251,17 @@ def test_a_signal_ends_it_cleanly(broker: Broker, number: signal.Signals) -> Non
     assert broker.close() == ""
 
 
+def test_the_command_zrpc_broker_is_the_same() -> None:
+    code = "from zrpc.cli import main; main()"
+    command = [sys.executable, "-c", code, "broker", "--bind", "tcp://127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        with workers(process.stdout.readline().split()[-1], "a", "b"):
+            pass
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+
+
 def test_it_is_small(broker: Broker) -> None:
     assert psutil.Process(broker.process.pid).memory_info().rss < 60e6
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from zrpc.ids import Incarnation
 from zrpc.wire.messages import Forming, Heartbeat, Joined, Left, Refused, Register, Welcome
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
 from zrpc_broker.directory import Directory, Phase
+
+if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
 
 A, B, C = (bytes([letter]) * 8 for letter in b"ABC")
 
