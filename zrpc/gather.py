@@ -18,13 +18,16 @@ from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from zrpc.agent.agent import Agent
+    from zrpc.agent.call import Call
     from zrpc.ids import WorkerInfo
+    from zrpc.wire.payload import Payload
 
 log = logging.getLogger("zrpc")
 
+RemoteCall = tuple["Callable[..., None]", tuple[Any, ...]]
 Key = tuple[tuple[str, ...], int]
 """Which gathering: the sorted names, and how many gatherings of the same workers came before."""
 
@@ -38,10 +41,31 @@ class _Gathering:
     complete: threading.Event = field(default_factory=threading.Event)
 
 
+class RemoteFunctions:
+    """What the workers of a gathering call on each other. Each method gives a function and its arguments."""
+
+    def contribution(self, key: Key, name: str, obj: Any) -> RemoteCall:
+        """On the leader: `name` takes part with `obj`."""
+        return _contribute, (key, name, obj)
+
+    def conclusion(self, key: Key, objects: dict[str, Any]) -> RemoteCall:
+        """On a follower: everybody took part, and this came of it."""
+        return _conclude, (key, objects, None)
+
+    def failure(self, key: Key, reason: str) -> RemoteCall:
+        """On a follower: the gathering failed."""
+        return _conclude, (key, {}, reason)
+
+
 class Gatherings:
-    """The gatherings of one worker."""
+    """The gatherings of one worker.
+
+    Attributes:
+        remote: the functions called on others; may be replaced.
+    """
 
     def __init__(self, agent: Agent) -> None:
+        self.remote = RemoteFunctions()
         self._agent = agent
         self._lock = threading.Lock()
         self._gatherings: defaultdict[Key, _Gathering] = defaultdict(_Gathering)
@@ -64,7 +88,8 @@ class Gatherings:
                     self._agent.watch(self._agent.resolve(name))
                 self.contribute(key, me, obj)
             else:
-                self._call(leader, _contribute, (key, me, obj), call_timeout_s)
+                told = _payload(self.remote.contribution(key, me, obj))
+                self._start(leader, told, call_timeout_s, waited=True).wait()
             with self._agent.blocking():
                 if not gathering.complete.wait(wait_timeout_s):
                     self._fail(gathering, f"not all of {', '.join(names)} came within {wait_timeout_s:g} s")
@@ -96,11 +121,11 @@ class Gatherings:
                 gathering.complete.set()
 
     def _tell_followers(self, key: Key, gathering: _Gathering, names: tuple[str, ...], timeout_s: float) -> None:
-        calls = []
-        for name in names[1:]:
-            if name not in self._lost:
-                payload = pickling.dumps((_conclude, (key, gathering.objects, gathering.error), {}))
-                calls.append(self._agent.request(self._agent.resolve(name), PythonCall(), payload, timeout_s=timeout_s))
+        if gathering.error is None:
+            told = _payload(self.remote.conclusion(key, gathering.objects))
+        else:
+            told = _payload(self.remote.failure(key, gathering.error))
+        calls = [self._start(name, told, timeout_s) for name in names[1:] if name not in self._lost]
         failed: list[tuple[str, Exception]] = []
         for call in calls:
             try:
@@ -113,9 +138,9 @@ class Gatherings:
                 f"The first exception is {failed[0][1]}"
             )
 
-    def _call(self, name: str, func: Any, args: tuple[Any, ...], timeout_s: float) -> None:
-        payload = pickling.dumps((func, args, {}))
-        self._agent.request(self._agent.resolve(name), PythonCall(), payload, timeout_s=timeout_s, waited=True).wait()
+    def _start(self, name: str, payload: Payload, timeout_s: float, waited: bool = False) -> Call:
+        to = self._agent.resolve(name)
+        return self._agent.request(to, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
 
     def _fail(self, gathering: _Gathering, reason: str) -> None:
         with self._lock:
@@ -176,6 +201,11 @@ def barrier(worker_names: Iterable[str] | None = None) -> None:
         all_gather(None, worker_names)
     except RuntimeError:
         log.exception("a barrier was not completed")
+
+
+def _payload(call: RemoteCall) -> Payload:
+    func, args = call
+    return pickling.dumps((func, args, {}))
 
 
 def _contribute(key: Key, name: str, obj: Any) -> None:

@@ -115,7 +115,17 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
 
 def finish_work(agent: Agent, timeout_s: float) -> None:
     """Give up this worker's references and wait until nothing is under way; `timeout_s` 0: no limit."""
+    delete_rrefs(agent, timeout_s)
+    finish_calls(agent, timeout_s)
+
+
+def delete_rrefs(agent: Agent, timeout_s: float) -> None:
+    """Give up this worker's references and wait until others gave up theirs to its unshared ones; 0: no limit."""
     agent.extensions[RRefContext].delete_all_user_and_unforked_owner_rrefs(timeout_s or UNLIMITED_JOIN_S)
+
+
+def finish_calls(agent: Agent, timeout_s: float) -> None:
+    """Wait until no call is under way; `timeout_s` 0: no limit."""
     if not agent.quiesce(timeout_s):
         log.warning("%s shuts down with calls under way: %s", agent.info, agent.counts())
 
