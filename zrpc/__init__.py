@@ -7,7 +7,6 @@ import is cheap and brings no torch.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,18 +54,23 @@ __all__ = [
     "shutdown",
 ]
 
-try:
-    __version__ = version("zrpc")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
-
-
 def is_available() -> bool:
     """Whether remote calls can be made here: always."""
     return True
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("zrpc")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0+unknown"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in _MODULES:
         return import_module(f"zrpc.{name}")
     home = _HOMES.get(name)

@@ -138,8 +138,8 @@ class Agent:
             if self._closed:
                 return
             self._closed = True
-        self._group.leave(flush_s)
         self._handler_pool.close(flush_s)
+        self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._endpoint.close(flush_s)
         if self._shared_memory is not None:
             self._shared_memory.close()

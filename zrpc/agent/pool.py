@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
@@ -84,9 +85,10 @@ class HandlerPool:
             threads = list(self._threads)
             for _ in threads:
                 self._queue.put(None)
+        deadline = time.monotonic() + timeout_s
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(timeout_s)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _grow(self) -> None:
         """Start a thread if there is work that no idle one will take. Call it under the lock."""
