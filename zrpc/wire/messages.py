@@ -169,12 +169,13 @@ class Failure(Message):
 @_message(20)
 @dataclass(frozen=True, slots=True)
 class RRefFetch(Message):
-    """Send a copy of the value of `rref_id`, once it has one. User to owner."""
+    """Send a copy of the value of `rref_id` to its user `fork_id`, once it has one. User to owner."""
 
     rref_id: RRefId
+    fork_id: ForkId
 
     def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id")
+        _restore_ids(self, "rref_id", "fork_id")
 
 
 @_message(21, idempotent=True)
@@ -232,14 +233,15 @@ class BackwardRequest(Message):
 @_message(31)
 @dataclass(frozen=True, slots=True)
 class RRefBackward(Message):
-    """Run `backward` from the value of `rref_id` under `context_id`. User to owner."""
+    """Run `backward` from the value of `rref_id` under `context_id`, for its user `fork_id`. User to owner."""
 
     rref_id: RRefId
+    fork_id: ForkId
     context_id: int
     retain_graph: bool
 
     def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id")
+        _restore_ids(self, "rref_id", "fork_id")
 
 
 @_message(32, idempotent=True)

@@ -97,6 +97,7 @@ class Worker:
     unacknowledged: dict[int, ControlPacket] = field(default_factory=dict)
     creating: set[ForkId] = field(default_factory=set)
     values: set[RRefId] = field(default_factory=set)
+    waiters: dict[RRefId, list[Handle]] = field(default_factory=lambda: defaultdict(list))
 
 
 class World:
@@ -108,6 +109,7 @@ class World:
         self.dead: set[int] = set()
         self.told: dict[int, set[int]] = defaultdict(set)
         self.packets: list[Packet] = []
+        self.late: list[Packet] = []
         self.next_number = 0
         self.undeliverable: set[RRefId] = set()
         """RRefs whose creation was lost for good: their users exist and their value never will."""
@@ -134,20 +136,21 @@ class World:
         worker.handles.append(Handle(rref_id, owner, fork_id, frozenset({rank})))
         self.packets.append(Creation(rank, owner, rref_id, fork_id))
 
-    def give_up_creating(self, rank: int, choice: int) -> None:
-        """A remote() of `rank` times out; its message and its answer may still be under way."""
-        worker = self.workers[rank]
-        if worker.creating:
-            fork_id = sorted(worker.creating)[choice % len(worker.creating)]
+    def give_up_creating(self, choice: int) -> None:
+        """A remote() times out; its message and its answer may still be under way."""
+        creating = [(w, fork) for w in self.workers if w.rank not in self.dead for fork in sorted(w.creating)]
+        if creating:
+            worker, fork_id = creating[choice % len(creating)]
             worker.creating.discard(fork_id)
-            self.act(rank, worker.table.failed(fork_id))
+            self.act(worker.rank, worker.table.failed(fork_id))
 
-    def share(self, rank: int, to: int, choice: int) -> None:
-        """`rank` sends one of its RRefs to `to`."""
-        worker = self.workers[rank]
-        handle = self._pick(worker, choice)
-        if handle is None:
+    def share(self, choice: int, to: int) -> None:
+        """A worker sends one of its RRefs to `to`."""
+        picked = self._pick(choice)
+        if picked is None:
             return
+        worker, handle = picked
+        rank = worker.rank
         if handle.fork_id is not None and worker.table.user_state(handle.fork_id) not in SHARABLE:
             return
         child = self.ids[rank].next()
@@ -160,18 +163,20 @@ class World:
         self.packets.append(Carry(rank, to, handle.rref_id, handle.owner, child, handle.lineage | {to}))
         self.act(rank, worker.table.sent(handle.rref_id, child, to))
 
-    def fetch(self, rank: int, choice: int) -> None:
-        """to_here() on one of the RRefs of `rank`."""
-        handle = self._pick(self.workers[rank], choice)
-        if handle is not None and handle.fork_id is not None:
-            self.packets.append(Fetch(rank, handle.owner, handle))
+    def fetch(self, choice: int) -> None:
+        """to_here() on a user's RRef."""
+        picked = self._pick(choice)
+        if picked and picked[1].owner != picked[0].rank:
+            worker, handle = picked
+            self.packets.append(Fetch(worker.rank, handle.owner, handle))
 
-    def drop(self, rank: int, choice: int) -> None:
-        """The program of `rank` lets go of one of its RRefs."""
-        worker = self.workers[rank]
-        handle = self._pick(worker, choice)
-        if handle is None:
+    def drop(self, choice: int) -> None:
+        """A program lets go of one of its RRefs."""
+        picked = self._pick(choice)
+        if picked is None:
             return
+        worker, handle = picked
+        rank = worker.rank
         worker.handles.remove(handle)
         if handle.owner != rank and handle.fork_id is not None:
             self.act(rank, worker.table.user_dropped(handle.fork_id))
@@ -189,6 +194,7 @@ class World:
         self.told[rank].add(dead)
         worker = self.workers[rank]
         self.act(rank, worker.table.peer_lost(dead))
+        assert not any(rref_id.created_on == dead for rref_id in worker.waiters), "somebody waits for a dead creator"
         for number, packet in list(worker.unacknowledged.items()):
             if packet.to == dead:
                 del worker.unacknowledged[number]
@@ -201,6 +207,27 @@ class World:
         """One packet arrives."""
         if self.packets:
             self._arrive(self.packets.pop(choice % len(self.packets)))
+
+    def delay(self, choice: int) -> None:
+        """One packet stays under way until `arrive_late` or the end."""
+        if self.packets:
+            self.late.append(self.packets.pop(choice % len(self.packets)))
+
+    def arrive_late(self, choice: int) -> None:
+        """A delayed packet arrives."""
+        if self.late:
+            self._arrive(self.late.pop(choice % len(self.late)))
+
+    def repeat_late(self, choice: int) -> None:
+        """A control message arrives twice, the second time much later."""
+        repeatable = [p for p in self.packets if isinstance(p, ControlPacket)]
+        if repeatable:
+            self.late.append(repeatable[choice % len(repeatable)])
+
+    def calm(self) -> None:
+        """Everything under way arrives, the oldest first, but what is delayed."""
+        while self.packets:
+            self.deliver(0)
 
     def repeat(self, choice: int) -> None:
         """A control message or an acknowledgement is on its way twice."""
@@ -241,8 +268,10 @@ class World:
                     self.act(rank, worker.table.failed(action.message.fork_id))
             elif isinstance(action, Release):
                 worker.values.discard(action.rref_id)
+                worker.waiters.pop(action.rref_id, None)
             elif isinstance(action, Orphan):
                 assert action.creator in self.told[rank]
+                worker.waiters.pop(action.rref_id, None)
 
     # ---- what must hold ----------------------------------------------------------------------------------------
 
@@ -252,26 +281,53 @@ class World:
             if worker.rank not in self.dead:
                 for handle in worker.handles:
                     self._check_handle(worker, handle)
-        for packet in self.packets:
-            if isinstance(packet, Carry) and packet.fork_id is not None:
+        for packet in self.packets + self.late:
+            if isinstance(packet, Carry):
                 self._check_value(packet.rref_id, packet.owner, packet.lineage | {packet.source})
 
     def settle(self) -> None:
-        """Drop every handle, tell every death, and let everything arrive that still can, until nothing is under way."""
+        """Every death is told and everything arrives but what is delayed; then every living user asks once more.
+
+        Then every handle is dropped, what was delayed arrives, and remote() that got no answer times out, until nothing
+        is under way.
+        """
         for worker in self.workers:
             for dead in sorted(self.dead):
                 self.tell_death(worker.rank, dead)
-        while self.packets or any(self._busy(worker) for worker in self.workers):
-            for worker in self.workers:
-                while worker.rank not in self.dead and worker.handles:
-                    self.drop(worker.rank, 0)
-            while self.packets:
-                self.deliver(0)
+        self._exhaust()
+        for worker in self.workers:
+            if worker.rank not in self.dead:
+                for handle in worker.handles:
+                    self._check_answer(worker, handle)
+        while self._pick(0):
+            self.drop(0)
+        self._exhaust()
+        while self.late or any(self._busy(worker) for worker in self.workers):
+            self.packets += self.late
+            self.late.clear()
+            self._exhaust()
+            while self._pick(0):
+                self.drop(0)
+            self.give_up_creating(0)
+
+    def _exhaust(self) -> None:
+        """Everything arrives, and is repeated until it is acknowledged, but what is delayed."""
+        self.calm()
+        for _ in range(2):
             for worker in self.workers:
                 self.retry(worker.rank)
-                for fork_id in sorted(worker.creating):
-                    if not self.packets:
-                        self.give_up_creating(worker.rank, 0)
+            self.calm()
+
+    def _check_answer(self, worker: Worker, handle: Handle) -> None:
+        """A fetch is answered or refused, and waits only for a creation that is under way or lost."""
+        if handle.owner in self.dead or handle.owner == worker.rank or handle.fork_id is None:
+            return
+        owner = self.workers[handle.owner]
+        availability = owner.table.value_wanted(handle.rref_id, handle.fork_id, worker.rank)
+        if availability is Availability.AWAITED:
+            assert handle.rref_id in self.undeliverable or self._creation_under_way(handle.rref_id), handle
+        if not handle.lineage & self.dead and handle.rref_id.created_on not in self.dead:
+            assert availability is not Availability.REFUSED, handle
 
     def check_empty(self) -> None:
         """No leak: no living worker's table holds anything."""
@@ -297,10 +353,9 @@ class World:
     def _self_fork(packet: Creation | Created) -> GlobalId | None:
         return packet.fork_id if isinstance(packet, Creation) and packet.source == packet.to else None
 
-    def _pick(self, worker: Worker, choice: int) -> Handle | None:
-        if worker.rank in self.dead or not worker.handles:
-            return None
-        return worker.handles[choice % len(worker.handles)]
+    def _pick(self, choice: int) -> tuple[Worker, Handle] | None:
+        held = [(w, handle) for w in self.workers if w.rank not in self.dead for handle in w.handles]
+        return held[choice % len(held)] if held else None
 
     def _check_handle(self, worker: Worker, handle: Handle) -> None:
         if handle.fork_id is None or handle.owner == worker.rank:
@@ -321,7 +376,7 @@ class World:
         assert rref_id in owning.values or local, f"the value of {rref_id} is gone, and {sorted(lineage)} can ask for it"
 
     def _creation_under_way(self, rref_id: RRefId) -> bool:
-        return any(isinstance(p, Creation) and p.rref_id == rref_id for p in self.packets)
+        return any(isinstance(p, Creation) and p.rref_id == rref_id for p in self.packets + self.late)
 
     def _arrive(self, packet: Packet) -> None:
         if packet.to in self.dead:
@@ -375,6 +430,7 @@ class World:
             self.act(worker.rank, worker.table.finish_here(packet.rref_id))
             return
         worker.values.add(packet.rref_id)
+        worker.waiters.pop(packet.rref_id, None)
         self.act(worker.rank, worker.table.creation_arrived(packet.rref_id, packet.fork_id, packet.source))
         self.packets.append(Created(worker.rank, packet.source, packet.fork_id))
 
@@ -386,3 +442,5 @@ class World:
         interested = handle in holder.handles and not (handle.lineage | {packet.source}) & self.dead
         if availability is Availability.REFUSED and interested:
             assert handle.rref_id.created_on in self.dead, f"{handle} was refused"
+        if availability is Availability.AWAITED:
+            worker.waiters[handle.rref_id].append(handle)

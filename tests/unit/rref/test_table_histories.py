@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.rref.simulation import World
 
 HISTORIES = int(os.environ.get("ZRPC_HISTORIES", "400"))
-SIZE = 4
+SIZE = 3
 
 rank = st.integers(0, SIZE - 1)
 choice = st.integers(0, 63)
@@ -21,28 +21,32 @@ choice = st.integers(0, 63)
 PROGRAM = [
     st.tuples(st.just("make_local"), rank),
     st.tuples(st.just("make_remote"), rank, rank),
-    st.tuples(st.just("share"), rank, rank, choice),
-    st.tuples(st.just("share"), rank, rank, choice),
-    st.tuples(st.just("drop"), rank, choice),
-    st.tuples(st.just("fetch"), rank, choice),
+    st.tuples(st.just("share"), choice, rank),
+    st.tuples(st.just("share"), choice, rank),
+    st.tuples(st.just("drop"), choice),
+    st.tuples(st.just("drop"), choice),
+    st.tuples(st.just("fetch"), choice),
 ]
 NETWORK = [
     st.tuples(st.just("deliver"), choice),
     st.tuples(st.just("deliver"), choice),
-    st.tuples(st.just("deliver"), choice),
     st.tuples(st.just("repeat"), choice),
+    st.tuples(st.just("repeat_late"), choice),
+    st.tuples(st.just("delay"), choice),
+    st.tuples(st.just("arrive_late"), choice),
+    st.tuples(st.just("calm")),
 ]
 LOSSES = [
     st.tuples(st.just("lose"), choice),
     st.tuples(st.just("retry"), rank),
-    st.tuples(st.just("give_up_creating"), rank, choice),
+    st.tuples(st.just("give_up_creating"), choice),
 ]
 DEATHS = [st.tuples(st.just("die"), rank), st.tuples(st.just("tell_death"), rank, rank)]
 
 thorough = settings(max_examples=HISTORIES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def run(history: list[tuple[object, ...]], max_deaths: int = SIZE) -> World:
+def run(history: list[tuple[object, ...]], max_deaths: int = 0) -> World:
     world = World(SIZE)
     for event, *args in history:
         if event == "die" and len(world.dead) >= max_deaths:
@@ -69,4 +73,4 @@ def test_lost_and_late_messages(history: list[tuple[object, ...]]) -> None:
 @thorough
 @given(st.lists(st.one_of(*PROGRAM, *NETWORK, *LOSSES, *DEATHS), max_size=100))
 def test_dying_workers(history: list[tuple[object, ...]]) -> None:
-    run(history, max_deaths=SIZE - 2)
+    run(history, max_deaths=1)
