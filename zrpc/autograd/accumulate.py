@@ -1,0 +1,107 @@
+"""Adding up the gradients of a leaf: when they are copied, and when not.
+
+The rules are those of torch's `AccumulateGrad`: a first gradient is kept as it is if nobody else holds it and it lies in
+memory as its leaf does, else copied. Later ones are added, in place where the sum is ours alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Taken = tuple[torch.Tensor, torch.Tensor]
+"""A leaf and a gradient of it."""
+
+
+@dataclass(slots=True)
+class Sum:
+    """The gradient of a leaf so far.
+
+    Attributes:
+        value: the gradient.
+        is_ours: whether its memory was made here; else it may be shared with somebody, and is not written to.
+    """
+
+    value: torch.Tensor
+    is_ours: bool
+
+
+def add_all(sums: dict[torch.Tensor, Sum], taken: Sequence[Taken]) -> None:
+    """Add the gradients `taken` to `sums`. What `taken` holds twice, or is held elsewhere, is copied."""
+    with torch.no_grad():
+        for index, (leaf, gradient) in enumerate(taken):
+            old = sums.get(leaf)
+            if old is None:
+                sums[leaf] = _first(leaf, gradient, _references(taken, index) == _ALONE)
+            else:
+                sums[leaf] = _add(old, gradient)
+
+
+def _references(taken: Sequence[Taken], index: int) -> tuple[int, int]:
+    """How often gradient `index` is held, by Python and by C++."""
+    gradient = taken[index][1]
+    return sys.getrefcount(gradient), gradient._use_count()
+
+
+def _first(leaf: torch.Tensor, gradient: torch.Tensor, alone: bool) -> Sum:
+    gradient = gradient.detach() if gradient.requires_grad else gradient
+    if gradient.layout is torch.strided:
+        if alone and _lies_as(gradient, leaf):
+            return Sum(gradient, is_ours=False)
+        return Sum(_copy_as(gradient, leaf), is_ours=True)
+    if gradient.layout is torch.sparse_coo and alone:
+        if gradient._indices().is_contiguous() and gradient._values().is_contiguous():
+            return Sum(gradient, is_ours=False)
+    return Sum(gradient.clone(), is_ours=True)
+
+
+def _add(old: Sum, gradient: torch.Tensor) -> Sum:
+    if old.value.layout is not torch.strided:
+        # torch adds sparse to dense tensors, not dense to sparse ones
+        both = (old.value, gradient) if gradient.layout is not torch.strided else (gradient, old.value)
+        return Sum(torch.add(*both), is_ours=True)
+    if old.is_ours and sys.getrefcount(old.value) == _HELD_ONCE:
+        old.value.add_(gradient)
+        return old
+    return Sum(torch.add(old.value, gradient), is_ours=True)
+
+
+def _lies_as(gradient: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Whether `gradient` has the strides of `leaf`, or, where those are of no use, is contiguous."""
+    if not _is_dense(leaf):
+        return gradient.is_contiguous()
+    return gradient.shape == leaf.shape and all(
+        mine == its for size, mine, its in zip(leaf.shape, gradient.stride(), leaf.stride(), strict=True) if size != 1
+    )
+
+
+def _copy_as(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    if not _is_dense(leaf) or gradient.shape != leaf.shape:
+        return gradient.clone(memory_format=torch.contiguous_format)
+    return gradient.new_empty_strided(leaf.shape, leaf.stride()).copy_(gradient)
+
+
+def _is_dense(leaf: torch.Tensor) -> bool:
+    """Whether the elements of `leaf` fill its memory without gaps or overlaps."""
+    return leaf.layout is torch.strided and torch.ops.aten.is_non_overlapping_and_dense(leaf)
+
+
+def _references_alone() -> tuple[int, int]:
+    return _references([(_scalar, torch.empty(1))], 0)
+
+
+def _references_of_sum() -> int:
+    total = Sum(torch.empty(1), is_ours=True)
+    return sys.getrefcount(total.value)
+
+
+_scalar = torch.empty(1)
+_ALONE = _references_alone()
+"""What `_references` says of a gradient that only `taken` holds; measured, for it differs between versions of Python."""
+_HELD_ONCE = _references_of_sum()

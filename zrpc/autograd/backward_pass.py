@@ -1,0 +1,267 @@
+"""One backward pass on one worker: the local part, the requests it sends and those it answers.
+
+How the end is found. Every worker but the first is drawn into the pass by a `BackwardRequest`, whose answer it keeps back until its own part is
+done: all its sources have arrived, every node has run, and all requests that it sent are answered. Later requests of the
+same pass are answered at once. So when the first worker's own part is done, everything everywhere is (this is Dijkstra's
+and Scholten's way to detect termination). An error takes the same way back, and the first worker then calls the pass
+off everywhere, so that nobody waits for gradients that never come.
+
+No handler thread waits: what arrives is run by the thread that serves the request, and whoever finds everything done
+answers. On the first worker the thread that called `backward` would only wait, so it runs what arrives there; hooks and
+profilers see the thread they expect, and one hand-over is saved.
+
+A pass may be called off while a segment runs. The segment is not interrupted, but it cannot send any more, and the taps on the
+leaves stay until it has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from zrpc.autograd.ddp import WholeLeaves
+from zrpc.autograd.local import LocalPass
+from zrpc.autograd.marking import Further, Marking
+from zrpc.errors import AutogradError, PeerLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+    from zrpc.autograd.dist_context import DistAutogradContext
+    from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
+    from zrpc.ids import GlobalId
+
+_PREFIX = "Error on Node "
+
+
+class Asked(Protocol):
+    """The request that drew this worker into a pass."""
+
+    def reply(self) -> None:
+        """This worker's part is done."""
+
+    def fail(self, error: BaseException) -> None:
+        """It went wrong."""
+
+
+class Peers(Protocol):
+    """What a pass needs of its worker."""
+
+    @property
+    def rank(self) -> int:
+        """This worker's."""
+
+    def send_gradients(
+        self, backward: BackwardPass, info: RecvInfo, gradients: Gradients, done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Send gradients back to where the tensors came from; `done(error)` is called once they are dealt with there."""
+
+    def watch(self, rank: int) -> None:
+        """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""
+
+    def wait(self, condition: threading.Condition) -> None:
+        """Wait for `condition`, as a thread that may belong to a pool."""
+
+
+class BackwardPass:
+    """The pass `pass_id`. The condition's lock owns all that changes.
+
+    Args:
+        peers: this worker.
+        context: the context it belongs to.
+        pass_id: given out by the worker where it began.
+        retain_graph: keep what nodes saved.
+        began_here: whether this is the worker where it began, a thread of which will call `drive`.
+    """
+
+    def __init__(
+        self, peers: Peers, context: DistAutogradContext, pass_id: GlobalId, retain_graph: bool, *, began_here: bool
+    ) -> None:
+        self.pass_id = pass_id
+        self.began_here = began_here
+        self.retain_graph = retain_graph
+        self.context = context
+        self._peers = peers
+        self._marking: Marking | None = None
+        self._changed = threading.Condition()
+        self._asked: Asked | None = None
+        self._local: LocalPass | None = None
+        self._whole: WholeLeaves | None = None
+        self._arrived: deque[tuple[GlobalId, Gradients]] = deque()
+        self._running = 0
+        self._unanswered = 0
+        self._over = False
+        self._closed = False
+        self._error: BaseException | None = None
+
+    @property
+    def marking(self) -> Marking:
+        """What SMART mode finds out for this pass; asked for in that mode only."""
+        with self._changed:
+            if self._marking is None:
+                self._marking = Marking()
+            return self._marking
+
+    def drive(self, roots: Sequence[torch.Tensor], sends: Mapping[GlobalId, SendFunction]) -> None:
+        """Run the pass from `roots`, on the worker where it begins, until everything everywhere is done.
+
+        Args:
+            roots: scalar tensors.
+            sends: the send functions here that will get gradients.
+
+        Raises:
+            Exception: whatever a node here raised at the first go.
+            AutogradError: "Error on Node <rank>: ..." for what went wrong later or elsewhere.
+            PeerLostError: somebody needed is gone.
+        """
+        self._step(lambda: self._built(roots, sends).run_roots(), self.fail)
+        while (arrived := self._next()) is not None:
+            self._run_send(*arrived)
+        if self._error is not None:
+            raise self._error
+
+    def answer_to(self, asked: Asked) -> bool:
+        """Let `asked` wait for the end of this pass; False if another request does, or nobody has to."""
+        with self._changed:
+            if self.began_here or self._asked is not None or self._over:
+                return False
+            self._asked = asked
+            return True
+
+    def arrive(self, message_id: GlobalId, gradients: Gradients) -> None:
+        """Gradients for a send function came. Runs what is ready now, on a worker where the pass did not begin."""
+        if self.began_here:
+            with self._changed:
+                self._arrived.append((message_id, gradients))
+                self._changed.notify_all()
+            return
+        self._step(self._prepare, self._fail_here)
+        self._run_send(message_id, gradients)
+
+    def fail(self, error: BaseException) -> None:
+        """End the pass with `error`, unless it is over."""
+        with self._changed:
+            if self._over:
+                return
+            self._over, self._error = True, error
+            asked = self._asked
+            self._changed.notify_all()
+        self.context.end_pass(self.pass_id)
+        if asked is not None:
+            asked.fail(self._described(error))
+        self._settle()
+
+    def mark(self, message_ids: Sequence[GlobalId]) -> Further:
+        """SMART mode: send functions of this worker take part. Returns those elsewhere that follow."""
+        return self.marking.mark(message_ids, self.context.sends())
+
+    def lose(self, rank: int, text: str) -> None:
+        """The worker of `rank` is gone: fail if gradients were to come from there."""
+        with self._changed:
+            local = self._local
+        if local is not None and rank in local.awaited():
+            self.fail(PeerLostError(f"gradients were to come from {text}"))
+
+    # ---- the steps -------------------------------------------------------------------------------------------------
+
+    def _run_send(self, message_id: GlobalId, gradients: Gradients) -> None:
+        local = self._local
+        if local is not None:
+            self._step(lambda: local.run_send(message_id, gradients), self._fail_here)
+
+    def _prepare(self) -> None:
+        with self._changed:
+            if self._local is None:
+                self._built((), self.context.sends() if self._marking is None else self._marking.marked())
+
+    def _built(self, roots: Sequence[torch.Tensor], sends: Mapping[GlobalId, SendFunction]) -> LocalPass:
+        self._whole = WholeLeaves(self.context)
+        self._local = LocalPass(
+            roots, sends, self.retain_graph, self._send, self.context.add_gradients, self._whole.__contains__
+        )
+        return self._local
+
+    def _step(self, work: Callable[[], object], on_error: Callable[[BaseException], None]) -> None:
+        """Do `work`, unless the pass is over; then see whether that was all."""
+        with self._changed:
+            if self._over:
+                return
+            self._running += 1
+        try:
+            work()
+        except BaseException as error:
+            on_error(error)
+        finally:
+            with self._changed:
+                self._running -= 1
+        self._settle()
+
+    def _next(self) -> tuple[GlobalId, Gradients] | None:
+        """What arrived next; None once the pass is over."""
+        with self._changed:
+            while not self._arrived and not self._over:
+                self._peers.wait(self._changed)
+            return None if self._over else self._arrived.popleft()
+
+    def _fail_here(self, error: BaseException) -> None:
+        self.fail(self._described(error))
+
+    def _described(self, error: BaseException) -> BaseException:
+        """`error` with the rank of the worker where it came up, for those elsewhere."""
+        if isinstance(error, AutogradError) and str(error).startswith(_PREFIX):
+            return error
+        described = AutogradError(f"{_PREFIX}{self._peers.rank}: {error}")
+        described.__cause__ = error
+        return described
+
+    # ---- what goes out ---------------------------------------------------------------------------------------------
+
+    def _send(self, info: RecvInfo, gradients: Gradients) -> None:
+        """A receive function got gradients. Runs inside torch's engine, on one of its threads."""
+        with self._changed:
+            if self._over:
+                raise AutogradError(f"the backward pass was called off: {self._error}")
+            self._unanswered += 1
+        try:
+            self._peers.send_gradients(self, info, gradients, self._on_answer)
+        except BaseException:
+            with self._changed:
+                self._unanswered -= 1
+            raise
+
+    def _on_answer(self, error: BaseException | None) -> None:
+        with self._changed:
+            self._unanswered -= 1
+        if error is None:
+            self._settle()
+        else:
+            self.fail(error)
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """End the pass if everything is done, and clean up once nothing runs any more."""
+        with self._changed:
+            local = self._local
+            done = not (self._over or self._running or self._unanswered) and local is not None and local.finished
+            close = (done or self._over) and not self._running and not self._closed
+            self._over |= done
+            self._closed |= close
+        if close:
+            self._close()
+        if not done:
+            return
+        self.context.end_pass(self.pass_id)
+        if self._asked is not None:
+            self._asked.reply()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _close(self) -> None:
+        if self._local is not None:
+            self._local.close()
+        if self._whole is not None:
+            self._whole.close()

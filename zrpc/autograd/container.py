@@ -1,0 +1,138 @@
+"""The autograd contexts of one worker, and which of them is current on a thread."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from zrpc.autograd.dist_context import DistAutogradContext
+from zrpc.errors import AutogradError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RANK_SHIFT = 48
+"""A context id has its creator's rank in the upper 16 bits and a counter in the lower 48, as torch's."""
+
+MAX_RELEASED = 4096
+"""How many released contexts of other workers are remembered, so that late messages do not make them again."""
+
+
+class ContextContainer:
+    """The contexts of one worker. Any thread may use it; the lock owns the tables.
+
+    Args:
+        rank: the worker's.
+        on_foreign: is called with the rank of another worker when a context of that one is first heard of.
+    """
+
+    def __init__(self, rank: int, on_foreign: Callable[[int], None] = lambda _: None) -> None:
+        self._rank = rank
+        self._on_foreign = on_foreign
+        self._counter = itertools.count()
+        self._lock = threading.Lock()
+        self._contexts: dict[int, DistAutogradContext] = {}
+        self._released: OrderedDict[int, None] = OrderedDict()
+        self._here = _Here()
+
+    @property
+    def max_id(self) -> int:
+        """The largest id that a context of this worker can have."""
+        return self._rank << RANK_SHIFT | (1 << RANK_SHIFT) - 1
+
+    def new(self) -> DistAutogradContext:
+        """A context of this worker, current on this thread.
+
+        Raises:
+            AutogradError: this thread has a current context already.
+        """
+        if self._here.context_id is not None:
+            raise AutogradError(f"Already have an autograd context id for this thread: {self._here.context_id}")
+        context = DistAutogradContext(self._rank << RANK_SHIFT | next(self._counter))
+        with self._lock:
+            self._contexts[context.context_id] = context
+        self._here.context_id = context.context_id
+        return context
+
+    def get(self, context_id: int) -> DistAutogradContext:
+        """The context `context_id`.
+
+        Raises:
+            AutogradError: there is none, or it is released.
+        """
+        context = self._contexts.get(context_id)
+        if context is None:
+            raise AutogradError(f"Could not find autograd context with id: {context_id}")
+        return context
+
+    def find(self, context_id: int) -> DistAutogradContext | None:
+        """The context `context_id`, or None."""
+        return self._contexts.get(context_id)
+
+    def get_or_create(self, context_id: int) -> DistAutogradContext | None:
+        """The context `context_id` of whatever worker, made if it is new here; None if it is released."""
+        context = self._contexts.get(context_id)
+        creator = context_id >> RANK_SHIFT
+        if context is not None or creator == self._rank:
+            return context
+        with self._lock:
+            if context_id in self._released:
+                return None
+            context = self._contexts.setdefault(context_id, DistAutogradContext(context_id))
+        self._on_foreign(creator)
+        return context
+
+    def remove(self, context_id: int) -> DistAutogradContext | None:
+        """Take the context out, for good; None if it is not here."""
+        if self._here.context_id == context_id:
+            self._here.context_id = None
+        with self._lock:
+            context = self._contexts.pop(context_id, None)
+            if context_id >> RANK_SHIFT != self._rank:
+                self._released[context_id] = None
+                if len(self._released) > MAX_RELEASED:
+                    self._released.popitem(last=False)
+            return context
+
+    def all(self) -> list[DistAutogradContext]:
+        """All contexts."""
+        with self._lock:
+            return list(self._contexts.values())
+
+    # ---- the current one -------------------------------------------------------------------------------------------
+
+    def current(self) -> DistAutogradContext:
+        """The context that is current on this thread.
+
+        Raises:
+            AutogradError: there is none, or it is released.
+        """
+        if self._here.context_id is None:
+            raise AutogradError(
+                "Current thread doesn't have a valid autograd context. Please wrap your code using: "
+                "`with torch.distributed.autograd.context() as context_id` to generate a valid context"
+            )
+        return self.get(self._here.context_id)
+
+    def find_current(self) -> DistAutogradContext | None:
+        """The context that is current on this thread, or None."""
+        context_id = self._here.context_id
+        return None if context_id is None else self._contexts.get(context_id)
+
+    @contextmanager
+    def activate(self, context: DistAutogradContext) -> Iterator[None]:
+        """Make `context` current on this thread while the body runs."""
+        outer, self._here.context_id = self._here.context_id, context.context_id
+        try:
+            yield
+        finally:
+            self._here.context_id = outer
+
+
+class _Here(threading.local):
+    """What is current on this thread."""
+
+    context_id: int | None = None

@@ -1,0 +1,164 @@
+"""One autograd context on one worker: what of its graph begins and ends here, and its gradients.
+
+The lock owns everything that changes. It is never held while user code, torch's engine or a send runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zrpc.autograd.accumulate import Sum, Taken, add_all
+from zrpc.errors import AutogradError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch.autograd.graph import Node
+
+    from zrpc.autograd.backward_pass import BackwardPass
+    from zrpc.autograd.functions import RecvFunction, SendFunction
+    from zrpc.ids import GlobalId
+
+MAX_ENDED = 64
+"""How many passes that are over a context remembers, to refuse what comes late for them."""
+
+T = TypeVar("T")
+
+
+class DistAutogradContext:
+    """What this worker knows of the context `context_id`, whose creator's rank is in the upper 16 bits of its id."""
+
+    def __init__(self, context_id: int) -> None:
+        self.context_id = context_id
+        self._lock = threading.Lock()
+        self._sends: dict[GlobalId, SendFunction] = {}
+        self._recvs: dict[GlobalId, RecvFunction] = {}
+        self._known_workers: set[int] = set()
+        self._sums: dict[torch.Tensor, Sum] = {}
+        self._active: BackwardPass | None = None
+        self._ended: deque[GlobalId] = deque(maxlen=MAX_ENDED)
+        self._aborted: deque[GlobalId] = deque(maxlen=MAX_ENDED)
+        self._released = False
+        self.whole_models: set[Any] = set()
+
+    # ---- the graph -------------------------------------------------------------------------------------------------
+
+    def add_send(self, message_id: GlobalId, function: SendFunction) -> None:
+        """Tensors that require grad leave in a message."""
+        with self._lock:
+            self._sends[message_id] = function
+
+    def add_recv(self, message_id: GlobalId, function: RecvFunction) -> None:
+        """Tensors that require grad came with a message."""
+        with self._lock:
+            self._recvs[message_id] = function
+
+    def add_known_worker(self, rank: int) -> None:
+        """The worker of `rank` was told of this context."""
+        with self._lock:
+            self._known_workers.add(rank)
+
+    def sends(self) -> dict[GlobalId, SendFunction]:
+        """The send functions, in the order in which they were made."""
+        with self._lock:
+            return dict(self._sends)
+
+    def known_workers(self) -> list[int]:
+        """The ranks that were told of this context from here."""
+        with self._lock:
+            return sorted(self._known_workers)
+
+    # ---- gradients -------------------------------------------------------------------------------------------------
+
+    def add_gradients(self, taken: Sequence[Taken]) -> None:
+        """Add gradients of leaves."""
+        with self._lock:
+            add_all(self._sums, taken)
+
+    def gradient(self, leaf: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of `leaf` so far."""
+        with self._lock:
+            found = self._sums.get(leaf)
+            return None if found is None else found.value
+
+    def set_gradient(self, leaf: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Replace the gradient of `leaf`."""
+        with self._lock:
+            self._sums[leaf] = Sum(gradient, is_ours=False)
+
+    def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
+        """The gradients so far, by leaf. The tensors are those of the context, not copies."""
+        with self._lock:
+            return {leaf: total.value for leaf, total in self._sums.items()}
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> BackwardPass | None:
+        """The backward pass under way here."""
+        return self._active
+
+    def join_pass(
+        self, pass_id: GlobalId, make: Callable[[], BackwardPass]
+    ) -> tuple[BackwardPass, BackwardPass | None]:
+        """The pass `pass_id`: the one under way, or a new one by `make`, which is cheap.
+
+        Returns:
+            The pass, and one under way until now that it replaces: it must have failed elsewhere.
+
+        Raises:
+            AutogradError: the pass is over, or the context is.
+        """
+        with self._lock:
+            active = self._active
+            if active is not None and active.pass_id == pass_id:
+                return active, None
+            if self._released:
+                raise AutogradError(f"autograd context {self.context_id} is released")
+            if pass_id in self._ended:
+                raise AutogradError(f"the backward pass {pass_id} of autograd context {self.context_id} is over here")
+            self._active = made = make()
+            return made, active
+
+    def end_pass(self, pass_id: GlobalId) -> None:
+        """The pass is over, well or not; whatever comes late for it is refused."""
+        with self._lock:
+            self._ended.append(pass_id)
+            if self._active is not None and self._active.pass_id == pass_id:
+                self._active = None
+
+    def note_abort(self, pass_id: GlobalId) -> bool:
+        """The pass was called off; False if that was known."""
+        with self._lock:
+            if pass_id in self._aborted:
+                return False
+            self._aborted.append(pass_id)
+            self._ended.append(pass_id)
+            return True
+
+    def release(self) -> None:
+        """The context is over: a pass under way fails, and none begins any more."""
+        with self._lock:
+            self._released = True
+            active = self._active
+        if active is not None:
+            active.fail(AutogradError(f"autograd context {self.context_id} was released during a backward pass"))
+
+    # ---- for people and tests, under torch's names -----------------------------------------------------------------
+
+    def _context_id(self) -> int:
+        return self.context_id
+
+    def _send_functions(self) -> dict[GlobalId, Node]:
+        with self._lock:
+            return {message_id: function.node for message_id, function in self._sends.items()}
+
+    def _recv_functions(self) -> dict[GlobalId, Node]:
+        with self._lock:
+            return {message_id: function.node for message_id, function in self._recvs.items()}
+
+    def _known_worker_ids(self) -> set[int]:
+        return set(self.known_workers())

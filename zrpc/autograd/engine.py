@@ -1,0 +1,83 @@
+"""One call of torch's engine: run a segment, and take the outputs of its cuts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from zrpc.autograd.cut import Cut, Gradients
+from zrpc.autograd.functions import Run, executing
+
+
+@dataclass(slots=True)
+class Job:
+    """A segment in terms of torch.
+
+    Attributes:
+        edges: where to begin. One that is there twice gets the sum.
+        gradients: with what, one an edge.
+        absent: nodes to begin with although there is no gradient for any of their inputs, each with one of its inputs.
+        cuts: the nodes to end with, by number.
+        ends: what else to run; not used where there are no cuts: then everything that follows is run.
+        retain_graph: keep what the nodes saved.
+    """
+
+    retain_graph: bool
+    edges: list[GradientEdge] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    absent: list[tuple[Any, int]] = field(default_factory=list)
+    cuts: dict[int, Any] = field(default_factory=dict)
+    ends: list[Any] = field(default_factory=list)
+
+    def begin_at(self, node: Any, slot: int, gradient: torch.Tensor) -> None:
+        """Begin at input `slot` of `node`, among others."""
+        self.edges.append(GradientEdge(node, slot))
+        self.gradients.append(gradient)
+
+
+def execute(job: Job, run: Run) -> dict[int, Gradients]:
+    """Run `job`; what nodes and hooks give or ask for goes to `run`.
+
+    Returns:
+        The outputs of each cut, by its number.
+
+    Raises:
+        Exception: whatever a node or a hook raises.
+    """
+    cuts = {number: Cut(node) for number, node in job.cuts.items()}
+    with ExitStack() as stack:
+        stack.enter_context(executing(run))
+        for cut in cuts.values():
+            stack.enter_context(cut)
+        edges, gradients = list(job.edges), list(job.gradients)
+        for node, slot in job.absent:
+            edges.append(GradientEdge(node, slot))
+            gradients.append(_zeros(node, slot))
+            stack.callback(node.register_prehook(_nothing_for(slot)).remove)
+        if edges:
+            torch.autograd.backward(
+                edges,
+                gradients,
+                retain_graph=job.retain_graph or any(cut.needs_saved for cut in cuts.values()),
+                inputs=[GradientEdge(node, 0) for node in (*job.cuts.values(), *job.ends)] if cuts else None,
+            )
+    return {number: cut.outputs() for number, cut in cuts.items()}
+
+
+def _zeros(node: Any, slot: int) -> torch.Tensor:
+    """Zeros that input `slot` of `node` accepts, without memory of their own."""
+    wanted = node._input_metadata[slot]
+    return torch.zeros((), dtype=wanted.dtype, device=wanted.device).expand(tuple(wanted.shape))
+
+
+def _nothing_for(slot: int) -> Any:
+    """A pre-hook that takes the gradient of input `slot` away: torch's engine cannot begin with no gradient."""
+
+    def pre_hook(gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if index == slot else gradient for index, gradient in enumerate(gradients))
+
+    return pre_hook

@@ -1,0 +1,88 @@
+"""What rides on calls: the current context's id, and send and receive functions where tensors that require grad travel."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zrpc.autograd.functions import RecvInfo, record_recv, record_send
+from zrpc.ids import GlobalId, WorkerInfo
+from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.autograd.container import ContextContainer
+    from zrpc.autograd.dist_context import DistAutogradContext
+    from zrpc.wire.payload import Payload
+
+_BUILTIN = (BuiltinCall, BuiltinRemote)
+
+
+class AutogradHook:
+    """A call hook of the agent. Its metadata is `[context_id, autograd message id or None]`.
+
+    A call of user code carries the context even if it sends no tensors: it may answer with some. A call of a torch
+    operator answers with tensors that require grad only if it got some.
+
+    Args:
+        container: the contexts of this worker.
+        next_id: gives out autograd message ids.
+    """
+
+    key = "autograd"
+
+    def __init__(self, container: Callable[[], ContextContainer], next_id: Callable[[], GlobalId]) -> None:
+        self._container = container
+        self._next_id = next_id
+
+    def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
+        """See `CallHook.send`."""
+        context = self._context_of(request_meta)
+        if context is None:
+            return None
+        tensors = [tensor for tensor in payload.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
+        if not tensors and (request_meta is not None or isinstance(message, _BUILTIN)):
+            return None
+        context.add_known_worker(to.id)
+        if not tensors:
+            return [context.context_id, None]
+        message_id = self._next_id()
+        context.add_send(message_id, record_send(message_id, tensors, to.id))
+        return [context.context_id, message_id]
+
+    def receive(
+        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
+    ) -> AbstractContextManager[None]:
+        """See `CallHook.receive`. What comes for a released context is served without one."""
+        del is_reply
+        context_id, message_id = _parse(meta)
+        container = self._container()
+        context = container.get_or_create(context_id)
+        if context is None:
+            return nullcontext()
+        if message_id is not None:
+            _receive_tensors(context, RecvInfo(source.id, message_id), payload)
+        return container.activate(context)
+
+    def _context_of(self, request_meta: object | None) -> DistAutogradContext | None:
+        container = self._container()
+        if request_meta is None:
+            return container.find_current()
+        return container.find(_parse(request_meta)[0])
+
+
+def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payload) -> None:
+    places = [place for place, tensor in enumerate(payload.tensors) if tensor.requires_grad]
+    function, outputs = record_recv(info, [payload.tensors[place] for place in places])
+    context.add_recv(info.message_id, function)
+    for place, output in zip(places, outputs, strict=True):
+        payload.tensors[place] = output
+
+
+def _parse(meta: object) -> tuple[int, GlobalId | None]:
+    fields: Any = meta
+    context_id, message_id = fields
+    return context_id, None if message_id is None else GlobalId(*message_id)

@@ -1,0 +1,240 @@
+"""Distributed autograd on one worker: its contexts, what it asks of others and what it serves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from zrpc.autograd import gradients as codec
+from zrpc.autograd.backward_pass import BackwardPass
+from zrpc.autograd.container import RANK_SHIFT, ContextContainer
+from zrpc.autograd.marking import Countdown, Further
+from zrpc.errors import AutogradError, UnknownWorkerError
+from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from zrpc.agent.agent import Agent
+    from zrpc.agent.request import Request
+    from zrpc.autograd.dist_context import DistAutogradContext
+    from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
+    from zrpc.ids import GlobalId, WorkerInfo
+    from zrpc.wire.payload import Payload
+
+Done = Callable[[BaseException | None], None]
+
+
+class AutogradService:
+    """What `install` puts into `agent.extensions`. Any thread may use it; the lock owns the making of the container."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._lock = threading.Lock()
+        self._contexts: ContextContainer | None = None
+
+    @property
+    def contexts(self) -> ContextContainer:
+        """The contexts of this worker, whose rank is not known yet when the service is made."""
+        with self._lock:
+            if self._contexts is None:
+                self._contexts = ContextContainer(self._agent.info.id, self.watch)
+            return self._contexts
+
+    # ---- for users -------------------------------------------------------------------------------------------------
+
+    def backward(self, context_id: int, roots: Sequence[torch.Tensor], retain_graph: bool, smart: bool) -> None:
+        """Run a pass that begins here; see `zrpc.autograd.backward`."""
+        context = self.contexts.get(context_id)
+        _check(roots)
+        if (active := context.active) is not None and active.began_here:
+            raise AutogradError(f"a backward pass is under way in autograd context {context_id}: wait for its end")
+        backward = self._join(context, self._agent.ids.next(), retain_graph, began_here=True)
+        try:
+            sends = self._mark_all(context, backward, roots) if smart else context.sends()
+            backward.drive(roots, sends)
+        except BaseException as error:
+            backward.fail(error)
+            self._call_off(context, backward.pass_id, str(error))
+            raise
+
+    def release(self, context_id: int) -> None:
+        """End a context, here and wherever it was told of.
+
+        Raises:
+            AutogradError: there is no such context.
+        """
+        self.contexts.get(context_id)
+        self._release(context_id, _at_once)
+
+    def debug_info(self) -> dict[str, int]:
+        """How many contexts there are, and how many of them have a pass under way."""
+        contexts = self.contexts.all()
+        return {
+            "num_autograd_contexts": len(contexts),
+            "num_current_backward_passes": sum(context.active is not None for context in contexts),
+        }
+
+    # ---- for passes ------------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """See `Peers.rank`."""
+        return self._agent.info.id
+
+    def send_gradients(self, backward: BackwardPass, info: RecvInfo, gradients: Gradients, done: Done) -> None:
+        """See `Peers.send_gradients`."""
+        message = BackwardRequest(backward.context.context_id, info.message_id, backward.pass_id, backward.retain_graph)
+        self._ask(info.source, message, codec.pack(gradients), done)
+
+    def watch(self, rank: int) -> None:
+        """See `Peers.watch`."""
+        worker = self._worker(rank)
+        if worker is not None and rank != self.rank:
+            self._agent.watch(worker)
+
+    def wait(self, condition: threading.Condition) -> None:
+        """See `Peers.wait`."""
+        with self._agent.blocking():
+            condition.wait()
+
+    # ---- what comes in ---------------------------------------------------------------------------------------------
+
+    def on_backward(self, request: Request[BackwardRequest]) -> None:
+        """Serve gradients, on a handler thread."""
+        message = request.message
+        context = self.contexts.get(message.context_id)
+        gradients = codec.unpack(request.payload)
+        backward = self._join(context, message.pass_id, message.retain_graph, began_here=False)
+        if not backward.answer_to(request):
+            request.reply()
+        backward.arrive(message.autograd_message_id, gradients)
+
+    def on_mark(self, request: Request[MarkSends]) -> None:
+        """Serve a mark of SMART mode, on a handler thread. It is answered when what it leads to is marked."""
+        message = request.message
+        context = self.contexts.get(message.context_id)
+        backward = self._join(context, message.pass_id, message.retain_graph, began_here=False)
+        further = backward.mark(message.autograd_message_ids)
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                request.reply()
+            else:
+                request.fail(error)
+
+        self._mark_further(backward, further, done)
+
+    def on_release(self, request: Request[ReleaseContext]) -> None:
+        """Serve a release, on the reading thread; what belongs to the context is freed on another."""
+        self._release(request.message.context_id, self._agent.submit)
+        request.reply()
+
+    def on_abort(self, request: Request[AbortBackward]) -> None:
+        """Serve the end of a failed pass, on the reading thread."""
+        message = request.message
+        context = self.contexts.find(message.context_id)
+        if context is not None:
+            self._call_off(context, message.pass_id, message.reason)
+        request.reply()
+
+    def on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
+        """A peer is gone: its contexts are over, and so are passes that wait for gradients from it."""
+        for context in self.contexts.all():
+            if context.context_id >> RANK_SHIFT == worker.id:
+                self._release(context.context_id, _at_once)
+            elif (active := context.active) is not None:
+                active.lose(worker.id, f"{worker}, which is lost: {reason}")
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def _join(
+        self, context: DistAutogradContext, pass_id: GlobalId, retain_graph: bool, *, began_here: bool
+    ) -> BackwardPass:
+        backward, replaced = context.join_pass(
+            pass_id, lambda: BackwardPass(self, context, pass_id, retain_graph, began_here=began_here)
+        )
+        if replaced is not None:
+            replaced.fail(AutogradError("another backward pass has begun in this context"))
+        return backward
+
+    def _call_off(self, context: DistAutogradContext, pass_id: GlobalId, reason: str) -> None:
+        """End a failed pass here and wherever the context was told of."""
+        if not context.note_abort(pass_id):
+            return
+        active = context.active
+        if active is not None and active.pass_id == pass_id:
+            failed = active
+            self._agent.submit(lambda: failed.fail(AutogradError(f"the backward pass failed elsewhere: {reason}")))
+        self._tell_all(context, AbortBackward(context.context_id, pass_id, reason))
+
+    def _release(self, context_id: int, run: Callable[[Callable[[], None]], None]) -> None:
+        """Take a context out and tell the others; `run` is given what ends its pass, which may take a while."""
+        context = self.contexts.remove(context_id)
+        if context is not None:
+            self._tell_all(context, ReleaseContext(context_id))
+            run(context.release)
+
+    def _tell_all(self, context: DistAutogradContext, message: Message) -> None:
+        for rank in context.known_workers():
+            worker = self._worker(rank)
+            if worker is not None and rank != self.rank:
+                self._agent.notify(worker, message)
+
+    # ---- SMART mode ------------------------------------------------------------------------------------------------
+
+    def _mark_all(
+        self, context: DistAutogradContext, backward: BackwardPass, roots: Sequence[torch.Tensor]
+    ) -> Mapping[GlobalId, SendFunction]:
+        """Find out, here and elsewhere, which send functions take part; returns those here."""
+        marked = threading.Event()
+        errors: list[BaseException] = []
+
+        def done(error: BaseException | None) -> None:
+            errors.extend([] if error is None else [error])
+            marked.set()
+
+        self._mark_further(backward, backward.marking.begin(roots), done)
+        with self._agent.blocking():
+            marked.wait()
+        if errors:
+            raise errors[0]
+        return backward.marking.marked()
+
+    def _mark_further(self, backward: BackwardPass, further: Further, done: Done) -> None:
+        """Mark send functions elsewhere; `done(error)` is called once all that this leads to is marked."""
+        countdown = Countdown(len(further), done)
+        for rank, message_ids in further.items():
+            message = MarkSends(backward.context.context_id, backward.pass_id, backward.retain_graph, message_ids)
+            self._ask(rank, message, None, countdown.step)
+
+    # ---- sending ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, rank: int, message: Message, payload: Payload | None, done: Done) -> None:
+        """Send a request; `done(error)` is called with its outcome, maybe on the reading thread."""
+        worker = self._agent.members.by_rank(rank)
+        self._agent.request(worker, message, payload).add_done_callback(lambda call: done(call.error))
+
+    def _worker(self, rank: int) -> WorkerInfo | None:
+        try:
+            return self._agent.members.by_rank(rank)
+        except UnknownWorkerError:
+            return None
+
+
+def _at_once(task: Callable[[], None]) -> None:
+    task()
+
+
+def _check(roots: Sequence[torch.Tensor]) -> None:
+    """Raise if `roots` cannot be differentiated."""
+    if not roots:
+        raise AutogradError("No tensors provided for gradient computation.")
+    for index, root in enumerate(roots):
+        if not root.requires_grad:
+            raise AutogradError(f"requires_grad not set on root {index}")
+        if root.numel() != 1:
+            raise AutogradError(f"root {index} is not a scalar, all roots need to be scalar")
+        if root.grad_fn is None:
+            raise AutogradError(f"root {index} does not have a valid gradient function: it is a leaf")
