@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from zrpc.ids import RRefId
-from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+if TYPE_CHECKING:
+    from zrpc.ids import RRefId
+    from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +15,7 @@ class Tell:
     """Send `message` to worker `to`, again and again until it is acknowledged or `to` is lost."""
 
     to: int
-    message: RRefChildAccept | RRefUserDelete
+    message: RRefChildAccept | RRefForkRequest | RRefUserDelete
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,17 @@ put the RRef in AWAITED, where it has forks but no value.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from zrpc.ids import ForkId, RRefId
 from zrpc.rref.actions import Action, Orphan, Release
 from zrpc.rref.states import OWNER_TRANSITIONS, OwnerEvent, OwnerState, step
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator
+
+    from zrpc.ids import ForkId, RRefId
 
 REMEMBERED_MAX = 16384
 """So many ended forks (about 3 MB) stay known. A repeated fork request can only do harm if it is overtaken by that many

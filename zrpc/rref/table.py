@@ -11,12 +11,16 @@ docs/rref.md tells the protocol, and what lost, late and repeated messages and d
 
 from __future__ import annotations
 
-from zrpc.ids import ForkId, RRefId
+from typing import TYPE_CHECKING
+
 from zrpc.rref.actions import Action, Tell
 from zrpc.rref.owners import REMEMBERED_MAX, Availability, OwnerTable
-from zrpc.rref.states import OwnerState, UserState
 from zrpc.rref.users import UserTable
-from zrpc.wire.messages import RRefChildAccept
+from zrpc.wire.messages import RRefChildAccept, RRefForkRequest
+
+if TYPE_CHECKING:
+    from zrpc.ids import ForkId, RRefId
+    from zrpc.rref.states import OwnerState, UserState
 
 
 class RRefTable:
@@ -89,9 +93,18 @@ class RRefTable:
         """remote() is about to ask `owner`; `acknowledged` or `failed` follows."""
         self._users.create(rref_id, fork_id, owner)
 
-    def receive(self, rref_id: RRefId, fork_id: ForkId, owner: int, parent: int) -> list[Action]:
-        """A fork of another worker's RRef came, sent by `parent`."""
-        return self._users.receive(rref_id, fork_id, owner, parent, owner in self._lost)
+    def receive(
+        self, rref_id: RRefId, fork_id: ForkId, owner: int, parent: int, announced: bool = True
+    ) -> list[Action]:
+        """A fork of another worker's RRef came, sent by `parent`.
+
+        `announced` false: when it was pickled it was not known for whom, so an owner counts it for nobody in particular
+        and is now told for whom.
+        """
+        actions = self._users.receive(rref_id, fork_id, owner, parent, owner in self._lost)
+        if parent == owner and not announced and owner not in self._lost:
+            actions.append(Tell(owner, RRefForkRequest(rref_id, fork_id)))
+        return actions
 
     def acknowledged(self, fork_id: ForkId) -> list[Action]:
         """The owner answered remote() or `RRefForkRequest`."""

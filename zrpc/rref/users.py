@@ -9,14 +9,18 @@ Two rules keep the owner's value alive for as long as anybody can ask for it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from zrpc.ids import ForkId, RRefId
 from zrpc.rref.actions import Action, AskOwner, Tell
 from zrpc.rref.owners import UNSENT
 from zrpc.rref.states import USER_TRANSITIONS, UserEvent, UserState, step
 from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zrpc.ids import ForkId, RRefId
 
 _UNCONFIRMED = frozenset({UserState.CREATING, UserState.FORKING, UserState.LEAVING_UNCONFIRMED})
 _LEAVING = frozenset({UserState.LEAVING_UNCONFIRMED, UserState.LEAVING})

@@ -48,10 +48,11 @@ class Packet:
 
 @dataclass
 class ControlPacket(Packet):
-    """A control message; `number` is what its acknowledgement names."""
+    """A control message; `number` is what its acknowledgement names; `asks`: the sender's fork waits for it."""
 
     number: int
     message: Control
+    asks: bool
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Carry(Packet):
     owner: int
     fork_id: ForkId
     lineage: frozenset[int]
+    announced: bool
 
 
 @dataclass
@@ -144,7 +146,11 @@ class World:
             worker.creating.discard(fork_id)
             self.act(worker.rank, worker.table.failed(fork_id))
 
-    def share(self, choice: int, to: int) -> None:
+    def share_unannounced(self, choice: int, to: int) -> None:
+        """As `share`, but whoever pickles it does not know for whom."""
+        self.share(choice, to, announced=False)
+
+    def share(self, choice: int, to: int, announced: bool = True) -> None:
         """A worker sends one of its RRefs to `to`."""
         picked = self._pick(choice)
         if picked is None:
@@ -160,8 +166,9 @@ class World:
                 worker.values.add(handle.rref_id)
         else:
             worker.table.share_used(handle.fork_id, child)
-        self.packets.append(Carry(rank, to, handle.rref_id, handle.owner, child, handle.lineage | {to}))
-        self.act(rank, worker.table.sent(handle.rref_id, child, to))
+        self.packets.append(Carry(rank, to, handle.rref_id, handle.owner, child, handle.lineage | {to}, announced))
+        if announced:
+            self.act(rank, worker.table.sent(handle.rref_id, child, to))
 
     def fetch(self, choice: int) -> None:
         """to_here() on a user's RRef."""
@@ -198,7 +205,7 @@ class World:
         for number, packet in list(worker.unacknowledged.items()):
             if packet.to == dead:
                 del worker.unacknowledged[number]
-                if isinstance(packet.message, RRefForkRequest):
+                if packet.asks:
                     self.act(rank, worker.table.failed(packet.message.fork_id))
 
     # ---- what the network does ---------------------------------------------------------------------------------
@@ -240,8 +247,7 @@ class World:
         losable = [
             p
             for p in self.packets
-            if isinstance(p, ControlPacket | Ack | Fetch)
-            or (isinstance(p, Creation | Created) and self._given_up(p))
+            if isinstance(p, ControlPacket | Ack | Fetch) or (isinstance(p, Creation | Created) and self._given_up(p))
         ]
         if losable:
             packet = losable[choice % len(losable)]
@@ -259,7 +265,7 @@ class World:
         worker = self.workers[rank]
         for action in actions:
             if isinstance(action, Tell | AskOwner):
-                packet = ControlPacket(rank, action.to, self.next_number, action.message)
+                packet = ControlPacket(rank, action.to, self.next_number, action.message, isinstance(action, AskOwner))
                 self.next_number += 1
                 if action.to not in self.told[rank]:
                     worker.unacknowledged[packet.number] = packet
@@ -373,7 +379,9 @@ class World:
             return
         owning = self.workers[owner]
         local = any(h.rref_id == rref_id for h in owning.handles)
-        assert rref_id in owning.values or local, f"the value of {rref_id} is gone, and {sorted(lineage)} can ask for it"
+        assert rref_id in owning.values or local, (
+            f"the value of {rref_id} is gone, and {sorted(lineage)} can ask for it"
+        )
 
     def _creation_under_way(self, rref_id: RRefId) -> bool:
         return any(isinstance(p, Creation) and p.rref_id == rref_id for p in self.packets + self.late)
@@ -384,7 +392,7 @@ class World:
         worker, table = self.workers[packet.to], self.workers[packet.to].table
         if isinstance(packet, Ack):
             sent = worker.unacknowledged.pop(packet.number, None)
-            if sent and isinstance(sent.message, RRefForkRequest):
+            if sent and sent.asks:
                 self.act(worker.rank, table.acknowledged(sent.message.fork_id))
         elif isinstance(packet, ControlPacket):
             self._control(worker, packet)
@@ -412,7 +420,10 @@ class World:
     def _carried(self, worker: Worker, packet: Carry) -> None:
         if packet.owner != worker.rank:
             self.act(
-                worker.rank, worker.table.receive(packet.rref_id, packet.fork_id, packet.owner, packet.source)
+                worker.rank,
+                worker.table.receive(
+                    packet.rref_id, packet.fork_id, packet.owner, packet.source, announced=packet.announced
+                ),
             )
             worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage))
             return

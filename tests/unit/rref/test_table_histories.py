@@ -27,6 +27,7 @@ PROGRAM = [
     st.tuples(st.just("drop"), choice),
     st.tuples(st.just("fetch"), choice),
 ]
+UNANNOUNCED = [st.tuples(st.just("share_unannounced"), choice, rank)]
 NETWORK = [
     st.tuples(st.just("deliver"), choice),
     st.tuples(st.just("deliver"), choice),
@@ -59,13 +60,13 @@ def run(history: list[tuple[object, ...]], max_deaths: int = 0) -> World:
 
 
 @thorough
-@given(st.lists(st.one_of(*PROGRAM, *NETWORK), max_size=100))
+@given(st.lists(st.one_of(*PROGRAM, *UNANNOUNCED, *NETWORK), max_size=100))
 def test_reordered_and_repeated_messages(history: list[tuple[object, ...]]) -> None:
     run(history)
 
 
 @thorough
-@given(st.lists(st.one_of(*PROGRAM, *NETWORK, *LOSSES), max_size=100))
+@given(st.lists(st.one_of(*PROGRAM, *UNANNOUNCED, *NETWORK, *LOSSES), max_size=100))
 def test_lost_and_late_messages(history: list[tuple[object, ...]]) -> None:
     run(history)
 

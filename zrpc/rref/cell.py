@@ -1,0 +1,83 @@
+"""The owner's place for one value: empty, then a value or an error for good."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from zrpc.agent.pool import blocking
+from zrpc.errors import RpcTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Cell:
+    """A value that may still be on its way. Any thread may use it; its lock owns the fields."""
+
+    __slots__ = ("_callbacks", "_error", "_lock", "_value")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] | None = []
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    @classmethod
+    def holding(cls, value: Any) -> Cell:
+        """A cell that is set to `value`."""
+        cell = cls()
+        cell._value, cell._callbacks = value, None
+        return cell
+
+    def is_set(self) -> bool:
+        """Whether the value or the error is here."""
+        return self._callbacks is None
+
+    def set_value(self, value: Any) -> None:
+        """Set the value, and run who waits for it on this thread. Nothing happens if the cell is set."""
+        self._set(value, None)
+
+    def set_error(self, error: BaseException) -> None:
+        """As `set_value`: whoever asks for the value gets `error` raised."""
+        self._set(None, error)
+
+    def when_set(self, callback: Callable[[], None]) -> None:
+        """Run `callback` when the cell is set: at once if it is, else on the thread that sets it."""
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def get(self) -> Any:
+        """The value of a cell that is set. Not a copy. Raises the error if it was set to one."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def wait(self, timeout_s: float = 0.0) -> Any:
+        """The value, as soon as it is there; `timeout_s` 0: no limit.
+
+        Raises:
+            RpcTimeoutError: it did not come in time.
+            BaseException: what making it raised.
+        """
+        if self._callbacks is not None:
+            arrived = threading.Event()
+            self.when_set(arrived.set)
+            with blocking():
+                if not arrived.wait(timeout_s or None):
+                    raise RpcTimeoutError(f"RPC ran for more than its time limit of {timeout_s * 1000:g} ms: "
+                                          "the value of a local RRef was not set in time")  # fmt: skip
+        return self.get()
+
+    def _set(self, value: Any, error: BaseException | None) -> None:
+        with self._lock:
+            callbacks = self._callbacks
+            if callbacks is None:
+                return
+            self._value, self._error = value, error
+            self._callbacks = None
+        for callback in callbacks:
+            callback()

@@ -1,0 +1,345 @@
+"""RRefs in an agent: `install` them, make them with `remote_python` and `remote_builtin`, and serve what others ask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zrpc.agent.execution import ASYNC_ATTRIBUTE, execute_builtin, execute_python, when_done
+from zrpc.agent.future import Future, future_of
+from zrpc.config import UNSET_RPC_TIMEOUT_S
+from zrpc.errors import RpcTimeoutError, RRefError
+from zrpc.rref.cell import Cell
+from zrpc.rref.ledger import Ledger
+from zrpc.rref.owners import Availability
+from zrpc.rref.rref import RRef, backward_from
+from zrpc.rref.travel import ForkHook
+from zrpc.wire import pickling
+from zrpc.wire.messages import (
+    BuiltinRemote,
+    PythonCall,
+    PythonRemote,
+    RRefBackward,
+    RRefChildAccept,
+    RRefFetch,
+    RRefForkRequest,
+    RRefUserDelete,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.agent.agent import Agent
+    from zrpc.agent.call import Call
+    from zrpc.agent.request import Request
+    from zrpc.ids import ForkId, RRefId, WorkerInfo
+    from zrpc.rref.actions import Action
+    from zrpc.rref.table import RRefTable
+    from zrpc.wire.payload import Payload
+
+INLINE_FETCH_MAX_NBYTES = 65536
+"""A tensor on the CPU up to this size is sent by the reading thread itself, which saves a hop between threads."""
+
+
+class RRefContext(Ledger):
+    """A worker's ledger, and what it does with messages and calls. Its handlers run where `install` says."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__(agent)
+        self.invoke = DirectInvoker(agent)
+
+    # ---- making RRefs ----------------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        to: WorkerInfo,
+        make_message: Callable[[RRefId, ForkId], PythonRemote | BuiltinRemote],
+        payload: Payload,
+        timeout_s: float | None,
+    ) -> RRef[Any]:
+        """Ask `to` to run a call and keep its result; return a reference to it at once."""
+        if to.id == self.agent.info.id:
+            return self._create_here(make_message, payload, timeout_s)
+        rref_id, fork_id = self.agent.ids.next(), self.agent.ids.next()
+        with self._lock:
+            self._check_open("init_rpc made another one since.")
+            self._table.create(rref_id, fork_id, to.id)
+        self._watch(to)
+        made: RRef[Any] = RRef._of(self, to, rref_id, fork_id)
+
+        def answered(call: Call) -> None:
+            self._decide(lambda table: table.failed(fork_id) if call.error else table.acknowledged(fork_id))
+
+        try:
+            call = self.agent.request(to, make_message(rref_id, fork_id), payload, timeout_s=timeout_s, hooked=True)
+        except BaseException:
+            self._decide(lambda table: table.failed(fork_id))
+            raise
+        made._call = call
+        call.add_done_callback(answered)
+        return made
+
+    def _create_here(
+        self,
+        make_message: Callable[[RRefId, ForkId], PythonRemote | BuiltinRemote],
+        payload: Payload,
+        timeout_s: float | None,
+    ) -> RRef[Any]:
+        """remote() to this worker itself. The owner's RRef is there at once, and kept until the call is over."""
+        rref_id = self.agent.ids.next()
+        cell = Cell()
+        with self._lock:
+            self._check_open("init_rpc made another one since.")
+            self._table.begin_here(rref_id)
+            self._cells[rref_id] = cell
+        made: RRef[Any] = RRef._of(self, self.agent.info, rref_id, None, cell)
+
+        def answered(call: Call) -> None:
+            error = call.error
+            if error is not None and not isinstance(error, RpcTimeoutError):  # else the function may still run
+                cell.set_error(RRefError(f"RRef creation via rpc.remote() failed: {error}"))
+                self._decide(lambda table: table.finish_here(rref_id))
+
+        try:
+            call = self.agent.request(
+                self.agent.info, make_message(rref_id, rref_id), payload, timeout_s=timeout_s, hooked=True
+            )
+        except BaseException:
+            self._decide(lambda table: table.finish_here(rref_id))
+            raise
+        made._call = call
+        call.add_done_callback(answered)
+        return made
+
+    # ---- serving creations -----------------------------------------------------------------------------------------
+
+    def serve_python_remote(self, request: Request[PythonRemote]) -> None:
+        """Run the function; its result, or what it raises, is the value. An asynchronous one is not waited for here."""
+        cell = self._begin(request)
+        with request.context():
+            try:
+                result = execute_python(request.payload)
+                if request.message.async_execution:
+                    when_done(
+                        result,
+                        "this one",
+                        lambda value: self.agent.submit(lambda: self._finish(request, lambda: cell.set_value(value))),
+                        lambda error: self.agent.submit(lambda: self._finish(request, lambda: cell.set_error(error))),
+                    )
+                    return
+            except BaseException as error:
+                failure = error
+                self._finish(request, lambda: cell.set_error(failure))
+            else:
+                self._finish(request, lambda: cell.set_value(result))
+
+    def serve_builtin_remote(self, request: Request[BuiltinRemote]) -> None:
+        """Run the operator; its result, or what it raises, is the value."""
+        cell = self._begin(request)
+        with request.context():
+            try:
+                result = execute_builtin(request.message.op, request.payload)
+            except BaseException as error:
+                failure = error
+                self._finish(request, lambda: cell.set_error(failure))
+            else:
+                self._finish(request, lambda: cell.set_value(result))
+
+    def _begin(self, request: Request[Any]) -> Cell:
+        """The cell for what `request` creates. The RRef's life here begins, unless it is over already."""
+        message = request.message
+        source = self._living(request.source)
+        found: list[Cell] = []
+
+        def arrive(table: RRefTable) -> list[Action]:
+            found.append(self._cells.setdefault(message.rref_id, Cell()))
+            if message.fork_id == message.rref_id:  # remote() to this worker itself: `_create_here` counted it
+                return []
+            return table.creation_arrived(message.rref_id, message.fork_id, source)
+
+        self._decide(arrive)
+        return found[0] if found else Cell()
+
+    def _finish(self, request: Request[Any], set_cell: Callable[[], None]) -> None:
+        message = request.message
+        set_cell()
+        if message.fork_id == message.rref_id:
+            self._decide(lambda table: table.finish_here(message.rref_id))
+        request.reply()
+
+    # ---- serving users ---------------------------------------------------------------------------------------------
+
+    def serve_fetch(self, request: Request[RRefFetch]) -> None:
+        """Answer with the value, once it is set. No thread waits for it."""
+        cell = self._cell_for(request, request.message.rref_id, request.message.fork_id)
+        if cell is None:
+            return
+
+        def answer() -> None:
+            try:
+                with request.context():
+                    request.reply(pickling.dumps(cell.get()))
+            except BaseException as error:
+                request.fail(error)
+
+        if cell.is_set() and _is_cheap(cell):
+            answer()
+        else:
+            cell.when_set(lambda: self.agent.submit(answer))
+
+    def serve_backward(self, request: Request[RRefBackward]) -> None:
+        """Run a backward pass from the value, once it is set."""
+        message = request.message
+        cell = self._cell_for(request, message.rref_id, message.fork_id)
+        if cell is None:
+            return
+
+        def run() -> None:
+            try:
+                with request.context():
+                    backward_from(self, cell.get(), message.context_id, message.retain_graph)
+                request.reply()
+            except BaseException as error:
+                request.fail(error)
+
+        cell.when_set(lambda: self.agent.submit(run))
+
+    def serve_fork_request(self, request: Request[RRefForkRequest]) -> None:
+        """Count a new user."""
+        message, holder = request.message, self._living(request.source)
+        self._watch(request.source)
+
+        def arrive(table: RRefTable) -> list[Action]:
+            table.fork_requested(message.rref_id, message.fork_id, holder)
+            return []
+
+        self._decide(arrive)
+        request.reply()
+
+    def serve_child_accept(self, request: Request[RRefChildAccept]) -> None:
+        """A child of a fork here is counted."""
+        fork_id = request.message.fork_id
+        self._decide(lambda table: table.child_accepted(fork_id))
+        request.reply()
+
+    def serve_user_delete(self, request: Request[RRefUserDelete]) -> None:
+        """A user is gone."""
+        message = request.message
+        self._decide(lambda table: table.user_deleted(message.rref_id, message.fork_id))
+        request.reply()
+
+    def on_peer_lost(self, peer: WorkerInfo, reason: str) -> None:
+        """Everything that `peer` held or owned is gone."""
+        del reason
+        self._watched.discard(peer.id)
+        self._decide(lambda table: table.peer_lost(peer.id))
+
+    def _cell_for(self, request: Request[Any], rref_id: RRefId, fork_id: ForkId) -> Cell | None:
+        """Where the value is or will be; None, and an answer that says why, if it is gone."""
+        asker = self._living(request.source)
+        with self._lock:
+            refused = self._closed or self._table.value_wanted(rref_id, fork_id, asker) is Availability.REFUSED
+            cell = None if refused else self._cells.setdefault(rref_id, Cell())
+        if cell is None:
+            request.fail(
+                RRefError(
+                    f"The value of {rref_id} is gone: its user {fork_id} was deleted before, or those who handed it on "
+                    "died before the owner counted it"
+                )
+            )
+        return cell
+
+    def _living(self, source: WorkerInfo) -> int:
+        """The rank of a sender. In a dynamic group one who was lost and sends again is a new worker of that rank."""
+        if not self.agent.is_static_group:
+            with self._lock:
+                if not self._closed and self._table.is_lost(source.id) and self.agent.members.member(source.id):
+                    self._table.peer_joined(source.id)
+        return source.id
+
+
+class DirectInvoker:
+    """Calls of proxies, straight through the agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def rpc_sync(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Any:
+        """See `Invoker`."""
+        return pickling.loads(self._call(to, func, args, timeout, waited=True).wait())
+
+    def rpc_async(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Future[Any]:
+        """See `Invoker`."""
+        return future_of(self._call(to, func, args, timeout, waited=False), pickling.loads, self._agent.completions)
+
+    def remote(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> RRef[Any]:
+        """See `Invoker`."""
+        payload = pickling.dumps((func, args, {}))
+        return remote_python(self._agent, to, payload, _limit_s(timeout), hasattr(func, ASYNC_ATTRIBUTE))
+
+    def _call(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], timeout: float, *, waited: bool
+    ) -> Call:
+        message = PythonCall(hasattr(func, ASYNC_ATTRIBUTE))
+        payload = pickling.dumps((func, args, {}))
+        return self._agent.request(to, message, payload, timeout_s=_limit_s(timeout), hooked=True, waited=waited)
+
+
+def install(agent: Agent) -> None:
+    """Make `agent` serve RRefs. To be called before it joins its group."""
+    context = RRefContext(agent)
+    agent.extensions[Ledger] = agent.extensions[RRefContext] = context
+    agent.add_hook(ForkHook(context))
+    agent.handle(PythonRemote, context.serve_python_remote, inline=False)
+    agent.handle(BuiltinRemote, context.serve_builtin_remote, inline=False)
+    agent.handle(RRefFetch, context.serve_fetch, inline=True)
+    agent.handle(RRefBackward, context.serve_backward, inline=True)
+    agent.handle(RRefForkRequest, context.serve_fork_request, inline=True)
+    agent.handle(RRefChildAccept, context.serve_child_accept, inline=True)
+    agent.handle(RRefUserDelete, context.serve_user_delete, inline=True)
+    agent.on_peer_lost(context.on_peer_lost)
+
+
+def remote_python(
+    agent: Agent, to: WorkerInfo, payload: Payload, timeout_s: float | None, async_execution: bool
+) -> RRef[Any]:
+    """Have `to` run the pickled call and keep its result; a reference to it.
+
+    Args:
+        payload: the pickled `(function, args, kwargs)`.
+        timeout_s: how long the creation may take; 0: no limit; None: the agent's. After it, using the RRef raises.
+        async_execution: the function returns a future, whose value is the result.
+
+    Raises:
+        SerializationError: a tensor of the payload cannot travel.
+    """
+    context: RRefContext = agent.extensions[RRefContext]
+    return context.create(to, lambda rref, fork: PythonRemote(rref, fork, async_execution), payload, timeout_s)
+
+
+def remote_builtin(agent: Agent, to: WorkerInfo, op: str, payload: Payload, timeout_s: float | None) -> RRef[Any]:
+    """As `remote_python`, for the torch operator `op` with the packed `(args, kwargs)`."""
+    context: RRefContext = agent.extensions[RRefContext]
+    return context.create(to, lambda rref, fork: BuiltinRemote(rref, fork, op), payload, timeout_s)
+
+
+def _is_cheap(cell: Cell) -> bool:
+    """Whether sending the value runs no user code and takes next to no time."""
+    try:
+        value = cell.get()
+    except BaseException:
+        return True
+    if type(value) is torch.Tensor:
+        return value.is_cpu and value.nbytes <= INLINE_FETCH_MAX_NBYTES
+    return value is None or type(value) in (bool, int, float)
+
+
+def _limit_s(timeout: float) -> float | None:
+    return None if timeout == UNSET_RPC_TIMEOUT_S else timeout

@@ -1,0 +1,311 @@
+"""The reference counts of one worker at work: the table under its lock, the values it keeps, and what it asks for.
+
+Every event goes the same way (`_decide`): the table decides under the lock, values that nobody uses are taken out under
+the same lock (so that a value shared again in that moment is not lost), and messages are sent after it. Values and
+RRefs are let go of by the janitor: their `__del__` is user code, and user code runs under no lock.
+
+Any thread may call in. `_lock` owns `_table`, `_cells`, `_num_sending` and `_closed`; `_watched` only saves calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zrpc.agent.pool import blocking
+from zrpc.errors import PeerLostError, RRefError, UnknownWorkerError
+from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
+from zrpc.rref.cell import Cell
+from zrpc.rref.forkdata import ForkData
+from zrpc.rref.janitor import Janitor
+from zrpc.rref.owners import Availability
+from zrpc.rref.states import UserState
+from zrpc.rref.table import RRefTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from zrpc.agent.agent import Agent
+    from zrpc.agent.future import Future
+    from zrpc.ids import ForkId, RRefId, WorkerInfo
+    from zrpc.rref.rref import RRef
+
+_UNCONFIRMED = (UserState.CREATING, UserState.FORKING)
+_DELETED = (UserState.GONE, UserState.LEAVING, UserState.LEAVING_UNCONFIRMED)
+
+
+class Invoker(Protocol):
+    """How proxies call: `zrpc.api` looks like this, and so does whatever profiles calls."""
+
+    def rpc_sync(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Any:
+        """See `zrpc.api.rpc_sync`."""
+
+    def rpc_async(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Future[Any]:
+        """See `zrpc.api.rpc_async`."""
+
+    def remote(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> RRef[Any]:
+        """See `zrpc.api.remote`."""
+
+
+class Ledger:
+    """What this worker owns and uses.
+
+    Attributes:
+        agent: the worker.
+        invoke: how the proxies of RRefs call.
+        backward_local: runs `(context_id, roots, retain_graph)` as distributed autograd does; set by that floor.
+    """
+
+    invoke: Invoker
+    backward_local: Callable[[int, list[torch.Tensor], bool], None]
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._table_made: RRefTable | None = None
+        self._janitor: Janitor | None = None
+        self._cells: dict[RRefId, Cell] = {}
+        self._watched: set[int] = set()
+        self._num_sending = 0
+        self._closed = False
+
+    # ---- RRefs come and go
+
+    def fork(self, owner: int, rref_id: RRefId, fork_id: ForkId | None, cell: Cell | None) -> ForkData:
+        """Count a new fork of this worker's own RRef (`cell` holds its value) or of its fork `fork_id`.
+
+        Raises:
+            RRefError: it was deleted, or is of a worker's life that is over.
+            PeerLostError: its owner is gone.
+        """
+        me = self.agent.info.id
+        with self._lock:
+            self._check_open("Cannot call fork an UserRRef after deletion.")
+            child = self.agent.ids.next()
+            if cell is not None:
+                self._table.share_owned(rref_id, child)
+                self._cells.setdefault(rref_id, cell)
+            else:
+                assert fork_id is not None
+                self._check_usable(owner, rref_id, fork_id, "Cannot call fork an UserRRef after deletion.")
+                self._table.share_used(fork_id, child)
+        return ForkData(owner, rref_id, child, me)
+
+    def sent(self, fork: ForkData, holder: WorkerInfo) -> None:
+        """`fork` leaves for `holder`: if `holder` is lost, so is the fork."""
+        self._watch(holder)
+        self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.id))
+
+    def unsent(self, fork: ForkData) -> None:
+        """`fork` was pickled and will not leave."""
+        self._decide(lambda table: table.unsent(fork.rref_id, fork.fork_id))
+
+    def receive_used(self, fork: ForkData, owner: WorkerInfo, announced: bool) -> None:
+        """A fork of another worker's RRef came."""
+        self._watch(owner)
+        self._decide(
+            lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner, fork.parent, announced=announced)
+        )
+
+    def receive_owned(self, fork: ForkData) -> tuple[Cell, bool]:
+        """This worker's own RRef came home.
+
+        Returns:
+            Its cell, and whether its creation is still to come: then a note `(rref_id, fork_id)` must follow.
+
+        Raises:
+            RRefError: its value is gone.
+        """
+        found: list[tuple[Availability, Cell | None]] = []
+
+        def arrive(table: RRefTable) -> list[Action]:
+            cell = self._cells.get(fork.rref_id)
+            availability, actions = table.came_home(fork.rref_id, fork.fork_id, fork.parent)
+            if availability is Availability.AWAITED:
+                cell = self._cells.setdefault(fork.rref_id, Cell())
+            found.append((availability, cell))
+            return actions
+
+        self._decide(arrive)
+        availability, cell = found[0]
+        if availability is Availability.REFUSED or cell is None:
+            raise RRefError(
+                f"The value of the RRef {fork.rref_id} is gone: it was deleted, because those who handed it on died"
+            )
+        return cell, availability is Availability.AWAITED
+
+    def note_dropped(self, owner_awaited: RRefId | None, fork_id: ForkId) -> None:
+        """An RRef object was freed: a fork, or (`owner_awaited`) this worker's own. For `__del__`: from anywhere."""
+        janitor = self._janitor
+        if janitor is not None and not self._closed:
+            janitor.note((owner_awaited, fork_id))
+
+    def user_state(self, fork_id: ForkId) -> UserState:
+        """The state of this worker's fork `fork_id`."""
+        with self._lock:
+            return UserState.GONE if self._closed else self._table.user_state(fork_id)
+
+    def check_usable(self, owner: int, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
+        """Raise what keeps the fork `fork_id` from being used; `phrase` says what cannot be done with it.
+
+        Raises:
+            RRefError: it was deleted, or is of a worker's life that is over.
+            PeerLostError: its owner is gone.
+        """
+        with self._lock:
+            self._check_open(phrase)
+            self._check_usable(owner, rref_id, fork_id, phrase)
+
+    def wait_confirmed(self, fork_ids: Iterable[ForkId]) -> None:
+        """Wait until the owners of `fork_ids` count them, or cannot any more."""
+        unconfirmed = set(fork_ids)
+
+        def settled() -> bool:
+            unconfirmed.intersection_update(
+                {fork for fork in unconfirmed if self._table.user_state(fork) in _UNCONFIRMED}
+            )
+            return not unconfirmed or self._closed
+
+        with self._lock:
+            if settled():
+                return
+        with blocking(), self._lock:
+            self._changed.wait_for(settled)
+
+    # ---- the end
+
+    def delete_all_user_and_unforked_owner_rrefs(self, timeout_s: float = 100.0) -> None:
+        """Give up every RRef here, and wait until the others gave up theirs to what this worker owns.
+
+        For a graceful shutdown: nobody makes or shares RRefs any more. What does not come to pass in `timeout_s` is
+        left to `destroy`.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._wait_until(lambda table: not table.num_unconfirmed_users and not table.num_children, deadline)
+        self._decide(lambda table: table.drop_all_users())
+        self._decide(lambda table: table.drop_unforked_owners())
+        self._wait_until(lambda table: not table.num_owned and not self._num_sending, deadline)
+
+    def destroy(self, ignore_leak: bool) -> None:
+        """End it: RRefs of this life can not be used any more, and values are let go of. Idempotent.
+
+        Raises:
+            RRefError: others still use RRefs of this worker, and `ignore_leak` is false.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            forks = self._table.owned_forks() if self._table_made else {}
+            garbage = list(self._cells.values())
+            self._cells.clear()
+            janitor = self._janitor
+            self._changed.notify_all()
+        if janitor is not None:
+            janitor.drop(garbage)
+            janitor.close()
+        if forks and not ignore_leak:
+            leaks = [(rref_id, fork_id) for rref_id, held in forks.items() for fork_id in held]
+            raise RRefError("\n".join(f"Leaking RRef {rref_id} with fork Id {fork_id}" for rref_id, fork_id in leaks))
+
+    def debug_info(self) -> dict[str, str]:
+        """Counts, under the names that torch gives them."""
+        with self._lock:
+            table = self._table_made
+            forks = table.owned_forks() if table else {}
+            return {
+                "num_owner_rrefs": str(len(forks)),
+                "num_pending_users": str(table.num_unconfirmed_users if table else 0),
+                "num_pending_futures": str(self._num_sending),
+                "num_forks": str(sum(map(len, forks.values()))),
+            }
+
+    # ---- below
+
+    @property
+    def _table(self) -> RRefTable:
+        """The table; it is made at first use, when the agent has a rank. Call it under the lock."""
+        if self._table_made is None:
+            self._table_made = RRefTable(self.agent.info.id)
+            self._janitor = Janitor(self._on_dropped)
+        return self._table_made
+
+    def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
+        """Let the table decide on `event`, and carry out what it asks for."""
+        with self._lock:
+            if self._closed:
+                return
+            actions = event(self._table)
+            garbage: list[Any] = []
+            orphans: list[tuple[Orphan, Cell]] = []
+            for action in actions:
+                if isinstance(action, Release):
+                    garbage.append(self._cells.pop(action.rref_id, None))
+                elif isinstance(action, Orphan):
+                    orphans.append((action, self._cells.setdefault(action.rref_id, Cell())))
+            self._num_sending += sum(isinstance(action, Tell | AskOwner) for action in actions)
+            self._changed.notify_all()
+            janitor = self._janitor
+        if garbage and janitor is not None:
+            janitor.drop(garbage)
+        for orphan, cell in orphans:
+            cell.set_error(PeerLostError(f"The worker {orphan.creator} died before it created {orphan.rref_id}"))
+        for action in actions:
+            if isinstance(action, Tell | AskOwner):
+                self._send(action)
+
+    def _send(self, action: Tell | AskOwner) -> None:
+        def done(error: BaseException | None) -> None:
+            with self._lock:
+                self._num_sending -= 1
+                self._changed.notify_all()
+            if isinstance(action, AskOwner):
+                fork_id = action.message.fork_id
+                self._decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
+
+        try:
+            to = self.agent.members.by_rank(action.to)
+        except UnknownWorkerError as gone:
+            done(gone)
+            return
+        self.agent.notify(to, action.message, done)
+
+    def _on_dropped(self, note: tuple[RRefId | None, ForkId]) -> None:
+        owner_awaited, fork_id = note
+        if owner_awaited is not None:
+            self._decide(lambda table: table.home_dropped(owner_awaited, fork_id))
+        else:
+            self._decide(lambda table: table.user_dropped(fork_id))
+
+    def _wait_until(self, condition: Callable[[RRefTable], bool], deadline: float) -> bool:
+        with blocking(), self._lock:
+            return self._changed.wait_for(
+                lambda: self._closed or condition(self._table), max(0.0, deadline - time.monotonic())
+            )
+
+    def _watch(self, peer: WorkerInfo) -> None:
+        """Have the loss of `peer` told to us even if we never call it."""
+        if peer.id not in self._watched and peer.id != self.agent.info.id:
+            self._watched.add(peer.id)
+            self.agent.watch(peer)
+
+    def _check_open(self, phrase: str) -> None:
+        if self._closed:
+            raise RRefError(f"This RRef is of a worker that was shut down. {phrase}")
+
+    def _check_usable(self, owner: int, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
+        state = self._table.user_state(fork_id)
+        if state in _DELETED:
+            raise RRefError(f"The user of {rref_id} with fork id {fork_id} has been deleted. {phrase}")
+        if state is UserState.ORPHANED:
+            raise PeerLostError(f"The owner of {rref_id}, worker {owner}, is lost, and the value with it")

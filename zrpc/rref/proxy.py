@@ -1,0 +1,108 @@
+"""Stand-ins for the value of an RRef: their methods run on its owner."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zrpc.agent.execution import ASYNC_ATTRIBUTE
+from zrpc.agent.future import Future
+from zrpc.functions import async_execution
+
+if TYPE_CHECKING:
+    from zrpc.rref.rref import RRef
+
+
+class RRefProxy:
+    """Whatever attribute is asked of it is a method of the value, to be called on the owner.
+
+    Args:
+        rref: the reference.
+        rpc_api: `rpc_sync`, `rpc_async` or `remote`.
+        timeout: seconds for each call; 0: no limit; -1: the agent's.
+    """
+
+    def __init__(self, rref: RRef[Any], rpc_api: str, timeout: float) -> None:
+        self.rref = rref
+        self.rpc_api = rpc_api
+        self.rpc_timeout = timeout
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(_call_method, self.rref, self.rpc_api, name, self.rpc_timeout)
+
+
+def type_future(rref: RRef[Any], timeout: float) -> Future[type]:
+    """A future for the type of the value of `rref`; a user asks the owner."""
+    if rref._cell is None:
+        future: Future[type] = rref._ledger.invoke.rpc_async(
+            rref.owner(), _rref_typeof_on_owner, (rref,), None, timeout
+        )
+        return future
+    local: Future[type] = Future()
+    cell = rref._cell
+
+    def tell() -> None:
+        try:
+            local.set_result(type(cell.get()))
+        except Exception as error:
+            local.set_exception(error)  # type: ignore[arg-type]  # torch types it as the value
+
+    cell.when_set(tell)
+    return local
+
+
+def _rref_typeof_on_owner(rref: RRef[Any]) -> type:
+    return type(rref.local_value())
+
+
+def _local_invoke(rref: RRef[Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return getattr(rref.local_value(), name)(*args, **kwargs)
+
+
+@async_execution
+def _local_invoke_async_execution(rref: RRef[Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return getattr(rref.local_value(), name)(*args, **kwargs)
+
+
+def _call_method(rref: RRef[Any], rpc_api: str, name: str, timeout: float, /, *args: Any, **kwargs: Any) -> Any:
+    types = rref._get_type(timeout=timeout, blocking=False)
+    if rpc_api != "rpc_async":
+        return _invoke(rref, rpc_api, name, timeout, types.wait(), args, kwargs)
+    result: Future[Any] = Future()
+
+    def go_on(known: torch.futures.Future[type]) -> None:
+        try:
+            _invoke(rref, rpc_api, name, timeout, known.value(), args, kwargs).add_done_callback(finish)
+        except Exception as error:
+            result.set_exception(error)
+
+    def finish(done: torch.futures.Future[Any]) -> None:
+        try:
+            value = done.value()
+        except Exception as error:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
+
+    types.add_done_callback(go_on)
+    return result
+
+
+def _invoke(
+    rref: RRef[Any],
+    rpc_api: str,
+    name: str,
+    timeout: float,
+    cls: type,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call method `name` of the value, which is a `cls`. A script module's methods are not looked at beforehand."""
+    func = _local_invoke
+    if not issubclass(cls, torch.jit.ScriptModule | torch._C.ScriptModule) and hasattr(
+        getattr(cls, name), ASYNC_ATTRIBUTE
+    ):
+        func = _local_invoke_async_execution
+    return getattr(rref._ledger.invoke, rpc_api)(rref.owner(), func, (rref, name, args, kwargs), None, timeout)
