@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.agent.call import Call
@@ -26,6 +27,7 @@ from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, UnknownWorkerError
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
 from zrpc.membership.registry import Registry
+from zrpc.transport.chunks import Transfers
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
 from zrpc.wire.exceptions import dump_exception, load_exception
 from zrpc.wire.messages import BuiltinCall, Failure, Message, PythonCall, Reply
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import Group, Member
     from zrpc.transport.endpoint import Endpoint
-from zrpc.transport.slabs import SharedMemory
+    from zrpc.transport.slabs import SharedMemory
 
 log = logging.getLogger("zrpc")
 
@@ -44,6 +46,8 @@ M = TypeVar("M", bound=Message)
 
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
+
+_SLAB_DESCRIPTOR_LENGTH = 4
 
 Handler = Callable[[Request[Any]], None]
 
@@ -86,6 +90,7 @@ class Agent:
         self._connect = connect
         self._disconnect = disconnect
         self._shared_memory = shared_memory
+        self._transfers = Transfers(endpoint.send)
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
@@ -337,7 +342,10 @@ class Agent:
 
     def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
         try:
-            envelope = decode(frames, self._shared_memory.fetching(source) if self._shared_memory else None)
+            if self._transfers.is_chunk(frames):
+                self._transfers.receive(source, frames)
+                return
+            envelope = decode(frames, partial(self._fetch, source))
             if isinstance(envelope.message, Reply | Failure):
                 self._finish(envelope.call_id, envelope, None)
             else:
@@ -400,11 +408,18 @@ class Agent:
         raise ValueError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by {to!r}")
 
     def _encode(self, to: WorkerInfo, envelope: Envelope) -> list[Buffer]:
-        """The frames of `envelope`, its large buffers in shared memory where `to` can see it."""
-        if self._shared_memory is None or not envelope.buffers:
+        """The frames of `envelope`; its large buffers go ahead in shared memory, or in chunks."""
+        member = self.members.member(to.id) if envelope.buffers else None
+        if member is None:
             return encode(envelope)
-        member = self.members.member(to.id)
-        return encode(envelope, self._shared_memory.placing(member.incarnation) if member else None)
+        share = self._shared_memory.placing(member.incarnation) if self._shared_memory else None
+        return encode(envelope, share or partial(self._transfers.place, member.incarnation))
+
+    def _fetch(self, source: Incarnation, descriptor: list[Any]) -> Buffer:
+        """The memory of a large buffer that went ahead of its envelope."""
+        if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
+            return self._shared_memory.fetch(source, descriptor)
+        return self._transfers.fetch(source, descriptor)
 
     def _send(self, to: WorkerInfo, frames: list[Buffer]) -> None:
         member = self.members.member(to.id)
@@ -449,6 +464,7 @@ class Agent:
             return
         if self._shared_memory is not None:
             self._shared_memory.forget(incarnation)
+        self._transfers.forget(incarnation)
         if not self.is_static_group:
             self.members.remove(incarnation)
         error = PeerLostError(f"{member.info} is lost: {reason}. It is not known whether the call ran there")

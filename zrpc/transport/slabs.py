@@ -274,9 +274,9 @@ class SharedMemory:
         """`SlabPool.place` for that peer; None where memory cannot be shared with it."""
         return partial(self._pool.place, peer) if self._sharing.get(peer) else None
 
-    def fetching(self, peer: Incarnation) -> Callable[[Descriptor], memoryview]:
-        """`Attachments.fetch` for that peer."""
-        return partial(self._attachments.fetch, peer)
+    def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
+        """See `Attachments.fetch`."""
+        return self._attachments.fetch(source, descriptor)
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""

@@ -1,0 +1,143 @@
+"""Large buffers over sockets: cut into chunks on one side, put together in warm memory on the other.
+
+A frame of 256 MiB is received into fresh pages, and touching those is what bounds it (about 1 GB/s here). Chunks of
+`CHUNK_NBYTES` pass through memory that the allocator uses again, and are copied into destination buffers that are kept and
+used again too. While one chunk is copied the next is on its way, and other messages get through between them.
+
+A chunk is a message of two frames: a header that begins with `MAGIC` (no envelope does) and names the transfer, and the
+bytes. The envelope follows the last chunk on the same connection, which keeps their order, and names its transfers by descriptors
+`[number, nbytes]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zrpc.errors import ProtocolError
+from zrpc.ids import Incarnation
+from zrpc.wire.envelope import Buffer
+
+MAGIC = 0xC1
+MIN_NBYTES = 8 << 20
+"""Smaller buffers travel as one frame."""
+CHUNK_NBYTES = 1 << 20
+KEPT_MAX_NBYTES = 1 << 30
+"""Destination buffers kept for use again; more than that are given back to the system."""
+_HEADER = struct.Struct("<BQQQ")  # magic, transfer, offset, total
+
+Descriptor = list[Any]
+Bytes = npt.NDArray[np.uint8]
+Send = Callable[[Incarnation, Sequence[Buffer]], None]
+
+
+class WarmBuffers:
+    """Destination buffers, handed out and taken back when nobody sees them any more. The table is owned by the lock."""
+
+    def __init__(self, kept_max_nbytes: int = KEPT_MAX_NBYTES) -> None:
+        self._lock = threading.RLock()  # a loan may die, and come back, while this thread is in here
+        self._kept: defaultdict[int, list[Bytes]] = defaultdict(list)
+        self._kept_nbytes = 0
+        self._kept_max_nbytes = kept_max_nbytes
+        self._loans: dict[int, weakref.ref[Any]] = {}
+
+    def lend(self, nbytes: int) -> Bytes:
+        """Writable memory of `nbytes`, its content undefined; it comes back by itself when the array and its views are gone."""
+        with self._lock:
+            kept = self._kept[nbytes]
+            memory = kept.pop() if kept else None
+            if memory is not None:
+                self._kept_nbytes -= nbytes
+        if memory is None:
+            memory = np.empty(nbytes, np.uint8)
+        loan: Bytes = np.frombuffer(memory, np.uint8)
+        whole = memory
+
+        def take_back(reference: weakref.ref[Any]) -> None:
+            self._loans.pop(id(reference), None)
+            with self._lock:
+                if self._kept_nbytes + whole.nbytes <= self._kept_max_nbytes:
+                    self._kept[whole.nbytes].append(whole)
+                    self._kept_nbytes += whole.nbytes
+
+        reference = weakref.ref(loan, take_back)
+        self._loans[id(reference)] = reference
+        return loan
+
+
+class Transfers:
+    """The chunked buffers of one worker, out and in. Incoming ones are owned by the reading thread.
+
+    Args:
+        send: sends a message to a peer, as `Endpoint.send`.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._buffers = WarmBuffers()
+        self._incoming: dict[tuple[Incarnation, int], Bytes] = {}
+
+    def place(self, peer: Incarnation, buffer: Buffer) -> Descriptor | None:
+        """Send `buffer` to `peer` in chunks; None where it should travel as one frame.
+
+        Its memory must stay unchanged until the message it belongs to was answered.
+
+        Raises:
+            PeerLostError: the peer is gone.
+        """
+        nbytes = len(buffer)
+        if nbytes < MIN_NBYTES:
+            return None
+        number = next(self._numbers)
+        view = memoryview(buffer)
+        for offset in range(0, nbytes, CHUNK_NBYTES):
+            header = _HEADER.pack(MAGIC, number, offset, nbytes)
+            self._send(peer, (header, view[offset : offset + CHUNK_NBYTES]))
+        return [number, nbytes]
+
+    def is_chunk(self, frames: Sequence[Buffer]) -> bool:
+        """Whether `frames` are a chunk and no envelope."""
+        return len(frames) == 2 and frames[0][0] == MAGIC
+
+    def receive(self, source: Incarnation, frames: Sequence[Buffer]) -> None:
+        """Take in a chunk.
+
+        Raises:
+            ProtocolError: it does not fit its transfer.
+        """
+        if len(frames[0]) != _HEADER.size:
+            raise ProtocolError(f"the header of a chunk has {len(frames[0])} bytes instead of {_HEADER.size}")
+        _, number, offset, nbytes = _HEADER.unpack(frames[0])
+        target = self._incoming.get((source, number))
+        if target is None:
+            target = self._incoming[source, number] = self._buffers.lend(nbytes)
+        chunk = np.frombuffer(frames[1], np.uint8)
+        if offset + chunk.nbytes > target.nbytes:
+            raise ProtocolError(f"a chunk ends at byte {offset + chunk.nbytes} of a transfer of {target.nbytes}")
+        np.copyto(target[offset : offset + chunk.nbytes], chunk)
+
+    def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
+        """The buffer that `descriptor` tells of, which has come.
+
+        Raises:
+            ProtocolError: it has not.
+        """
+        number, nbytes = descriptor
+        loan = self._incoming.pop((source, number), None)
+        if loan is None or loan.nbytes != nbytes:
+            raise ProtocolError(f"transfer {number} of {nbytes} bytes has not come")
+        return loan.data
+
+    def forget(self, source: Incarnation) -> None:
+        """`source` is gone: drop what it has begun to send."""
+        for key in [key for key in list(self._incoming) if key[0] == source]:
+            self._incoming.pop(key, None)
