@@ -11,9 +11,11 @@ from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
 from zrpc.config import UNSET_RPC_TIMEOUT_S
 from zrpc.ids import WorkerInfo
+from zrpc.profiling import ExecMode, is_profiling, record, sending
 from zrpc.rref.context import remote_builtin, remote_python
 from zrpc.wire import pickling, values
 from zrpc.wire.messages import BuiltinCall, Message, PythonCall
+from zrpc.wire.scripting import qualified_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Worker = str | int | WorkerInfo
+
+_pickle_call: Callable[[tuple[Any, ...]], Payload] = pickling.dumps
+
+
+def set_call_pickler(dumps: Callable[[tuple[Any, ...]], Payload] | None) -> None:
+    """From now on pickle `(function, args, kwargs)` of outgoing calls with `dumps`; None: with zrpc's own.
+
+    What it makes must be readable by `zrpc.wire.pickling.loads`.
+    """
+    global _pickle_call
+    _pickle_call = dumps or pickling.dumps
 
 
 def rpc_sync(
@@ -55,7 +68,7 @@ def rpc_sync(
         Exception: whatever `func` raised there, with the remote traceback as its cause.
     """
     agent = current_agent()
-    return pickling.loads(_call(agent, to, func, args, kwargs, timeout, waited=True).wait())  # type: ignore[no-any-return]
+    return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout).wait())  # type: ignore[no-any-return]
 
 
 def rpc_async(
@@ -71,7 +84,7 @@ def rpc_async(
     arguments must not be written to until the future is done.
     """
     agent = current_agent()
-    call = _call(agent, to, func, args, kwargs, timeout, waited=False)
+    call = _call(agent, ExecMode.ASYNC, to, func, args, kwargs, timeout)
     return future_of(call, pickling.loads, agent.completions)
 
 
@@ -106,12 +119,20 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
 
 
 def _call(
-    agent: Agent, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float, *, waited: bool
+    agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float
 ) -> Call:
     info = agent.resolve(_checked(func, to))
     op, payload = _take_apart(func, args, kwargs)
     message: Message = PythonCall(hasattr(func, ASYNC_ATTRIBUTE)) if op is None else BuiltinCall(op)
-    return agent.request(info, message, payload, timeout_s=_limit_s(timeout), hooked=True, waited=waited)
+    limit_s, waited = _limit_s(timeout), mode is ExecMode.SYNC
+    if not is_profiling():
+        return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
+    recording = record(agent, mode, function_name(func), info)
+    with sending(recording):
+        call = agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
+    recording.call = call
+    call.add_done_callback(recording.finish)
+    return call
 
 
 def _checked(func: object, to: Worker) -> Worker:
@@ -133,7 +154,17 @@ def _take_apart(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str |
             return op, values.pack((call_args, call_kwargs))
         except values.UnpackableError:
             pass
-    return None, pickling.dumps((func, call_args, call_kwargs))
+    return None, _pickle_call((func, call_args, call_kwargs))
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """What `func` is called in profiles: an operator's or scripted function's qualified name, else its own."""
+    op = operator_name(func)
+    if op is not None:
+        return op
+    if isinstance(func, torch.jit.ScriptFunction):
+        return qualified_name(func)
+    return str(getattr(func, "__qualname__", type(func).__qualname__))
 
 
 def operator_name(func: Callable[..., Any]) -> str | None:
@@ -141,6 +172,6 @@ def operator_name(func: Callable[..., Any]) -> str | None:
     if isinstance(func, torch._ops.OpOverloadPacket):
         return str(func._qualified_op_name)
     if isinstance(func, torch._ops.OpOverload):
-        return str(func.name())
-    name: str | None = torch.jit._builtins._find_builtin(func)
+        return str(func.name())  # type: ignore[no-untyped-call]
+    name: str | None = torch.jit._builtins._find_builtin(func)  # type: ignore[no-untyped-call]
     return name

@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.transport",),
     ("zrpc.membership",),
     ("zrpc.agent",),
+    ("zrpc.profiling",),
     ("zrpc.rref",),
     ("zrpc.autograd",),
     ("zrpc.api", "zrpc.gather"),

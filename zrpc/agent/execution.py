@@ -13,15 +13,35 @@ from zrpc.wire import pickling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from zrpc.agent.request import Request
     from zrpc.wire.messages import BuiltinCall, PythonCall
     from zrpc.wire.payload import Payload
 
+    Observer = Callable[[], AbstractContextManager[None]]
+
 log = logging.getLogger("zrpc")
 
 ASYNC_ATTRIBUTE = "_wrapped_async_rpc_function"
 """What `functions.async_execution` leaves on a function; the name is torch's, whose decorator works here too."""
+
+
+_observer: Observer | None = None
+
+
+def observe(observer: Observer | None) -> None:
+    """From now on enter `observer()` around each function that is run for somebody; None: around none."""
+    global _observer
+    _observer = observer
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    observer = _observer
+    if observer is None:
+        return func(*args, **kwargs)
+    with observer():
+        return func(*args, **kwargs)
 
 
 class PythonFunction(NamedTuple):
@@ -40,7 +60,7 @@ def execute_python(payload: Payload) -> Any:
         Exception: whatever the function raises.
     """
     func, args, kwargs = pickling.loads(payload)
-    return func(*args, **kwargs)
+    return _run(func, args, kwargs)
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
@@ -51,7 +71,7 @@ def execute_builtin(op: str, payload: Payload) -> Any:
         RuntimeError: the arguments fit none of its schemas, or what it raises itself.
     """
     args, kwargs = pickling.loads(payload)
-    return _operator(op)(*args, **kwargs)
+    return _run(_operator(op), args, kwargs)
 
 
 @cache

@@ -74,23 +74,28 @@ def is_pickling() -> bool:
     return _tables.sending is not None
 
 
-def dumps(obj: Any) -> Payload:
+def dumps(obj: Any, *, whole: bool = False) -> Payload:
     """Take `obj` apart. Tensors and buffers are not copied.
+
+    Args:
+        obj: what to take apart.
+        whole: make a pickle stream in any case, and leave nothing but tensors out of it.
 
     Raises:
         SerializationError: something in it cannot be pickled; the cause is attached and named.
     """
-    if obj is None:
-        return Payload(_NONE)
-    if type(obj) is torch.Tensor:
-        return Payload(_ONE_TENSOR, [obj])
+    if not whole:
+        if obj is None:
+            return Payload(_NONE)
+        if type(obj) is torch.Tensor:
+            return Payload(_ONE_TENSOR, [obj])
     outer = _tables.sending
     tensors: list[torch.Tensor] = []
     _tables.sending = tensors
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     try:
-        pickler = pickle.Pickler(stream, _PROTOCOL, buffer_callback=buffers.append)
+        pickler = pickle.Pickler(stream, _PROTOCOL, buffer_callback=None if whole else buffers.append)
         pickler.dispatch_table = _dispatch_table
         pickler.dump(obj)
         raw = [buffer.raw() for buffer in buffers]

@@ -1,0 +1,67 @@
+"""How TorchScript travels: a function by its qualified name, which both sides must have compiled; a module as saved.
+
+Importing this module is what makes them travel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from typing import Any
+
+import torch
+
+from zrpc.errors import SerializationError
+from zrpc.wire.pickling import Reduced, register_reducer
+
+_ROOT = "__torch__."
+_jit: Any = torch.jit  # parts of it are untyped
+
+
+def qualified_name(function: Any) -> str:
+    """The name by which TorchScript knows `function`."""
+    return str(torch._jit_internal._qualified_name(function))
+
+
+def find_function(name: str) -> Any:
+    """The compiled function of that qualified name, in this process.
+
+    Raises:
+        SerializationError: there is none.
+    """
+    found = torch.jit._state._python_cu.find_function(name)
+    if found is not None:
+        return found
+    module, _, attribute = name.removeprefix(_ROOT).rpartition(".")
+    try:
+        importlib.import_module(module)  # compiles the functions of that module
+    except (ImportError, ValueError) as error:
+        raise SerializationError(
+            f"the module of the TorchScript function {name} cannot be imported: {error}"
+        ) from error
+    found = torch.jit._state._python_cu.find_function(name)
+    if found is None:
+        raise SerializationError(
+            f"there is no TorchScript function {name} here: compile {attribute} with torch.jit.script at the top level "
+            f"of {module}, which caller and callee both import"
+        )
+    return found
+
+
+def _reduce_function(function: Any) -> Reduced:
+    return find_function, (qualified_name(function),)
+
+
+def _reduce_module(module: Any) -> Reduced:
+    saved = io.BytesIO()
+    torch.jit.save(module, saved)
+    return _load_module, (saved.getvalue(),)
+
+
+def _load_module(saved: bytes) -> Any:
+    return _jit.load(io.BytesIO(saved))
+
+
+register_reducer(torch.jit.ScriptFunction, _reduce_function)
+for _cls in (_jit.RecursiveScriptModule, _jit.TopLevelTracedModule):
+    register_reducer(_cls, _reduce_module)
