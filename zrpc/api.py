@@ -103,9 +103,21 @@ def remote(
     info = agent.resolve(_checked(func, to))
     op, payload = _take_apart(func, args, kwargs)
     limit_s = _limit_s(timeout)
-    if op is not None:
-        return remote_builtin(agent, info, op, payload, limit_s)
-    return remote_python(agent, info, payload, limit_s, hasattr(func, ASYNC_ATTRIBUTE))
+
+    def make() -> RRef[T]:
+        if op is not None:
+            return remote_builtin(agent, info, op, payload, limit_s)
+        return remote_python(agent, info, payload, limit_s, hasattr(func, ASYNC_ATTRIBUTE))
+
+    if not is_profiling():
+        return make()
+    recording = record(agent, ExecMode.REMOTE, function_name(func), info)
+    with sending(recording):
+        made = make()
+    created = made._get_future()
+    created.add_done_callback(recording.finish)
+    made._set_profiling_future(created)
+    return made
 
 
 def get_worker_info(worker_name: str | None = None) -> WorkerInfo:

@@ -8,7 +8,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from zrpc import gather
+from zrpc import api, gather
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.autograd import install as install_autograd
@@ -17,6 +17,7 @@ from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
+from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.context import install as install_rrefs
 from zrpc.transport.slabs import SharedMemory, is_supported
@@ -144,8 +145,9 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
 
 
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
-    for install in (gather.install, install_rrefs, install_autograd):
+    for install in (gather.install, install_rrefs, install_autograd, install_profiling):
         install(agent)
+    agent.extensions[RRefContext].invoke = api  # proxies of RRefs call as programs do, seen by profiles
     try:
         agent.join(name, rank, world_size, _card(agent), _join_limit_s(agent.options))
         set_agent(agent)
