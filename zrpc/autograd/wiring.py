@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.autograd.ddp import watch_models
 from zrpc.autograd.hook import AutogradHook
 from zrpc.autograd.service import AutogradService
+from zrpc.rref.ledger import Ledger
 from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, ReleaseContext
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def install(agent: Agent) -> None:
-    """Make `agent` take part in distributed autograd. To be called before it joins its group."""
+    """Make `agent` take part in distributed autograd. To be called before it joins its group, after RRefs are installed."""
     service = agent.extensions[AutogradService] = AutogradService(agent)
     agent.add_hook(AutogradHook(lambda: service.contexts, lambda: agent.ids.next()))
     agent.handle(BackwardRequest, service.on_backward, inline=False)
@@ -24,6 +26,8 @@ def install(agent: Agent) -> None:
     agent.handle(ReleaseContext, service.on_release, inline=True)
     agent.handle(AbortBackward, service.on_abort, inline=True)
     agent.on_peer_lost(service.on_peer_lost)
+    if Ledger in agent.extensions:
+        agent.extensions[Ledger].backward_local = partial(service.backward, smart=False)
     watch_models(_current_context)
 
 

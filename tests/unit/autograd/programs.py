@@ -64,14 +64,15 @@ def split(a: torch.Tensor) -> list[torch.Tensor]:
     return [first.remainder(MODULUS), second.remainder(MODULUS)]
 
 
-OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]] = {
+OPERATIONS: dict[str, Callable[..., list[torch.Tensor]]] = {
     "add": lambda a, b: [a + b],
     "multiply": lambda a, b: [(a * b).remainder(MODULUS)],
     "broadcast": lambda a, b: [(a.sum().remainder(MODULUS) * b).remainder(MODULUS)],
     "split": lambda a, b: split(a - b),
     "python": lambda a, b: list(Twice.apply(a, b)),
-    "view": lambda a, _: [a.view(2, 2).t().reshape(SIZE)],
+    "view": lambda a: [a.view(2, 2).t().reshape(SIZE)],
 }
+UNARY = {"view"}
 HOOKS: dict[str, Callable[[torch.Tensor], Any]] = {
     "tensor": lambda tensor: tensor.register_hook(bend),
     "retain": lambda tensor: tensor.retain_grad(),
@@ -88,6 +89,17 @@ class Step:
     first: int
     second: int
     hook: str | None
+
+    def operands(self, n: int) -> list[int]:
+        """The numbers of its operands, with `n` tensors there so far."""
+        return [self.first % n] if self.operation in UNARY else [self.first % n, self.second % n]
+
+    def compute(self, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What it makes of them."""
+        outputs = OPERATIONS[self.operation](*operands)
+        if self.hook is not None and outputs[0].requires_grad:
+            HOOKS[self.hook](outputs[0])
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -107,12 +119,8 @@ class Trace:
     tensors: list[torch.Tensor] = field(default_factory=list)
 
     def run(self, step: Step) -> None:
-        """Run one step. Tensors are named modulo their number."""
-        a, b = (self.tensors[index % len(self.tensors)] for index in (step.first, step.second))
-        outputs = OPERATIONS[step.operation](a, b)
-        if step.hook is not None and outputs[0].requires_grad:
-            HOOKS[step.hook](outputs[0])
-        self.tensors += outputs
+        """Run one step."""
+        self.tensors += step.compute([self.tensors[number] for number in step.operands(len(self.tensors))])
 
 
 def leaf(index: int) -> torch.Tensor:
