@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc.agent.execution import ASYNC_ATTRIBUTE, execute_builtin, execute_python, when_done
-from zrpc.agent.future import Future, future_of
-from zrpc.config import UNSET_RPC_TIMEOUT_S
+from zrpc.agent.execution import execute_builtin, execute_python, when_done
 from zrpc.errors import RpcTimeoutError, RRefError
 from zrpc.rref.cell import Cell
 from zrpc.rref.ledger import Ledger
@@ -18,7 +18,6 @@ from zrpc.rref.travel import ForkHook
 from zrpc.wire import pickling
 from zrpc.wire.messages import (
     BuiltinRemote,
-    PythonCall,
     PythonRemote,
     RRefBackward,
     RRefChildAccept,
@@ -44,10 +43,6 @@ INLINE_FETCH_MAX_NBYTES = 65536
 
 class RRefContext(Ledger):
     """A worker's ledger, and what it does with messages and calls. Its handlers run where `install` says."""
-
-    def __init__(self, agent: Agent) -> None:
-        super().__init__(agent)
-        self.invoke = DirectInvoker(agent)
 
     # ---- making RRefs ----------------------------------------------------------------------------------------------
 
@@ -116,35 +111,37 @@ class RRefContext(Ledger):
 
     def serve_python_remote(self, request: Request[PythonRemote]) -> None:
         """Run the function; its result, or what it raises, is the value. An asynchronous one is not waited for here."""
-        cell = self._begin(request)
-        with request.context():
-            try:
-                result = execute_python(request.payload)
-                if request.message.async_execution:
-                    when_done(
-                        result,
-                        "this one",
-                        lambda value: self.agent.submit(lambda: self._finish(request, lambda: cell.set_value(value))),
-                        lambda error: self.agent.submit(lambda: self._finish(request, lambda: cell.set_error(error))),
-                    )
-                    return
-            except BaseException as error:
-                failure = error
-                self._finish(request, lambda: cell.set_error(failure))
-            else:
-                self._finish(request, lambda: cell.set_value(result))
+        self._serve_remote(request, lambda: execute_python(request.payload), request.message.async_execution)
 
     def serve_builtin_remote(self, request: Request[BuiltinRemote]) -> None:
         """Run the operator; its result, or what it raises, is the value."""
+        self._serve_remote(request, lambda: execute_builtin(request.message.op, request.payload), False)
+
+    def _serve_remote(self, request: Request[Any], execute: Callable[[], Any], async_execution: bool) -> None:
         cell = self._begin(request)
-        with request.context():
+
+        def finish(set_cell: Callable[[Any], None], outcome: Any) -> None:
+            self._finish(request, lambda: set_cell(outcome))
+
+        def finish_elsewhere(set_cell: Callable[[Any], None], outcome: Any) -> None:
+            self.agent.submit(lambda: finish(set_cell, outcome))
+
+        with ExitStack() as stack:
             try:
-                result = execute_builtin(request.message.op, request.payload)
+                stack.enter_context(request.context())
+                result = execute()
+                if async_execution:
+                    when_done(
+                        result,
+                        "this one",
+                        partial(finish_elsewhere, cell.set_value),
+                        partial(finish_elsewhere, cell.set_error),
+                    )
+                    return
             except BaseException as error:
-                failure = error
-                self._finish(request, lambda: cell.set_error(failure))
+                finish(cell.set_error, error)
             else:
-                self._finish(request, lambda: cell.set_value(result))
+                finish(cell.set_value, result)
 
     def _begin(self, request: Request[Any]) -> Cell:
         """The cell for what `request` creates. The RRef's life here begins, unless it is over already."""
@@ -259,39 +256,6 @@ class RRefContext(Ledger):
         return source.id
 
 
-class DirectInvoker:
-    """Calls of proxies, straight through the agent."""
-
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
-
-    def rpc_sync(
-        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
-    ) -> Any:
-        """See `Invoker`."""
-        return pickling.loads(self._call(to, func, args, timeout, waited=True).wait())
-
-    def rpc_async(
-        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
-    ) -> Future[Any]:
-        """See `Invoker`."""
-        return future_of(self._call(to, func, args, timeout, waited=False), pickling.loads, self._agent.completions)
-
-    def remote(
-        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
-    ) -> RRef[Any]:
-        """See `Invoker`."""
-        payload = pickling.dumps((func, args, {}))
-        return remote_python(self._agent, to, payload, _limit_s(timeout), hasattr(func, ASYNC_ATTRIBUTE))
-
-    def _call(
-        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], timeout: float, *, waited: bool
-    ) -> Call:
-        message = PythonCall(hasattr(func, ASYNC_ATTRIBUTE))
-        payload = pickling.dumps((func, args, {}))
-        return self._agent.request(to, message, payload, timeout_s=_limit_s(timeout), hooked=True, waited=waited)
-
-
 def install(agent: Agent) -> None:
     """Make `agent` serve RRefs. To be called before it joins its group."""
     context = RRefContext(agent)
@@ -339,7 +303,3 @@ def _is_cheap(cell: Cell) -> bool:
     if type(value) is torch.Tensor:
         return value.is_cpu and value.nbytes <= INLINE_FETCH_MAX_NBYTES
     return value is None or type(value) in (bool, int, float)
-
-
-def _limit_s(timeout: float) -> float | None:
-    return None if timeout == UNSET_RPC_TIMEOUT_S else timeout

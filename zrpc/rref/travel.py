@@ -14,6 +14,7 @@ announced: their receiver tells an owner that it is the holder.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
 
+UNSENT_MAX = 1024
+"""So many forks of one thread wait for the hook. Older ones travel without being announced, as those in answers do."""
+
 
 class _Here(threading.local):
     """Forks of this thread: pickled and not sent yet; announced and not taken out of the payload yet."""
 
     def __init__(self) -> None:
-        self.unsent: list[ForkData] = []
+        self.unsent: deque[ForkData] = deque(maxlen=UNSENT_MAX)
         self.announced: dict[ForkId, RRef[Any]] = {}
 
 
@@ -56,8 +60,8 @@ class ForkHook:
         unsent = _here.unsent
         if not unsent:
             return None
-        _here.unsent = []
         packed = [(fork, fork.pack()) for fork in unsent]
+        unsent.clear()
         leaving = [(fork, raw) for fork, raw in packed if raw in payload.data]
         for fork, _ in leaving:
             self._ledger.sent(fork, to)

@@ -184,7 +184,7 @@ def proxies(rank: int) -> None:
             lambda r: r.remote().nope(),
         ):
             with pytest.raises(AttributeError, match="has no attribute 'nope'"):
-                ask(rref)
+                ask(rref)  # type: ignore[no-untyped-call]
         assert rref._get_type() is Counter
         assert rref._get_type(blocking=False) is rref._get_type(blocking=False)
     with pytest.raises(RuntimeError, match="RPC ran for more than"):
