@@ -15,7 +15,7 @@ class AlreadyInitializedError(ZrpcError):
     """`init_rpc` while this process already is a worker."""
 
 
-class ConfigError(ZrpcError):
+class ConfigError(ZrpcError, ValueError):
     """An option, environment variable or address that cannot be used; the message says which and what to write."""
 
 

@@ -71,15 +71,20 @@ def init_rpc(
         raise ConfigError(f"rpc_backend_options must be an instance of RpcBackendOptions, not {type(options).__name__}")
     if is_agent_set():
         raise AlreadyInitializedError("RPC is already initialized: call shutdown() before init_rpc() again")
-    init_method = _init_method(options)
+    init_method = init_method_of(options)
     rank, world_size = resolve_rank(rank, world_size, init_method)
     WorkerInfo(name, max(rank, 0))  # refuses a name that cannot be one before anything is started
     if init_method.startswith(BROKER_SCHEME):
         agent = _brokered_agent(options, init_method)
     else:
-        store = open_store(init_method, rank, world_size, _join_limit_s(options))
+        store = rendezvous(init_method, rank, world_size, options)
         agent = _peer_agent(options, store)
     _start(agent, name, rank, world_size)
+
+
+def rendezvous(init_method: str, rank: int, world_size: int | None, options: RpcBackendOptions) -> Store:
+    """The store in which the workers of `init_method` meet; see `open_store`."""
+    return open_store(init_method, rank, world_size, _join_limit_s(options))
 
 
 def start_worker(name: str, rank: int, world_size: int | None, options: RpcBackendOptions, store: Store) -> None:
@@ -208,7 +213,8 @@ def _nothing(_: object) -> None:
     """With a broker there is nobody to connect to."""
 
 
-def _init_method(options: RpcBackendOptions) -> str:
+def init_method_of(options: RpcBackendOptions) -> str:
+    """Where the workers meet: as the options say or, if they say nothing, as the launcher does."""
     if options.init_method == DEFAULT_INIT_METHOD:
         return os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)
     return options.init_method

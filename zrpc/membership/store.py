@@ -106,11 +106,22 @@ class StoreGroup:
         except RuntimeError:
             return  # the store's host is gone: so is the group
 
+    def _check_kind(self, mine: str) -> None:
+        """Whoever comes first says whether the group is static or dynamic."""
+        theirs = self._store.compare_set("kind", "", mine).decode()
+        if theirs != mine:
+            raise RefusedError(
+                "RPC group mixes statically and dynamically initialized members which is not supported. "
+                f"This group is {theirs}: start this worker {'with' if theirs == 'static' else 'without'} world_size, "
+                "as the others were"
+            )
+
     # ---- static groups ----------------------------------------------------------------------------------------------
 
     def _join_static(
         self, name: str, rank: int, world_size: int, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
     ) -> tuple[Member, list[Member]]:
+        self._check_kind("static")
         me = Member(WorkerInfo(name, rank), incarnation, card)
         mine = incarnation.hex()
         holder = self._store.compare_set(f"holder/{rank}", "", mine).decode()
@@ -150,6 +161,7 @@ class StoreGroup:
     def _join_dynamic(
         self, name: str, rank: int, incarnation: Incarnation, card: dict[str, Any]
     ) -> tuple[Member, list[Member]]:
+        self._check_kind("dynamic")
         self._dynamic = True
         mine = incarnation.hex()
         if not self._claim(f"name/{name}", mine):

@@ -1,0 +1,8 @@
+"""torch.distributed.rpc._testing: torch's agent that loses messages on purpose. There is none here."""
+
+from __future__ import annotations
+
+
+def is_available() -> bool:
+    """Whether there is a faulty agent: never."""
+    return False
