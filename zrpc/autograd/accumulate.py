@@ -1,14 +1,14 @@
 """Adding up the gradients of a leaf: when they are copied, and when not.
 
-The rules are those of torch's `AccumulateGrad`: a first gradient is kept as it is if nobody else holds it and it lies in
-memory as its leaf does, else copied. Later ones are added, in place where the sum is ours alone.
+The rules are those of torch's `AccumulateGrad`: a first gradient is kept as it is if nobody else holds it and it lies
+in memory as its leaf does, else copied. Later ones are added, in place where the sum is ours alone.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,7 +45,7 @@ def add_all(sums: dict[torch.Tensor, Sum], taken: Sequence[Taken]) -> None:
 
 def _references(taken: Sequence[Taken], index: int) -> tuple[int, int]:
     """How often gradient `index` is held, by Python and by C++."""
-    gradient = taken[index][1]
+    gradient: Any = taken[index][1]
     return sys.getrefcount(gradient), gradient._use_count()
 
 
@@ -55,9 +55,8 @@ def _first(leaf: torch.Tensor, gradient: torch.Tensor, alone: bool) -> Sum:
         if alone and _lies_as(gradient, leaf):
             return Sum(gradient, is_ours=False)
         return Sum(_copy_as(gradient, leaf), is_ours=True)
-    if gradient.layout is torch.sparse_coo and alone:
-        if gradient._indices().is_contiguous() and gradient._values().is_contiguous():
-            return Sum(gradient, is_ours=False)
+    if gradient.layout is torch.sparse_coo and alone and _has_contiguous_parts(gradient):
+        return Sum(gradient, is_ours=False)
     return Sum(gradient.clone(), is_ours=True)
 
 
@@ -79,6 +78,10 @@ def _lies_as(gradient: torch.Tensor, leaf: torch.Tensor) -> bool:
     return gradient.shape == leaf.shape and all(
         mine == its for size, mine, its in zip(leaf.shape, gradient.stride(), leaf.stride(), strict=True) if size != 1
     )
+
+
+def _has_contiguous_parts(sparse: torch.Tensor) -> bool:
+    return sparse._indices().is_contiguous() and sparse._values().is_contiguous()
 
 
 def _copy_as(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
@@ -103,5 +106,5 @@ def _references_of_sum() -> int:
 
 _scalar = torch.empty(1)
 _ALONE = _references_alone()
-"""What `_references` says of a gradient that only `taken` holds; measured, for it differs between versions of Python."""
+"""What `_references` says of a gradient that only `taken` holds. Measured: it differs between versions of Python."""
 _HELD_ONCE = _references_of_sum()

@@ -1,17 +1,17 @@
 """One backward pass on one worker: the local part, the requests it sends and those it answers.
 
-How the end is found. Every worker but the first is drawn into the pass by a `BackwardRequest`, whose answer it keeps back until its own part is
-done: all its sources have arrived, every node has run, and all requests that it sent are answered. Later requests of the
-same pass are answered at once. So when the first worker's own part is done, everything everywhere is (this is Dijkstra's
-and Scholten's way to detect termination). An error takes the same way back, and the first worker then calls the pass
-off everywhere, so that nobody waits for gradients that never come.
+How the end is found. Every worker but the first is drawn into the pass by a `BackwardRequest`, whose answer it keeps
+back until its own part is done: all its sources have arrived, every node has run, and all requests that it sent are
+answered. Later requests of the same pass are answered at once. So when the first worker's own part is done, everything
+everywhere is (this is Dijkstra's and Scholten's way to detect termination). An error takes the same way back, and the
+first worker then calls the pass off everywhere, so that nobody waits for gradients that never come.
 
 No handler thread waits: what arrives is run by the thread that serves the request, and whoever finds everything done
 answers. On the first worker the thread that called `backward` would only wait, so it runs what arrives there; hooks and
 profilers see the thread they expect, and one hand-over is saved.
 
-A pass may be called off while a segment runs. The segment is not interrupted, but it cannot send any more, and the taps on the
-leaves stay until it has ended.
+A pass may be called off while a segment runs. The segment is not interrupted, but it cannot send any more, and the taps
+on the leaves stay until it has ended.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Peers(Protocol):
     def send_gradients(
         self, backward: BackwardPass, info: RecvInfo, gradients: Gradients, done: Callable[[BaseException | None], None]
     ) -> None:
-        """Send gradients back to where the tensors came from; `done(error)` is called once they are dealt with there."""
+        """Send gradients back to where the tensors came from; `done(error)` is called once that worker has answered."""
 
     def watch(self, rank: int) -> None:
         """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""

@@ -1,9 +1,9 @@
 """The last nodes of a segment, whose outputs are taken by hand (`zrpc.autograd.scheduler` says why).
 
-torch's engine runs a cut with all its hooks. A Python function computes all its outputs whatever follows, and a post-hook
-sees them. A C++ node leaves out what nothing needs, so it is called once more by itself, with the gradients it was run on;
-what the engine computed of it is then nothing, and post-hooks that others put on it are kept back until the outputs are
-there.
+torch's engine runs a cut with all its hooks. A Python function computes all its outputs whatever follows, and a
+post-hook sees them. A C++ node leaves out what nothing needs, so it is called once more by itself, with the gradients
+it was run on; what the engine computed of it is then nothing, and post-hooks that others put on it are kept back until
+the outputs are there.
 """
 
 from __future__ import annotations

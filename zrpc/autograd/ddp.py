@@ -1,9 +1,10 @@
 """Parameters of DistributedDataParallel, whose gradients its C++ reducer must see.
 
-The reducer hooks the nodes of the parameters from C++, averages what it finds in `.grad` over the process group, and writes the average there.
-(For torch's own distributed autograd it looks into torch's C++ context instead; that is none of ours.) So for the time of a pass
-these parameters lend their `.grad` to the context: it holds the context's gradient, if there is one yet; torch adds to it
-and the reducer averages it; then the context takes it and the parameter gets its old `.grad` back.
+The reducer hooks the nodes of the parameters from C++, averages what it finds in `.grad` over the process group, and
+writes the average there. (For torch's own distributed autograd it looks into torch's C++ context instead; that is none
+of ours.) So for the time of a pass these parameters lend their `.grad` to the context: it holds the context's gradient,
+if there is one yet; torch adds to it and the reducer averages it; then the context takes it and the parameter gets its
+old `.grad` back.
 
 Which models are concerned is noted when their `forward` runs in a context. There is no public hook for that, so
 `watch_models` wraps the method.
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from zrpc.autograd.dist_context import DistAutogradContext
 
-_FORWARD = DistributedDataParallel.forward
+_Model: Any = DistributedDataParallel
+_FORWARD = _Model.forward
 
 
 def watch_models(current: Callable[[], DistAutogradContext | None]) -> None:
@@ -36,7 +38,7 @@ def watch_models(current: Callable[[], DistAutogradContext | None]) -> None:
             context.whole_models.add(model)
         return _FORWARD(model, *args, **kwargs)
 
-    DistributedDataParallel.forward = forward  # type: ignore[method-assign]
+    _Model.forward = forward
 
 
 class WholeLeaves:

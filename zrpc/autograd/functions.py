@@ -1,9 +1,9 @@
 """The nodes that stand in a local graph where tensors left or came: send and receive functions.
 
-Both are `torch.autograd.Function`s under the names that torch's C++ nodes have, so that graphs and profiles read the same. A
-send function has the sent tensors as inputs and one empty output; it is a source: its backward hands the gradients that came
-for it to the graph behind. A receive function has the received tensors as outputs; it is a sink: its backward
-gives the gradients to the run, which sends them.
+Both are `torch.autograd.Function`s under the names that torch's C++ nodes have, so that graphs and profiles read the
+same. A send function has the sent tensors as inputs and one empty output; it is a source: its backward hands the
+gradients that came for it to the graph behind. A receive function has the received tensors as outputs; it is a sink:
+its backward gives the gradients to the run, which sends them.
 
 A node must not hold what holds it: torch's C++ part of a node is kept alive by an output tensor, so `SendFunction` and
 `RecvFunction` pair the two, and the node itself knows only ids.
@@ -76,7 +76,7 @@ def _run_for(what: str) -> Run:
     run = current_run()
     if run is None:
         raise AutogradError(
-            f"local autograd reached {what}: use zrpc.autograd.backward(context_id, roots), which goes on to other workers"
+            f"local autograd reached {what}: use zrpc.autograd.backward(context_id, roots), which goes on from there"
         )
     return run
 
@@ -107,7 +107,8 @@ def _recv_backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, Non
 
 def _function(name: str, forward: Any, backward: Any) -> Any:
     """A `Function` whose node is called `name` + "Backward"."""
-    return type(Function)(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    make: Any = type(Function)
+    return make(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 _SendRpc = _function("torch::distributed::autograd::SendRpc", _send_forward, _send_backward)

@@ -1,4 +1,4 @@
-"""What rides on calls: the current context's id, and send and receive functions where tensors that require grad travel."""
+"""What rides on calls: the context's id, and send and receive functions where tensors that require grad travel."""
 
 from __future__ import annotations
 

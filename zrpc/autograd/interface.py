@@ -29,8 +29,8 @@ class context:  # torch's name
         gradients = zrpc.autograd.get_gradients(context_id)
     ```
 
-    Calls made by this thread inside the `with` carry the context to their callees, and calls made there carry it on. It ends
-    everywhere with the block. A thread has one context at a time.
+    Calls made by this thread inside the `with` carry the context to their callees, and calls made there carry it on. It
+    ends everywhere with the block. A thread has one context at a time.
 
     Raises:
         NotInitializedError: this process is no worker.
@@ -50,8 +50,8 @@ class context:  # torch's name
 def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = False, mode: str = "fast") -> None:
     """Differentiate `roots` through everything that calls in the context computed, here and on other workers.
 
-    Gradients are added up in the context, on the worker of each leaf; `.grad` is not touched. Returns when all workers are
-    done.
+    Gradients are added up in the context, on the worker of each leaf; `.grad` is not touched. Returns when all workers
+    are done.
 
     Args:
         context_id: what `context` gave, or its callers handed on.
@@ -62,8 +62,8 @@ def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = Fa
 
     Raises:
         TypeError: an argument is of another type.
-        AutogradError: there is no such context, `roots` cannot be differentiated, or something went wrong on another worker
-            ("Error on Node <rank>: ..."). Some gradients may have been added to the context.
+        AutogradError: there is no such context, `roots` cannot be differentiated, or something went wrong on another
+            worker ("Error on Node <rank>: ..."). Some gradients may have been added to the context.
         PeerLostError: a worker that takes part died.
         Exception: what a function or hook of the graph raised here.
     """

@@ -1,13 +1,13 @@
 """Leaf tensors: how their gradients get into a context instead of into `.grad`.
 
 The node of a leaf (`AccumulateGrad`) is run by torch's engine like any other, so hooks on the leaf and on its node are
-called. A *tap*, a pre-hook on the node, takes the gradient away just before it would be added to `.grad`; torch runs the
-node's other hooks all the same. The tap acts for runs of distributed passes only: local backward passes go by it untouched,
-even at the same time.
+called. A *tap*, a pre-hook on the node, takes the gradient away just before it would be added to `.grad`; torch runs
+the node's other hooks all the same. The tap acts for runs of distributed passes only: local backward passes go by it
+untouched, even at the same time.
 
-One tap a node serves all passes of the process that reach the leaf, however many (parameters of a parameter server are in
-many contexts at once). It is put on by the first and taken off by the last of them. Hooks must not be added to a node
-that another thread is running, so everything that adds one is done by that first pass.
+One tap a node serves all passes of the process that reach the leaf, however many (parameters of a parameter server are
+in many contexts at once). It is put on by the first and taken off by the last of them. Hooks must not be added to a
+node that another thread is running, so everything that adds one is done by that first pass.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def open_tap(node: Node) -> bool:
     """Put a tap on the node of a leaf, or count one more pass that needs it.
 
     Returns:
-        Whether somebody hooked the leaf or its node, so that the node must run once, on the whole gradient. Hooks of C++
-        code, which Python cannot see, are not found.
+        Whether somebody hooked the leaf or its node, so that the node must run once, on the whole gradient. Hooks of
+        C++ code, which Python cannot see, are not found.
     """
     with _lock:
         tap = _taps.get(node)

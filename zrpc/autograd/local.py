@@ -1,7 +1,7 @@
 """The local part of a backward pass: a graph, its scheduler, and torch's engine to run segments.
 
-The class knows nothing of other workers: gradients that receive functions got go to a callback, and so do those of leaves.
-With one source, the usual case, all of it is one plain engine call.
+The class knows nothing of other workers: gradients that receive functions got go to a callback, and so do those of
+leaves. With one source, the usual case, all of it is one plain engine call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ OnReceived = Callable[[RecvInfo, Gradients], None]
 class LocalPass:
     """One backward pass over one local graph.
 
-    Any thread may call `run_roots` and `run_send`, also at the same time. The lock owns the scheduler and the gradients on
-    their way; segments run outside of it.
+    Any thread may call `run_roots` and `run_send`, also at the same time. The lock owns the scheduler and the gradients
+    on their way; segments run outside of it.
 
     Args:
         roots: scalar tensors to begin with; empty where the pass began elsewhere.
@@ -38,7 +38,8 @@ class LocalPass:
         retain_graph: keep what nodes saved, for another pass.
         on_received: is given what a receive function got; runs inside torch's engine.
         on_leaves: is given the gradients of leaves that one engine call made.
-        is_left_alone: leaves that it is true of are left to torch, which adds to `.grad` and runs hooks that cannot be seen.
+        is_left_alone: leaves that it is true of are left to torch, which adds to `.grad` and runs hooks that cannot be
+            seen.
     """
 
     def __init__(
@@ -151,7 +152,8 @@ class LocalPass:
     def _hand_on(self, segment: Segment, outputs: Mapping[int, Gradients], taken: list[Taken]) -> None:
         """Give the outputs of the cuts of `segment` to the nodes they lead to. Call it under the lock.
 
-        Splittable nodes have no hooks, so they need no run: theirs are added to `taken`, unless torch's engine ran them.
+        Splittable nodes have no hooks, so they need no run: theirs are added to `taken`, unless torch's engine ran
+        them.
         """
         for number in segment.cuts:
             values = [_ones(root) for root in self._roots] if number == ROOTS else outputs[number]

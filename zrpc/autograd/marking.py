@@ -1,10 +1,10 @@
 """SMART mode: finding out which send functions will get gradients, before the pass.
 
-In FAST mode every send function of a context is taken to get gradients, and a result that is never used makes the pass wait for
-ever. In SMART mode a first walk follows the graph from the roots: a receive function that is reached on one worker marks
-the send function on another that it belongs to, and the walk goes on from there. A `MarkSends` is answered once all that it leads to
-is marked; every send function belongs to one receive function and the graph has no circle, so that ends. Then every worker knows what to
-wait for.
+In FAST mode every send function of a context is taken to get gradients, and a result that is never used makes the pass
+wait for ever. In SMART mode a first walk follows the graph from the roots: a receive function that is reached on one
+worker marks the send function on another that it belongs to, and the walk goes on from there. A `MarkSends` is answered
+once all that it leads to is marked; every send function belongs to one receive function and the graph has no circle, so
+that ends. Then every worker knows what to wait for.
 """
 
 from __future__ import annotations

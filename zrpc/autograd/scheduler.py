@@ -13,9 +13,9 @@ outputs are taken from it by hand and handed to the nodes they belong to, which 
 that a cut leads to is not in the same segment, so its other producers become cuts too, until nothing changes.
 
 *Splittable* nodes are the exception: leaves without hooks, which merely add up what they get. They take part of a
-gradient in any segment, or by hand, so parameters that many micro-batches share cut nothing. But the engine, told to run some ends,
-runs every node it comes across that leads to one of them, ready or not. Where nodes that wait, behind a cut, lead to a
-splittable node too, it is therefore no end of that segment, and what leads to it becomes a cut.
+gradient in any segment, or by hand, so parameters that many micro-batches share cut nothing. But the engine, told to
+run some ends, runs every node it comes across that leads to one of them, ready or not. Where nodes that wait, behind a
+cut, lead to a splittable node too, it is therefore no end of that segment, and what leads to it becomes a cut.
 
 Invariants, kept by the tests: every node is in exactly one segment, after all nodes that lead to it; a segment without
 cuts contains all that its nodes lead to; two segments under way at once share no node that is not splittable.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def install(agent: Agent) -> None:
-    """Make `agent` take part in distributed autograd. To be called before it joins its group, after RRefs are installed."""
+    """Make `agent` take part in distributed autograd. To be called after RRefs are installed, and before it joins."""
     service = agent.extensions[AutogradService] = AutogradService(agent)
     agent.add_hook(AutogradHook(lambda: service.contexts, lambda: agent.ids.next()))
     agent.handle(BackwardRequest, service.on_backward, inline=False)

@@ -20,7 +20,6 @@ from zrpc.wire import pickling
 from zrpc.wire.envelope import decode
 from zrpc.wire.messages import BackwardRequest, PythonCall
 
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """The queues between workers. Messages of one worker to another keep their order; of several, `pick` decides whose is next."""
+    """The queues between workers. Messages of one worker to another keep their order; of several, chance decides."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -208,6 +207,3 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-

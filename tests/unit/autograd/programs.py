@@ -49,7 +49,7 @@ class Given(Function):
 
 
 def bend(gradient: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor hook that gives something else for parts of a gradient than for the whole. (torch calls it with None too.)"""
+    """A tensor hook that gives something else for parts of a gradient than for the whole. None stays None."""
     return None if gradient is None else gradient.remainder(7) + 1
 
 
@@ -69,12 +69,12 @@ OPERATIONS: dict[str, Callable[..., list[torch.Tensor]]] = {
     "multiply": lambda a, b: [(a * b).remainder(MODULUS)],
     "broadcast": lambda a, b: [(a.sum().remainder(MODULUS) * b).remainder(MODULUS)],
     "split": lambda a, b: split(a - b),
-    "python": lambda a, b: list(Twice.apply(a, b)),
+    "python": lambda a, b: list(Twice.apply(a, b)),  # type: ignore[no-untyped-call]
     "view": lambda a: [a.view(2, 2).t().reshape(SIZE)],
 }
 UNARY = {"view"}
 HOOKS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "tensor": lambda tensor: tensor.register_hook(bend),
+    "tensor": lambda tensor: tensor.register_hook(bend),  # type: ignore[no-untyped-call]
     "retain": lambda tensor: tensor.retain_grad(),
     "post": lambda tensor: tensor.grad_fn and tensor.grad_fn.register_hook(bend_all),
     "pre": lambda tensor: tensor.grad_fn and tensor.grad_fn.register_prehook(bend_all),
@@ -147,7 +147,7 @@ def begin(program: Program) -> Trace:
     """The leaves of `program`, hooked."""
     leaves = [leaf(index) for index in range(program.n_leaves)]
     for index in program.hooked_leaves:
-        leaves[index].register_hook(bend)
+        leaves[index].register_hook(bend)  # type: ignore[no-untyped-call]
     return Trace(leaves, list(leaves))
 
 

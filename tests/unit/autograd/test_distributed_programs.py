@@ -1,7 +1,7 @@
 """Random programs over several workers give the gradients that one process gives, to the bit.
 
-Every tensor lives on the worker that computed it; a step that needs tensors of others fetches them from there. So graphs
-come about with diamonds, ping-pong, chains of workers and leaves that are shared, in all combinations.
+Every tensor lives on the worker that computed it; a step that needs tensors of others fetches them from there. So
+graphs come about with diamonds, ping-pong, chains of workers and leaves that are shared, in all combinations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tests.unit.autograd.programs import Program, Step, begin, programs, same
 from zrpc.autograd.leaves import _taps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
     from hypothesis.strategies import DrawFn
 
@@ -135,7 +134,6 @@ def check(cluster: Cluster, placed: Placed, smart: bool) -> None:
 
 def check_all(smart: bool, threads: int, max_examples: int) -> None:
     """Compare for many programs on one cluster."""
-    with_cluster: Callable[[Placed], None]
     cluster = Cluster(N_WORKERS, threads=threads)
 
     @settings(max_examples=max_examples, deadline=None)

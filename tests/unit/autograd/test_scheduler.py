@@ -52,7 +52,7 @@ class Engine:
     ran: set[int] = field(default_factory=set)
 
     def run(self, segment: Segment) -> None:
-        """Run all that `segment` leads to, but with cuts only what leads to its cuts and ends, as torch's engine does."""
+        """As torch's engine: run all that `segment` leads to; if it has cuts, only what leads to them and its ends."""
         wanted = self.leading_to(segment.cuts | segment.ends) if segment.cuts else set(range(len(self.whole)))
         inside = {node: self.handed.pop(node) for node in segment.nodes & self.handed.keys()}
         inside |= {node: 1 for node in segment.starts if node in self.graph.sources}
