@@ -215,6 +215,8 @@ def _pack_special(tensor: torch.Tensor, buffers: list[Buffer], devices: DeviceNa
     def part(piece: torch.Tensor) -> list[Any]:
         return _pack_one(piece.detach(), buffers, devices)
 
+    if tensor.is_nested:  # it has no shape
+        raise _unsendable("nested")
     shape, grad = list(tensor.shape), tensor.requires_grad
     if tensor.layout is torch.sparse_coo:
         dense_dim = tensor.dense_dim()
@@ -226,10 +228,11 @@ def _pack_special(tensor: torch.Tensor, buffers: list[Buffer], devices: DeviceNa
         return [COMPRESSED, str(tensor.layout), shape, grad, part(compressed), part(plain), part(tensor.values())]
     if tensor.is_quantized:
         return _pack_quantized(tensor, part)
-    raise SerializationError(
-        f"a tensor of layout {'nested' if tensor.is_nested else tensor.layout} cannot be sent: "
-        "send its parts, or tensor.to_dense()"
-    )
+    raise _unsendable(tensor.layout)
+
+
+def _unsendable(layout: object) -> SerializationError:
+    return SerializationError(f"a tensor of layout {layout} cannot be sent: send its parts, or tensor.to_dense()")
 
 
 def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
