@@ -55,7 +55,7 @@ def train(server: rpc.RRef[ParameterServer], trainer: int, trainers: int, plan: 
     with tqdm(total=plan.epochs * steps, desc="training", unit="step", disable=trainer != 0) as progress:
         for _ in range(plan.epochs):
             losses = []
-            for batch in torch.randperm(len(labels), generator=shuffle).split(plan.batch_size):
+            for batch in torch.randperm(len(labels), generator=shuffle).split(plan.batch_size):  # type: ignore[no-untyped-call]
                 with dist_autograd.context() as context_id:
                     logits = server.rpc_sync().forward(images[batch])
                     loss = nn.functional.cross_entropy(logits, labels[batch])

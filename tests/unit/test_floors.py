@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.membership",),
     ("zrpc.agent",),
     ("zrpc.profiling",),
-    ("zrpc.rref",),
+    ("zrpc.rref", "zrpc.profiling"),
     ("zrpc.autograd",),
     ("zrpc.api", "zrpc.gather"),
     ("zrpc.lifecycle",),
