@@ -1,8 +1,9 @@
 """One optimizer over parameters of many workers: a local optimizer on each worker that owns some.
 
-Each local optimizer takes its gradients from a distributed autograd context. While it steps, they stand in the `grad` of its
-parameters; before and after, what stood there before stands there. Steps on one worker exclude each other, since
-two optimizers (those of two trainers, say) may hold the same parameters.
+Each local optimizer takes its gradients from a distributed autograd context. While it steps, they stand in the `grad`
+of its parameters; before and after, what stood there before stands there. Steps on one worker exclude each other, since
+two optimizers (those of two trainers, say) may hold the same parameters. A parameter that has no gradient in the
+context is left alone.
 """
 
 from __future__ import annotations
