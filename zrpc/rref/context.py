@@ -301,5 +301,5 @@ def _is_cheap(cell: Cell) -> bool:
     except BaseException:
         return True
     if type(value) is torch.Tensor:
-        return value.is_cpu and value.nbytes <= INLINE_FETCH_MAX_NBYTES
+        return value.is_cpu and value.layout is torch.strided and value.nbytes <= INLINE_FETCH_MAX_NBYTES
     return value is None or type(value) in (bool, int, float)
