@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 from torch.distributed.remote_device import _remote_device
-from torch.jit import RecursiveScriptModule  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.jit import RecursiveScriptModule
 
 from zrpc.agent.current import current_agent
 from zrpc.api import remote, rpc_async, rpc_sync
