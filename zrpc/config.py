@@ -20,6 +20,8 @@ DEFAULT_RPC_TIMEOUT_S = 60.0
 DEFAULT_INIT_METHOD = "env://"
 DEFAULT_NUM_WORKER_THREADS = 16
 DEFAULT_SHUTDOWN_TIMEOUT_S = 0.0
+MAX_TIMEOUT_S = 1e9
+"""A longer time limit is none: threads cannot wait for much longer, and nobody does."""
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
@@ -59,16 +61,9 @@ class RpcBackendOptions:
         shared_memory: bool = True,
         bind: str = DEFAULT_BIND,
     ) -> None:
-        if not isinstance(num_worker_threads, numbers.Integral) or isinstance(num_worker_threads, bool):
-            raise ConfigError(f"num_worker_threads must be a whole number, not {num_worker_threads!r}")
-        if num_worker_threads < 1:
-            raise ConfigError(f"num_worker_threads must be 1 or more, not {num_worker_threads}")
-        if not isinstance(shared_memory, bool):
-            raise ConfigError(f"shared_memory must be True or False, not {shared_memory!r}")
-        if not isinstance(bind, str) or not bind.startswith("tcp://"):
-            raise ConfigError(f"bind must be an address such as 'tcp://127.0.0.1:0', not {bind!r}")
+        _check_kinds(num_worker_threads, shared_memory, bind)
         self.num_worker_threads = int(num_worker_threads)
-        self.rpc_timeout = rpc_timeout  # type: ignore[assignment]  # the setter takes a timedelta too
+        self.rpc_timeout = rpc_timeout
         self.init_method = init_method
         self.device_maps: dict[str, DeviceMap] = {}
         self.devices: list[torch.device] = []
@@ -123,17 +118,29 @@ class RpcBackendOptions:
         Raises:
             ValueError: a device that is not a CUDA one.
         """
-        import torch
-
-        named = [torch.device(device) for device in devices]
+        named = [_as_device(device) for device in devices]
         for device in named:
             if device.type != "cuda":
                 raise ValueError(f"`set_devices` expect a list of CUDA devices, but got device type {device.type}.")
         self.devices = named
 
 
+def _check_kinds(num_worker_threads: Any, shared_memory: Any, bind: Any) -> None:
+    if not isinstance(num_worker_threads, numbers.Integral) or isinstance(num_worker_threads, bool):
+        raise ConfigError(f"num_worker_threads must be a whole number, not {num_worker_threads!r}")
+    if int(num_worker_threads) < 1:
+        raise ConfigError(f"num_worker_threads must be 1 or more, not {num_worker_threads}")
+    if not isinstance(shared_memory, bool):
+        raise ConfigError(f"shared_memory must be True or False, not {shared_memory!r}")
+    if not isinstance(bind, str) or not bind.startswith("tcp://"):
+        raise ConfigError(f"bind must be an address such as 'tcp://127.0.0.1:0', not {bind!r}")
+
+
 def check_timeout(value: Any, what: str) -> float:
     """`value` as seconds.
+
+    Returns:
+        The seconds; 0, no limit, also for what is longer than a thread can wait.
 
     Raises:
         ConfigError: it is not a number of seconds (or a timedelta), or it is negative.
@@ -143,13 +150,18 @@ def check_timeout(value: Any, what: str) -> float:
         raise ConfigError(f"{what} must be a number of seconds (0: no limit), not {value!r}")
     if seconds < 0 or seconds != seconds:
         raise ConfigError(f"{what} must be 0 (no limit) or more seconds, not {value!r}")
-    return float(seconds)
+    return float(seconds) if seconds < MAX_TIMEOUT_S else 0.0
 
 
 def _as_devices(device_map: Mapping[Device, Device]) -> DeviceMap:
+    return _one_to_one({_as_device(source): _as_device(target) for source, target in device_map.items()})
+
+
+def _as_device(device: Device) -> torch.device:
+    """A number is a CUDA device, whether or not there is one on this host."""
     import torch
 
-    return _one_to_one({torch.device(source): torch.device(target) for source, target in device_map.items()})
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def _one_to_one(device_map: DeviceMap) -> DeviceMap:

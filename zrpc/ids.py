@@ -36,7 +36,7 @@ class WorkerInfo:
     __slots__ = ("id", "name")
 
     def __init__(self, name: str, id: int) -> None:
-        if not _NAME.match(name) or len(name) >= MAX_NAME_LENGTH:
+        if not _NAME.fullmatch(name) or len(name) >= MAX_NAME_LENGTH:
             raise RuntimeError(
                 f"Worker name must match {_NAME.pattern}, and must be non-empty and shorter than "
                 f"{MAX_NAME_LENGTH} chars, but got {name!r}"

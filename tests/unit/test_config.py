@@ -1,0 +1,107 @@
+"""Options: what they take, and in which words they refuse the rest."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from zrpc.config import DEFAULT_NUM_WORKER_THREADS, DEFAULT_RPC_TIMEOUT_S, RpcBackendOptions, check_timeout
+from zrpc.errors import ConfigError
+
+
+def test_defaults() -> None:
+    options = RpcBackendOptions()
+    assert options.num_worker_threads == DEFAULT_NUM_WORKER_THREADS
+    assert options.rpc_timeout == DEFAULT_RPC_TIMEOUT_S
+    assert options.init_method == "env://"
+    assert options.device_maps == {}
+    assert options.devices == []
+    assert options.shared_memory
+    assert options.bind == "tcp://127.0.0.1:0"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, 0.0), (5, 5.0), (1.5, 1.5), (timedelta(minutes=1), 60.0), (np.float32(2), 2.0), (Fraction(1, 2), 0.5)],
+)
+def test_timeouts(seconds: Any, expected: float) -> None:
+    assert RpcBackendOptions(rpc_timeout=seconds).rpc_timeout == expected
+    options = RpcBackendOptions()
+    options.rpc_timeout = seconds
+    assert options.rpc_timeout == expected
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e300, timedelta.max])
+def test_a_timeout_beyond_all_clocks_is_no_limit(seconds: Any) -> None:
+    assert check_timeout(seconds, "timeout") == 0.0
+
+
+@pytest.mark.parametrize("seconds", [-1, -0.5, math.nan, "5", None, True, [1], 1j, timedelta(seconds=-1)])
+def test_timeouts_that_are_none(seconds: Any) -> None:
+    with pytest.raises(ConfigError, match=r"rpc_timeout must be"):
+        RpcBackendOptions(rpc_timeout=seconds)
+    options = RpcBackendOptions()
+    with pytest.raises(ConfigError, match=r"rpc_timeout must be"):
+        options.rpc_timeout = seconds
+    assert options.rpc_timeout == DEFAULT_RPC_TIMEOUT_S
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "4", None, True])
+def test_thread_counts_that_cannot_be(count: Any) -> None:
+    with pytest.raises(ConfigError, match="num_worker_threads must be"):
+        RpcBackendOptions(num_worker_threads=count)
+    assert RpcBackendOptions(num_worker_threads=np.int64(3)).num_worker_threads == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["env://", "tcp://localhost:5", "file:///tmp/x", "broker://10.0.0.1:5555"])
+def test_init_methods(method: str) -> None:
+    assert RpcBackendOptions(init_method=method).init_method == method
+
+
+@pytest.mark.parametrize("method", ["", "env", "http://x", "localhost:5", None, 5, "://"])
+def test_init_methods_that_cannot_be(method: Any) -> None:
+    with pytest.raises(ConfigError, match="init_method must be env://, tcp://"):
+        RpcBackendOptions(init_method=method)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("shared_memory", 1), ("shared_memory", None), ("bind", 5), ("bind", "127.0.0.1:5")]
+)
+def test_other_options_of_a_wrong_kind(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        RpcBackendOptions(**{name: value})
+
+
+def test_device_maps_add_up() -> None:
+    options = RpcBackendOptions(device_maps={"ps": {"cuda:0": 1}})
+    options.set_device_map("ps", {1: "cuda:0", torch.device("cuda:0"): "cuda:1"})
+    options.set_device_map("other", {"cpu": "cuda:0"})
+    assert options.device_maps == {
+        "ps": {torch.device("cuda:0"): torch.device("cuda:1"), torch.device("cuda:1"): torch.device("cuda:0")},
+        "other": {torch.device("cpu"): torch.device("cuda:0")},
+    }
+
+
+def test_device_maps_are_one_to_one() -> None:
+    options = RpcBackendOptions(device_maps={"ps": {0: 1}})
+    with pytest.raises(ValueError, match="`device_map` only supports 1-to-1 mapping"):
+        options.set_device_map("ps", {2: 3, 4: 3})
+    with pytest.raises(ValueError, match="`device_map` only supports 1-to-1 mapping"):
+        options.set_device_map("ps", {2: 1})
+    with pytest.raises(ValueError, match="cuda:0 is mapped to cuda:1 on 'ps' already, not to cuda:2"):
+        options.set_device_map("ps", {0: 2})
+    with pytest.raises(ValueError, match="1-to-1"):
+        RpcBackendOptions(device_maps={"ps": {0: 0, 1: 0}})
+    assert options.device_maps == {"ps": {torch.device("cuda:0"): torch.device("cuda:1")}}
+
+
+def test_devices_are_cuda_devices() -> None:
+    assert RpcBackendOptions(devices=["cuda:0", 1]).devices == [torch.device("cuda:0"), torch.device("cuda:1")]
+    with pytest.raises(ValueError, match=r"`set_devices` expect a list of CUDA devices, but got device type cpu\."):
+        RpcBackendOptions(devices=["cpu"])
