@@ -194,6 +194,11 @@ class World:
         """Worker `rank` dies; nobody knows yet."""
         self.dead.add(rank)
 
+    def tell_deaths(self, rank: int) -> None:
+        """Worker `rank` hears who died."""
+        for dead in sorted(self.dead):
+            self.tell_death(rank, dead)
+
     def tell_death(self, rank: int, dead: int) -> None:
         """Worker `rank` hears that `dead` died. Its own requests to `dead` fail with it."""
         if dead not in self.dead or rank in self.dead or dead in self.told[rank]:
@@ -298,8 +303,7 @@ class World:
         is under way.
         """
         for worker in self.workers:
-            for dead in sorted(self.dead):
-                self.tell_death(worker.rank, dead)
+            self.tell_deaths(worker.rank)
         self._exhaust()
         for worker in self.workers:
             if worker.rank not in self.dead:

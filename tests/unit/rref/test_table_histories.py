@@ -42,7 +42,11 @@ LOSSES = [
     st.tuples(st.just("retry"), rank),
     st.tuples(st.just("give_up_creating"), choice),
 ]
-DEATHS = [st.tuples(st.just("die"), rank), st.tuples(st.just("tell_death"), rank, rank)]
+DEATHS = [
+    st.tuples(st.just("die"), rank),
+    st.tuples(st.just("tell_deaths"), rank),
+    st.tuples(st.just("tell_deaths"), rank),
+]
 
 thorough = settings(max_examples=HISTORIES, deadline=None, suppress_health_check=list(HealthCheck))
 
