@@ -35,16 +35,16 @@ class Sum:
 def add_all(sums: dict[torch.Tensor, Sum], taken: Sequence[Taken]) -> None:
     """Add the gradients `taken` to `sums`. What `taken` holds twice, or is held elsewhere, is copied."""
     with torch.no_grad():
-        for index, (leaf, gradient) in enumerate(taken):
+        for index in range(len(taken)):
+            alone = _references(taken, index) == _ALONE
+            leaf, gradient = taken[index]
             old = sums.get(leaf)
-            if old is None:
-                sums[leaf] = _first(leaf, gradient, _references(taken, index) == _ALONE)
-            else:
-                sums[leaf] = _add(old, gradient)
+            sums[leaf] = _first(leaf, gradient, alone) if old is None else _add(old, gradient)
+            del gradient  # it would be counted, should it come again
 
 
 def _references(taken: Sequence[Taken], index: int) -> tuple[int, int]:
-    """How often gradient `index` is held, by Python and by C++."""
+    """How often gradient `index` is held, by Python and by C++. The caller must not hold it itself."""
     gradient: Any = taken[index][1]
     return sys.getrefcount(gradient), gradient._use_count()
 

@@ -18,7 +18,6 @@ from tests.unit.autograd.programs import Program, Step, begin, programs, same
 from zrpc.autograd.leaves import _taps
 
 if TYPE_CHECKING:
-
     from hypothesis.strategies import DrawFn
 
 N_WORKERS = 3
