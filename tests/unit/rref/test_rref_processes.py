@@ -215,6 +215,7 @@ def counters(rank: int) -> None:
     all_gather(None)
     flush()
     wait_counts(1 - rank, 1, 1)
+    all_gather(None)
     rpc.rpc_sync(nxt, keep, args=(local,))
     all_gather(None)
     wait_counts(rank, 2, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.rref.simulation import World
 
-HISTORIES = int(os.environ.get("ZRPC_HISTORIES", "400"))
+HISTORIES = int(os.environ.get("ZRPC_HISTORIES", "1000"))
 SIZE = 3
 
 rank = st.integers(0, SIZE - 1)
