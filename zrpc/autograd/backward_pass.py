@@ -182,6 +182,9 @@ class BackwardPass:
         self._local = LocalPass(
             roots, sends, self.retain_graph, self._send, self.context.add_gradients, self._whole.__contains__
         )
+        if len(sends) + bool(roots) > 1:  # else nothing is waited for that is not here
+            for rank in self._local.awaited():
+                self._peers.watch(rank)
         return self._local
 
     def _step(self, work: Callable[[], object], on_error: Callable[[BaseException], None]) -> None:

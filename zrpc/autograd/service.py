@@ -37,10 +37,13 @@ class AutogradService:
     @property
     def contexts(self) -> ContextContainer:
         """The contexts of this worker, whose rank is not known yet when the service is made."""
-        with self._lock:
-            if self._contexts is None:
-                self._contexts = ContextContainer(self._agent.info.id, self.watch)
-            return self._contexts
+        contexts = self._contexts
+        if contexts is None:
+            with self._lock:
+                if self._contexts is None:
+                    self._contexts = ContextContainer(self._agent.info.id, self.watch)
+                contexts = self._contexts
+        return contexts
 
     # ---- for users -------------------------------------------------------------------------------------------------
 
@@ -128,7 +131,7 @@ class AutogradService:
 
     def on_release(self, request: Request[ReleaseContext]) -> None:
         """Serve a release, on the reading thread; what belongs to the context is freed on another."""
-        self._release(request.message.context_id, self._agent.submit)
+        self._release(request.message.context_id, self._agent.submit, told_by=request.source.id)
         request.reply()
 
     def on_abort(self, request: Request[AbortBackward]) -> None:
@@ -136,7 +139,7 @@ class AutogradService:
         message = request.message
         context = self.contexts.find(message.context_id)
         if context is not None:
-            self._call_off(context, message.pass_id, message.reason)
+            self._call_off(context, message.pass_id, message.reason, told_by=request.source.id)
         request.reply()
 
     def on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
@@ -159,7 +162,9 @@ class AutogradService:
             replaced.fail(AutogradError("another backward pass has begun in this context"))
         return backward
 
-    def _call_off(self, context: DistAutogradContext, pass_id: GlobalId, reason: str) -> None:
+    def _call_off(
+        self, context: DistAutogradContext, pass_id: GlobalId, reason: str, told_by: int | None = None
+    ) -> None:
         """End a failed pass here and wherever the context was told of."""
         if not context.note_abort(pass_id):
             return
@@ -167,19 +172,20 @@ class AutogradService:
         if active is not None and active.pass_id == pass_id:
             failed = active
             self._agent.submit(lambda: failed.fail(AutogradError(f"the backward pass failed elsewhere: {reason}")))
-        self._tell_all(context, AbortBackward(context.context_id, pass_id, reason))
+        self._tell_all(context, AbortBackward(context.context_id, pass_id, reason), told_by)
 
-    def _release(self, context_id: int, run: Callable[[Callable[[], None]], None]) -> None:
+    def _release(self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: int | None = None) -> None:
         """Take a context out and tell the others; `run` is given what ends its pass, which may take a while."""
         context = self.contexts.remove(context_id)
         if context is not None:
-            self._tell_all(context, ReleaseContext(context_id))
+            self._tell_all(context, ReleaseContext(context_id), told_by)
             run(context.release)
 
-    def _tell_all(self, context: DistAutogradContext, message: Message) -> None:
+    def _tell_all(self, context: DistAutogradContext, message: Message, told_by: int | None) -> None:
+        """Send `message` to all that know `context` from here, but not back to who told this worker."""
         for rank in context.known_workers():
             worker = self._worker(rank)
-            if worker is not None and rank != self.rank:
+            if worker is not None and rank not in (self.rank, told_by):
                 self._agent.notify(worker, message)
 
     # ---- SMART mode ------------------------------------------------------------------------------------------------
