@@ -223,6 +223,7 @@ def counters(rank: int) -> None:
     rpc.rpc_sync(nxt, forget)
     all_gather(None)
     wait_counts(rank, 1, 1)
+    all_gather(None)
     del made
     all_gather(None)
     wait_counts(rank, 0, 0)
