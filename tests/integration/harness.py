@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Mode = Literal["file", "tcp", "broker"]
 MODES: tuple[Mode, ...] = ("file", "tcp", "broker")
 
-AFTER_FAILURE_S = 5.0
-"""How long the others may go on once a worker has failed: long enough to say what they saw of it."""
+AFTER_FAILURE_S = 10.0
+"""In `Cluster.run`: how long the others may go on once a worker has failed, to say what they saw of it."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "zrpc.api", "zrpc.autograd", "zrpc.optim"])
@@ -118,18 +118,21 @@ class Running:
         self.processes[rank].kill()
         self.processes[rank].join()
 
-    def wait(self, timeout_s: float) -> list[Outcome]:
-        """How every worker ended; those that have not after `timeout_s`, or soon after another failed, are killed."""
+    def wait(self, timeout_s: float, after_failure_s: float | None = None) -> list[Outcome]:
+        """How every worker ended; those that have not after `timeout_s` are killed.
+
+        With `after_failure_s` the others get no more time than that once one has failed.
+        """
         deadline = time.monotonic() + timeout_s
         waiting = {pipe: Outcome(rank) for rank, pipe in enumerate(self.pipes)}
         self.outcomes = list(waiting.values())
         while waiting and (left_s := deadline - time.monotonic()) > 0:
             for pipe in multiprocessing.connection.wait(list(waiting), left_s):
                 outcome = waiting.pop(pipe)  # type: ignore[call-overload]  # only pipes were waited for
-                if not self._read(outcome):
-                    deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
+                if not self._read(outcome) and after_failure_s is not None:
+                    deadline = min(deadline, time.monotonic() + after_failure_s)
         for outcome in waiting.values():
-            outcome.error = f"did not come to an end within {timeout_s} s (or {AFTER_FAILURE_S} s of another's failure)"
+            outcome.error = f"did not come to an end within {timeout_s} s (or {after_failure_s} s of another's failure)"
         self._end(deadline)
         return self.outcomes
 
@@ -193,7 +196,7 @@ class Cluster:
         Raises:
             WorkersFailedError: a worker raised, died, left threads behind or did not end in time.
         """
-        outcomes = self.start(function, n, args=args, init=init, **options).wait(timeout_s)
+        outcomes = self.start(function, n, args=args, init=init, **options).wait(timeout_s, AFTER_FAILURE_S)
         if any(outcome.error is not None for outcome in outcomes):
             raise WorkersFailedError(outcomes)
         return [outcome.result for outcome in outcomes]
