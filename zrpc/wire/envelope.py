@@ -28,7 +28,9 @@ Buffer = bytes | bytearray | memoryview
 INLINE_MAX_NBYTES = 4096
 """Buffers up to this size ride inside frame 0: a copy of 4 KiB costs less than a frame of its own."""
 
-_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+_packers: list[msgpack.Packer] = []
+"""Packers that nobody uses now. Taking one out and putting it back are atomic. One packer must not be shared: packing
+allocates, so garbage collection may run in its midst, and with it other threads that send."""
 _HEADER_LENGTH = 8
 _HEADER_TYPES = ((int, list, list, bytes, type(None)), (int, list, list, bytes, dict))
 """Of call id, table, buffers, data and extras."""
@@ -95,6 +97,16 @@ def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | Non
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"{message!r} cannot be packed: {error}") from error
     return frames
+
+
+def _pack(header: tuple[Any, ...]) -> bytes:
+    try:
+        packer = _packers.pop()
+    except IndexError:
+        packer = msgpack.Packer()
+    packed: bytes = packer.pack(header)
+    _packers.append(packer)
+    return packed
 
 
 def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None = None) -> Envelope:
