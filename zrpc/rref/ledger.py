@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from zrpc.ids import ForkId, RRefId, WorkerInfo
     from zrpc.rref.rref import RRef
 
+UNSENT_GRACE_S = 2.0
+"""How long a shutdown waits for forks that nobody is known to have. Those in answers are with their readers by then."""
+
 _UNCONFIRMED = (UserState.CREATING, UserState.FORKING)
 _DELETED = (UserState.GONE, UserState.LEAVING, UserState.LEAVING_UNCONFIRMED)
 
@@ -187,13 +190,18 @@ class Ledger:
     def delete_all_user_and_unforked_owner_rrefs(self, timeout_s: float = 100.0) -> None:
         """Give up every RRef here, and wait until the others gave up theirs to what this worker owns.
 
-        For a graceful shutdown: nobody makes or shares RRefs any more. What does not come to pass in `timeout_s` is
-        left to `destroy`.
+        For a graceful shutdown: nobody makes or shares RRefs any more. What was pickled and is not known to have left
+        (its pickling failed, or `_serialize` was called for nothing) is waited for only shortly. What does not come to
+        pass in `timeout_s` is left to `destroy`.
         """
         deadline = time.monotonic() + timeout_s
-        self._wait_until(lambda table: not table.num_unconfirmed_users and not table.num_children, deadline)
+        self._wait_until(lambda table: not table.num_unconfirmed_users and not table.num_sent_children, deadline)
+        self._wait_until(lambda table: not table.num_children, min(deadline, time.monotonic() + UNSENT_GRACE_S))
         self._decide(lambda table: table.drop_all_users())
         self._decide(lambda table: table.drop_unforked_owners())
+        self._wait_until(lambda table: not table.num_sent_owned, deadline)
+        self._wait_until(lambda table: not table.num_owned, min(deadline, time.monotonic() + UNSENT_GRACE_S))
+        self._decide(lambda table: table.drop_unsent())
         self._wait_until(lambda table: not table.num_owned and not self._num_sending, deadline)
 
     def destroy(self, ignore_leak: bool) -> None:

@@ -174,6 +174,19 @@ class OwnerTable:
             actions += self._settle(rref_id)
         return actions
 
+    @property
+    def num_sent(self) -> int:
+        """How many RRefs are waited for, or have a fork that is known to have left for somebody."""
+        return sum(
+            bool(owned.waiting) or any(holder != UNSENT for holder in owned.forks.values())
+            for owned in self._owned.values()
+        )
+
+    def drop_unsent(self) -> list[Action]:
+        """Do not count forks that are not known to have left."""
+        unsent = [(r, fork) for r, owned in self._owned.items() for fork, to in owned.forks.items() if to == UNSENT]
+        return [action for rref_id, fork in unsent for action in self.forget(rref_id, fork)]
+
     def drop_unforked(self) -> list[Action]:
         """Forget what only waits for a creation: this worker shuts down."""
         actions: list[Action] = []

@@ -155,6 +155,10 @@ class RRefTable:
         """Forget the RRefs that are only waited for: this worker shuts down."""
         return self._owners.drop_unforked()
 
+    def drop_unsent(self) -> list[Action]:
+        """Forget what was pickled and is not known to have left: nobody pickles or reads any more."""
+        return self._users.drop_unsent() + self._owners.drop_unsent()
+
     # ---- questions ---------------------------------------------------------------------------------------------
 
     def is_lost(self, rank: int) -> bool:
@@ -192,3 +196,13 @@ class RRefTable:
     def num_children(self) -> int:
         """Forks that this worker handed out as a user and that were not accepted yet."""
         return self._users.num_children
+
+    @property
+    def num_sent_children(self) -> int:
+        """Those of `num_children` that are known to have left for somebody."""
+        return self._users.num_sent_children
+
+    @property
+    def num_sent_owned(self) -> int:
+        """Those of `num_owned` that are waited for, or have a fork that is known to have left for somebody."""
+        return self._owners.num_sent

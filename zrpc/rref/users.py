@@ -70,6 +70,11 @@ class UserTable:
         """How many children are not accepted yet."""
         return len(self._parent_of)
 
+    @property
+    def num_sent_children(self) -> int:
+        """How many of them are known to have left for somebody."""
+        return sum(holder != UNSENT for fork in self._forks.values() for holder in fork.children.values())
+
     def state(self, fork_id: ForkId) -> UserState:
         """The state of `fork_id`; GONE if it is not here."""
         fork = self._forks.get(fork_id)
@@ -109,6 +114,11 @@ class UserTable:
         parent = self._forks.get(self._parent_of.get(child, child))
         if parent and child in parent.children:
             parent.children[child] = holder
+
+    def drop_unsent(self) -> list[Action]:
+        """Do not wait for children that are not known to have left."""
+        unsent = [child for fork in self._forks.values() for child, to in fork.children.items() if to == UNSENT]
+        return [action for child in unsent for action in self.child_accepted(child)]
 
     def acknowledged(self, fork_id: ForkId) -> list[Action]:
         """The owner counts `fork_id`. Nothing happens if it was forgotten with a lost owner."""

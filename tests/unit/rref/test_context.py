@@ -13,6 +13,7 @@ import torch
 
 from tests.unit.rref.workers import Chaos, Worker, cluster
 from zrpc.errors import PeerLostError, ProtocolError, RpcTimeoutError, RRefError, SerializationError
+from zrpc.rref import ledger as ledger_module
 from zrpc.rref.cell import Cell
 from zrpc.rref.rref import RRef
 from zrpc.rref.states import UserState
@@ -319,6 +320,19 @@ def test_shutdown_deletes_users_and_waits_for_those_of_others(monkeypatch: pytes
             ours.to_here()
         with pytest.raises(RuntimeError, match="Cannot call fork an UserRRef after deletion"):
             pickling.dumps(ours)
+
+
+def test_shutdown_does_not_wait_for_what_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "UNSENT_GRACE_S", 0.05)
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        used, owned = a.remote(o, make, 1), a.local(2)
+        assert used.to_here() == 1
+        with pytest.raises(SerializationError):
+            a.call(o, make, used, owned, threading.Lock())
+        a.rrefs.delete_all_user_and_unforked_owner_rrefs(20.0)
+        empty(c.workers)
+        a.rrefs.destroy(ignore_leak=False)
 
 
 def test_a_leak_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
