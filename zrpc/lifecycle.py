@@ -20,8 +20,8 @@ from zrpc.membership.store import StoreGroup
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.context import install as install_rrefs
-from zrpc.transport.slabs import SharedMemory, is_supported
 from zrpc.transport.peer import PeerEndpoint
+from zrpc.transport.slabs import SharedMemory, is_supported
 from zrpc.transport.sockets import reachable_address
 
 if TYPE_CHECKING:

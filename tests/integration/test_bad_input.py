@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +12,9 @@ import torch
 import zrpc as rpc
 from tests.integration.harness import Cluster, free_port
 from zrpc import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Unpicklable:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
 import zrpc as rpc
-from tests.integration.harness import Cluster
 from zrpc import errors
+
+if TYPE_CHECKING:
+    from tests.integration.harness import Cluster
 
 PATIENCE_S = 30.0
 """Far below the 60 s after which a call would time out on its own: whoever notices the loss does so before this."""

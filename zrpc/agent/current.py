@@ -40,7 +40,7 @@ def current_agent() -> Agent:
     agent = _agent
     if agent is None or _pid != os.getpid():
         raise NotInitializedError(
-            "RPC has not been initialized. Call init_rpc first. (Current RPC agent is not set! Did you initialize the RPC "
-            "framework by calling `rpc.init_rpc`?)"
+            "RPC has not been initialized. Call init_rpc first. (Current RPC agent is not set! Did you initialize the "
+            "RPC framework by calling `rpc.init_rpc`?)"
         )
     return agent

@@ -33,10 +33,11 @@ class Future(torch.futures.Future[T]):
         with blocking():
             return super().wait()
 
-    def then(self, callback: Callable[[torch.futures.Future[T]], S]) -> Future[S]:  # type: ignore[override]
+    def then(self, callback: Callable[[torch.futures.Future[T]], S]) -> Future[S]:
         """A future for `callback(self)`, which runs once this one is done.
 
-        A `RuntimeError` that `callback` raises is that future's error; any other becomes, as in torch, the cause of one.
+        A `RuntimeError` that `callback` raises is that future's error; any other becomes, as in torch, the cause of
+        one.
         """
         if not callable(callback):
             super().then(callback)  # raises the TypeError that torch's own futures raise
@@ -46,9 +47,9 @@ class Future(torch.futures.Future[T]):
             try:
                 child.set_result(callback(done))
             except RuntimeError as error:
-                child.set_exception(error)
+                fail(child, error)
             except Exception as error:
-                child.set_exception(_callback_error(error))
+                fail(child, _callback_error(error))
 
         self.add_done_callback(run)
         return child
@@ -61,9 +62,17 @@ class Future(torch.futures.Future[T]):
             if not waiter.done():
                 waiter.set_result(None)
 
-        self.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
+        def on_done(_: torch.futures.Future[T]) -> None:
+            loop.call_soon_threadsafe(wake)
+
+        self.add_done_callback(on_done)
         yield from waiter
         return super().wait()
+
+
+def fail(future: torch.futures.Future[Any], error: Exception) -> None:
+    """End `future` with `error`."""
+    future.set_exception(error)
 
 
 def _callback_error(error: Exception) -> RuntimeError:
@@ -80,7 +89,7 @@ def future_of(call: Call, convert: Callable[[Payload], T], pool: HandlerPool) ->
         try:
             value = convert(call.result())
         except Exception as error:
-            future.set_exception(error)
+            fail(future, error)
         else:
             future.set_result(value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlparse
 
 from zrpc.errors import ConfigError, RendezvousError
@@ -68,8 +68,8 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
             "Check the address, and that rank 0 runs"
         ) from error
     store.set_timeout(timeout)
-    prefixed: Store = dist.PrefixStore(f"zrpc/{next(_generations)}", store)
-    return prefixed
+    prefixed = dist.PrefixStore(f"zrpc/{next(_generations)}", store)
+    return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
 
 
 def _open_dynamic(init_method: str, rank: int, timeout: timedelta) -> dist.Store:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from zrpc.api import rpc_async
 from zrpc.autograd.interface import get_gradients
 from zrpc.rref.rref import RRef
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
     from zrpc.ids import WorkerInfo
 
 _stepping = threading.Lock()
@@ -57,7 +58,9 @@ class DistributedOptimizer:
             Exception: whatever a step raised; the other owners' steps are taken all the same.
         """
         get_gradients(context_id)
-        _all_of([rpc_async(optimizer.owner(), _step, args=(optimizer, context_id)) for optimizer in self.remote_optimizers])
+        _all_of(
+            [rpc_async(optimizer.owner(), _step, args=(optimizer, context_id)) for optimizer in self.remote_optimizers]
+        )
 
 
 class _LocalOptimizer:

@@ -1,12 +1,12 @@
 """Large buffers over sockets: cut into chunks on one side, put together in warm memory on the other.
 
 A frame of 256 MiB is received into fresh pages, and touching those is what bounds it (about 1 GB/s here). Chunks of
-`CHUNK_NBYTES` pass through memory that the allocator uses again, and are copied into destination buffers that are kept and
-used again too. While one chunk is copied the next is on its way, and other messages get through between them.
+`CHUNK_NBYTES` pass through memory that the allocator uses again, and are copied into destination buffers that are
+kept and used again too. While one chunk is copied the next is on its way, and other messages get through between them.
 
-A chunk is a message of two frames: a header that begins with `MAGIC` (no envelope does) and names the transfer, and the
-bytes. The envelope follows the last chunk on the same connection, which keeps their order, and names its transfers by descriptors
-`[number, nbytes]`.
+A chunk is a message of two frames: a header that begins with `MAGIC` (no envelope does) and names the transfer, and
+the bytes. The envelope follows the last chunk on the same connection, which keeps their order, and names its
+transfers by descriptors `[number, nbytes]`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class WarmBuffers:
         self._loans: dict[int, weakref.ref[Any]] = {}
 
     def lend(self, nbytes: int) -> Bytes:
-        """Writable memory of `nbytes`, its content undefined; it comes back by itself when the array and its views are gone."""
+        """Writable memory of `nbytes`, its content undefined; it comes back by itself when nobody sees it any more."""
         with self._lock:
             kept = self._kept[nbytes]
             memory = kept.pop() if kept else None

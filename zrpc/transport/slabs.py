@@ -2,23 +2,24 @@
 
 A sender owns slabs: anonymous memory files (`memfd`), each with one page of header and room for one buffer. To send a
 buffer it copies it into a free slab and sends the slab's descriptor. The receiver maps the slab, once, through
-`/proc/PID/fd/FD`, and makes its tensor of the mapped memory itself. When that tensor dies, the receiver writes FREE into the slab's header,
-and the sender may fill it again. No message tells of it, so it may happen anywhere, inside a garbage collection too.
+`/proc/PID/fd/FD`, and makes its tensor of the mapped memory itself. When that tensor dies, the receiver writes FREE
+into the slab's header, and the sender may fill it again. No message tells of it, so it may happen anywhere, inside a
+garbage collection too.
 
 Invariants:
 
 - A slab is written by the sender only while FREE, and read or written by one receiver only while HELD. So a received
   tensor is its owner's alone, and the sender may write to what it sent as soon as `place` has returned.
-- A slab whose holder is lost is never filled again: it is RETIRED and let go of. Should the holder live after all, what
-  it maps stays as it is.
-- There are no names: a slab is gone with the last process that has it open or mapped, however that process ends. Nothing can
-  be left in /dev/shm, and its size limit (64 MiB in many containers) does not apply.
+- A slab whose holder is lost is never filled again: it is RETIRED and let go of. Should the holder live after all,
+  what it maps stays as it is.
+- There are no names: a slab is gone with the last process that has it open or mapped, however that process ends.
+  Nothing can be left in /dev/shm, and its size limit (64 MiB in many containers) does not apply.
 
-Whether two workers can share memory is tried, not guessed: each shows a probe in its membership card, and the other opens
-it. So containers on one host, which share its name but not its processes, use sockets.
+Whether two workers can share memory is tried, not guessed: each shows a probe in its membership card, and the other
+opens it. So containers on one host, which share its name but not its processes, use sockets.
 
-Fresh pages are the enemy: a first touch copies at 0.7-1.6 GB/s, a warm page at up to 18. Slabs are therefore kept and used
-again, in size classes at most a quarter larger than what they hold.
+Fresh pages are the enemy: a first touch copies at 0.7-1.6 GB/s, a warm page at up to 18. Slabs are therefore kept and
+used again, in size classes at most a quarter larger than what they hold.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ import os
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zrpc.errors import ProtocolError
-from zrpc.ids import Incarnation
-from zrpc.wire.envelope import Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.ids import Incarnation
+    from zrpc.wire.envelope import Buffer
 
 log = logging.getLogger("zrpc")
 
@@ -117,7 +121,7 @@ class SlabPool:
         self._pid = os.getpid()
 
     def place(self, holder: Incarnation, buffer: Buffer) -> Descriptor | None:
-        """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. The buffer may then be written to.
+        """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
             holder: who will receive the descriptor.
@@ -309,7 +313,7 @@ class Probe:
 
 
 def can_open(card: Any) -> bool:
-    """Whether the probe that `card` tells of can be opened here: then so can the slabs of its worker, and ours there."""
+    """Whether the probe of `card` can be opened here: then so can the slabs of its worker, and ours there."""
     try:
         pid, fd, nonce = card
         with open(_path(pid, fd), "rb") as probe:
