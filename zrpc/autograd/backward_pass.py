@@ -6,7 +6,7 @@ answered. Later requests of the same pass are answered at once. So when the firs
 everywhere is (this is Dijkstra's and Scholten's way to detect termination). An error takes the same way back, and the
 first worker then calls the pass off everywhere, so that nobody waits for gradients that never come.
 
-No handler thread waits: what arrives is run by the thread that serves the request, and whoever finds everything done
+No handler thread waits: what arrives is run by the one that serves the request, and whoever finds everything done
 answers. On the first worker the thread that called `backward` would only wait, so it runs what arrives there; hooks and
 profilers see the thread they expect, and one hand-over is saved.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from zrpc.autograd.ddp import WholeLeaves
 from zrpc.autograd.local import LocalPass
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from zrpc.ids import GlobalId
 
 _PREFIX = "Error on Node "
+
+
+class Arrived(NamedTuple):
+    """Gradients that came for a send function. `gradients()` reads them, where and when they are wanted."""
+
+    message_id: GlobalId
+    gradients: Callable[[], Gradients]
 
 
 class Asked(Protocol):
@@ -90,7 +97,7 @@ class BackwardPass:
         self._asked: Asked | None = None
         self._local: LocalPass | None = None
         self._whole: WholeLeaves | None = None
-        self._arrived: deque[tuple[GlobalId, Gradients]] = deque()
+        self._arrived: deque[Arrived] = deque()
         self._running = 0
         self._unanswered = 0
         self._over = False
@@ -119,7 +126,7 @@ class BackwardPass:
         """
         self._step(lambda: self._built(roots, sends).run_roots(), self.fail)
         while (arrived := self._next()) is not None:
-            self._run_send(*arrived)
+            self._run_send(arrived)
         if self._error is not None:
             raise self._error
 
@@ -131,15 +138,16 @@ class BackwardPass:
             self._asked = asked
             return True
 
-    def arrive(self, message_id: GlobalId, gradients: Gradients) -> None:
-        """Gradients for a send function came. Runs what is ready now, on a worker where the pass did not begin."""
-        if self.began_here:
-            with self._changed:
-                self._arrived.append((message_id, gradients))
-                self._changed.notify_all()
-            return
+    def enqueue(self, arrived: Arrived) -> None:
+        """Gradients came, on the worker where the pass began: they are for the thread in `drive`."""
+        with self._changed:
+            self._arrived.append(arrived)
+            self._changed.notify_all()
+
+    def run_arrived(self, arrived: Arrived) -> None:
+        """Gradients came, on another worker: run what is ready now."""
         self._step(self._prepare, self._fail_here)
-        self._run_send(message_id, gradients)
+        self._run_send(arrived)
 
     def fail(self, error: BaseException) -> None:
         """End the pass with `error`, unless it is over."""
@@ -167,10 +175,10 @@ class BackwardPass:
 
     # ---- the steps -------------------------------------------------------------------------------------------------
 
-    def _run_send(self, message_id: GlobalId, gradients: Gradients) -> None:
+    def _run_send(self, arrived: Arrived) -> None:
         local = self._local
         if local is not None:
-            self._step(lambda: local.run_send(message_id, gradients), self._fail_here)
+            self._step(lambda: local.run_send(arrived.message_id, arrived.gradients()), self._fail_here)
 
     def _prepare(self) -> None:
         with self._changed:
@@ -202,7 +210,7 @@ class BackwardPass:
                 self._running -= 1
         self._settle()
 
-    def _next(self) -> tuple[GlobalId, Gradients] | None:
+    def _next(self) -> Arrived | None:
         """What arrived next; None once the pass is over."""
         with self._changed:
             while not self._arrived and not self._over:

@@ -48,9 +48,18 @@ def execute(job: Job, run: Run) -> dict[int, Gradients]:
     Raises:
         Exception: whatever a node or a hook raises.
     """
+    with executing(run):
+        if job.cuts or job.absent:
+            return _execute_by_hand(job)
+        if job.edges:
+            torch.autograd.backward(job.edges, job.gradients, retain_graph=job.retain_graph)
+    return {}
+
+
+def _execute_by_hand(job: Job) -> dict[int, Gradients]:
+    """Run a job that is not a plain call."""
     cuts = {number: Cut(node) for number, node in job.cuts.items()}
     with ExitStack() as stack:
-        stack.enter_context(executing(run))
         for cut in cuts.values():
             stack.enter_context(cut)
         edges, gradients = list(job.edges), list(job.gradients)

@@ -14,8 +14,7 @@ to the threads it runs CUDA nodes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -61,15 +60,20 @@ def current_run() -> Run | None:
     return run
 
 
-@contextmanager
-def executing(run: Run) -> Iterator[None]:
-    """Make `run` the current one of this thread."""
-    outer = current_run()
-    _tls._stash_obj_in_tls(_RUN_KEY, run)
-    try:
-        yield
-    finally:
-        _tls._stash_obj_in_tls(_RUN_KEY, outer)
+class executing:  # it reads as a verb: `with executing(run)`
+    """A context that makes `run` the current one of this thread."""
+
+    __slots__ = ("_outer", "_run")
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        self._outer = current_run()
+        _tls._stash_obj_in_tls(_RUN_KEY, self._run)
+
+    def __exit__(self, *_: object) -> None:
+        _tls._stash_obj_in_tls(_RUN_KEY, self._outer)
 
 
 def _run_for(what: str) -> Run:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from zrpc.autograd import gradients as codec
-from zrpc.autograd.backward_pass import BackwardPass
+from zrpc.autograd.backward_pass import Arrived, BackwardPass
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
 from zrpc.errors import AutogradError, UnknownWorkerError
@@ -105,14 +105,17 @@ class AutogradService:
     # ---- what comes in ---------------------------------------------------------------------------------------------
 
     def on_backward(self, request: Request[BackwardRequest]) -> None:
-        """Serve gradients, on a handler thread."""
+        """Serve gradients. The reading thread only hands them to the thread that runs the pass here."""
         message = request.message
         context = self.contexts.get(message.context_id)
-        gradients = codec.unpack(request.payload)
         backward = self._join(context, message.pass_id, message.retain_graph, began_here=False)
         if not backward.answer_to(request):
             request.reply()
-        backward.arrive(message.autograd_message_id, gradients)
+        arrived = Arrived(message.autograd_message_id, lambda: codec.unpack(request.payload))
+        if backward.began_here:
+            backward.enqueue(arrived)
+        else:
+            self._agent.submit(lambda: backward.run_arrived(arrived))
 
     def on_mark(self, request: Request[MarkSends]) -> None:
         """Serve a mark of SMART mode, on a handler thread. It is answered when what it leads to is marked."""
