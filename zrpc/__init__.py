@@ -54,6 +54,7 @@ __all__ = [
     "shutdown",
 ]
 
+
 def is_available() -> bool:
     """Whether remote calls can be made here: always."""
     return True
