@@ -12,7 +12,7 @@ An entry is a msgpack list that begins with its kind:
 
 `buffer` is an index into the envelope's buffers, or -1 where there is not one byte. Tensors of one message that share
 a storage share one buffer and are views of one storage again on arrival. Of a storage, only the span that is
-really seen travels; a tensor that sees only a small part of its span (a column of a matrix, say) is made
+really seen travels; a tensor that sees only a small part of a large span (a column of a large matrix, say) is made
 contiguous first.
 
 Received tensors own their memory, are writable and never alias anything of the sender's or of another message. They
@@ -54,6 +54,11 @@ _COMPRESSED_LAYOUTS = {
 _ROW_LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
 
 _Span = tuple[int, int]
+
+GATHER_MIN_NBYTES = 8192
+GATHER_MIN_RATIO = 2
+"""A tensor is made contiguous before it is sent if the span that it sees is this large, and this many times what it
+needs. Programs rely on smaller ones to arrive with their strides, as they do over torch's transport."""
 
 
 def pack(tensors: Sequence[torch.Tensor], buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
@@ -134,7 +139,7 @@ def _dense_entry(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
 
 def _pack_strided(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
     start, stop = _span(tensor)
-    if stop - start > tensor.nbytes:
+    if stop - start >= max(GATHER_MIN_NBYTES, GATHER_MIN_RATIO * tensor.nbytes):
         return _pack_one(tensor.detach().contiguous().requires_grad_(tensor.requires_grad), buffers, {})
     return _strided_entry(tensor, _add_span(tensor.untyped_storage(), (start, stop), buffers), start)
 
