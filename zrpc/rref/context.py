@@ -60,7 +60,7 @@ class RRefContext(Ledger):
         with self._lock:
             self._check_open("init_rpc made another one since.")
             self._table.create(rref_id, fork_id, to.id)
-        self._watch(to)
+        self._watch(to.id)
         made: RRef[Any] = RRef._of(self, to, rref_id, fork_id)
 
         def answered(call: Call) -> None:
@@ -147,6 +147,7 @@ class RRefContext(Ledger):
         """The cell for what `request` creates. The RRef's life here begins, unless it is over already."""
         message = request.message
         source = self._living(request.source)
+        self._watch(source)
         found: list[Cell] = []
 
         def arrive(table: RRefTable) -> list[Action]:
@@ -205,7 +206,7 @@ class RRefContext(Ledger):
     def serve_fork_request(self, request: Request[RRefForkRequest]) -> None:
         """Count a new user."""
         message, holder = request.message, self._living(request.source)
-        self._watch(request.source)
+        self._watch(holder, message.rref_id.created_on)
 
         def arrive(table: RRefTable) -> list[Action]:
             table.fork_requested(message.rref_id, message.fork_id, holder)
@@ -235,6 +236,7 @@ class RRefContext(Ledger):
     def _cell_for(self, request: Request[Any], rref_id: RRefId, fork_id: ForkId) -> Cell | None:
         """Where the value is or will be; None, and an answer that says why, if it is gone."""
         asker = self._living(request.source)
+        self._watch(asker, rref_id.created_on)
         with self._lock:
             refused = self._closed or self._table.value_wanted(rref_id, fork_id, asker) is Availability.REFUSED
             cell = None if refused else self._cells.setdefault(rref_id, Cell())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc.agent.pool import blocking
@@ -106,16 +107,16 @@ class Ledger:
 
     def sent(self, fork: ForkData, holder: WorkerInfo) -> None:
         """`fork` leaves for `holder`: if `holder` is lost, so is the fork."""
-        self._watch(holder)
+        self._watch(holder.id)
         self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.id))
 
     def unsent(self, fork: ForkData) -> None:
         """`fork` was pickled and will not leave."""
         self._decide(lambda table: table.unsent(fork.rref_id, fork.fork_id))
 
-    def receive_used(self, fork: ForkData, owner: WorkerInfo, announced: bool) -> None:
+    def receive_used(self, fork: ForkData, announced: bool) -> None:
         """A fork of another worker's RRef came."""
-        self._watch(owner)
+        self._watch(fork.owner)
         self._decide(
             lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner, fork.parent, announced=announced)
         )
@@ -129,6 +130,7 @@ class Ledger:
         Raises:
             RRefError: its value is gone.
         """
+        self._watch(fork.rref_id.created_on)
         found: list[tuple[Availability, Cell | None]] = []
 
         def arrive(table: RRefTable) -> list[Action]:
@@ -301,11 +303,15 @@ class Ledger:
                 lambda: self._closed or condition(self._table), max(0.0, deadline - time.monotonic())
             )
 
-    def _watch(self, peer: WorkerInfo) -> None:
-        """Have the loss of `peer` told to us even if we never call it."""
-        if peer.id not in self._watched and peer.id != self.agent.info.id:
-            self._watched.add(peer.id)
-            self.agent.watch(peer)
+    def _watch(self, *ranks: int) -> None:
+        """Have the loss of these workers told to us even if we never call them."""
+        for rank in ranks:
+            if rank in self._watched or rank == self.agent.info.id:
+                continue
+            with suppress(UnknownWorkerError):  # it is gone already, and was told to be
+                peer = self.agent.members.by_rank(rank)
+                self._watched.add(rank)
+                self.agent.watch(peer)
 
     def _check_open(self, phrase: str) -> None:
         if self._closed:

@@ -19,7 +19,7 @@ from zrpc.rref.actions import Action, Orphan, Release
 from zrpc.rref.states import OWNER_TRANSITIONS, OwnerEvent, OwnerState, step
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Collection, Hashable, Iterator
 
     from zrpc.ids import ForkId, RRefId
 
@@ -79,10 +79,17 @@ class Owned:
 
 
 class OwnerTable:
-    """The RRefs that worker `me` owns and others use. Whoever calls it owns it: nothing here locks."""
+    """The RRefs that worker `me` owns and others use. Whoever calls it owns it: nothing here locks.
 
-    def __init__(self, me: int, remembered_max: int = REMEMBERED_MAX) -> None:
+    Args:
+        me: this worker's rank.
+        lost: the ranks of lost workers; the caller keeps it up to date.
+        remembered_max: see `REMEMBERED_MAX`.
+    """
+
+    def __init__(self, me: int, lost: Collection[int] = (), remembered_max: int = REMEMBERED_MAX) -> None:
         self._me = me
+        self._lost = lost
         self._owned: dict[RRefId, Owned] = {}
         self._ended = Remembered(remembered_max)
         self._unused = Remembered(remembered_max)
@@ -102,12 +109,17 @@ class OwnerTable:
         return dict(owned.forks) if owned else {}
 
     def state(self, rref_id: RRefId) -> OwnerState:
-        """What is known of `rref_id`. An RRef made here was never on its way: unless it is used it is UNUSED."""
+        """What is known of `rref_id`.
+
+        Unless it is used, an RRef is UNUSED whose creation can not be on its way: it was made here, or its creator is
+        lost.
+        """
         owned = self._owned.get(rref_id)
         if owned:
             return owned.state
-        made_here = rref_id.created_on == self._me
-        return OwnerState.UNUSED if made_here or rref_id in self._unused else OwnerState.UNKNOWN
+        creator = rref_id.created_on
+        over = creator == self._me or creator in self._lost or rref_id in self._unused
+        return OwnerState.UNUSED if over else OwnerState.UNKNOWN
 
     def created(self, rref_id: RRefId, fork_id: ForkId, holder: int, alive: bool = True) -> list[Action]:
         """The creation of `rref_id` came; its creator's own fork is `fork_id`, unless that ended already."""

@@ -272,7 +272,7 @@ def receive(ledger: Ledger, fork: ForkData, announced: bool = False) -> RRef[Any
         cell, awaited = ledger.receive_owned(fork)
         return RRef._of(ledger, me, fork.rref_id, fork.fork_id if awaited else None, cell)
     owner = ledger.agent.resolve(fork.owner)
-    ledger.receive_used(fork, owner, announced)
+    ledger.receive_used(fork, announced)
     return RRef._of(ledger, owner, fork.rref_id, fork.fork_id)
 
 

@@ -19,7 +19,7 @@ class OwnerState(Enum):
     AWAITED = "somebody uses it; its creation is still on its way"
     LIVE = "it exists and somebody uses it"
     ORPHANED = "its creator died before the creation came: it will never have a value"
-    UNUSED = "nobody but this worker uses it: never shared, or all users are gone; late users are refused"
+    UNUSED = "nobody but this worker uses it: never shared, or creator or all users are gone; late users are refused"
 
 
 class OwnerEvent(Enum):

@@ -33,9 +33,9 @@ class RRefTable:
 
     def __init__(self, me: int, remembered_max: int = REMEMBERED_MAX) -> None:
         self._me = me
-        self._owners = OwnerTable(me, remembered_max)
-        self._users = UserTable()
         self._lost: set[int] = set()
+        self._owners = OwnerTable(me, self._lost, remembered_max)
+        self._users = UserTable()
 
     # ---- this worker as owner ----------------------------------------------------------------------------------
 

@@ -335,6 +335,7 @@ class World:
         owner = self.workers[handle.owner]
         availability = owner.table.value_wanted(handle.rref_id, handle.fork_id, worker.rank)
         if availability is Availability.AWAITED:
+            assert handle.rref_id.created_on not in self.dead, handle
             assert handle.rref_id in self.undeliverable or self._creation_under_way(handle.rref_id), handle
         if not handle.lineage & self.dead and handle.rref_id.created_on not in self.dead:
             assert availability is not Availability.REFUSED, handle

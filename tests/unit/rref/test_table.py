@@ -155,6 +155,14 @@ def test_a_creator_that_dies_before_its_creation_comes(owner: RRefTable) -> None
     assert owner.num_owned == 0
 
 
+def test_a_creator_that_is_known_to_be_dead_is_not_waited_for(owner: RRefTable) -> None:
+    owner.peer_lost(CREATOR)
+    owner.fork_requested(R, G, USER)
+    assert owner.value_wanted(R, G, USER) is Availability.REFUSED
+    assert owner.came_home(R, G, USER) == (Availability.REFUSED, [Tell(USER, RRefChildAccept(G))])
+    assert owner.num_owned == 0
+
+
 def test_what_a_lost_worker_still_says_is_ignored_until_another_takes_its_place(owner: RRefTable) -> None:
     owner.share_owned(MINE, LENT)
     assert owner.peer_lost(USER) == []
@@ -162,6 +170,8 @@ def test_what_a_lost_worker_still_says_is_ignored_until_another_takes_its_place(
     assert owner.owned_forks() == {MINE: {LENT: -1}}
     assert owner.sent(MINE, LENT, USER) == [Release(MINE)]
     assert owner.creation_arrived(R, F, CREATOR) == []
+    owner.fork_requested(R, G, USER)
+    assert owner.owned_forks() == {R: {F: CREATOR}}
     owner.peer_joined(USER)
     owner.fork_requested(R, G, USER)
     assert owner.owned_forks() == {R: {F: CREATOR, G: USER}}
