@@ -1,0 +1,191 @@
+"""Distributed autograd and the distributed optimizer between real worker processes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import zrpc as rpc
+from zrpc import autograd
+from zrpc.errors import AutogradError
+from zrpc.optim import DistributedOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.integration.harness import Cluster
+
+STEPS = 3
+
+
+def layer(seed: int) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    made = nn.Linear(4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        made.weight.copy_(torch.rand(4, 4, generator=generator))
+        made.bias.copy_(torch.rand(4, generator=generator))
+    return made
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.rand(8, 4, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64)
+
+
+def forward(stage: rpc.RRef[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = torch.tanh(stage.local_value()(x))
+    return output
+
+
+def parameters(stage: rpc.RRef[nn.Module]) -> list[rpc.RRef[torch.Tensor]]:
+    return [rpc.RRef(parameter) for parameter in stage.local_value().parameters()]
+
+
+def values(stage: rpc.RRef[nn.Module]) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in stage.local_value().parameters()]
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for what other workers are told of."""
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def train_here() -> list[torch.Tensor]:
+    stages = [layer(1), layer(2)]
+    everything = [parameter for stage in stages for parameter in stage.parameters()]
+    optimizer = torch.optim.Adam(everything, lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = batch(step)
+        for stage in stages:
+            x = torch.tanh(stage(x))
+        torch.autograd.backward(x.sum())
+        optimizer.step()
+    return [parameter.detach() for parameter in everything]
+
+
+def train_elsewhere(rank: int) -> None:
+    if rank:
+        return
+    stages = [rpc.remote(f"worker{1 + index}", layer, args=(1 + index,)) for index in range(2)]
+    everything = [one for stage in stages for one in rpc.rpc_sync(stage.owner(), parameters, args=(stage,))]
+    optimizer = DistributedOptimizer(torch.optim.Adam, everything, lr=0.1)
+    for step in range(STEPS):
+        with autograd.context() as context_id:
+            x = batch(step)
+            for stage in stages:
+                x = rpc.rpc_sync(stage.owner(), forward, args=(stage, x))
+            autograd.backward(context_id, [x.sum()])
+            optimizer.step(context_id)
+    trained = [value for stage in stages for value in rpc.rpc_sync(stage.owner(), values, args=(stage,))]
+    for mine, its in zip(train_here(), trained, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_training_elsewhere_is_training_here(cluster_in_each_mode: Cluster) -> None:
+    cluster_in_each_mode.run(train_elsewhere, 3)
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    return x.sum()
+
+
+def backward_of_an_rref(rank: int) -> None:
+    if rank:
+        return
+    x = torch.ones(3, requires_grad=True)
+    with autograd.context() as context_id:
+        result = rpc.remote("worker1", total, args=(x,))
+        result.backward(context_id, retain_graph=True)
+        result.backward(context_id)
+        assert torch.equal(autograd.get_gradients(context_id)[x], torch.full((3,), 2.0))
+    with pytest.raises(AutogradError, match="Could not find autograd context with id: 100"):
+        rpc.RRef(x.sum()).backward(100)
+
+
+def test_backward_of_an_rref(cluster: Cluster) -> None:
+    cluster.run(backward_of_an_rref, 2)
+
+
+def contexts_end(rank: int) -> None:
+    if rank:
+        return
+    x = torch.ones(2, 2, requires_grad=True)
+    with autograd.context() as context_id:
+        loss = rpc.rpc_sync("worker1", torch.add, args=(x, x)).sum()
+        autograd.backward(context_id, [loss])
+        assert rpc.rpc_sync("worker1", autograd._get_debug_info)["num_autograd_contexts"] == 1
+    eventually(lambda: rpc.rpc_sync("worker1", autograd._get_debug_info)["num_autograd_contexts"] == 0)
+
+
+def test_contexts_end_everywhere(cluster: Cluster) -> None:
+    cluster.run(contexts_end, 2)
+
+
+def unused_results(rank: int) -> None:
+    if rank:
+        return
+    x = torch.ones(2, requires_grad=True)
+    with autograd.context() as context_id:
+        rpc.rpc_sync("worker1", torch.mul, args=(x, x))
+        autograd.backward(context_id, [(x * 3).sum()], mode="smart")
+        assert torch.equal(autograd.get_gradients(context_id)[x], torch.full((2,), 3.0))
+
+
+def test_smart_mode_passes_over_unused_results(cluster: Cluster) -> None:
+    cluster.run(unused_results, 2)
+
+
+def arguments(rank: int) -> None:
+    del rank
+    with autograd.context() as context_id:
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            autograd.backward(context_id, None)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            autograd.backward(None, [torch.ones(1)])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="mode"):
+            autograd.backward(context_id, [torch.ones(1)], mode="clever")
+    with pytest.raises(AutogradError, match="valid autograd context"):
+        autograd._current_context()
+
+
+def test_arguments(cluster: Cluster) -> None:
+    cluster.run(arguments, 1)
+
+
+def data_parallel(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        model = DistributedDataParallel(layer(1))
+        weight = model.module.weight
+        own = weight.grad = torch.full((4, 4), 7.0, dtype=torch.float64)
+        x = batch(rank).requires_grad_()
+        single = layer(1)
+        for one in (0, 1):
+            rest = torch.tanh(batch(one) * 2)
+            torch.autograd.backward(single(rest).sum() / 2)
+        with autograd.context() as context_id:
+            hidden = rpc.rpc_sync(f"worker{1 - rank}", torch.tanh, args=(x * 2,))
+            autograd.backward(context_id, [model(hidden).sum()])
+            gradients = autograd.get_gradients(context_id)
+            assert single.weight.grad is not None
+            assert torch.allclose(gradients[weight], single.weight.grad, rtol=1e-12)
+            assert x in gradients
+        assert weight.grad is own
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_models_in_distributed_data_parallel_average_their_gradients(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.run(data_parallel, 2, args=(str(tmp_path / "gloo"),))
