@@ -57,10 +57,16 @@ def execute_python(payload: Payload) -> Any:
 
     Raises:
         SerializationError: this process lacks the function.
+        RuntimeError: the function is TorchScript and raised anything.
         Exception: whatever the function raises.
     """
     func, args, kwargs = pickling.loads(payload)
-    return _run(func, args, kwargs)
+    try:
+        return _run(func, args, kwargs)
+    except torch.jit.Error as error:
+        if not isinstance(func, torch.jit.ScriptFunction):
+            raise
+        raise RuntimeError(str(error)) from error  # as from an operator: callers of compiled code expect no class of it
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:

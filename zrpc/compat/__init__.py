@@ -31,7 +31,10 @@ def install() -> None:
 
     torch.jit._builtins._find_builtin(torch.add)  # type: ignore[no-untyped-call]  # its table is to hold torch's own
     from zrpc.compat import installation
+    from zrpc.compat.exceptions import as_torch_raises
+    from zrpc.wire.exceptions import translate_with
 
+    translate_with(as_torch_raises)
     replaced = installation.replace_native()
     replaced += installation.replace_modules()
     replaced += installation.replace_attributes()

@@ -38,12 +38,12 @@ MODULES = {
     },
     AUTOGRAD: "zrpc.compat.autograd",
     "torch.distributed.nn.api.remote_module": "zrpc.nn.remote_module",
-#    OPTIMIZER: "zrpc.compat.optimizer",
+    OPTIMIZER: "zrpc.compat.optimizer",
 }
 """Name to import by -> zrpc's module."""
 
 ATTRIBUTES = {
-#    "torch.distributed.optim": {"DistributedOptimizer": "zrpc.compat.optimizer"},
+    "torch.distributed.optim": {"DistributedOptimizer": "zrpc.compat.optimizer"},
     "torch.distributed.nn": {"RemoteModule": "zrpc.nn.remote_module"},
     "torch.futures": {"collect_all": "zrpc.compat.futures", "wait_all": "zrpc.compat.futures"},
 }

@@ -17,9 +17,11 @@ from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zrpc.ids import WorkerInfo
+
+    Translator = Callable[[Exception, str], Exception]
 
 
 class RemoteTraceback(Exception):  # it is no error: it shows where one came from
@@ -32,6 +34,14 @@ class RemoteTraceback(Exception):  # it is no error: it shows where one came fro
 
     def __str__(self) -> str:
         return f"On {self.worker}:\n{self.text}"
+
+
+_translators: list[Translator] = []
+
+
+def translate_with(translator: Translator) -> None:
+    """From now on raise `translator(error, remote_text)` for a remote `error`."""
+    _translators.append(translator)
 
 
 def dump_exception(error: BaseException) -> tuple[Failure, Payload]:
@@ -56,6 +66,8 @@ def load_exception(worker: WorkerInfo, failure: Failure, payload: Payload) -> Ba
     if not isinstance(error, Exception):
         error = RemoteError(f"On {worker}:\n{failure.type_name}: {failure.text}\n{failure.traceback}")
     remote = RemoteTraceback(worker, failure.traceback)
+    for translate in _translators:
+        error = translate(error, str(remote))
     error.__cause__ = remote
     return error
 
