@@ -84,6 +84,19 @@ def _settled(look: Callable[[], set[str]], before: set[str]) -> set[str]:
     return left
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _frame_collector() -> None:
+    """Make pyzmq start the thread that holds the memory of frames under way: it lives as long as the process."""
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.PAIR) as sender, context.socket(zmq.PAIR) as receiver:
+        sender.bind("inproc://first")
+        receiver.connect("inproc://first")
+        sent = sender.send(bytes(100_000), copy=False, track=True)
+        receiver.recv()
+        sent.wait()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves something running or open."""

@@ -9,10 +9,10 @@ from zrpc.ids import Incarnation
 from zrpc.wire.envelope import Buffer
 
 OnFrames = Callable[[Incarnation, list[Buffer]], None]
-"""`on_frames(source, frames)`: a message came. Runs on the reading thread: it must not block."""
+"""`on_frames(source, frames)`: a message came. Runs on the reading thread: it must not block, and must not raise."""
 
 OnLost = Callable[[Incarnation, str], None]
-"""`on_lost(peer, reason)`: the peer cannot be reached any more. Any thread; it must not block."""
+"""`on_lost(peer, reason)`: the peer cannot be reached any more. Any thread; it must not block or raise."""
 
 
 class Endpoint(Protocol):

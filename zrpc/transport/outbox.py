@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ class Outbox:
             zmq.ZMQError: the outbox is closed.
         """
         message = [*self._prefix, *frames]
+        if self._closed:  # while it is flushed the lock is taken for long
+            raise zmq.ZMQError(zmq.ETERM)
         with self._lock:
             if self._closed:
                 raise zmq.ZMQError(zmq.ETERM)
@@ -68,6 +71,20 @@ class Outbox:
                     return False
                 self._queue.popleft()
             return True
+
+    def flush(self, timeout_s: float) -> None:
+        """Take no more messages, and give those that are queued up to `timeout_s` to get into the socket."""
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            self._closed = True
+            while self._queue:
+                try:
+                    send_frames(self._sock, self._queue[0])
+                    self._queue.popleft()
+                except zmq.Again:
+                    left_ms = int((deadline - time.monotonic()) * 1000)
+                    if left_ms <= 0 or not self._sock.poll(left_ms, zmq.POLLOUT):
+                        return
 
     def close(self, linger_ms: int) -> None:
         """Close the socket; ZeroMQ goes on sending what it took for up to `linger_ms`. Idempotent."""

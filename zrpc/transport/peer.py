@@ -12,12 +12,14 @@ A second thread, the watcher, reads the connections' monitors, drains queues, an
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import zmq
 
-from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
 from zrpc.transport import sockets
 from zrpc.transport.inbox import Inbox
 from zrpc.transport.outbox import Outbox
@@ -109,8 +111,9 @@ class PeerEndpoint:
         try:
             if not outbox.send(frames):
                 with self._lock:
-                    self._clogged.add(to)
-                    self._wake_watcher()
+                    if to not in self._clogged:
+                        self._clogged.add(to)
+                        self._wake_watcher()
         except zmq.ZMQError as error:
             raise self._gone(to) from error
 
@@ -125,11 +128,16 @@ class PeerEndpoint:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        for outbox in self._outboxes.values():
-            outbox.drain()
-            outbox.close(linger_ms=int(flush_s * 1000))
+        deadline = time.monotonic() + flush_s
+        with self._lock:
+            outboxes, self._outboxes = list(self._outboxes.values()), {}
+            monitors, self._new_monitors = self._new_monitors, []
+        for outbox in outboxes:
+            outbox.flush(deadline - time.monotonic())
+        for outbox in outboxes:
+            outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)))
         self._watch.close()
-        for _, monitor in self._new_monitors:
+        for _, monitor in monitors:
             monitor.close()
         self._inbox.close()
         for wake in (self._watcher_end, self._watcher_wake, self._reader_wake):
@@ -143,8 +151,9 @@ class PeerEndpoint:
         return sock
 
     def _wake_watcher(self) -> None:
-        """Make the watcher look at its tables. Call it under the lock."""
-        self._watcher_wake.send(_WAKE)
+        """Make the watcher look at its tables. Call it under the lock: it must not block."""
+        with contextlib.suppress(zmq.Again):  # it has been woken often enough
+            self._watcher_wake.send(_WAKE, zmq.NOBLOCK)
 
     def _gone(self, peer: Incarnation) -> Exception:
         if self._closed:
@@ -162,18 +171,22 @@ class PeerEndpoint:
                 raise self._gone(peer)
             sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation)
             monitor = sock.get_monitor_socket(EVENTS)
-            sockets.connect(sock, address)
+            try:
+                sockets.connect(sock, address)
+            except ConfigError as error:
+                self._lost[peer] = f"its address cannot be used: {error}"
+                sock.close()
+                monitor.close()
+                raise self._gone(peer) from error
             outbox = self._outboxes[peer] = Outbox(sock)
             self._new_monitors.append((peer, monitor))
             self._wake_watcher()
             return outbox
 
     def _read_loop(self) -> None:
-        while True:
+        while not self._closed:
             source, frames = self._inbox.read()
-            if self._closed:
-                return
-            if len(frames) > 1 or frames[0]:
+            if not self._closed and (len(frames) > 1 or frames[0]):
                 self._on_frames(source, frames)
 
     def _watch_loop(self) -> None:
@@ -181,12 +194,13 @@ class PeerEndpoint:
             self._watch.poll(DRAIN_INTERVAL_MS if self._clogged else None, self._declare_lost)
             with self._lock:
                 added, self._new_monitors = self._new_monitors, []
-                clogged = [(peer, self._outboxes.get(peer)) for peer in self._clogged]
+                clogged, self._clogged = self._clogged, set()  # a sender that finds its queue anew puts it back
+                queues = [(peer, outbox) for peer in clogged if (outbox := self._outboxes.get(peer)) is not None]
             for peer, monitor in added:
                 self._watch.add(peer, monitor)
-            for peer, outbox in clogged:
-                if outbox is None or outbox.drain():
-                    self._clogged.discard(peer)
+            still = [peer for peer, outbox in queues if not outbox.drain()]
+            with self._lock:
+                self._clogged.update(still)
 
     def _declare_lost(self, peer: Incarnation, reason: str) -> None:
         with self._lock:

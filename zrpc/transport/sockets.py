@@ -64,7 +64,7 @@ def split_address(address: str) -> tuple[str, int]:
     """
     rest = address.split("://", 1)[-1]
     host, colon, port = rest.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65_535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise ConfigError(
             f"{address!r} is not an address: write it as tcp://HOST:PORT, for example tcp://127.0.0.1:5555"
         )

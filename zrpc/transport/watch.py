@@ -17,7 +17,13 @@ from zmq.utils.monitor import parse_monitor_message
 if TYPE_CHECKING:
     from zrpc.transport.sockets import Socket
 
-EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_MONITOR_STOPPED
+)
 REFUSALS = 3
 
 K = TypeVar("K", bound=Hashable)
@@ -58,16 +64,25 @@ class ConnectionWatch(Generic[K]):
     def poll(self, timeout_ms: int | None, on_gone: Callable[[K, str], None]) -> None:
         """Wait for events, or for a wake message, up to `timeout_ms`; call `on_gone` for each peer found gone."""
         for sock, _ in self._poller.poll(timeout_ms):
+            if sock.closed:  # by what `on_gone` did
+                return
             if sock is self._wake:
                 self._wake.recv()
                 continue
-            key, state = self._watched[sock]
-            reason = None
-            while reason is None and sock.poll(0):
-                reason = state.on_event(parse_monitor_message(sock.recv_multipart())["event"])
+            self._take_events(sock, on_gone)
+
+    def _take_events(self, monitor: Socket, on_gone: Callable[[K, str], None]) -> None:
+        key, state = self._watched[monitor]
+        while monitor.poll(0):
+            event = parse_monitor_message(monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_MONITOR_STOPPED:  # the connection was closed on this side
+                self._drop(monitor)
+                return
+            reason = state.on_event(event)
             if reason is not None:
-                self._drop(sock)
+                self._drop(monitor)
                 on_gone(key, reason)
+                return
 
     def _drop(self, monitor: Socket) -> None:
         self._poller.unregister(monitor)

@@ -1,0 +1,83 @@
+"""Endpoints of one process, and what came to them."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from zrpc.ids import Incarnation, new_incarnation
+from zrpc.transport.peer import PeerEndpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from zrpc.wire.envelope import Buffer
+
+WAIT_S = 20.0
+LOOPBACK = "tcp://127.0.0.1:0"
+
+
+class Arrivals:
+    """What came to one endpoint. Owned by the condition."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.messages: list[tuple[Incarnation, list[Buffer]]] = []
+        self.lost: list[tuple[Incarnation, str]] = []
+
+    def on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
+        with self._changed:
+            self.messages.append((source, frames))
+            self._changed.notify_all()
+
+    def on_lost(self, peer: Incarnation, reason: str) -> None:
+        with self._changed:
+            self.lost.append((peer, reason))
+            self._changed.notify_all()
+
+    def wait_messages(self, count: int) -> list[tuple[Incarnation, list[Buffer]]]:
+        """The first `count` messages, once they are there."""
+        self._wait(lambda: len(self.messages) >= count)
+        return self.messages[:count]
+
+    def wait_lost(self, count: int = 1) -> list[tuple[Incarnation, str]]:
+        """The first `count` losses, once they are known."""
+        self._wait(lambda: len(self.lost) >= count)
+        return self.lost[:count]
+
+    def _wait(self, come: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(come, WAIT_S), f"{len(self.messages)} messages, {len(self.lost)} losses"
+
+
+class Peer:
+    """An endpoint with its arrivals."""
+
+    def __init__(self) -> None:
+        self.arrivals = Arrivals()
+        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK)
+        self.id = self.endpoint.incarnation
+
+    def start(self) -> None:
+        self.endpoint.start(self.arrivals.on_frames, self.arrivals.on_lost)
+
+    def knows(self, other: Peer) -> None:
+        self.endpoint.connect(other.id, other.endpoint.address)
+
+
+@contextmanager
+def peers(count: int = 2, start: bool = True) -> Iterator[list[Peer]]:
+    """Endpoints that all know each other, closed in the end."""
+    made: list[Peer] = []
+    try:
+        made += [Peer() for _ in range(count)]
+        for one in made:
+            for other in made:
+                one.knows(other)
+            if start:
+                one.start()
+        yield made
+    finally:
+        for one in made:
+            one.endpoint.close(0.0)
