@@ -30,7 +30,7 @@ def install() -> None:
     import torch
 
     torch.jit._builtins._find_builtin(torch.add)  # type: ignore[no-untyped-call]  # its table is to hold torch's own
-    from zrpc.compat import installation
+    from zrpc.compat import installation, scripting
     from zrpc.compat.exceptions import as_torch_raises
     from zrpc.wire.exceptions import translate_with
 
@@ -39,6 +39,7 @@ def install() -> None:
     replaced += installation.replace_modules()
     replaced += installation.replace_attributes()
     installation.rebind(replaced)
+    scripting.install()
     _installed = True
 
 
