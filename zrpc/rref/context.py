@@ -64,7 +64,8 @@ class RRefContext(Ledger):
         made: RRef[Any] = RRef._of(self, to, rref_id, fork_id)
 
         def answered(call: Call) -> None:
-            self._decide(lambda table: table.failed(fork_id) if call.error else table.acknowledged(fork_id))
+            error = call.error
+            self._decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
 
         try:
             call = self.agent.request(to, make_message(rref_id, fork_id), payload, timeout_s=timeout_s, hooked=True)
@@ -72,7 +73,7 @@ class RRefContext(Ledger):
             self._decide(lambda table: table.failed(fork_id))
             raise
         made._call = call
-        call.add_done_callback(answered)
+        self._when_answered(call, answered)
         return made
 
     def _create_here(
@@ -104,8 +105,12 @@ class RRefContext(Ledger):
             self._decide(lambda table: table.finish_here(rref_id))
             raise
         made._call = call
-        call.add_done_callback(answered)
+        self._when_answered(call, answered)
         return made
+
+    def _when_answered(self, call: Call, answered: Callable[[Call], None]) -> None:
+        """Run `answered(call)` when `call` is done; not on the reading thread, since it may unpickle an exception."""
+        call.add_done_callback(lambda done: self.agent.completions.submit(lambda: answered(done)))
 
     # ---- serving creations -----------------------------------------------------------------------------------------
 

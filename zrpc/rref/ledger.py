@@ -102,6 +102,8 @@ class Ledger:
             else:
                 assert fork_id is not None
                 self._check_usable(owner, rref_id, fork_id, "Cannot call fork an UserRRef after deletion.")
+                if self._table.user_state(fork_id) is UserState.DOUBTFUL:
+                    raise RRefError(f"{rref_id} cannot be shared: asking its owner, worker {owner}, to count it failed")
                 self._table.share_used(fork_id, child)
         return ForkData(owner, rref_id, child, me)
 
