@@ -72,11 +72,22 @@ ForkId = GlobalId
 
 
 class IdGenerator:
-    """Gives out `GlobalId`s for one rank. `next` is atomic under the interpreter's lock: any thread may call it."""
+    """Gives out `GlobalId`s for one rank. `next` is atomic under the interpreter's lock: any thread may call it.
 
-    def __init__(self, created_on: int) -> None:
+    Args:
+        created_on: this worker's rank.
+        first: the first counter. Where a rank can come back while others still hold ids of its earlier life, each life
+            must begin elsewhere: see `first_id_of`.
+    """
+
+    def __init__(self, created_on: int, first: int = 0) -> None:
         self._created_on = created_on
-        self._counter = itertools.count()
+        self._counter = itertools.count(first)
 
     def next(self) -> GlobalId:
         return GlobalId(self._created_on, next(self._counter))
+
+
+def first_id_of(incarnation: Incarnation) -> int:
+    """A first counter for that life, 2**32 ids away from those of nearly every other: its first 31 bits, shifted."""
+    return (int.from_bytes(incarnation[:4], "big") >> 1) << 32

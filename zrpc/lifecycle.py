@@ -36,6 +36,8 @@ BIND_VARIABLE = "ZRPC_BIND"
 BROKER_SCHEME = "broker://"
 UNLIMITED_JOIN_S = 1800.0
 """How long to wait for the others where `rpc_timeout` is 0, no limit."""
+RREF_DRAIN_S = 100.0
+"""How long a static group's references may take to be given up at shutdown; torch waits as long."""
 FLUSH_S = 2.0
 """How long last messages may take to leave at shutdown."""
 
@@ -114,7 +116,8 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
             finish_work(agent, limit_s)
             gather.all_gather(None, timeout=limit_s)
         elif graceful:
-            finish_work(agent, limit_s)
+            delete_rrefs(agent, FLUSH_S)  # others may go on using what this worker owns: that is no reason to stay
+            finish_calls(agent, limit_s)
     finally:
         finalize(agent, ignore_rref_leak=True)
 
@@ -126,8 +129,8 @@ def finish_work(agent: Agent, timeout_s: float) -> None:
 
 
 def delete_rrefs(agent: Agent, timeout_s: float) -> None:
-    """Give up this worker's references and wait until others gave up theirs to its unshared ones; 0: no limit."""
-    agent.extensions[RRefContext].delete_all_user_and_unforked_owner_rrefs(timeout_s or UNLIMITED_JOIN_S)
+    """Give up this worker's references and wait until others gave up theirs to what it owns; 0: `RREF_DRAIN_S`."""
+    agent.extensions[RRefContext].delete_all_user_and_unforked_owner_rrefs(timeout_s or RREF_DRAIN_S)
 
 
 def finish_calls(agent: Agent, timeout_s: float) -> None:

@@ -25,7 +25,7 @@ from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.request import CallHook, Request
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, UnknownWorkerError
-from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
+from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.membership.registry import Registry
 from zrpc.transport.chunks import Transfers
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
@@ -115,7 +115,7 @@ class Agent:
         self._group.watch(self._on_joined, self._on_left)
         me, members = self._group.join(name, rank, world_size, self._endpoint.incarnation, card, timeout_s)
         self.info = me.info
-        self.ids = IdGenerator(me.info.id)
+        self.ids = IdGenerator(me.info.id, 0 if self.is_static_group else first_id_of(me.incarnation))
         for member in members:
             self._on_joined(member)
 
