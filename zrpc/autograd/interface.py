@@ -38,13 +38,14 @@ class context:  # torch's name
     """
 
     def __enter__(self) -> int:
-        self._entered = _new_context()
-        return self._entered.context_id
+        self._service = current_service()  # the worker may have shut down when the block ends
+        self._context_id = self._service.contexts.new().context_id
+        return self._context_id
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        _release_context(self._entered.context_id)
+        self._service.release(self._context_id)
 
 
 def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = False, mode: str = "fast") -> None:

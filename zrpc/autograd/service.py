@@ -10,7 +10,7 @@ from zrpc.autograd import gradients as codec
 from zrpc.autograd.backward_pass import Arrived, BackwardPass
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
-from zrpc.errors import AutogradError, UnknownWorkerError
+from zrpc.errors import AgentClosedError, AutogradError, UnknownWorkerError
 from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContext
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ class AutogradService:
         """
         self.contexts.get(context_id)
         self._release(context_id, _at_once)
+
+    def close(self) -> None:
+        """This worker shuts down: end the passes that wait here."""
+        for context in [] if self._contexts is None else self._contexts.all():
+            if (active := context.active) is not None:
+                active.fail(AgentClosedError("this worker shut down during a backward pass"))
 
     def debug_info(self) -> dict[str, int]:
         """How many contexts there are, and how many of them have a pass under way."""

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from tests.unit.autograd.cluster import Cluster, Worker
 from zrpc.autograd.leaves import _taps
-from zrpc.errors import AutogradError, PeerLostError
+from zrpc.errors import AgentClosedError, AutogradError, PeerLostError
 from zrpc.ids import GlobalId
 from zrpc.wire.messages import BuiltinCall, PythonCall
 from zrpc.wire.payload import Payload
@@ -419,6 +419,27 @@ def test_a_worker_that_dies_before_it_sends_gradients(cluster: Cluster) -> None:
         cluster.kill(second)
         thread.join()
         assert "worker1" in str(errors[0])
+
+
+def test_a_pass_that_waits_ends_when_its_worker_shuts_down(cluster: Cluster) -> None:
+    here, there, _ = cluster.workers
+    a = ones()
+    errors: list[BaseException] = []
+
+    def run(context_id: int) -> None:
+        try:
+            here.backward(context_id, (a * 3).sum())
+        except AgentClosedError as error:
+            errors.append(error)
+
+    with here.context() as context_id:
+        here.call(there, multiply, a, a)  # its gradients never come
+        thread = threading.Thread(target=run, args=(context_id,))
+        thread.start()
+        eventually(lambda: here.service.debug_info()["num_current_backward_passes"] == 1)
+        here.service.close()
+        thread.join()
+    assert errors
 
 
 def test_contexts_of_a_dead_worker_are_dropped(cluster: Cluster) -> None:
