@@ -79,7 +79,7 @@ def test_steps_follow_one_another(contexts: Contexts) -> None:
 
 def test_the_gradients_of_a_parameter_come_back_after_an_error(contexts: Contexts) -> None:
     class Failing(torch.optim.SGD):
-        def step(self, closure: object = None) -> None:
+        def step(self, closure: object = None) -> None:  # type: ignore[override]  # it is called with none
             raise ValueError("on purpose")
 
     weight = parameter(1.0)
