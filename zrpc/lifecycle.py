@@ -12,6 +12,7 @@ from zrpc import api, gather
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.autograd import install as install_autograd
+from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
@@ -146,6 +147,7 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
         RuntimeError: values are still referenced by others, and `ignore_rref_leak` is false. It is ended all the same.
     """
     try:
+        agent.extensions[AutogradService].close()
         agent.extensions[RRefContext].destroy(ignore_rref_leak)
     finally:
         agent.close(FLUSH_S)
