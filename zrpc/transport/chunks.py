@@ -32,6 +32,7 @@ MIN_NBYTES = 8 << 20
 CHUNK_NBYTES = 1 << 20
 KEPT_MAX_NBYTES = 1 << 30
 """Destination buffers kept for use again; more than that are given back to the system."""
+_FIRST_BYTE = bytes([MAGIC])
 _HEADER = struct.Struct("<BQQQ")  # magic, transfer, offset, total
 
 Descriptor = list[Any]
@@ -106,7 +107,7 @@ class Transfers:
 
     def is_chunk(self, frames: Sequence[Buffer]) -> bool:
         """Whether `frames` are a chunk and no envelope."""
-        return len(frames) == 2 and frames[0][0] == MAGIC
+        return len(frames) == 2 and frames[0][:1] == _FIRST_BYTE
 
     def receive(self, source: Incarnation, frames: Sequence[Buffer]) -> None:
         """Take in a chunk.
@@ -131,6 +132,8 @@ class Transfers:
         Raises:
             ProtocolError: it has not.
         """
+        if [type(part) for part in descriptor] != [int, int]:
+            raise ProtocolError(f"{descriptor!r} describes no transfer")
         number, nbytes = descriptor
         loan = self._incoming.pop((source, number), None)
         if loan is None or loan.nbytes != nbytes:

@@ -1,0 +1,133 @@
+"""Large buffers in chunks: what goes out comes together again, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from zrpc.errors import ProtocolError
+from zrpc.transport import chunks
+from zrpc.transport.chunks import CHUNK_NBYTES, MIN_NBYTES, Transfers, WarmBuffers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zrpc.ids import Incarnation
+    from zrpc.wire.envelope import Buffer
+
+A, B = b"A" * 8, b"B" * 8
+
+
+class Wire:
+    """What was sent, to be received by whoever wants to."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Incarnation, list[bytes]]] = []
+
+    def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
+        self.messages.append((to, [bytes(frame) for frame in frames]))
+
+
+def pattern(nbytes: int) -> memoryview:
+    return memoryview(np.arange(nbytes, dtype=np.uint32).astype(np.uint8)).cast("B")
+
+
+@pytest.mark.parametrize("nbytes", [MIN_NBYTES, MIN_NBYTES + 1, MIN_NBYTES + CHUNK_NBYTES + 77])
+def test_a_large_buffer_comes_together_again(nbytes: int) -> None:
+    wire = Wire()
+    sender, receiver = Transfers(wire.send), Transfers(wire.send)
+    buffer = pattern(nbytes)
+    descriptor = sender.place(B, buffer)
+    assert descriptor is not None
+    assert all(to == B and receiver.is_chunk(frames) for to, frames in wire.messages)
+    for _, frames in wire.messages:
+        receiver.receive(A, frames)
+    received = receiver.fetch(A, descriptor)
+    assert received == buffer
+    assert not received.readonly
+
+
+def test_smaller_buffers_are_left_to_travel_as_one_frame() -> None:
+    wire = Wire()
+    assert Transfers(wire.send).place(B, bytes(MIN_NBYTES - 1)) is None
+    assert not wire.messages
+
+
+def test_transfers_of_several_senders_may_mix() -> None:
+    wires = {A: Wire(), B: Wire()}
+    receiver = Transfers(Wire().send)
+    descriptors, buffers = {}, {}
+    for number, (source, wire) in enumerate(wires.items()):
+        buffers[source] = bytes([number + 1]) * MIN_NBYTES
+        descriptors[source] = Transfers(wire.send).place(B, buffers[source])
+    assert descriptors[A] == descriptors[B], "each sender counts for itself"
+    for messages in zip(*(wire.messages for wire in wires.values()), strict=True):
+        for source, (_, frames) in zip(wires, messages, strict=True):
+            receiver.receive(source, frames)
+    for source, descriptor in descriptors.items():
+        assert descriptor is not None
+        assert receiver.fetch(source, descriptor) == buffers[source]
+
+
+def _chunk(number: int, offset: int, nbytes: int, raw: bytes) -> list[bytes]:
+    return [chunks._HEADER.pack(chunks.MAGIC, number, offset, nbytes), raw]
+
+
+@pytest.mark.parametrize(
+    "frames", [[b"\xc1", b"x"], _chunk(1, 5, 8, bytes(8)), _chunk(1, 1 << 60, 8, b"x"), _chunk(1, 0, 0, b"x")]
+)
+def test_chunks_that_do_not_fit_are_refused(frames: list[bytes]) -> None:
+    receiver = Transfers(Wire().send)
+    assert receiver.is_chunk(frames)
+    with pytest.raises(ProtocolError):
+        receiver.receive(A, frames)
+
+
+@pytest.mark.parametrize("frames", [[b"\x98"], [b"\x98", b"x"], [b""], [b"", b"x"], [b"\xc1"], [b"\xc1", b"", b""]])
+def test_other_messages_are_no_chunks(frames: list[bytes]) -> None:
+    assert not Transfers(Wire().send).is_chunk(frames)
+
+
+@pytest.mark.parametrize("descriptor", [[1, 8], [2, 9], [2, 8, 9], ["2", 8], [[2], 8], []])
+def test_descriptors_of_nothing_are_refused(descriptor: list[Any]) -> None:
+    receiver = Transfers(Wire().send)
+    receiver.receive(A, _chunk(2, 0, 8, bytes(8)))
+    with pytest.raises(ProtocolError, match=r"has not come|describes no transfer"):
+        receiver.fetch(A, descriptor)
+    with pytest.raises(ProtocolError, match="has not come"):
+        receiver.fetch(B, [2, 8])
+
+
+def test_what_a_lost_sender_began_is_dropped() -> None:
+    receiver = Transfers(Wire().send)
+    for source in (A, B):
+        receiver.receive(source, _chunk(2, 0, 8, source))
+    receiver.forget(A)
+    with pytest.raises(ProtocolError):
+        receiver.fetch(A, [2, 8])
+    assert receiver.fetch(B, [2, 8]) == B
+
+
+def test_memory_is_used_again_once_nobody_sees_it() -> None:
+    buffers = WarmBuffers()
+    first = buffers.lend(1000)
+    address = first.ctypes.data
+    view = memoryview(first)[10:20]
+    del first
+    other = buffers.lend(1000)
+    assert other.ctypes.data != address, "a view of it lives"
+    del view
+    gc.collect()
+    assert buffers.lend(1000).ctypes.data == address
+
+
+def test_no_more_memory_is_kept_than_allowed() -> None:
+    buffers = WarmBuffers(kept_max_nbytes=2500)
+    loans = [buffers.lend(1000) for _ in range(4)]
+    del loans
+    assert buffers._kept_nbytes == 2000
+    assert len(buffers._kept[1000]) == 2
+    assert not buffers._loans
