@@ -32,7 +32,7 @@ class Wire:
 
 
 def pattern(nbytes: int) -> memoryview:
-    return memoryview(np.arange(nbytes, dtype=np.uint32).astype(np.uint8)).cast("B")
+    return np.arange(nbytes, dtype=np.uint32).astype(np.uint8).data
 
 
 @pytest.mark.parametrize("nbytes", [MIN_NBYTES, MIN_NBYTES + 1, MIN_NBYTES + CHUNK_NBYTES + 77])
@@ -115,7 +115,7 @@ def test_memory_is_used_again_once_nobody_sees_it() -> None:
     buffers = WarmBuffers()
     first = buffers.lend(1000)
     address = first.ctypes.data
-    view = memoryview(first)[10:20]
+    view = first[10:20].data
     del first
     other = buffers.lend(1000)
     assert other.ctypes.data != address, "a view of it lives"

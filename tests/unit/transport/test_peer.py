@@ -83,7 +83,7 @@ def test_many_threads_send_at_once_and_each_keeps_its_order() -> None:
         for sender in range(threads_count):
             own = [bytes(frames[0][1:]) for _, frames in messages if frames[0][0] == sender]
             assert own == [number.to_bytes(4, "little") for number in range(each)]
-        assert all(bytes(frames[1]) == frames[0][:1] * 5000 for _, frames in messages if len(frames) > 1)
+        assert all(bytes(frames[1]) == bytes(frames[0][:1]) * 5000 for _, frames in messages if len(frames) > 1)
         b.arrivals.messages.clear()
 
 
