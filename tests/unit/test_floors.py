@@ -30,7 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.lifecycle",),
     ("zrpc.optim", "zrpc.nn"),
     ("zrpc",),
-    ("zrpc.compat", "zrpc.cli"),
+    ("zrpc.compat",),
+    ("zrpc.cli",),
 )
 """From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
 

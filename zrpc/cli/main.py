@@ -88,6 +88,15 @@ def _launch(
     _run(Launch(program, workers, broker, hosts, ssh, srun, bind, advertise, master_port, grace))
 
 
+@app.command("run", context_settings=_VERBATIM)
+def _program(script: Script, args: Args = None, module: Module = False, python: Python = sys.executable) -> None:
+    """Run a program for torch.distributed.rpc on zrpc, with all processes that it starts."""
+    from zrpc.compat.children import reaching
+
+    command = [python, *(["-m"] if module else []), script, *(args or ())]
+    os.execvpe(python, command, reaching(os.environ))
+
+
 def _cluster(
     script: Script,
     workers: Workers,

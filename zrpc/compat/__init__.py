@@ -18,11 +18,15 @@ __all__ = ["install", "is_installed"]
 _installed = False
 
 
-def install() -> None:
+def install(children: bool = True) -> None:
     """Put zrpc where torch's RPC is looked up. Idempotent.
 
     What a program took out of torch's modules before, and keeps anywhere else than as a module's global name (as the
     default of an argument, say), stays torch's.
+
+    Args:
+        children: also in the processes that this one starts from now on, however it starts them: a folder is put into
+            PYTHONPATH. Forked ones have it in any case.
     """
     global _installed
     if _installed:
@@ -31,15 +35,18 @@ def install() -> None:
 
     torch.jit._builtins._find_builtin(torch.add)  # type: ignore[no-untyped-call]  # its table is to hold torch's own
     from zrpc.compat import installation, scripting
+    from zrpc.compat.children import reach_children
     from zrpc.compat.exceptions import as_torch_raises
     from zrpc.wire.exceptions import translate_with
 
     translate_with(as_torch_raises)
+    scripting.install()  # first: importing the rest of torch compiles functions
     replaced = installation.replace_native()
     replaced += installation.replace_modules()
     replaced += installation.replace_attributes()
     installation.rebind(replaced)
-    scripting.install()
+    if children:
+        reach_children()
     _installed = True
 
 

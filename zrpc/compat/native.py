@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from zrpc.compat import autograd, rpc
+from zrpc.compat import autograd, invocation, rpc
+
+RPC_AVAILABLE = True
+"""What DistributedDataParallel remembers of the RPC that torch was built with; it then looks for tensors in RRefs."""
 
 _RPC_NAMES = (
     "PyRRef",
@@ -32,8 +35,10 @@ _RPC_NAMES = (
 
 _AUTOGRAD_NAMES = tuple(name for name in autograd.__all__ if name not in ("context", "is_available"))
 
+_INVOKING = {f"_{name}": function for name, function in vars(invocation).items() if name.startswith("invoke_")}
+
 NAMES: dict[str, dict[str, Any]] = {
-    "_distributed_rpc": {name: getattr(rpc, name) for name in _RPC_NAMES},
+    "_distributed_rpc": {**{name: getattr(rpc, name) for name in _RPC_NAMES}, **_INVOKING},
     "_distributed_autograd": {name: getattr(autograd, name) for name in _AUTOGRAD_NAMES},
 }
 """Module of torch._C -> what it is to hold."""

@@ -22,6 +22,12 @@ from zrpc.compat.rpc.api import _barrier as _barrier
 from zrpc.compat.rpc.api import _delete_all_user_and_unforked_owner_rrefs as _delete_all_user_and_unforked_owner_rrefs
 from zrpc.compat.rpc.api import _destroy_rref_context as _destroy_rref_context
 from zrpc.compat.rpc.api import _get_current_rpc_agent as _get_current_rpc_agent
+from zrpc.compat.rpc.api import _invoke_remote_builtin as _invoke_remote_builtin
+from zrpc.compat.rpc.api import _invoke_remote_python_udf as _invoke_remote_python_udf
+from zrpc.compat.rpc.api import _invoke_remote_torchscript as _invoke_remote_torchscript
+from zrpc.compat.rpc.api import _invoke_rpc_builtin as _invoke_rpc_builtin
+from zrpc.compat.rpc.api import _invoke_rpc_python_udf as _invoke_rpc_python_udf
+from zrpc.compat.rpc.api import _invoke_rpc_torchscript as _invoke_rpc_torchscript
 from zrpc.compat.rpc.api import _is_current_rpc_agent_set as _is_current_rpc_agent_set
 from zrpc.compat.rpc.api import _rref_context_get_debug_info as _rref_context_get_debug_info
 from zrpc.compat.rpc.api import _set_and_start_rpc_agent as _set_and_start_rpc_agent

@@ -17,7 +17,7 @@ import zrpc.api
 from zrpc import gather, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.api import get_worker_info, remote, rpc_sync
-from zrpc.compat import agent
+from zrpc.compat import agent, invocation
 from zrpc.compat.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT, UNSET_RPC_TIMEOUT
 from zrpc.compat.rpc.internal import PythonUDF, _internal_rpc_pickler
 from zrpc.config import check_timeout
@@ -47,6 +47,12 @@ _thread_local_var = threading.local()
 _get_current_rpc_agent = agent.get_current_rpc_agent
 _is_current_rpc_agent_set = is_agent_set
 _set_and_start_rpc_agent = agent.set_and_start_rpc_agent
+_invoke_rpc_builtin = invocation.invoke_rpc_builtin
+_invoke_rpc_python_udf = invocation.invoke_rpc_python_udf
+_invoke_rpc_torchscript = invocation.invoke_rpc_torchscript
+_invoke_remote_builtin = invocation.invoke_remote_builtin
+_invoke_remote_python_udf = invocation.invoke_remote_python_udf
+_invoke_remote_torchscript = invocation.invoke_remote_torchscript
 
 
 def _require_initialized(func: Callable[P, T]) -> Callable[P, T]:
