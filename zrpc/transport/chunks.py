@@ -59,7 +59,7 @@ class WarmBuffers:
                 self._kept_nbytes -= nbytes
         if memory is None:
             memory = np.empty(nbytes, np.uint8)
-        loan: Bytes = np.frombuffer(memory, np.uint8)
+        loan: Bytes = np.frombuffer(memory.data, np.uint8)  # views of it keep it alive, and not `memory`
         whole = memory
 
         def take_back(reference: weakref.ref[Any]) -> None:
