@@ -40,8 +40,8 @@ def _lookup(name: str) -> Any:
     return getattr(here, name)
 
 
-def wait_for_ever() -> None:
-    threading.Event().wait(30)
+def outlast_the_limit() -> None:
+    threading.Event().wait(1.5)
 
 
 def double(n: int) -> int:
@@ -61,8 +61,8 @@ def calls_that_cannot_work(rank: int) -> list[str]:
         (errors.SerializationError, "lock", lambda: rpc.rpc_sync(to, Unpicklable)),
         (errors.SerializationError, "no_such_function", lambda: rpc.rpc_sync(to, Missing())),
         (errors.SerializationError, "lock", lambda: rpc.rpc_async(to, Unpicklable).wait()),
-        (errors.RpcTimeoutError, "500 ms", lambda: rpc.rpc_sync(to, wait_for_ever, timeout=0.5)),
-        (errors.RpcTimeoutError, "500 ms", lambda: rpc.rpc_async(to, wait_for_ever, timeout=0.5).wait()),
+        (errors.RpcTimeoutError, "500 ms", lambda: rpc.rpc_sync(to, outlast_the_limit, timeout=0.5)),
+        (errors.RpcTimeoutError, "500 ms", lambda: rpc.rpc_async(to, outlast_the_limit, timeout=0.5).wait()),
         (errors.ConfigError, "seconds", lambda: rpc.rpc_sync(to, double, args=(1,), timeout=-3)),
         (errors.ConfigError, "seconds", lambda: rpc.rpc_sync(to, double, args=(1,), timeout="1")),  # type: ignore[arg-type]
         (TypeError, "double", lambda: rpc.rpc_sync(to, double, args=(1, 2, 3))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+_called = threading.Event()
+
+
 def double(n: int) -> int:
+    _called.set()
     return 2 * n
 
 
@@ -37,6 +42,8 @@ def outlive(rank: int) -> str:
         rpc.rpc_async("worker1", double, args=(1,)).wait()
     if rank == 0:
         assert rpc.rpc_sync("worker2", double, args=(4,)) == 8
+    else:
+        assert _called.wait(PATIENCE_S), "worker0 does not call"
     assert time.monotonic() - started < PATIENCE_S, "it was the time limit that ended the call"
     with pytest.raises(errors.PeerLostError, match="worker1"):
         rpc.shutdown()

@@ -191,7 +191,7 @@ class BrokeredEndpoint:
     def _connect(self, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
         """A DEALER connected to the broker, and its monitor."""
         sock = sockets.make_socket(self._context, zmq.DEALER, identity=identity)
-        monitor = sock.get_monitor_socket(EVENTS)
+        monitor = sockets.make_monitor(self._context, sock, EVENTS)
         sockets.connect(sock, self.address)
         return sock, monitor
 

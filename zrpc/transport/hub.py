@@ -121,7 +121,7 @@ class Hub:
         except BaseException:
             self._context.destroy()
             raise
-        self._monitor = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = sockets.make_monitor(self._context, self._router, zmq.EVENT_DISCONNECTED)
         self._wake_in, self._wake_out = pysocket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)

@@ -170,7 +170,11 @@ class PeerEndpoint:
             if self._closed or peer in self._lost or address is None:
                 raise self._gone(peer)
             sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation)
-            monitor = sock.get_monitor_socket(EVENTS)
+            try:
+                monitor = sockets.make_monitor(self._context, sock, EVENTS)
+            except zmq.ZMQError:
+                sock.close()
+                raise
             try:
                 sockets.connect(sock, address)
             except ConfigError as error:

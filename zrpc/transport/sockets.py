@@ -7,6 +7,7 @@ connection that died silently is noticed), a bounded high-water mark and a bound
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import socket as pysocket
 import warnings
 
@@ -27,6 +28,8 @@ RECONNECT_MAX_MS = 1_000
 CONNECT_TIMEOUT_MS = 5_000
 
 MAX_SOCKETS = 8192
+
+_monitor_numbers = itertools.count()
 
 
 def make_context() -> Context:
@@ -54,6 +57,20 @@ def make_socket(context: Context, kind: int, identity: bytes | None = None) -> S
     if kind == zmq.ROUTER:
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return sock
+
+
+def make_monitor(context: Context, sock: Socket, events: int) -> Socket:
+    """The socket on which ZeroMQ tells of `events` of `sock`; the caller closes it.
+
+    Each has an address of its own. pyzmq's `get_monitor_socket` names it after the file descriptor of `sock`, and one
+    that was closed a moment ago may still stand under that name: the monitor then fails with EADDRINUSE.
+    """
+    address = f"inproc://monitor-{next(_monitor_numbers)}"
+    sock.monitor(address, events)
+    monitor: Socket = context.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.LINGER, 0)
+    monitor.connect(address)
+    return monitor
 
 
 def split_address(address: str) -> tuple[str, int]:
