@@ -24,7 +24,14 @@ from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.request import CallHook, Request
 from zrpc.config import RpcBackendOptions, check_timeout
-from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, UnknownWorkerError
+from zrpc.errors import (
+    AgentClosedError,
+    OverloadedError,
+    PeerLostError,
+    ProtocolError,
+    RpcTimeoutError,
+    UnknownWorkerError,
+)
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.membership.registry import Registry
 from zrpc.transport.chunks import Transfers
@@ -233,11 +240,11 @@ class Agent:
             payload = payload or Payload()
             extras = self._extras(to, message, payload, None)
         call_id = next(self._call_ids)
-        frames = self._encode(to, seal(message, call_id, payload, extras, self._device_names(to)))
+        envelope = seal(message, call_id, payload, extras, self._device_names(to))
         call = Call(self, call_id, to, message, limit_s)
         self._calls[call_id] = call
         try:
-            self._send(to, frames)
+            self._send(to, self._encode(to, envelope))
         except Exception as error:
             self._finish(call_id, None, error)
             return call
@@ -300,13 +307,11 @@ class Agent:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
         try:
-            frames = self._answer_frames(request, payload, error)
-        except Exception as unsendable:
-            frames = self._answer_frames(request, None, unsendable)
-        try:
-            self._send(request.source, frames)
-        except (PeerLostError, AgentClosedError, UnknownWorkerError) as gone:
+            self._send(request.source, self._answer_frames(request, payload, error))
+        except (PeerLostError, AgentClosedError) as gone:
             log.debug("the answer to %s was not sent: %s", request.source, gone)
+        except OverloadedError as full:
+            log.error("the answer to %s was not sent: %s", request.source, full)
         finally:
             with self._idle:
                 self._serving -= 1
@@ -316,15 +321,22 @@ class Agent:
     def _answer_frames(
         self, request: Request[Message], payload: Payload | None, error: BaseException | None
     ) -> list[Buffer]:
-        message: Message = Reply()
-        if error is not None:
-            message, payload = dump_exception(error)
-        extras = None
-        if request.extras:
-            payload = payload or Payload()
-            extras = self._extras(request.source, message, payload, request.extras)
-        envelope = seal(message, request.call_id, payload, extras, self._device_names(request.source))
-        return self._encode(request.source, envelope)
+        """The answer; where it cannot be sent, the answer that says so, without the hooks that may be the reason."""
+        to = request.source
+        try:
+            message: Message = Reply()
+            if error is not None:
+                message, payload = dump_exception(error)
+            extras = None
+            if request.extras:
+                payload = payload or Payload()
+                extras = self._extras(to, message, payload, request.extras)
+            return self._encode(to, seal(message, request.call_id, payload, extras, self._device_names(to)))
+        except (PeerLostError, AgentClosedError):
+            raise
+        except Exception as unsendable:
+            failure, rebuilt_from = dump_exception(unsendable if error is None else error)
+            return self._encode(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
 
     def _extras(
         self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None

@@ -7,6 +7,7 @@ rebuilt) by the first thread that asks for the outcome, not by the reading threa
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
+
+
+log = logging.getLogger("zrpc")
 
 
 class CallOwner(Protocol):
@@ -70,7 +74,10 @@ class Call:
             callbacks, self._callbacks = self._callbacks, None
         self._done.release()
         for callback in callbacks or ():
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # it was some thread's duty to complete the call, and it has others
+                log.exception("a callback of %s to %s failed", type(self.message).__name__, self.peer)
 
     def done(self) -> bool:
         """Whether the outcome is here."""
@@ -103,6 +110,7 @@ class Call:
 
     def result(self) -> Payload:
         """The outcome of a call that is done; see `wait`."""
+        assert self.done()
         with self._lock:
             if not self._opened:
                 self._open()
@@ -113,9 +121,9 @@ class Call:
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong with a call that is done, or None."""
+        """What went wrong with the call; None if nothing did, or it is not done."""
         with self._lock:
-            if not self._opened:
+            if not self._opened and self._callbacks is None:
                 self._open()
             return self._error
 

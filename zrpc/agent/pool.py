@@ -106,19 +106,20 @@ class HandlerPool:
             task = self._queue.get()
             with self._lock:
                 self._idle -= 1
-            if task is None:
-                break
+                if task is None:
+                    self._threads.discard(threading.current_thread())
+                    return
+                self._grow()  # what was put while this thread still seemed idle waits for another
             try:
                 task()
-            except Exception:
+            except BaseException:
                 log.exception("a handler thread's task failed")
             del task
             with self._lock:
                 if len(self._threads) - self._waiting > self._size and self._queue.empty():
-                    break
+                    self._threads.discard(threading.current_thread())
+                    return
                 self._idle += 1
-        with self._lock:
-            self._threads.discard(threading.current_thread())
 
 
 class _Waiting:

@@ -1,0 +1,177 @@
+"""Agents of one process that send each other messages through memory, and lose those that a test picks."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from tests.unit.wire.travel import received
+from zrpc.agent.agent import Agent
+from zrpc.config import RpcBackendOptions
+from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
+from zrpc.membership.group import Member
+from zrpc.wire.envelope import Buffer, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from zrpc.membership.group import OnJoined, OnLeft
+    from zrpc.transport.endpoint import OnFrames, OnLost
+    from zrpc.wire.messages import Message
+
+WAIT_S = 20.0
+
+Parcel = tuple[Incarnation, list[Buffer]]
+
+
+class Network:
+    """Where endpoints are found.
+
+    Attributes:
+        loses: asked for each message; true: it does not arrive.
+    """
+
+    def __init__(self) -> None:
+        self.endpoints: dict[Incarnation, MemoryEndpoint] = {}
+        self.loses: Callable[[Message], bool] = lambda message: False
+
+
+class MemoryEndpoint:
+    """An `Endpoint` whose messages travel through a queue, read by a thread of its own."""
+
+    def __init__(self, network: Network) -> None:
+        self.incarnation = new_incarnation()
+        self.watched: list[Incarnation] = []
+        self._network = network
+        self._queue: SimpleQueue[Parcel | None] = SimpleQueue()
+        self._gone: set[Incarnation] = set()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._on_lost: OnLost
+        network.endpoints[self.incarnation] = self
+
+    def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
+        self._on_lost = on_lost
+
+        def read() -> None:
+            while (parcel := self._queue.get()) is not None:
+                on_frames(*parcel)
+
+        self._thread = threading.Thread(target=read, name="reader")
+        self._thread.start()
+
+    def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
+        if self._closed:
+            raise AgentClosedError("closed")
+        target = self._network.endpoints.get(to)
+        if target is None or to in self._gone:
+            raise PeerLostError("gone")
+        if not self._network.loses(decode(frames).message):
+            target.deliver(self.incarnation, received(frames))
+
+    def deliver(self, source: Incarnation, frames: list[Buffer]) -> None:
+        """Let a message of `source` arrive."""
+        self._queue.put((source, frames))
+
+    def lose(self, peer: Incarnation, reason: str) -> None:
+        """Declare `peer` lost."""
+        self._gone.add(peer)
+        self._on_lost(peer, reason)
+
+    def watch(self, peer: Incarnation) -> None:
+        self.watched.append(peer)
+
+    def close(self, flush_s: float) -> None:
+        self._closed = True
+        self._network.endpoints.pop(self.incarnation, None)
+        self._queue.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+class MemoryGroup:
+    """A `Group` whose members a test names.
+
+    Attributes:
+        members: who is here when somebody joins.
+        newcomers: who is found by the next `refresh`.
+        refreshes: how often was looked for newcomers.
+        left: whether this worker has said goodbye.
+    """
+
+    on_joined: OnJoined
+    on_left: OnLeft
+
+    def __init__(self, members: list[Member]) -> None:
+        self.members = members
+        self.newcomers: list[Member] = []
+        self.refreshes = 0
+        self.left = False
+
+    def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
+        self.on_joined, self.on_left = on_joined, on_left
+
+    def join(
+        self,
+        name: str,
+        rank: int,
+        world_size: int | None,
+        incarnation: Incarnation,
+        card: dict[str, Any],
+        timeout_s: float,
+    ) -> tuple[Member, list[Member]]:
+        return next(member for member in self.members if member.incarnation == incarnation), self.members
+
+    def refresh(self) -> None:
+        self.refreshes += 1
+        newcomers, self.newcomers = self.newcomers, []
+        for member in newcomers:
+            self.on_joined(member)
+
+    def leave(self, timeout_s: float) -> None:
+        self.left = True
+
+
+class Worker:
+    """An agent with its fake transport and membership."""
+
+    def __init__(self, network: Network, name: str, rank: int, options: RpcBackendOptions | None = None) -> None:
+        self.options = options or RpcBackendOptions(num_worker_threads=4)
+        self.endpoint = MemoryEndpoint(network)
+        self.group = MemoryGroup([])
+        self.info = WorkerInfo(name, rank)
+        self.connected: list[Member] = []
+        self.disconnected: list[Incarnation] = []
+        self.agent = Agent(
+            self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append
+        )
+
+    def member(self, **card: Any) -> Member:
+        return Member(self.info, self.endpoint.incarnation, card)
+
+    def join(self, members: list[Member], world_size: int | None) -> None:
+        self.group.members = members
+        self.agent.join(self.info.name, self.info.id, world_size, {}, WAIT_S)
+
+
+@contextmanager
+def workers(
+    *names: str, threads: int = 4, dynamic: bool = False, open_them: bool = True, network: Network | None = None
+) -> Iterator[list[Worker]]:
+    """Workers that know each other, closed in the end."""
+    net = network or Network()
+    made = [Worker(net, name, rank, RpcBackendOptions(num_worker_threads=threads)) for rank, name in enumerate(names)]
+    members = [worker.member() for worker in made]
+    try:
+        for worker in made:
+            worker.join(members, None if dynamic else len(made))
+        for worker in made:
+            if open_them:
+                worker.agent.open()
+        yield made
+    finally:
+        for worker in made:
+            worker.agent.close(5.0)

@@ -1,0 +1,106 @@
+"""Time limits: each key expires once, in order, unless the table is closed first."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from zrpc.agent.deadlines import Deadlines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WAIT_S = 20.0
+
+
+class Expired:
+    """The keys that expired, in order."""
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, key: int) -> None:
+        with self._changed:
+            self.keys.append(key)
+            self._changed.notify_all()
+
+    def wait(self, count: int) -> list[int]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.keys) >= count, WAIT_S)
+            return list(self.keys)
+
+
+@contextmanager
+def deadlines() -> Iterator[tuple[Deadlines, Expired]]:
+    expired = Expired()
+    made = Deadlines(expired)
+    try:
+        yield made, expired
+    finally:
+        made.close()
+
+
+def test_keys_expire_in_the_order_of_their_time() -> None:
+    with deadlines() as (table, expired):
+        for key, after_s in ((3, 0.5), (1, 0.0), (2, 0.25)):
+            table.add(key, after_s)
+        assert expired.wait(3) == [1, 2, 3]
+
+
+def test_a_nearer_deadline_wakes_the_thread_that_sleeps_toward_a_farther_one() -> None:
+    with deadlines() as (table, expired):
+        table.add(1, 3600.0)
+        table.add(2, 0.0)
+        assert expired.wait(1) == [2]
+
+
+def test_keys_of_one_tick_all_expire() -> None:
+    with deadlines() as (table, expired):
+        for key in range(1000):
+            table.add(key, 0.01)
+        assert sorted(expired.wait(1000)) == list(range(1000))
+
+
+def test_keys_may_be_added_by_what_expires() -> None:
+    expired = Expired()
+
+    def again(key: int) -> None:
+        expired(key)
+        if key < 3:
+            table.add(key + 1, 0.0)
+
+    table = Deadlines(again)
+    table.add(0, 0.0)
+    assert expired.wait(4) == [0, 1, 2, 3]
+    table.close()
+
+
+def test_there_is_no_thread_before_it_is_needed_and_none_after_the_close() -> None:
+    with deadlines() as (table, expired):
+        assert table._thread is None
+        table.add(1, 3600.0)
+        assert table._thread is not None
+        for _ in range(2):
+            table.close()
+        assert not table._thread.is_alive()
+        table.add(2, 0.0)
+        assert expired.keys == []
+
+
+def test_what_expires_may_close_the_table() -> None:
+    closed = threading.Event()
+
+    def close(key: int) -> None:
+        table.close()
+        closed.set()
+
+    table = Deadlines(close)
+    table.add(1, 0.0)
+    assert closed.wait(WAIT_S)
+
+
+def test_a_table_that_was_never_used_closes() -> None:
+    with deadlines():
+        pass

@@ -1,0 +1,207 @@
+"""Futures of calls: torch's own, asyncio's, and those that `then` makes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.unit.agent.test_call import ANSWER, Owner
+from zrpc.agent.future import Future, fail, future_of
+from zrpc.agent.pool import HandlerPool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zrpc.wire.payload import Payload
+
+WAIT_S = 20.0
+
+
+@contextmanager
+def pool(size: int = 1) -> Iterator[HandlerPool]:
+    made = HandlerPool(size, "completer")
+    try:
+        yield made
+    finally:
+        made.close(WAIT_S)
+
+
+def text(payload: Payload) -> str:
+    return bytes(payload.data).decode()
+
+
+def done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    if isinstance(value, Exception):
+        fail(future, value)
+    else:
+        future.set_result(value)
+    return future
+
+
+def test_a_future_of_a_call_is_one_of_torch_and_converts_the_answer_on_the_pool() -> None:
+    owner = Owner()
+    converted: list[str] = []
+
+    def convert(payload: Payload) -> str:
+        converted.append(threading.current_thread().name)
+        return text(payload)
+
+    with pool() as completions:
+        future = future_of(owner.call(), convert, completions)
+        assert isinstance(future, torch.futures.Future)
+        assert not future.done()
+        owner.finish(ANSWER)
+        assert future.wait() == "result"
+        assert future.done()
+        assert future.value() == "result"
+    assert converted == ["completer-0"]
+
+
+def test_errors_of_the_call_and_of_the_conversion_are_the_futures() -> None:
+    for convert, error in ((text, KeyError("remote")), (lambda payload: 1 // len(payload.data[:0]), None)):
+        owner = Owner()
+        with pool() as completions:
+            future = future_of(owner.call(), convert, completions)
+            owner.finish(None if error else ANSWER, error)
+            with pytest.raises(KeyError if error else ZeroDivisionError):
+                future.wait()
+            assert future.done()
+            with pytest.raises(KeyError if error else ZeroDivisionError):
+                future.value()
+
+
+def test_then_chains_values_and_may_wait_for_calls() -> None:
+    first, second = Owner(), Owner()
+    with pool() as completions:
+        one = future_of(first.call(), text, completions)
+        two = future_of(second.call(), text, completions)
+        both = one.then(lambda future: future.wait() + two.wait()).then(lambda future: future.value() + "!")
+        assert isinstance(both, Future)
+        first.finish(ANSWER)  # the only completer now waits for the second, and another one is started
+        second.finish(ANSWER)
+        assert both.wait() == "resultresult!"
+
+
+def test_then_of_a_done_future_runs_at_once() -> None:
+    assert done(2).then(lambda future: future.value() * 3).wait() == 6
+
+
+def test_then_hands_errors_on_as_torch_does() -> None:
+    failed = done(ValueError("first"))
+    with pytest.raises(RuntimeError, match="ValueError: first") as caught:
+        failed.then(lambda future: future.wait()).wait()
+    assert isinstance(caught.value.__cause__, ValueError)
+
+    def raise_own(_: object) -> None:
+        raise NotImplementedError("of the callback")
+
+    with pytest.raises(NotImplementedError, match="of the callback"):
+        done(1).then(raise_own).wait()
+    assert failed.then(lambda _: "recovered").wait() == "recovered"
+
+
+def test_then_wants_a_function() -> None:
+    with pytest.raises(TypeError):
+        done(1).then(None)  # type: ignore[arg-type]
+
+
+def test_add_done_callback_runs_on_a_completer() -> None:
+    owner = Owner()
+    ran: list[str] = []
+    with pool() as completions:
+        future = future_of(owner.call(), text, completions)
+        finished = threading.Event()
+
+        def callback(_: object) -> None:
+            ran.append(threading.current_thread().name)
+            finished.set()
+
+        future.add_done_callback(callback)
+        owner.finish(ANSWER)
+        assert finished.wait(WAIT_S)
+    assert ran == ["completer-0"]
+
+
+def test_torchs_functions_over_many_futures_work() -> None:
+    owners = [Owner() for _ in range(4)]
+    with pool() as completions:
+        futures = [future_of(owner.call(), text, completions) for owner in owners]
+        collected = torch.futures.collect_all(futures)  # type: ignore[arg-type]
+        for owner in owners:
+            owner.finish(ANSWER)
+        assert torch.futures.wait_all(futures) == ["result"] * 4  # type: ignore[arg-type]
+        assert [future.wait() for future in collected.wait()] == ["result"] * 4
+    with pytest.raises(KeyError):
+        torch.futures.wait_all([done(1), done(KeyError("x"))])
+
+
+def test_futures_can_be_awaited() -> None:
+    owners = [Owner() for _ in range(3)]
+
+    async def main() -> list[str]:
+        with pool() as completions:
+            futures = [future_of(owner.call(), text, completions) for owner in owners]
+            loop = asyncio.get_running_loop()
+            for owner in owners:
+                await loop.run_in_executor(None, owner.finish, ANSWER)
+
+            async def one(future: Future[str]) -> str:
+                return await future
+
+            return await asyncio.gather(*map(one, futures))
+
+    assert asyncio.run(main()) == ["result"] * 3
+
+
+def test_await_raises_what_the_call_raised_and_gives_what_is_done() -> None:
+    async def main() -> None:
+        assert await done(5) == 5
+        with pytest.raises(KeyError):
+            await done(KeyError("x"))
+
+    asyncio.run(main())
+
+
+def test_the_loop_runs_while_a_future_is_awaited_and_a_cancelled_wait_leaves_it_alone() -> None:
+    owner = Owner()
+
+    async def main() -> None:
+        with pool() as completions:
+            future = future_of(owner.call(), text, completions)
+
+            async def wait() -> str:
+                return await future
+
+            waiting = asyncio.create_task(wait())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            again = asyncio.create_task(wait())
+            await asyncio.sleep(0)
+            owner.finish(ANSWER)
+            assert await again == "result"
+
+    asyncio.run(main())
+
+
+def test_waiting_makes_room_in_the_pool() -> None:
+    answered: Future[int] = Future()
+    asked, finished = threading.Event(), threading.Event()
+    with pool() as handlers:
+
+        def ask() -> None:
+            asked.set()
+            assert answered.wait() == 4
+            finished.set()
+
+        handlers.submit(ask)
+        assert asked.wait(WAIT_S)
+        handlers.submit(lambda: answered.set_result(4))
+        assert finished.wait(WAIT_S)
