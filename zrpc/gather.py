@@ -88,8 +88,7 @@ class Gatherings:
                     self._agent.watch(self._agent.resolve(name))
                 self.contribute(key, me, obj)
             else:
-                told = _payload(self.remote.contribution(key, me, obj))
-                self._start(leader, told, call_timeout_s, waited=True).wait()
+                self._tell_leader(key, gathering, obj, call_timeout_s)
             with self._agent.blocking():
                 if not gathering.complete.wait(wait_timeout_s):
                     self._fail(gathering, f"not all of {', '.join(names)} came within {wait_timeout_s:g} s")
@@ -101,6 +100,16 @@ class Gatherings:
         finally:
             with self._lock:
                 self._gatherings.pop(key, None)
+
+    def _tell_leader(self, key: Key, gathering: _Gathering, obj: Any, timeout_s: float) -> None:
+        """Take part, unless the leader has given up already and said so, maybe as its last word."""
+        try:
+            if not gathering.complete.is_set():
+                told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
+                self._start(key[0][0], told, timeout_s, waited=True).wait()
+        except PeerLostError:
+            if not gathering.complete.is_set():
+                raise
 
     def contribute(self, key: Key, name: str, obj: Any) -> None:
         """On the leader: `name` takes part with `obj`."""
@@ -115,8 +124,8 @@ class Gatherings:
     def conclude(self, key: Key, objects: dict[str, Any], error: str | None) -> None:
         """On a follower: this is what the leader gathered."""
         with self._lock:
-            gathering = self._gatherings.get(key)
-            if gathering is not None:
+            gathering = self._gatherings[key]  # maybe before this worker has come here
+            if not gathering.complete.is_set():
                 gathering.objects, gathering.error = objects, error
                 gathering.complete.set()
 

@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,13 +32,14 @@ from zrpc.errors import (
     ProtocolError,
     RpcTimeoutError,
     UnknownWorkerError,
+    ZrpcError,
 )
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.membership.registry import Registry
 from zrpc.transport.chunks import Transfers
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
 from zrpc.wire.exceptions import dump_exception, load_exception
-from zrpc.wire.messages import BuiltinCall, Failure, Message, PythonCall, Reply
+from zrpc.wire.messages import BuiltinCall, Failure, Leave, Message, PythonCall, Reply
 from zrpc.wire.payload import Payload, open_payload, seal
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ class Agent:
         self._lock = threading.Lock()  # owns what follows
         self._serving = 0
         self._early: list[tuple[Incarnation, Envelope]] | None = []
+        self._gone_early: dict[Incarnation, str] = {}
         self._closed = False
         self._idle = threading.Condition(self._lock)
         self._handler_pool = HandlerPool(options.num_worker_threads, "zrpc-handler")
@@ -112,6 +115,7 @@ class Agent:
         self._deadlines = Deadlines(self._expire)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
+        self.handle(Leave, self._serve_leave, inline=True)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -143,6 +147,21 @@ class Agent:
                     return False
                 self._idle.wait(left)
         return True
+
+    def say_goodbye(self, timeout_s: float) -> None:
+        """Tell the peers of a dynamic group that this worker leaves; wait up to `timeout_s` for them to know.
+
+        From then on a call of theirs to its name is for the next worker of that name. In a static group nobody may come
+        again, and with a broker the broker tells.
+        """
+        if self.is_static_group or self.address is None or self._closed:
+            return
+        with suppress(Exception):  # the store may be gone
+            self.refresh()
+        others = [info for info in self.members.all() if info.id != self.info.id]
+        for call in [self.request(info, Leave(), timeout_s=timeout_s) for info in others]:
+            with suppress(ZrpcError):
+                call.wait()
 
     def close(self, flush_s: float) -> None:
         """Leave the group and stop. Calls under way end with `AgentClosedError`. Idempotent."""
@@ -453,11 +472,21 @@ class Agent:
         theirs = member.card.get("device_maps", {}).get(self.info.name) if member else None
         return {there: here for here, there in theirs.items()} if theirs else {}
 
+    def _serve_leave(self, request: Request[Leave]) -> None:
+        member = self.members.member(request.source.id)
+        request.reply()
+        if member is not None:
+            self._forget(member.incarnation, "it left the group")
+
     def _on_joined(self, member: Member) -> None:
         self._connect(member)
         if self._shared_memory is not None:
             self._shared_memory.meet(member.incarnation, member.card.get("memory"))
-        self.members.add(member)
+        with self._lock:
+            self.members.add(member)
+            reason = self._gone_early.pop(member.incarnation, None)
+        if reason is not None:
+            self._forget(member.incarnation, reason)
 
     def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
         if lost:
@@ -471,7 +500,10 @@ class Agent:
 
     def _forget(self, incarnation: Incarnation, reason: str) -> None:
         """A peer is gone: its calls fail. In a static group its name stays known: calls to it say what happened."""
-        member = self.members.by_incarnation(incarnation)
+        with self._lock:
+            member = self.members.by_incarnation(incarnation)
+            if member is None:  # while this worker joins, one may be lost before it is known here
+                self._gone_early[incarnation] = reason
         if member is None or self._closed:
             return
         if self._shared_memory is not None:
