@@ -150,6 +150,7 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
         agent.extensions[AutogradService].close()
         agent.extensions[RRefContext].destroy(ignore_rref_leak)
     finally:
+        agent.say_goodbye(FLUSH_S)
         agent.close(FLUSH_S)
         set_agent(None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +16,30 @@ if TYPE_CHECKING:
 
     from zrpc.membership.store import Store
 
-_generations = itertools.count()
+
+class _Generations:
+    """Keeps apart the groups that one process is in, one after the other, over one store.
+
+    Static groups are numbered: the n-th of one process is the n-th of the others. Whoever is in a dynamic group may
+    leave and come back while the others stay, so all of its times in one are the same generation.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._dynamic = False
+
+    def enter(self, dynamic: bool) -> int:
+        """The generation of the group that this process is about to join."""
+        if self._dynamic and not dynamic:
+            self._next += 1
+        self._dynamic = dynamic
+        generation = self._next
+        if not dynamic:
+            self._next += 1
+        return generation
+
+
+_generations = _Generations()
 _kept_alive: list[Iterator[Any]] = []
 
 
@@ -43,7 +65,8 @@ def resolve_rank(rank: int, world_size: int | None, init_method: str) -> tuple[i
 def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: float) -> Store:
     """The store that `init_method` names, fresh for this `init_rpc` of the process.
 
-    Workers call `init_rpc` and `shutdown` in step: the n-th `init_rpc` of one meets the n-th of the others.
+    Workers of static groups call `init_rpc` and `shutdown` in step: the n-th `init_rpc` of one meets the n-th of the
+    others.
 
     Raises:
         ConfigError: `init_method`, or an environment variable that it needs, cannot be used.
@@ -68,7 +91,7 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
             "Check the address, and that rank 0 runs"
         ) from error
     store.set_timeout(timeout)
-    prefixed = dist.PrefixStore(f"zrpc/{next(_generations)}", store)
+    prefixed = dist.PrefixStore(f"zrpc/{_generations.enter(world_size is None)}", store)
     return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
 
 

@@ -347,7 +347,7 @@ class Left(Message):
 @_message(45)
 @dataclass(frozen=True, slots=True)
 class Leave(Message):
-    """The worker shuts down. Worker to broker."""
+    """The worker shuts down. Worker to broker; without one, to everybody in a dynamic group."""
 
 
 @_message(46, idempotent=True)

@@ -1,0 +1,57 @@
+"""wait_all and collect_all."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from zrpc.agent.future import Future
+from zrpc.compat.futures import collect_all, wait_all
+
+
+def of(value: int) -> Future[int]:
+    future: Future[int] = Future()
+    future.set_result(value)
+    return future
+
+
+def failed(error: Exception) -> Future[int]:
+    future: Future[int] = Future()
+    future.set_exception(error)  # type: ignore[arg-type]  # torch types it as the value
+    return future
+
+
+def test_values_come_in_the_order_of_the_futures() -> None:
+    late: Future[int] = Future()
+    plain: torch.futures.Future[int] = torch.futures.Future()
+    thread = threading.Thread(target=lambda: (plain.set_result(3), late.set_result(1)))
+    thread.start()
+    assert wait_all([late, of(2), plain]) == [1, 2, 3]
+    thread.join()
+
+
+def test_nothing_is_waited_for_if_there_is_nothing() -> None:
+    assert wait_all([]) == []
+    assert collect_all([]).wait() == []
+
+
+def test_the_first_error_does_not_wait_for_the_others() -> None:
+    never: Future[int] = Future()
+    with pytest.raises(ValueError, match="first"):
+        wait_all([never, failed(ValueError("first")), failed(KeyError("second"))])
+    never.set_result(0)
+
+
+def test_what_comes_after_an_error_changes_nothing() -> None:
+    late: Future[int] = Future()
+    collected = collect_all([late, failed(ValueError("first"))])
+    late.set_result(1)
+    with pytest.raises(ValueError, match="first"):
+        collected.wait()
+
+
+def test_collect_all_gives_the_futures_themselves() -> None:
+    futures = [of(1), of(2)]
+    assert collect_all(futures).wait() == futures
