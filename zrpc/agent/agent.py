@@ -222,6 +222,7 @@ class Agent:
 
         Raises:
             UnknownWorkerError: there is none.
+            RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
         try:

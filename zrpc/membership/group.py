@@ -56,7 +56,11 @@ class Group(Protocol):
         """Tell of later comings and goings, on any thread; the functions must not block. Called once, before `join`."""
 
     def refresh(self) -> None:
-        """Look for newcomers now, and tell `watch`'s functions of them before returning."""
+        """Look for newcomers now, and tell `watch`'s functions of them before returning.
+
+        Raises:
+            RendezvousError: the store is unreachable.
+        """
 
     def leave(self, timeout_s: float) -> None:
         """Say goodbye, so that the others do not take this worker for lost.

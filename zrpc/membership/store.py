@@ -49,6 +49,7 @@ class StoreGroup:
         self._dynamic = False
         self._index = 0
         self._seen: dict[int, Incarnation] = {}
+        self._unread: set[int] = set()
         self._count = 0
         self._me: Member | None = None
 
@@ -81,17 +82,17 @@ class StoreGroup:
         """See `Group.refresh`. In a static group nobody comes."""
         if not self._dynamic:
             return
-        with self._lock:
-            count = self._store.add("members", 0)
-            joined = [self._read_indexed(index) for index in range(self._count + 1, count + 1)]
-            self._count = max(self._count, count)
-            gone = [index for index in self._seen if self._store.check([f"left/{index}"])]
-            left = [self._seen.pop(index) for index in gone]
-        for member in joined:
-            if member is not None:
-                self._on_joined(member)
-        for incarnation in left:
+        try:
+            with self._lock:
+                gone = [index for index in self._seen if self._store.check([f"left/{index}"])]
+                left = [self._seen.pop(index) for index in gone]
+                joined = self._read_newcomers()
+        except RuntimeError as error:
+            raise RendezvousError(f"the store of the group failed: {error}. Check that its host is up") from error
+        for incarnation in left:  # first: a newcomer may have the name of one who left
             self._on_left(incarnation, False, "it left the group")
+        for member in joined:
+            self._on_joined(member)
 
     def leave(self, timeout_s: float) -> None:
         """See `Group.leave`. A static group ends as a whole: there is nothing to say."""
@@ -174,25 +175,30 @@ class StoreGroup:
         me = Member(WorkerInfo(name, rank), incarnation, card)
         self._index = self._store.add("members", 1)
         self._store.set(f"member/{self._index}", _pack(me, 0))
-        others: list[Member] = []
-        for index in range(1, self._index):
-            member = self._read_indexed(index)
-            if member is not None:
-                others.append(member)
+        self._unread = set(range(1, self._index))
         self._count = self._index
+        others = self._read_newcomers()
         self._me = me
         return me, [*others, me]
 
     def _claim(self, key: str, mine: str) -> bool:
         return self._store.compare_set(key, "", mine).decode() == mine
 
-    def _read_indexed(self, index: int) -> Member | None:
-        """The member that came as number `index`; None if it has left."""
-        if self._store.check([f"left/{index}"]):
-            return None
-        member, _ = _unpack(self._store.get(f"member/{index}"))
-        self._seen[index] = member.incarnation
-        return member
+    def _read_newcomers(self) -> list[Member]:
+        """Those that came since the last look and are still here; one that is still writing its record comes later."""
+        count = self._store.add("members", 0)
+        self._unread.update(range(self._count + 1, count + 1))
+        self._count = max(self._count, count)
+        found = []
+        for index in sorted(self._unread):
+            if self._store.check([f"left/{index}"]):
+                self._unread.remove(index)
+            elif self._store.check([f"member/{index}"]):
+                self._unread.remove(index)
+                member, _ = _unpack(self._store.get(f"member/{index}"))
+                self._seen[index] = member.incarnation
+                found.append(member)
+        return found
 
 
 def _ignore(*_: object) -> None:

@@ -1,0 +1,270 @@
+"""Membership in a store: static groups that wait for all, dynamic ones that come and go."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch.distributed as dist
+
+from zrpc.errors import RefusedError, RendezvousError
+from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
+from zrpc.membership import store as store_module
+from zrpc.membership.group import Member
+from zrpc.membership.store import Store, StoreGroup
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WAIT_S = 20.0
+
+
+@pytest.fixture(params=["hash", "file"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    made = dist.HashStore() if request.param == "hash" else dist.FileStore(str(tmp_path / "store"), -1)
+    made.set_timeout(timedelta(seconds=WAIT_S))
+    return cast("Store", made)
+
+
+class Seat:
+    """One worker's membership, and what it was told."""
+
+    def __init__(self, store: Store, name: str, rank: int) -> None:
+        self.info = WorkerInfo(name, max(rank, 0))
+        self.rank = rank
+        self.incarnation = new_incarnation()
+        self.group = StoreGroup(store)
+        self.joined: list[Member] = []
+        self.left: list[tuple[Incarnation, bool, str]] = []
+        self.told: list[str] = []
+        self.group.watch(self._on_joined, self._on_left)
+
+    def _on_joined(self, member: Member) -> None:
+        self.joined.append(member)
+        self.told.append(f"+{member.info.name}")
+
+    def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
+        self.left.append((incarnation, lost, reason))
+        self.told.append("-")
+
+    def join(
+        self, world_size: int | None, timeout_s: float = WAIT_S, card: dict[str, Any] | None = None
+    ) -> tuple[Member, list[Member]]:
+        return self.group.join(self.info.name, self.rank, world_size, self.incarnation, card or {}, timeout_s)
+
+
+def join_all(seats: list[Seat], *sizes: int | None, timeout_s: float = WAIT_S) -> list[Any]:
+    """What each seat's `join` gave, or raised."""
+
+    def join(seat: Seat, size: int | None) -> Any:
+        try:
+            return seat.join(size, timeout_s)
+        except RuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(len(seats)) as pool:
+        return list(pool.map(join, seats, sizes if len(sizes) > 1 else sizes * len(seats)))
+
+
+# ---- static groups -----------------------------------------------------------------------------------------------
+
+
+def test_a_static_group_is_there_when_all_are(store: Store) -> None:
+    seats = [Seat(store, name, rank) for rank, name in enumerate("abc")]
+    for seat, (me, members) in zip(seats, join_all(seats, 3), strict=True):
+        assert me.info == seat.info
+        assert me.incarnation == seat.incarnation
+        assert [member.info for member in members] == [seat.info for seat in seats]
+        assert [member.incarnation for member in members] == [seat.incarnation for seat in seats]
+        seat.group.refresh()
+        seat.group.leave(1.0)
+        assert seat.told == [], "nobody comes to a static group, and it ends as a whole"
+
+
+def test_cards_are_handed_on() -> None:
+    store = cast("Store", dist.HashStore())
+    card = {"address": "tcp://127.0.0.1:5", "devices": ["cuda:0"], "n": 1, "raw": b"\x00"}
+    me, members = Seat(store, "a", 0).join(1, card=card)
+    assert me.card == members[0].card == card
+
+
+def test_who_does_not_come_is_named(store: Store) -> None:
+    seats = [Seat(store, "a", 0), Seat(store, "c", 2)]
+    for error in join_all(seats, 4, timeout_s=0.05):
+        assert isinstance(error, RendezvousError)
+        assert "rank(s) 1, 3 did not join within 0.05 s" in str(error)
+
+
+def test_one_name_for_two_ranks_is_refused_to_all(store: Store) -> None:
+    for error in join_all([Seat(store, "a", 0), Seat(store, "b", 1), Seat(store, "a", 2)], 3):
+        assert isinstance(error, RefusedError)
+        assert "worker name a is not unique: ranks 0 and 2 both have it" in str(error)
+
+
+def test_one_rank_for_two_is_refused_to_the_second(store: Store) -> None:
+    first, second, third = Seat(store, "a", 0), Seat(store, "b", 1), Seat(store, "c", 0)
+    results = join_all([first, second], 2)
+    assert all(isinstance(result, tuple) for result in results)
+    with pytest.raises(RefusedError, match="rank 0 is taken by another worker"):
+        third.join(2)
+
+
+def test_different_world_sizes_are_refused(store: Store) -> None:
+    results = join_all([Seat(store, "a", 0), Seat(store, "b", 1), Seat(store, "c", 2)], 3, 2, 3)
+    refusals = [str(result) for result in results if isinstance(result, RefusedError)]
+    assert len(refusals) >= 2
+    assert all("start all workers with the same" in text for text in refusals)
+    assert any("world_size=3" in text and "world_size=2" in text for text in refusals)
+
+
+def test_static_and_dynamic_members_do_not_mix(store: Store) -> None:
+    Seat(store, "a", 0).join(1)
+    with pytest.raises(RefusedError, match=r"mixes statically and dynamically .* start this worker with world_size"):
+        Seat(store, "b", 1).join(None)
+
+
+# ---- dynamic groups ----------------------------------------------------------------------------------------------
+
+
+def test_a_dynamic_group_grows_and_shrinks(store: Store) -> None:
+    a, b, c = (Seat(store, name, rank) for rank, name in enumerate("abc"))
+    _, members = a.join(None)
+    assert [member.info.name for member in members] == ["a"]
+    _, members = b.join(None)
+    assert [member.info.name for member in members] == ["a", "b"]
+    a.group.refresh()
+    assert a.told == ["+b"]
+    b.group.leave(1.0)
+    b.group.leave(1.0)
+    _, members = c.join(None)
+    assert [member.info.name for member in members] == ["a", "c"]
+    a.group.refresh()
+    assert a.told == ["+b", "-", "+c"]
+    assert a.left == [(b.incarnation, False, "it left the group")]
+    c.group.refresh()
+    a.group.refresh()
+    assert c.told == []
+    assert len(a.told) == 3
+
+
+def test_ranks_are_given_out_and_used_again(store: Store) -> None:
+    seats = [Seat(store, name, -1) for name in "abc"]
+    ranks = [seat.join(None)[0].info.id for seat in seats]
+    assert ranks == [0, 1, 2]
+    seats[1].group.leave(1.0)
+    assert Seat(store, "d", -1).join(None)[0].info.id == 1
+
+
+def test_names_and_ranks_that_are_taken_are_refused_until_they_are_given_up(store: Store) -> None:
+    first = Seat(store, "a", 0)
+    first.join(None)
+    with pytest.raises(RefusedError, match="worker name a is not unique"):
+        Seat(store, "a", 1).join(None)
+    with pytest.raises(RefusedError, match="rank 0 is taken"):
+        Seat(store, "b", 0).join(None)
+    other = Seat(store, "b", 1)
+    other.join(None)  # the refused attempt gave the name up
+    first.group.leave(1.0)
+    again = Seat(store, "a", 0)
+    _, members = again.join(None)
+    assert {member.incarnation for member in members} == {other.incarnation, again.incarnation}
+
+
+def test_a_name_that_is_used_again_is_told_as_gone_first(store: Store) -> None:
+    a, b = Seat(store, "a", 0), Seat(store, "b", 1)
+    a.join(None)
+    b.join(None)
+    a.group.refresh()
+    b.group.leave(1.0)
+    again = Seat(store, "b", 1)
+    again.join(None)
+    a.group.refresh()
+    assert a.told == ["+b", "-", "+b"]
+    assert [member.incarnation for member in a.joined] == [b.incarnation, again.incarnation]
+
+
+def test_one_who_came_and_left_between_two_looks_is_not_told_of(store: Store) -> None:
+    a, b = Seat(store, "a", 0), Seat(store, "b", 1)
+    a.join(None)
+    b.join(None)
+    b.group.leave(1.0)
+    a.group.refresh()
+    assert a.told == []
+
+
+def test_one_who_is_still_writing_its_record_does_not_hold_anybody_up(store: Store) -> None:
+    a, b = Seat(store, "a", 0), Seat(store, "b", 1)
+    a.join(None)
+    slot = store.add("members", 1)  # somebody has taken a number, and no more
+    _, members = b.join(None)
+    assert [member.info.name for member in members] == ["a", "b"]
+    a.group.refresh()
+    assert a.told == ["+b"]
+    late = Seat(store, "late", 5)
+    store.set(f"member/{slot}", store_module._pack(_member(late), 0))
+    for seat in (a, b):
+        seat.group.refresh()
+        assert seat.told[-1] == "+late"
+
+
+def _member(seat: Seat) -> Member:
+    return Member(seat.info, seat.incarnation, {})
+
+
+def test_many_come_at_once_and_all_get_to_know_each_other(store: Store) -> None:
+    count = 8
+    seats = [Seat(store, f"w{number}", -1) for number in range(count)]
+    results = join_all(seats, None)
+    assert sorted(me.info.id for me, _ in results) == list(range(count))
+    for seat, (_, members) in zip(seats, results, strict=True):
+        seat.group.refresh()
+        known = [member.info.name for member in [*members, *seat.joined]]
+        assert sorted(known) == sorted(other.info.name for other in seats), "each of them once"
+
+
+def test_threads_may_look_at_once(store: Store) -> None:
+    a = Seat(store, "a", 0)
+    a.join(None)
+    for number in range(5):
+        Seat(store, f"w{number}", -1).join(None)
+    threads = [threading.Thread(target=a.group.refresh) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(a.told) == [f"+w{number}" for number in range(5)]
+
+
+# ---- stores that fail --------------------------------------------------------------------------------------------
+
+
+class BrokenStore:
+    """A store whose host is gone."""
+
+    def _fail(self, *_: object) -> Any:
+        raise RuntimeError("Broken pipe")
+
+    set = get = add = check = compare_set = _fail
+
+
+@pytest.mark.parametrize("world_size", [2, None])
+def test_a_store_that_fails_is_named_as_the_cause(world_size: int | None) -> None:
+    with pytest.raises(RendezvousError, match=r"the store failed while 'a' joined: Broken pipe\. Check that its host"):
+        Seat(BrokenStore(), "a", 0).join(world_size)
+
+
+def test_a_store_that_fails_later_is_told_by_a_look_and_not_by_a_goodbye() -> None:
+    seat = Seat(cast("Store", dist.HashStore()), "a", 0)
+    seat.join(None)
+    seat.group._store = BrokenStore()
+    with pytest.raises(RendezvousError, match="the store of the group failed: Broken pipe"):
+        seat.group.refresh()
+    seat.group.leave(1.0)
+
+
+def test_leaving_before_joining_is_nothing() -> None:
+    StoreGroup(BrokenStore()).leave(1.0)
+    StoreGroup(BrokenStore()).refresh()
