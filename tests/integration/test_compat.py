@@ -365,6 +365,30 @@ def test_profiles_see_through_calls(cluster: Cluster) -> None:
     run(cluster, profile_program)
 
 
+def torch_profiler_program(rank: int, method: str) -> None:
+    rpc = start(rank, method)
+    if rank == 0:
+        with torch.profiler.profile(record_shapes=True) as profiled:
+            rpc.rpc_sync("worker1", nested, args=("worker0",))
+            rpc.rpc_async("worker1", torch.add, args=(torch.ones(4), 1)).wait()
+        rpc.rpc_sync("worker1", busy)
+        events = {event.name: event for event in profiled.events()}
+        outer = "rpc#nested(worker0 -> worker1)"
+        inner = f"{outer}#remote_op: rpc_sync#busy(worker1 -> worker0)"
+        assert (events[outer].node_id, events[outer].is_remote) == (0, False)
+        assert (events[inner].node_id, events[inner].is_remote) == (1, True)
+        assert events[f"{inner}#remote_op: ##forward##"].node_id == 0
+        added = events["rpc#aten::add(worker0 -> worker1)#remote_op: aten::add"]
+        assert [4] in added.input_shapes
+        assert "rpc#busy(worker0 -> worker1)" not in events
+        assert outer in {event.key for event in profiled.key_averages()}
+    rpc.shutdown()
+
+
+def test_torch_profiler_sees_through_calls_too(cluster: Cluster) -> None:
+    run(cluster, torch_profiler_program)
+
+
 def process_profile_program(rank: int, method: str) -> None:
     rpc = start(rank, method)
     if rank == 0:

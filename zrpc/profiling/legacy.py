@@ -1,7 +1,7 @@
 """torch's legacy profiler on one thread: started, stopped, and its records read.
 
-Only this profiler records RPC, as in torch: it is bound to a thread, so what a callee does for one caller can be told
-from what it does for others.
+Callees record with this profiler, as in torch: it is bound to a thread, so what a callee does for one caller can be
+told from what it does for others.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, profile: Any) -> Settings:
-        """The settings of a `torch.autograd.profiler_legacy.profile`."""
-        return cls(*(bool(getattr(profile, name)) for name in cls._fields))
+        """The settings of a `profile` of torch. CUDA is left to each worker's own profiles."""
+        return cls(*(bool(getattr(profile, name, False)) for name in cls._fields))
 
     def config(self) -> Any:
         """The same for torch."""
@@ -54,9 +54,14 @@ class Settings(NamedTuple):
         )
 
 
-def is_profiling() -> bool:
-    """Whether the legacy profiler runs on this thread."""
-    return bool(_autograd._profiler_enabled()) and _autograd._profiler_type() == _LEGACY
+def is_enabled() -> bool:
+    """Whether any profiler of torch runs on this thread."""
+    return bool(_autograd._profiler_enabled())
+
+
+def is_legacy() -> bool:
+    """Whether the profiler that runs on this thread is the legacy one."""
+    return bool(_autograd._profiler_type() == _LEGACY)
 
 
 def start(settings: Settings) -> None:

@@ -66,12 +66,14 @@ class Session:
 
     Attributes:
         settings: what is recorded; the callees record the same.
+        is_legacy: it belongs to a profile of the legacy profiler, whose names for calls it uses.
         operations: what its threads did, once their profiler was stopped.
         recordings: the calls that were made.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, is_legacy: bool = True) -> None:
         self.settings = settings
+        self.is_legacy = is_legacy
         self.operations: list[Event] = []
         self.recordings: list[Recording] = []
 
@@ -112,10 +114,11 @@ def set_current(session: Session | None) -> None:
 def profiling_into(session: Session) -> Iterator[None]:
     """Record what this thread does, and the calls it makes, in `session`; `stop` may end the former earlier."""
     outer, _here.current = _here.current, session
-    if _here.sinks is None:
+    if _here.sinks is None and not legacy.is_enabled():  # else somebody else profiles this thread, and it is theirs
         legacy.start(session.settings)
         _here.sinks = []
-    _here.sinks.append(session)
+    if _here.sinks is not None:
+        _here.sinks.append(session)
     try:
         yield
     finally:

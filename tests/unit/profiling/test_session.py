@@ -66,6 +66,13 @@ def test_a_call_is_there_when_it_is_done() -> None:
     assert [event.name for event in session.events(1)][-1] == "open"
 
 
+def test_a_thread_that_somebody_else_profiles_is_left_alone() -> None:
+    session = Session(Settings())
+    with torch.profiler.profile(), profiling_into(session):
+        torch.ones(2)
+    assert not session.operations
+
+
 def test_other_threads_are_not_recorded() -> None:
     session = Session(Settings())
     with profiling_into(session):
