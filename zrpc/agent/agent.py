@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.agent.call import Call
@@ -36,8 +35,7 @@ from zrpc.errors import (
 )
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.membership.registry import Registry
-from zrpc.transport.chunks import Transfers
-from zrpc.wire.envelope import Buffer, Envelope, decode, encode
+from zrpc.transport.carrier import Carrier
 from zrpc.wire.exceptions import dump_exception, load_exception
 from zrpc.wire.messages import BuiltinCall, Failure, Leave, Message, PythonCall, Reply
 from zrpc.wire.payload import Payload, open_payload, seal
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
     from zrpc.membership.group import Group, Member
     from zrpc.transport.endpoint import Endpoint
     from zrpc.transport.slabs import SharedMemory
+    from zrpc.wire.envelope import Envelope
 
 log = logging.getLogger("zrpc")
 
@@ -55,8 +54,6 @@ M = TypeVar("M", bound=Message)
 
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
-
-_SLAB_DESCRIPTOR_LENGTH = 4
 
 Handler = Callable[[Request[Any]], None]
 
@@ -94,12 +91,10 @@ class Agent:
         self.extensions: dict[type, Any] = {}
         self.hooks: dict[str, CallHook] = {}
         self.is_static_group = True
-        self._endpoint = endpoint
+        self._carrier = Carrier(endpoint, shared_memory)
         self._group = group
         self._connect = connect
         self._disconnect = disconnect
-        self._shared_memory = shared_memory
-        self._transfers = Transfers(endpoint.send)
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
@@ -122,9 +117,9 @@ class Agent:
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
         self.is_static_group = bool(world_size)
-        self._endpoint.start(self._on_frames, self._on_lost)
+        self._carrier.start(self._on_envelope, self._on_lost)
         self._group.watch(self._on_joined, self._on_left)
-        me, members = self._group.join(name, rank, world_size, self._endpoint.incarnation, card, timeout_s)
+        me, members = self._group.join(name, rank, world_size, self._carrier.incarnation, card, timeout_s)
         self.info = me.info
         self.ids = IdGenerator(me.info.id, 0 if self.is_static_group else first_id_of(me.incarnation))
         for member in members:
@@ -171,9 +166,7 @@ class Agent:
             self._closed = True
         self._handler_pool.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
-        self._endpoint.close(flush_s)
-        if self._shared_memory is not None:
-            self._shared_memory.close()
+        self._carrier.close(flush_s)
         self._deadlines.close()
         for call_id in list(self._calls):
             self._finish(call_id, None, AgentClosedError("this worker shut down while the call was under way"))
@@ -203,7 +196,7 @@ class Agent:
         """See to it that the listeners of `on_peer_lost` hear of the loss of `to` even if it is never called."""
         member = self.members.member(to.id)
         if member is not None:
-            self._endpoint.watch(member.incarnation)
+            self._carrier.watch(member.incarnation)
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
@@ -211,7 +204,7 @@ class Agent:
 
     def memory_card(self) -> list[Any] | None:
         """What the membership card says of this worker's shared memory."""
-        return self._shared_memory.card() if self._shared_memory is not None else None
+        return self._carrier.card()
 
     def blocking(self) -> AbstractContextManager[None]:
         """While the body waits, this thread does not count against the handler pool."""
@@ -264,7 +257,7 @@ class Agent:
         call = Call(self, call_id, to, message, limit_s)
         self._calls[call_id] = call
         try:
-            self._send(to, self._encode(to, envelope))
+            self._send(to, envelope)
         except Exception as error:
             self._finish(call_id, None, error)
             return call
@@ -327,7 +320,7 @@ class Agent:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
         try:
-            self._send(request.source, self._answer_frames(request, payload, error))
+            self._send_answer(request, payload, error)
         except (PeerLostError, AgentClosedError) as gone:
             log.debug("the answer to %s was not sent: %s", request.source, gone)
         except OverloadedError as full:
@@ -338,10 +331,8 @@ class Agent:
                 if not self._serving:
                     self._idle.notify_all()
 
-    def _answer_frames(
-        self, request: Request[Message], payload: Payload | None, error: BaseException | None
-    ) -> list[Buffer]:
-        """The answer; where it cannot be sent, the answer that says so, without the hooks that may be the reason."""
+    def _send_answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
+        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason."""
         to = request.source
         try:
             message: Message = Reply()
@@ -351,12 +342,12 @@ class Agent:
             if request.extras:
                 payload = payload or Payload()
                 extras = self._extras(to, message, payload, request.extras)
-            return self._encode(to, seal(message, request.call_id, payload, extras, self._device_names(to)))
-        except (PeerLostError, AgentClosedError):
+            self._send(to, seal(message, request.call_id, payload, extras, self._device_names(to)))
+        except (PeerLostError, AgentClosedError, OverloadedError):
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error)
-            return self._encode(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
+            self._send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
 
     def _extras(
         self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
@@ -372,18 +363,11 @@ class Agent:
 
     # ---- messages in -----------------------------------------------------------------------------------------------
 
-    def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
-        try:
-            if self._transfers.is_chunk(frames):
-                self._transfers.receive(source, frames)
-                return
-            envelope = decode(frames, partial(self._fetch, source))
-            if isinstance(envelope.message, Reply | Failure):
-                self._finish(envelope.call_id, envelope, None)
-            else:
-                self._on_request(source, envelope)
-        except Exception:  # whatever one message does, the next one is read
-            log.exception("a message of %s was dropped", source.hex())
+    def _on_envelope(self, source: Incarnation, envelope: Envelope) -> None:
+        if isinstance(envelope.message, Reply | Failure):
+            self._finish(envelope.call_id, envelope, None)
+        else:
+            self._on_request(source, envelope)
 
     def _on_request(self, source: Incarnation, envelope: Envelope) -> None:
         member = self.members.by_incarnation(source)
@@ -439,29 +423,13 @@ class Agent:
             return self.members.by_rank(to)
         raise ValueError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by {to!r}")
 
-    def _encode(self, to: WorkerInfo, envelope: Envelope) -> list[Buffer]:
-        """The frames of `envelope`; its large buffers go ahead in shared memory, or in chunks."""
-        member = self.members.member(to.id) if envelope.buffers else None
-        if member is None:
-            return encode(envelope)
-        share = self._shared_memory.placing(member.incarnation) if self._shared_memory else None
-        return encode(envelope, share or partial(self._transfers.place, member.incarnation))
-
-    def _fetch(self, source: Incarnation, descriptor: list[Any]) -> Buffer:
-        """The memory of a large buffer that went ahead of its envelope."""
-        if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            return self._shared_memory.fetch(source, descriptor)
-        return self._transfers.fetch(source, descriptor)
-
-    def _send(self, to: WorkerInfo, frames: list[Buffer]) -> None:
+    def _send(self, to: WorkerInfo, envelope: Envelope) -> None:
         member = self.members.member(to.id)
         if member is None:
             raise PeerLostError(f"{to} is not in the group any more")
         try:
-            self._endpoint.send(member.incarnation, frames)
+            self._carrier.send(member.incarnation, envelope)
         except PeerLostError as error:
-            if self._shared_memory is not None:
-                self._shared_memory.forget(member.incarnation)
             raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
 
     def _device_names(self, to: WorkerInfo) -> dict[str, str]:
@@ -481,8 +449,7 @@ class Agent:
 
     def _on_joined(self, member: Member) -> None:
         self._connect(member)
-        if self._shared_memory is not None:
-            self._shared_memory.meet(member.incarnation, member.card.get("memory"))
+        self._carrier.meet(member.incarnation, member.card.get("memory"))
         with self._lock:
             self.members.add(member)
             reason = self._gone_early.pop(member.incarnation, None)
@@ -507,9 +474,7 @@ class Agent:
                 self._gone_early[incarnation] = reason
         if member is None or self._closed:
             return
-        if self._shared_memory is not None:
-            self._shared_memory.forget(incarnation)
-        self._transfers.forget(incarnation)
+        self._carrier.forget(incarnation)
         if not self.is_static_group:
             self.members.remove(incarnation)
         error = PeerLostError(f"{member.info} is lost: {reason}. It is not known whether the call ran there")

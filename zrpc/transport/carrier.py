@@ -1,0 +1,110 @@
+"""Envelopes between workers: each large buffer goes the best way there is, the rest through the endpoint.
+
+In shared memory, where both workers can open each other's; else in chunks, where it is very large; else as a frame of
+its own. The two first go ahead of their envelope, which names them by descriptors.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from zrpc.errors import PeerLostError
+from zrpc.transport.chunks import Transfers
+from zrpc.wire.envelope import Envelope, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.ids import Incarnation
+    from zrpc.transport.endpoint import Endpoint, OnLost
+    from zrpc.transport.slabs import SharedMemory
+    from zrpc.wire.envelope import Buffer
+
+log = logging.getLogger("zrpc")
+
+_SLAB_DESCRIPTOR_LENGTH = 4
+
+
+class Carrier:
+    """One worker's end. Any thread may send; what comes is handed on by the endpoint's reading thread.
+
+    Args:
+        endpoint: the sockets; the carrier starts and closes them.
+        shared_memory: None: large buffers go through the endpoint.
+    """
+
+    def __init__(self, endpoint: Endpoint, shared_memory: SharedMemory | None) -> None:
+        self._endpoint = endpoint
+        self._shared_memory = shared_memory
+        self._transfers = Transfers(endpoint.send)
+        self._on_envelope: Callable[[Incarnation, Envelope], None]
+
+    @property
+    def incarnation(self) -> Incarnation:
+        """This life of the worker."""
+        return self._endpoint.incarnation
+
+    def card(self) -> list[Any] | None:
+        """What the membership card says of this worker's shared memory."""
+        return self._shared_memory.card() if self._shared_memory is not None else None
+
+    def start(self, on_envelope: Callable[[Incarnation, Envelope], None], on_lost: OnLost) -> None:
+        """Begin to read. `on_envelope(source, envelope)` runs on the reading thread: it must not block."""
+        self._on_envelope = on_envelope
+        self._endpoint.start(self._on_frames, on_lost)
+
+    def meet(self, peer: Incarnation, card: Any) -> None:
+        """`peer` came; its membership card says `card` of its shared memory."""
+        if self._shared_memory is not None:
+            self._shared_memory.meet(peer, card)
+
+    def watch(self, peer: Incarnation) -> None:
+        """See `Endpoint.watch`."""
+        self._endpoint.watch(peer)
+
+    def send(self, peer: Incarnation, envelope: Envelope) -> None:
+        """Send `envelope`; buffers that go through sockets must stay unchanged until the message was answered.
+
+        Raises:
+            PeerLostError: the worker is not connected, or known to be lost.
+            AgentClosedError: this end is closed.
+            ProtocolError: a field is not something that msgpack can carry.
+        """
+        try:
+            self._endpoint.send(peer, encode(envelope, self._placing(peer) if envelope.buffers else None))
+        except PeerLostError:
+            self.forget(peer)
+            raise
+
+    def forget(self, peer: Incarnation) -> None:
+        """`peer` is gone."""
+        if self._shared_memory is not None:
+            self._shared_memory.forget(peer)
+        self._transfers.forget(peer)
+
+    def close(self, flush_s: float) -> None:
+        """See `Endpoint.close`. Idempotent."""
+        self._endpoint.close(flush_s)
+        if self._shared_memory is not None:
+            self._shared_memory.close()
+
+    def _placing(self, peer: Incarnation) -> Callable[[Buffer], list[Any] | None]:
+        share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
+        return share or partial(self._transfers.place, peer)
+
+    def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
+        try:
+            if self._transfers.is_chunk(frames):
+                self._transfers.receive(source, frames)
+            else:
+                self._on_envelope(source, decode(frames, partial(self._fetch, source)))
+        except Exception:  # whatever one message does, the next one is read
+            log.exception("a message of %s was dropped", source.hex())
+
+    def _fetch(self, source: Incarnation, descriptor: list[Any]) -> Buffer:
+        """The memory of a large buffer that went ahead of its envelope."""
+        if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
+            return self._shared_memory.fetch(source, descriptor)
+        return self._transfers.fetch(source, descriptor)
