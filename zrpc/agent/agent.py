@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.agent.call import Call
 from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
+from zrpc.agent.peers import Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.request import CallHook, Request
 from zrpc.config import RpcBackendOptions, check_timeout
@@ -30,11 +32,9 @@ from zrpc.errors import (
     PeerLostError,
     ProtocolError,
     RpcTimeoutError,
-    UnknownWorkerError,
     ZrpcError,
 )
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
-from zrpc.membership.registry import Registry
 from zrpc.transport.carrier import Carrier
 from zrpc.wire.exceptions import dump_exception, load_exception
 from zrpc.wire.messages import BuiltinCall, Failure, Leave, Message, PythonCall, Reply
@@ -87,14 +87,12 @@ class Agent:
         self.options = options
         self.address = address
         self.rpc_timeout_s = options.rpc_timeout
-        self.members = Registry()
         self.extensions: dict[type, Any] = {}
         self.hooks: dict[str, CallHook] = {}
-        self.is_static_group = True
         self._carrier = Carrier(endpoint, shared_memory)
         self._group = group
-        self._connect = connect
-        self._disconnect = disconnect
+        self._peers = Peers(options, self._carrier, group, connect, disconnect, self._on_gone)
+        self.members = self._peers.registry
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
@@ -102,7 +100,6 @@ class Agent:
         self._lock = threading.Lock()  # owns what follows
         self._serving = 0
         self._early: list[tuple[Incarnation, Envelope]] | None = []
-        self._gone_early: dict[Incarnation, str] = {}
         self._closed = False
         self._idle = threading.Condition(self._lock)
         self._handler_pool = HandlerPool(options.num_worker_threads, "zrpc-handler")
@@ -112,18 +109,19 @@ class Agent:
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
 
+    @property
+    def is_static_group(self) -> bool:
+        """Whether the group was complete at the start, and nobody comes or goes."""
+        return self._peers.is_static
+
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
-        self.is_static_group = bool(world_size)
-        self._carrier.start(self._on_envelope, self._on_lost)
-        self._group.watch(self._on_joined, self._on_left)
-        me, members = self._group.join(name, rank, world_size, self._carrier.incarnation, card, timeout_s)
+        self._carrier.start(self._on_envelope, self._peers.lose)
+        me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
         self.ids = IdGenerator(me.info.id, 0 if self.is_static_group else first_id_of(me.incarnation))
-        for member in members:
-            self._on_joined(member)
 
     def open(self) -> None:
         """Serve requests from now on, and those kept back."""
@@ -194,9 +192,7 @@ class Agent:
 
     def watch(self, to: WorkerInfo) -> None:
         """See to it that the listeners of `on_peer_lost` hear of the loss of `to` even if it is never called."""
-        member = self.members.member(to.id)
-        if member is not None:
-            self._carrier.watch(member.incarnation)
+        self._peers.watch(to)
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
@@ -218,13 +214,7 @@ class Agent:
             RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
-        try:
-            return self._lookup(to)
-        except UnknownWorkerError:
-            if self.is_static_group:
-                raise
-        self.refresh()
-        return self._lookup(to)
+        return self._peers.resolve(to)
 
     def refresh(self) -> None:
         """Look for newcomers to a dynamic group."""
@@ -253,11 +243,11 @@ class Agent:
             payload = payload or Payload()
             extras = self._extras(to, message, payload, None)
         call_id = next(self._call_ids)
-        envelope = seal(message, call_id, payload, extras, self._device_names(to))
+        envelope = seal(message, call_id, payload, extras, self._peers.device_names(to))
         call = Call(self, call_id, to, message, limit_s)
         self._calls[call_id] = call
         try:
-            self._send(to, envelope)
+            self._peers.send(to, envelope)
         except Exception as error:
             self._finish(call_id, None, error)
             return call
@@ -342,12 +332,12 @@ class Agent:
             if request.extras:
                 payload = payload or Payload()
                 extras = self._extras(to, message, payload, request.extras)
-            self._send(to, seal(message, request.call_id, payload, extras, self._device_names(to)))
+            self._peers.send(to, seal(message, request.call_id, payload, extras, self._peers.device_names(to)))
         except (PeerLostError, AgentClosedError, OverloadedError):
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error)
-            self._send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
+            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
 
     def _extras(
         self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
@@ -414,75 +404,20 @@ class Agent:
 
     # ---- members ---------------------------------------------------------------------------------------------------
 
-    def _lookup(self, to: str | int | WorkerInfo) -> WorkerInfo:
-        if isinstance(to, WorkerInfo):
-            return self.members.by_rank(to.id)
-        if isinstance(to, str):
-            return self.members.by_name(to)
-        if isinstance(to, int) and not isinstance(to, bool):
-            return self.members.by_rank(to)
-        raise ValueError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by {to!r}")
-
-    def _send(self, to: WorkerInfo, envelope: Envelope) -> None:
-        member = self.members.member(to.id)
-        if member is None:
-            raise PeerLostError(f"{to} is not in the group any more")
-        try:
-            self._carrier.send(member.incarnation, envelope)
-        except PeerLostError as error:
-            raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
-
-    def _device_names(self, to: WorkerInfo) -> dict[str, str]:
-        """Device here -> device there, for tensors on the way to `to`: our map for it, or its map for us, reversed."""
-        maps = self.options.device_maps
-        if to.name in maps:
-            return {str(here): str(there) for here, there in maps[to.name].items()}
-        member = self.members.member(to.id)
-        theirs = member.card.get("device_maps", {}).get(self.info.name) if member else None
-        return {there: here for here, there in theirs.items()} if theirs else {}
-
     def _serve_leave(self, request: Request[Leave]) -> None:
-        member = self.members.member(request.source.id)
         request.reply()
-        if member is not None:
-            self._forget(member.incarnation, "it left the group")
+        self._peers.says_goodbye(request.source)
 
-    def _on_joined(self, member: Member) -> None:
-        self._connect(member)
-        self._carrier.meet(member.incarnation, member.card.get("memory"))
-        with self._lock:
-            self.members.add(member)
-            reason = self._gone_early.pop(member.incarnation, None)
-        if reason is not None:
-            self._forget(member.incarnation, reason)
-
-    def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
-        if lost:
-            self._on_lost(incarnation, reason)
+    def _on_gone(self, worker: WorkerInfo, reason: str) -> None:
+        """A peer left or is lost: its calls fail."""
+        if self._closed:
             return
-        self._forget(incarnation, reason)
-        self._disconnect(incarnation)
-
-    def _on_lost(self, incarnation: Incarnation, reason: str) -> None:
-        self._forget(incarnation, reason)
-
-    def _forget(self, incarnation: Incarnation, reason: str) -> None:
-        """A peer is gone: its calls fail. In a static group its name stays known: calls to it say what happened."""
-        with self._lock:
-            member = self.members.by_incarnation(incarnation)
-            if member is None:  # while this worker joins, one may be lost before it is known here
-                self._gone_early[incarnation] = reason
-        if member is None or self._closed:
-            return
-        self._carrier.forget(incarnation)
-        if not self.is_static_group:
-            self.members.remove(incarnation)
-        error = PeerLostError(f"{member.info} is lost: {reason}. It is not known whether the call ran there")
+        error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
         for call_id, call in list(self._calls.items()):
-            if call.peer.id == member.info.id:
+            if call.peer.id == worker.id:
                 self._finish(call_id, None, error)
         for listener in self._lost_listeners:
-            self.submit(lambda tell=listener: tell(member.info, reason))  # type: ignore[misc]
+            self.submit(partial(listener, worker, reason))
 
 
 def _run(handler: Handler, request: Request[Any]) -> None:

@@ -1,0 +1,152 @@
+"""The other workers, as the agent deals with them: who is meant, how to reach them, and who is gone."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from zrpc.errors import PeerLostError, UnknownWorkerError
+from zrpc.ids import WorkerInfo
+from zrpc.membership.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.config import RpcBackendOptions
+    from zrpc.ids import Incarnation
+    from zrpc.membership.group import Group, Member
+    from zrpc.transport.carrier import Carrier
+    from zrpc.wire.envelope import Envelope
+
+
+class Peers:
+    """The members of the group. Any thread may call it; the lock keeps a loss from slipping by while a member comes.
+
+    Args:
+        options: this worker's, for its device maps.
+        carrier: sends to the members.
+        group: the membership.
+        connect: tells the transport of a member's address (nothing, with a broker).
+        disconnect: tells the transport that a member is gone for good.
+        on_gone: called with a member that left or is lost, and why. Any thread; it must not block.
+    """
+
+    def __init__(
+        self,
+        options: RpcBackendOptions,
+        carrier: Carrier,
+        group: Group,
+        connect: Callable[[Member], None],
+        disconnect: Callable[[Incarnation], None],
+        on_gone: Callable[[WorkerInfo, str], None],
+    ) -> None:
+        self.registry = Registry()
+        self.is_static = True
+        self._options = options
+        self._carrier = carrier
+        self._group = group
+        self._connect = connect
+        self._disconnect = disconnect
+        self._on_gone = on_gone
+        self._lock = threading.Lock()
+        self._gone_early: dict[Incarnation, str] = {}
+        self._me: Member
+
+    def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> Member:
+        """Come into the group, as `Group.join`; this worker's own member."""
+        self.is_static = bool(world_size)
+        self._group.watch(self._on_joined, self._on_left)
+        self._me, members = self._group.join(name, rank, world_size, self._carrier.incarnation, card, timeout_s)
+        for member in members:
+            self._on_joined(member)
+        return self._me
+
+    def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
+        """The worker that `to` names; in a dynamic group newcomers are looked for.
+
+        Raises:
+            UnknownWorkerError: there is none.
+            RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
+            ValueError: `to` is none of the three.
+        """
+        try:
+            return self._lookup(to)
+        except UnknownWorkerError:
+            if self.is_static:
+                raise
+        self._group.refresh()
+        return self._lookup(to)
+
+    def send(self, to: WorkerInfo, envelope: Envelope) -> None:
+        """Send `envelope`; see `Carrier.send`.
+
+        Raises:
+            PeerLostError: `to` is not in the group any more, or lost.
+        """
+        member = self.registry.member(to.id)
+        if member is None:
+            raise PeerLostError(f"{to} is not in the group any more")
+        try:
+            self._carrier.send(member.incarnation, envelope)
+        except PeerLostError as error:
+            raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
+
+    def watch(self, to: WorkerInfo) -> None:
+        """See to it that the loss of `to` is noticed even if nothing is ever sent to it."""
+        member = self.registry.member(to.id)
+        if member is not None:
+            self._carrier.watch(member.incarnation)
+
+    def device_names(self, to: WorkerInfo) -> dict[str, str]:
+        """Device here -> device there, for tensors on the way to `to`: our map for it, or its map for us, reversed."""
+        maps = self._options.device_maps
+        if to.name in maps:
+            return {str(here): str(there) for here, there in maps[to.name].items()}
+        member = self.registry.member(to.id)
+        theirs = member.card.get("device_maps", {}).get(self._me.info.name) if member else None
+        return {there: here for here, there in theirs.items()} if theirs else {}
+
+    def says_goodbye(self, worker: WorkerInfo) -> None:
+        """`worker` told us that it leaves."""
+        member = self.registry.member(worker.id)
+        if member is not None:
+            self._forget(member.incarnation, "it left the group")
+
+    def lose(self, incarnation: Incarnation, reason: str) -> None:
+        """That member cannot be reached any more."""
+        self._forget(incarnation, reason)
+
+    def _lookup(self, to: str | int | WorkerInfo) -> WorkerInfo:
+        if isinstance(to, WorkerInfo):
+            return self.registry.by_rank(to.id)
+        if isinstance(to, str):
+            return self.registry.by_name(to)
+        if isinstance(to, int) and not isinstance(to, bool):
+            return self.registry.by_rank(to)
+        raise ValueError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by {to!r}")
+
+    def _on_joined(self, member: Member) -> None:
+        self._connect(member)
+        self._carrier.meet(member.incarnation, member.card.get("memory"))
+        with self._lock:
+            self.registry.add(member)
+            reason = self._gone_early.pop(member.incarnation, None)
+        if reason is not None:
+            self._forget(member.incarnation, reason)
+
+    def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
+        self._forget(incarnation, reason)
+        if not lost:
+            self._disconnect(incarnation)
+
+    def _forget(self, incarnation: Incarnation, reason: str) -> None:
+        """A member is gone. In a static group its name stays known: calls to it say what happened."""
+        with self._lock:
+            member = self.registry.by_incarnation(incarnation)
+            if member is None:  # while this worker joins, one may be lost before it is known here
+                self._gone_early[incarnation] = reason
+                return
+        self._carrier.forget(incarnation)
+        if not self.is_static:
+            self.registry.remove(incarnation)
+        self._on_gone(member.info, reason)
