@@ -128,10 +128,10 @@ class SlabPool:
             buffer: contiguous bytes.
         """
         nbytes = len(buffer)
-        if nbytes < MIN_NBYTES or self._closed:
+        if nbytes < MIN_NBYTES:
             return None
         with self._lock:
-            slab = self._take(size_class(nbytes))
+            slab = None if self._closed else self._take(size_class(nbytes))
             if slab is None:
                 return None
             slab.memory[0] = _HELD
@@ -210,10 +210,14 @@ class Attachments:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
         Raises:
-            ProtocolError: the slab is not there.
+            ProtocolError: the slab is not there, or it is smaller.
         """
+        if [type(part) for part in descriptor] != [int] * 4:
+            raise ProtocolError(f"{descriptor!r} describes no slab")
         pid, fd, number, nbytes = descriptor
         memory = self._map(source, pid, fd, number)
+        if not 0 < nbytes <= len(memory) - _HEADER_NBYTES:
+            raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
         loan = np.frombuffer(memory, np.uint8, nbytes, _HEADER_NBYTES)
 
         def give_back(reference: weakref.ref[Any]) -> None:

@@ -1,0 +1,232 @@
+"""Shared memory: what is placed is found, is its receiver's alone, and comes back when nobody sees it any more."""
+
+from __future__ import annotations
+
+import gc
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from tests.unit.wire.travel import travel
+from zrpc.errors import ProtocolError
+from zrpc.transport import slabs
+from zrpc.transport.slabs import MIN_NBYTES, Attachments, SharedMemory, SlabPool, can_open, size_class
+from zrpc.wire import pickling
+from zrpc.wire.envelope import decode, encode
+from zrpc.wire.messages import Reply
+from zrpc.wire.payload import open_payload, seal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
+
+A, B = b"A" * 8, b"B" * 8
+
+
+@contextmanager
+def pool(max_nbytes: int = 1 << 30) -> Iterator[SlabPool]:
+    made = SlabPool(max_nbytes)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def attachments() -> Iterator[Attachments]:
+    made = Attachments()
+    yield made
+    made.close()
+
+
+def buffer(nbytes: int, seed: int = 0) -> memoryview:
+    return ((np.arange(nbytes) + seed) % 251).astype(np.uint8).data
+
+
+def place(sender: SlabPool, raw: memoryview | bytes, holder: bytes = B) -> list[Any]:
+    descriptor = sender.place(holder, raw)
+    assert descriptor is not None
+    return descriptor
+
+
+@pytest.mark.parametrize("nbytes", [MIN_NBYTES, MIN_NBYTES + 1, 1_000_003])
+def test_what_is_placed_is_found_and_writable(attachments: Attachments, nbytes: int) -> None:
+    with pool() as sender:
+        original = bytearray(buffer(nbytes))
+        received = attachments.fetch(A, place(sender, memoryview(original)))
+        original[:] = bytes(nbytes)  # the sender may write to it as soon as it is placed
+        assert received == buffer(nbytes)
+        received[0] = 77
+        assert received[0] == 77
+        assert original[0] == 0
+
+
+def test_smaller_buffers_are_left_to_travel_as_frames() -> None:
+    with pool() as sender:
+        assert sender.place(B, bytes(MIN_NBYTES - 1)) is None
+        assert not sender._by_room
+
+
+def test_a_slab_is_used_again_once_nobody_sees_it(attachments: Attachments) -> None:
+    with pool() as sender:
+        first = place(sender, buffer(100_000))
+        received = attachments.fetch(A, first)
+        second = place(sender, buffer(100_000, 1))
+        assert second[2] != first[2], "the first is held"
+        part = received[10:20]
+        del received
+        assert place(sender, buffer(100_000, 2))[2] not in (first[2], second[2]), "a part of the first is held"
+        assert part == buffer(100_000)[10:20]
+        del part
+        gc.collect()
+        again = place(sender, buffer(100_000, 3))
+        assert again[2] == first[2]
+        assert attachments.fetch(A, again) == buffer(100_000, 3)
+
+
+def test_tensors_live_in_slabs_and_give_them_back() -> None:
+    attachments = Attachments()
+    with pool() as sender:
+        value: dict[str, Any] = {
+            "weights": torch.randn(300, 300),
+            "array": np.random.default_rng(0).random(20_000),
+            "small": [1, 2],
+        }
+        payload = pickling.dumps(value)
+        frames = encode(seal(Reply(), 1, payload, None, {}), lambda raw: sender.place(B, raw))
+        assert len(frames) == 1
+        after = pickling.loads(open_payload(decode(frames, lambda descriptor: attachments.fetch(A, descriptor))))
+        assert torch.equal(after["weights"], value["weights"])
+        assert np.array_equal(after["array"], value["array"])
+        after["weights"].zero_()
+        after["array"][:] = 0
+        assert value["weights"].any()
+        held = [slab for queue in sender._by_room.values() for slab in queue if not slab.is_free()]
+        assert len(held) == 2
+        row = after["weights"][5]
+        del after
+        gc.collect()
+        assert [slab.is_free() for slab in held].count(True) == 1, "a row of the tensor is seen"
+        assert torch.equal(travel(pickling.dumps(row)).tensors[0], torch.zeros(300))
+        del row
+        gc.collect()
+        assert all(slab.is_free() for slab in held)
+    attachments.close()
+
+
+def test_what_a_lost_holder_held_is_never_filled_again(attachments: Attachments) -> None:
+    with pool() as sender:
+        held = place(sender, buffer(100_000), holder=A)
+        other = place(sender, buffer(100_000, 1), holder=B)
+        received = attachments.fetch(B, held)
+        sender.reclaim(A)
+        numbers = {place(sender, buffer(100_000, seed))[2] for seed in range(3)}
+        assert held[2] not in numbers
+        assert other[2] not in numbers
+        assert received == buffer(100_000), "should it live after all, what it maps stays as it is"
+        del received
+        gc.collect()
+        assert place(sender, buffer(100_000))[2] != held[2]
+
+
+def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.LogCaptureFixture) -> None:
+    room = size_class(100_000)
+    with pool(max_nbytes=2 * room) as sender:
+        first, second = (place(sender, buffer(100_000, seed)) for seed in (1, 2))
+        for _ in range(3):
+            assert sender.place(B, buffer(100_000)) is None
+        assert caplog.text.count("shared memory is not used for now") == 1
+        del second
+        received = attachments.fetch(A, first)
+        del received
+        gc.collect()
+        place(sender, buffer(MIN_NBYTES))  # of another size: the free one is given up for it
+        assert sender._nbytes <= 2 * room
+
+
+def test_without_memory_files_sockets_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with pool() as sender:
+        monkeypatch.setattr(os, "memfd_create", fail)
+        assert sender.place(B, buffer(100_000)) is None
+        assert "Too many open files" in caplog.text
+
+
+def test_a_closed_pool_takes_nothing() -> None:
+    with pool() as sender:
+        place(sender, buffer(100_000))
+        sender.close()
+        sender.close()
+        assert sender.place(B, buffer(100_000)) is None
+
+
+def test_slabs_of_a_closed_sender_stay_where_they_are_mapped(attachments: Attachments) -> None:
+    with pool() as sender:
+        received = attachments.fetch(A, place(sender, buffer(100_000)))
+    assert received == buffer(100_000)
+    attachments.forget(A)
+    attachments.close()
+    assert received == buffer(100_000)
+
+
+@pytest.mark.parametrize(
+    ("at", "part"), [(0, 1 << 30), (0, "1"), (1, 1 << 20), (2, 7), (2, [7]), (3, 0), (3, -1), (3, 1 << 40), (3, None)]
+)
+def test_descriptors_of_nothing_are_refused(attachments: Attachments, at: int, part: Any) -> None:
+    with pool() as sender:
+        descriptor = place(sender, buffer(100_000))
+        changed = [*descriptor[:at], part, *descriptor[at + 1 :]]
+        with pytest.raises(ProtocolError):
+            attachments.fetch(A, changed)
+        assert attachments.fetch(A, descriptor) == buffer(100_000)
+
+
+def test_another_file_in_a_slabs_place_is_not_taken_for_it(attachments: Attachments, tmp_path: Any) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(200_000))
+    with path.open("rb+") as file, pytest.raises(ProtocolError, match="another file stands in its place"):
+        attachments.fetch(A, [os.getpid(), file.fileno(), 12345, 100_000])
+
+
+@given(st.integers(MIN_NBYTES, 1 << 40))
+def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
+    room = size_class(nbytes)
+    assert nbytes <= room <= nbytes * 5 // 4 + 4096
+    assert room % 4096 == 0
+    assert size_class(room) == room
+
+
+@pytest.mark.parametrize("card", [None, [], [1], [1, 2, b"x"], ["a", "b", "c"], [1 << 30, 0, b"x"], {}, 5])
+def test_cards_that_show_nothing_share_nothing(card: Any) -> None:
+    assert not can_open(card)
+
+
+def test_memory_is_shared_with_whom_it_can_be() -> None:
+    ours, theirs = SharedMemory(), SharedMemory()
+    try:
+        assert ours.placing(B) is None, "not met yet"
+        ours.meet(B, theirs.card())
+        pid, fd, nonce = theirs.card()
+        ours.meet(A, [pid, fd, nonce[:-1] + b"?"])
+        assert ours.placing(A) is None, "what it shows is not what it says"
+        placing = ours.placing(B)
+        assert placing is not None
+        descriptor = placing(buffer(100_000))
+        assert descriptor is not None
+        assert theirs.fetch(A, descriptor) == buffer(100_000)
+        ours.forget(B)
+        assert ours.placing(B) is None
+    finally:
+        ours.close()
+        theirs.close()
