@@ -826,9 +826,8 @@ def test_device_maps_hold_both_ways() -> None:
         a.group.on_joined(Member(WorkerInfo("b", 1), new_incarnation(), {"device_maps": {"a": {"cuda:5": "cuda:6"}}}))
         a.group.on_joined(Member(WorkerInfo("c", 2), new_incarnation(), {"device_maps": {"a": {"cuda:3": "cuda:4"}}}))
         a.group.on_joined(Member(WorkerInfo("d", 3), new_incarnation(), {"device_maps": {"b": {"cuda:3": "cuda:4"}}}))
-        names = [
-            a.agent._peers.device_names(WorkerInfo(name, rank)) for name, rank in (("b", 1), ("c", 2), ("d", 3), ("e", 4))
-        ]
+        peers = [WorkerInfo(name, rank) for rank, name in enumerate("bcde", start=1)]
+        names = [a.agent._peers.device_names(peer) for peer in peers]
         assert names == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}, {}]
 
 
