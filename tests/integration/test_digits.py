@@ -15,13 +15,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def train(script: str, workers: int, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), "-n", str(workers), "examples/digits/train.py", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=110)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
 
 
-@pytest.mark.parametrize(("script", "workers"), [("zrpc-cluster", 3), ("zrpc-peers", 4)])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("script", "workers"), [("zrpc-cluster", 3), ("zrpc-peers", 3)])
 def test_it_reaches_the_accuracy_and_draws_the_curves(script: str, workers: int, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "curves.png"
-    done = train(script, workers, "--epochs", "12", "--picture", str(picture))
+    done = train(script, workers, "--picture", str(picture))
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"final test accuracy: ([\d.]+)%", done.stdout)
     assert found is not None, done.stdout
