@@ -36,7 +36,7 @@ class _Collection:
             with self._lock:
                 first, self._left = self._left > 0, 0
             if first:
-                self.result.set_exception(error)  # type: ignore[arg-type]  # torch types it as the value
+                self.result.set_exception(error)
             return
         with self._lock:
             self._left -= 1

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+DELETE_TIMEOUT_S = 100.0
+"""torch's limit for the same."""
+
 _ignore_rref_leak = True
 """Programs set this to False to have `shutdown` raise when others still use values of this worker."""
 _default_pickler: Any = _internal_rpc_pickler
@@ -194,8 +197,8 @@ def _wait_all_workers(timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
         raise
 
 
-def _delete_all_user_and_unforked_owner_rrefs(timeout: float = 0.0) -> None:
-    """Give up this worker's references, and wait until the others gave up theirs; `timeout` 0: a generous limit."""
+def _delete_all_user_and_unforked_owner_rrefs(timeout: float = DELETE_TIMEOUT_S) -> None:
+    """Give up this worker's references, and wait up to `timeout` seconds until the others gave up theirs."""
     lifecycle.delete_rrefs(current_agent(), timeout)
 
 
