@@ -1,8 +1,18 @@
-"""The futures of asynchronous calls: genuine `torch.futures.Future` objects that can also be awaited."""
+"""The futures of asynchronous calls: genuine `torch.futures.Future` objects that can also be awaited.
+
+A future that failed and goes without anybody having asked for its outcome says so in the log.
+
+The traceback of an error leads to the frames that it went through, and from there to the future. Were the error held
+by the C++ part of the future, where the garbage collector sees no cycles, neither would ever be freed. So the Python
+part holds it, and the C++ part a `Token` that knows where to find it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,13 +28,88 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 S = TypeVar("S")
 
+log = logging.getLogger("zrpc")
+
+
+class Failure:
+    """The error of a future that failed, and whether anybody has seen it."""
+
+    __slots__ = ("__weakref__", "error", "seen")
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.seen = False
+
+
+class Token:
+    """What the C++ part of a failed future has for a value. It may outlive the Python part."""
+
+    __slots__ = ("_error", "_failure")
+
+    def __init__(self, failure: Failure) -> None:
+        self._failure = weakref.ref(failure)
+        self._error: Exception = RuntimeError(f"{type(failure.error).__name__}: {failure.error}")
+
+    def take(self, error: Exception) -> None:
+        """The Python part goes: from now on the token holds the error, without the ways back."""
+        link: BaseException | None = error
+        while link is not None and link.__traceback__ is not None:
+            link.__traceback__ = None
+            link = link.__cause__ or link.__context__
+        self._error = error
+
+    def raise_error(self) -> None:
+        """For C++, which calls it for whoever asks for the outcome, `torch.futures.wait_all` included."""
+        failure = self._failure()
+        if failure is None:
+            raise self._error
+        failure.seen = True
+        raise failure.error
+
 
 class Future(torch.futures.Future[T]):
     """A `torch.futures.Future` that knows of handler threads and of asyncio.
 
     `wait` lets the handler pool know that its thread waits, so nested calls cannot use up the pool; `await future`
     works in any running event loop. A function given to `then` never runs on the reading thread: it may call and wait.
+
+    Attributes:
+        origin: what the value comes of, for the log.
     """
+
+    origin = "an asynchronous call"
+    _failure: Failure | None = None
+    _token: Token | None = None
+    _has_callback = False
+
+    def __del__(self) -> None:
+        failure, token = self._failure, self._token
+        if failure is None or token is None or sys.is_finalizing():
+            return
+        error = failure.error
+        if not failure.seen and not self._has_callback:
+            text = "%s failed, and nobody asked for its outcome: %s: %s"
+            log.warning(text, self.origin, type(error).__name__, error, exc_info=error)
+        token.take(error)
+
+    def set_exception(self, result: Any) -> None:
+        """End with the error `result`. It is logged if nobody ever asks for the outcome."""
+        if not isinstance(result, Exception):
+            super().set_exception(result)  # raises what torch's own futures raise
+            return
+        self._failure = Failure(result)
+        self._token = Token(self._failure)
+        super()._set_unwrap_func(Token.raise_error)
+        super().set_result(self._token)  # type: ignore[arg-type]  # to C++ it is a value
+
+    def has_failed(self) -> bool:
+        """Whether this future has ended with an error. Asking this is not asking for the outcome."""
+        return self._failure is not None
+
+    def add_done_callback(self, callback: Callable[[torch.futures.Future[T]], None]) -> None:
+        """Call `callback(self)` once this future is done. From now on its outcome is the callback's business."""
+        self._has_callback = True
+        super().add_done_callback(callback)
 
     def wait(self) -> T:
         """The value, once it is there; raises what the call raised."""
@@ -42,16 +127,8 @@ class Future(torch.futures.Future[T]):
         if not callable(callback):
             super().then(callback)  # raises the TypeError that torch's own futures raise
         child: Future[S] = Future()
-
-        def run(done: torch.futures.Future[T]) -> None:
-            try:
-                child.set_result(callback(done))
-            except RuntimeError as error:
-                fail(child, error)
-            except Exception as error:
-                fail(child, _callback_error(error))
-
-        self.add_done_callback(run)
+        child.origin = "a callback given to then()"
+        self.add_done_callback(lambda done: settle(child, lambda: _called_back(callback, done)))
         return child
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -75,10 +152,25 @@ def fail(future: torch.futures.Future[Any], error: Exception) -> None:
     future.set_exception(error)
 
 
-def _callback_error(error: Exception) -> RuntimeError:
-    wrapped = RuntimeError(f"Got the following error when running the callback: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
+    """End `future` with what `make` returns or raises."""
+    try:
+        value = make()
+    except Exception as error:
+        fail(future, error)
+    else:
+        future.set_result(value)
+
+
+def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.futures.Future[T]) -> S:
+    try:
+        return callback(done)
+    except RuntimeError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"Got the following error when running the callback: {type(error).__name__}: {error}"
+        ) from error
 
 
 def future_of(call: Call, convert: Callable[[Payload], T], pool: HandlerPool) -> Future[T]:
@@ -86,12 +178,9 @@ def future_of(call: Call, convert: Callable[[Payload], T], pool: HandlerPool) ->
     future: Future[T] = Future()
 
     def complete() -> None:
-        try:
-            value = convert(call.result())
-        except Exception as error:
-            fail(future, error)
-        else:
-            future.set_result(value)
+        settle(future, lambda: convert(call.result()))
+        if future.has_failed():
+            future.origin = f"{type(call.message).__name__} to {call.peer}"
 
     call.add_done_callback(lambda _: pool.submit(complete))
     return future

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
-from zrpc.agent.future import Future
+from zrpc.agent.future import Future, settle
 from zrpc.functions import async_execution
 
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ def type_future(rref: RRef[Any], timeout: float) -> Future[type]:
         return future
     local: Future[type] = Future()
     cell = rref._cell
-
-    def tell() -> None:
-        try:
-            local.set_result(type(cell.get()))
-        except Exception as error:
-            local.set_exception(error)  # type: ignore[arg-type]  # torch types it as the value
-
-    cell.when_set(tell)
+    cell.when_set(lambda: settle(local, lambda: type(cell.get())))
     return local
 
 
@@ -79,12 +72,7 @@ def _call_method(rref: RRef[Any], rpc_api: str, name: str, timeout: float, /, *a
             result.set_exception(error)
 
     def finish(done: torch.futures.Future[Any]) -> None:
-        try:
-            value = done.value()
-        except Exception as error:
-            result.set_exception(error)
-        else:
-            result.set_result(value)
+        settle(result, done.value)
 
     types.add_done_callback(go_on)
     return result

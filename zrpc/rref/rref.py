@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from zrpc.agent.current import current_agent
-from zrpc.agent.future import Future, future_of
+from zrpc.agent.future import Future, future_of, settle
 from zrpc.config import UNSET_RPC_TIMEOUT_S
 from zrpc.errors import RpcTimeoutError, RRefError
 from zrpc.rref.cell import Cell
@@ -103,11 +103,25 @@ class RRef(Generic[T]):
         self._check_creation()
         if self._cell is not None:
             return self._cell.wait(max(0.0, timeout))  # type: ignore[no-any-return]
-        fork_id = self._usable_fork(_FETCH_PHRASE)
-        call = self._ledger.agent.request(
-            self._owner, RRefFetch(self._rref_id, fork_id), timeout_s=_limit_s(timeout), hooked=True, waited=True
-        )
-        return pickling.loads(call.wait())  # type: ignore[no-any-return]
+        return pickling.loads(self._fetch(timeout, waited=True).wait())  # type: ignore[no-any-return]
+
+    def to_here_async(self, timeout: float = UNSET_RPC_TIMEOUT_S) -> Future[T]:
+        """As `to_here`, at once: a future, which can be awaited, for the value. No thread waits meanwhile.
+
+        What is known to be wrong already is raised at once, everything else by the future. On the owner a handler
+        thread waits if there is a `timeout` and the value is not there.
+        """
+        self._check_creation()
+        cell = self._cell
+        if cell is None:
+            agent = self._ledger.agent
+            return future_of(self._fetch(timeout, waited=False), pickling.loads, agent.completions)
+        future: Future[T] = Future()
+        if timeout > 0 and not cell.is_set():
+            self._ledger.agent.submit(lambda: settle(future, lambda: cell.wait(timeout)))
+        else:
+            cell.when_set(lambda: settle(future, cell.get))
+        return future
 
     def local_value(self) -> T:
         """The value itself, once it is made. Only on the owner.
@@ -242,6 +256,11 @@ class RRef(Generic[T]):
     def _fork(self) -> ForkData:
         self._check_creation()
         return self._ledger.fork(self._owner.id, self._rref_id, self._fork_id, self._cell)
+
+    def _fetch(self, timeout: float, *, waited: bool) -> Call:
+        fork_id = self._usable_fork(_FETCH_PHRASE)
+        message = RRefFetch(self._rref_id, fork_id)
+        return self._ledger.agent.request(self._owner, message, timeout_s=_limit_s(timeout), hooked=True, waited=waited)
 
     def _usable_fork(self, phrase: str) -> ForkId:
         assert self._fork_id is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from zrpc.agent.future import Future, fail, future_of
 from zrpc.agent.pool import HandlerPool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zrpc.wire.payload import Payload
 
@@ -205,3 +207,109 @@ def test_waiting_makes_room_in_the_pool() -> None:
         assert asked.wait(WAIT_S)
         handlers.submit(lambda: answered.set_result(4))
         assert finished.wait(WAIT_S)
+
+
+# ---- failures that nobody asks about ---------------------------------------------------------------------------------
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    gc.collect()
+    return [record.getMessage() for record in caplog.records if record.name == "zrpc"]
+
+
+def test_a_failed_call_whose_future_is_dropped_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    owner = Owner()
+    with pool() as completions:
+        future_of(owner.call(), text, completions)
+        owner.finish(None, KeyError("remote"))
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("RRefUserDelete to ")
+    assert warning.endswith("failed, and nobody asked for its outcome: KeyError: 'remote'")
+    assert caplog.records[0].exc_info
+
+
+def test_a_callback_that_failed_and_a_failed_conversion_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    done(1).then(lambda _: 1 // 0)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("a callback given to then() failed, and nobody asked")
+    assert "ZeroDivisionError" in warning
+    owner = Owner()
+    with pool() as completions:
+        future_of(owner.call(), lambda payload: 1 // 0, completions)
+        owner.finish(ANSWER)
+    assert len(warnings_of(caplog)) == 2
+
+
+def wait(future: Future[Any]) -> None:
+    with pytest.raises(KeyError):
+        future.wait()
+
+
+def value(future: Future[Any]) -> None:
+    with pytest.raises(KeyError):
+        future.value()
+
+
+def chain(future: Future[Any]) -> None:
+    future.then(lambda failed: 1)
+
+
+def call_back(future: Future[Any]) -> None:
+    future.add_done_callback(lambda failed: None)
+
+
+def wait_all(future: Future[Any]) -> None:
+    with pytest.raises(KeyError):
+        torch.futures.wait_all([done(1), future])
+
+
+def collect_all(future: Future[Any]) -> None:
+    with pytest.raises(KeyError):
+        torch.futures.collect_all([future, done(1)]).wait()
+
+
+def await_it(future: Future[Any]) -> None:
+    async def main() -> None:
+        with pytest.raises(KeyError):
+            await future
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ask", [wait, value, chain, call_back, wait_all, collect_all, await_it])
+def test_a_failure_that_somebody_asked_about_is_not_logged(
+    ask: Callable[[Future[Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    ask(done(KeyError("seen")))
+    assert warnings_of(caplog) == []
+
+
+def test_values_and_futures_under_way_are_dropped_silently(caplog: pytest.LogCaptureFixture) -> None:
+    done(1)
+    Future[int]()
+    assert warnings_of(caplog) == []
+
+
+def test_a_failed_future_is_freed_with_all_that_its_error_went_through() -> None:
+    def fail_and_wait() -> weakref.ref[Future[Any]]:
+        future = done(1).then(lambda _: 1 // 0)
+        with pytest.raises(RuntimeError):
+            future.wait()
+        return weakref.ref(future)
+
+    held = fail_and_wait()
+    gc.collect()
+    assert held() is None
+
+
+def test_an_error_outlives_the_future_where_torch_still_has_it() -> None:
+    collected = torch.futures.collect_all([done(1), done(KeyError("kept"))])
+    gc.collect()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="kept"):
+            collected.wait()
+
+
+def test_only_exceptions_are_errors() -> None:
+    with pytest.raises(AssertionError, match="not an Exception"):
+        Future[int]().set_exception(3)
