@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from zrpc.agent.pool import HandlerPool, blocking
+from zrpc.wire.exceptions import RemoteTraceback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -67,6 +68,19 @@ class Token:
         raise failure.error
 
 
+class Origin:
+    """The call that a future is of, for the log. It does not keep the call's answer."""
+
+    __slots__ = ("_message_type", "_peer")
+
+    def __init__(self, call: Call) -> None:
+        self._message_type = type(call.message)
+        self._peer = call.peer
+
+    def __str__(self) -> str:
+        return f"{self._message_type.__name__} to {self._peer}"
+
+
 class Future(torch.futures.Future[T]):
     """A `torch.futures.Future` that knows of handler threads and of asyncio.
 
@@ -77,7 +91,7 @@ class Future(torch.futures.Future[T]):
         origin: what the value comes of, for the log.
     """
 
-    origin = "an asynchronous call"
+    origin: object = "an asynchronous call"
     _failure: Failure | None = None
     _token: Token | None = None
     _has_callback = False
@@ -88,8 +102,10 @@ class Future(torch.futures.Future[T]):
             return
         error = failure.error
         if not failure.seen and not self._has_callback:
-            text = "%s failed, and nobody asked for its outcome: %s: %s"
-            log.warning(text, self.origin, type(error).__name__, error, exc_info=error)
+            where = f"\n{error.__cause__}" if isinstance(error.__cause__, RemoteTraceback) else ""
+            text = "%s failed, and nobody asked for its outcome: %s: %s%s"
+            # Without exc_info: to format a traceback parses source, and Python 3.11 cannot do that within a parse.
+            log.warning(text, self.origin, type(error).__name__, error, where)
         token.take(error)
 
     def set_exception(self, result: Any) -> None:
@@ -101,10 +117,6 @@ class Future(torch.futures.Future[T]):
         self._token = Token(self._failure)
         super()._set_unwrap_func(Token.raise_error)
         super().set_result(self._token)  # type: ignore[arg-type]  # to C++ it is a value
-
-    def has_failed(self) -> bool:
-        """Whether this future has ended with an error. Asking this is not asking for the outcome."""
-        return self._failure is not None
 
     def add_done_callback(self, callback: Callable[[torch.futures.Future[T]], None]) -> None:
         """Call `callback(self)` once this future is done. From now on its outcome is the callback's business."""
@@ -128,7 +140,8 @@ class Future(torch.futures.Future[T]):
             super().then(callback)  # raises the TypeError that torch's own futures raise
         child: Future[S] = Future()
         child.origin = "a callback given to then()"
-        self.add_done_callback(lambda done: settle(child, lambda: _called_back(callback, done)))
+        held = [child]
+        self.add_done_callback(lambda done: settle(held.pop(), lambda: _called_back(callback, done)))
         return child
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -153,11 +166,16 @@ def fail(future: torch.futures.Future[Any], error: Exception) -> None:
 
 
 def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
-    """End `future` with what `make` returns or raises."""
+    """End `future` with what `make` returns or raises.
+
+    The error's traceback keeps the frames of this function and its callers. If none of them still has the future, it
+    goes as soon as the program drops it, and need not wait for the garbage collector to say that it failed.
+    """
     try:
         value = make()
     except Exception as error:
         fail(future, error)
+        del future
     else:
         future.set_result(value)
 
@@ -176,11 +194,11 @@ def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.f
 def future_of(call: Call, convert: Callable[[Payload], T], pool: HandlerPool) -> Future[T]:
     """A future for what `convert` makes of the answer to `call`; it is completed, and `convert` runs, on `pool`."""
     future: Future[T] = Future()
+    future.origin = Origin(call)
+    held = [future]
 
     def complete() -> None:
-        settle(future, lambda: convert(call.result()))
-        if future.has_failed():
-            future.origin = f"{type(call.message).__name__} to {call.peer}"
+        settle(held.pop(), lambda: convert(call.result()))
 
     call.add_done_callback(lambda _: pool.submit(complete))
     return future

@@ -213,7 +213,6 @@ def test_waiting_makes_room_in_the_pool() -> None:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    gc.collect()
     return [record.getMessage() for record in caplog.records if record.name == "zrpc"]
 
 
@@ -225,11 +224,11 @@ def test_a_failed_call_whose_future_is_dropped_is_logged_once(caplog: pytest.Log
     (warning,) = warnings_of(caplog)
     assert warning.startswith("RRefUserDelete to ")
     assert warning.endswith("failed, and nobody asked for its outcome: KeyError: 'remote'")
-    assert caplog.records[0].exc_info
 
 
 def test_a_callback_that_failed_and_a_failed_conversion_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     done(1).then(lambda _: 1 // 0)
+    gc.collect()  # the callback ran within then(), whose frame has the future
     (warning,) = warnings_of(caplog)
     assert warning.startswith("a callback given to then() failed, and nobody asked")
     assert "ZeroDivisionError" in warning
@@ -281,6 +280,7 @@ def test_a_failure_that_somebody_asked_about_is_not_logged(
     ask: Callable[[Future[Any]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     ask(done(KeyError("seen")))
+    gc.collect()
     assert warnings_of(caplog) == []
 
 
