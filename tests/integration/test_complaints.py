@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -146,6 +147,24 @@ def listening(rank: int) -> list[int]:
 def test_with_a_broker_workers_listen_nowhere(broker_cluster: Cluster) -> None:
     """#44544: the broker's port is the only one."""
     assert broker_cluster.run(listening, 2) == [[], []]
+
+
+def listening_hosts(rank: int, method: str) -> set[str]:
+    os.environ["ZRPC_BIND"] = "tcp://127.0.0.2:0"
+    rpc.init_rpc(
+        f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=rpc.RpcBackendOptions(init_method=method)
+    )
+    assert rpc.rpc_sync(f"worker{1 - rank}", double, args=(1,)) == 2
+    connections = psutil.Process().net_connections(kind="inet")
+    hosts = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    rpc.shutdown()
+    return hosts
+
+
+def test_workers_listen_where_they_are_told_and_nowhere_else(cluster: Cluster) -> None:
+    """#130621."""
+    method = cluster.new_init_method()
+    assert cluster.run(listening_hosts, 2, args=(method,), init=False) == [{"127.0.0.2"}] * 2
 
 
 # ---- threads, futures ------------------------------------------------------------------------------------------------
