@@ -104,7 +104,10 @@ def resolve(address: str) -> str:
             f"the host of {address!r} cannot be resolved ({error}): check the name, or give a number"
         ) from error
     infos.sort(key=lambda info: info[0] != pysocket.AF_INET)
-    number = str(infos[0][4][0])
+    family, _, _, _, found = infos[0]
+    number, zone = str(found[0]), int([*found, 0, 0][3])
+    if family == pysocket.AF_INET6 and zone and "%" not in number:
+        number += f"%{pysocket.if_indextoname(zone)}"  # a link-local address means nothing without its interface
     return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
 
 

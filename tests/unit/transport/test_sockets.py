@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import zmq
 
@@ -126,6 +127,20 @@ def test_ipv6_works_where_the_host_has_it(make: Make) -> None:
     sender.send(b"x")
     assert receiver.poll(10_000)
     assert receiver.recv() == b"x"
+
+
+def test_a_link_local_address_keeps_its_zone(make: Make) -> None:
+    addresses = [
+        f"{address.address.split('%')[0]}%{interface}"
+        for interface, found in psutil.net_if_addrs().items()
+        for address in found
+        if address.family == pysocket.AF_INET6 and address.address.startswith("fe80")
+    ]
+    if not addresses:
+        pytest.skip("this host has no link-local address")
+    with pytest.warns(UserWarning, match="off the loopback interface"):
+        bound = sockets.bind(make(zmq.PULL), f"tcp://[{addresses[0]}]:0")
+    assert bound.startswith(f"tcp://[{addresses[0]}]:")
 
 
 def test_every_socket_is_made_with_the_same_options(make: Make) -> None:
