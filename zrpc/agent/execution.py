@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,14 +42,6 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     with observer():
         return func(*args, **kwargs)
-
-
-class PythonFunction(NamedTuple):
-    """What the payload of a Python call holds."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 def execute_python(payload: Payload) -> Any:

@@ -333,11 +333,10 @@ def _unpack_compressed(entry: list[Any], memory: _Memory) -> torch.Tensor:
 
 
 def _unpack_quantized(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, dtype, shape, scheme, scale, zero_point, axis, integers = entry
+    _, _, shape, scheme, scale, zero_point, axis, integers = entry
     raw = _unpack_entry(integers, memory).view(shape)
     if scheme == "tensor":
         return torch._make_per_tensor_quantized_tensor(raw, scale, zero_point)
-    del dtype
     return torch._make_per_channel_quantized_tensor(
         raw, _unpack_entry(scale, memory), _unpack_entry(zero_point, memory), axis
     )
