@@ -22,6 +22,9 @@ DEFAULT_NUM_WORKER_THREADS = 16
 DEFAULT_SHUTDOWN_TIMEOUT_S = 0.0
 MAX_TIMEOUT_S = 1e9
 """A longer time limit is none: threads cannot wait for much longer, and nobody does."""
+DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
+DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
+"""An unanswered small call takes 2 to 3 KB of its caller, so this is 0.6 GB, and 0.25 GB of the callee."""
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
@@ -44,6 +47,11 @@ class RpcBackendOptions:
         shared_memory: allow shared memory between workers on one host; without it all bytes go through sockets.
         bind: where this worker listens in peer mode, as `tcp://address:port`; port 0 is any free one. The others
             connect to this address; `tcp://0.0.0.0:0` listens everywhere and tells them this host's own address.
+        max_in_flight_nbytes: how many bytes may be on the way to one worker in calls that it has not answered, 0: no
+            limit. A call beyond that waits for room in `rpc_async`, `remote` or `rpc_sync`, up to its own time limit,
+            and then fails with `OverloadedError`. A single larger call is sent when no other is on the way. Calls of
+            up to 4 KiB are not counted here.
+        max_in_flight_calls: how many calls to one worker may be unanswered, in the same way; 0: no limit.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -60,9 +68,13 @@ class RpcBackendOptions:
         devices: Sequence[Device] | None = None,
         shared_memory: bool = True,
         bind: str = DEFAULT_BIND,
+        max_in_flight_nbytes: int = DEFAULT_MAX_IN_FLIGHT_NBYTES,
+        max_in_flight_calls: int = DEFAULT_MAX_IN_FLIGHT_CALLS,
     ) -> None:
-        _check_kinds(num_worker_threads, shared_memory, bind)
-        self.num_worker_threads = int(num_worker_threads)
+        _check_kinds(shared_memory, bind)
+        self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
+        self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
+        self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
         self.rpc_timeout = rpc_timeout
         self.init_method = init_method
         self.device_maps: dict[str, DeviceMap] = {}
@@ -125,11 +137,15 @@ class RpcBackendOptions:
         self.devices = named
 
 
-def _check_kinds(num_worker_threads: Any, shared_memory: Any, bind: Any) -> None:
-    if not isinstance(num_worker_threads, numbers.Integral) or isinstance(num_worker_threads, bool):
-        raise ConfigError(f"num_worker_threads must be a whole number, not {num_worker_threads!r}")
-    if int(num_worker_threads) < 1:
-        raise ConfigError(f"num_worker_threads must be 1 or more, not {num_worker_threads}")
+def _whole(value: Any, what: str, least: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ConfigError(f"{what} must be a whole number, not {value!r}")
+    if int(value) < least:
+        raise ConfigError(f"{what} must be {least} or more, not {value}")
+    return int(value)
+
+
+def _check_kinds(shared_memory: Any, bind: Any) -> None:
     if not isinstance(shared_memory, bool):
         raise ConfigError(f"shared_memory must be True or False, not {shared_memory!r}")
     if not isinstance(bind, str) or not bind.startswith("tcp://"):

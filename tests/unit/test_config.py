@@ -24,6 +24,8 @@ def test_defaults() -> None:
     assert options.devices == []
     assert options.shared_memory
     assert options.bind == "tcp://127.0.0.1:0"
+    assert options.max_in_flight_nbytes == 1 << 30
+    assert options.max_in_flight_calls == 1 << 18
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,11 @@ def test_devices_are_cuda_devices() -> None:
     assert RpcBackendOptions(devices=["cuda:0", 1]).devices == [torch.device("cuda:0"), torch.device("cuda:1")]
     with pytest.raises(ValueError, match=r"`set_devices` expect a list of CUDA devices, but got device type cpu\."):
         RpcBackendOptions(devices=["cpu"])
+
+
+@pytest.mark.parametrize("name", ["max_in_flight_nbytes", "max_in_flight_calls"])
+@pytest.mark.parametrize("value", [-1, 1.5, "4", None, True])
+def test_windows_that_cannot_be(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        RpcBackendOptions(**{name: value})
+    assert getattr(RpcBackendOptions(**{name: 0}), name) == 0  # type: ignore[arg-type]

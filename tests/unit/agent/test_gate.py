@@ -1,0 +1,185 @@
+"""The gate: threads wait at it for room, for as long as they may."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from zrpc.agent.gate import Gate, Gates, nbytes_of
+from zrpc.agent.pool import HandlerPool
+from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError
+from zrpc.ids import WorkerInfo
+from zrpc.wire.envelope import Envelope
+from zrpc.wire.messages import PythonCall
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WAIT_S = 20.0
+KB = 1000
+PEER = WorkerInfo("callee", 1)
+
+
+def envelope(nbytes: int) -> Envelope:
+    return Envelope(PythonCall(), data=bytes(nbytes))
+
+
+def may() -> bool:
+    return True
+
+
+def may_not() -> bool:
+    return False
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+def until_waiting(gate: Gate, count: int) -> None:
+    """Until so many wait at `gate`; getting into line sends no event."""
+    pause = threading.Event()
+    while gate._window.num_waiting < count:
+        pause.wait(0.001)
+
+
+def test_the_size_of_an_envelope_is_that_of_its_payload() -> None:
+    buffers = [b"ab", memoryview(bytearray(80)).cast("d"), bytearray(3)]
+    assert nbytes_of(Envelope(PythonCall(), data=b"12345", buffers=buffers)) == 5 + 2 + 80 + 3
+    assert nbytes_of(Envelope(PythonCall())) == 0
+
+
+def test_a_call_waits_until_another_is_answered(threads: ThreadPoolExecutor) -> None:
+    gate = Gate(10 * KB, 0)
+    assert gate.enter(1, envelope(8 * KB), PEER, 0.0, may) == 0.0
+    second = threads.submit(gate.enter, 2, envelope(8 * KB), PEER, WAIT_S, may)
+    until_waiting(gate, 1)
+    assert gate.enter(3, envelope(100), PEER, WAIT_S, may) == WAIT_S, "a small one need not wait"
+    assert gate.leave(1)
+    assert 0 < second.result(WAIT_S) < WAIT_S, "what it waited is taken from its time"
+    assert gate.nbytes == 8 * KB
+    assert not gate.leave(1), "it is answered already"
+    assert gate.leave(2)
+    assert gate.leave(3)
+    assert (gate.nbytes, gate.num_calls) == (0, 0)
+
+
+def test_small_calls_wait_for_their_number(threads: ThreadPoolExecutor) -> None:
+    gate = Gate(0, 2)
+    for call in (1, 2):
+        gate.enter(call, envelope(10), PEER, 0.0, may)
+    third = threads.submit(gate.enter, 3, envelope(10), PEER, 0.0, may)
+    until_waiting(gate, 1)
+    gate.leave(2)
+    assert third.result(WAIT_S) == 0.0
+    assert gate.num_calls == 2
+
+
+def test_who_waits_too_long_is_refused_and_says_what_to_change() -> None:
+    gate = Gate(10 * KB, 77)
+    gate.enter(1, envelope(10 * KB), PEER, 0.0, may)
+    with pytest.raises(
+        OverloadedError, match=r"5000 bytes to .*callee.* 0.02 s .* 1 calls with 10000 .*_nbytes \(10000\)"
+    ):
+        gate.enter(2, envelope(5 * KB), PEER, 0.02, may)
+    gate.leave(1)
+    assert gate.enter(3, envelope(5 * KB), PEER, 0.02, may) == 0.02, "who was refused left nothing behind"
+    assert gate.num_calls == 1
+
+
+@pytest.mark.parametrize("may_wait", [None, may_not])
+def test_a_thread_that_must_not_wait_passes_and_counts(may_wait: object) -> None:
+    gate = Gate(10 * KB, 1)
+    gate.enter(1, envelope(10 * KB), PEER, 0.0, may)
+    for call in (2, 3):
+        assert gate.enter(call, envelope(10 * KB), PEER, WAIT_S, may_wait) == WAIT_S  # type: ignore[arg-type]
+    assert (gate.nbytes, gate.num_calls) == (30 * KB, 3)
+
+
+def test_a_lost_peer_wakes_who_waits_and_says_so(threads: ThreadPoolExecutor) -> None:
+    gates = Gates(10 * KB, 0)
+    gates[1].enter(1, envelope(10 * KB), PEER, 0.0, may)
+    waiting = [threads.submit(gates[1].enter, call, envelope(9 * KB), PEER, 0.0, may) for call in (2, 3)]
+    until_waiting(gates[1], 2)
+    old = gates[1]
+    gates.drop(1, PeerLostError("callee is lost: it died"))
+    for future in waiting:
+        with pytest.raises(PeerLostError, match=r"it died\. The call was not sent"):
+            future.result(WAIT_S)
+    assert old.enter(4, envelope(90 * KB), PEER, 0.0, may) == 0.0, "too late: the transport will say so"
+    assert (gates[1].nbytes, gates[1].num_calls) == (0, 0), "the next worker of that rank begins anew"
+
+
+def test_closing_wakes_everybody(threads: ThreadPoolExecutor) -> None:
+    gates = Gates(10 * KB, 0)
+    waiting = []
+    for rank in (1, 2):
+        gates[rank].enter(rank, envelope(10 * KB), PEER, 0.0, may)
+        waiting.append(threads.submit(gates[rank].enter, 10 + rank, envelope(9 * KB), PEER, 0.0, may))
+        until_waiting(gates[rank], 1)
+    gates.close(AgentClosedError("this worker shut down"))
+    for future in waiting:
+        with pytest.raises(AgentClosedError):
+            future.result(WAIT_S)
+
+
+def test_an_answer_that_nobody_waits_for_makes_room() -> None:
+    gates = Gates(10 * KB, 0)
+    gates[1].enter(1, envelope(9 * KB), PEER, 0.0, may)
+    gates[2].enter(2, envelope(9 * KB), PEER, 0.0, may)
+    gates.leave(2)
+    gates.leave(99)
+    assert (gates[1].nbytes, gates[2].nbytes) == (9 * KB, 0)
+
+
+def test_a_waiting_handler_thread_gives_its_place_to_another() -> None:
+    """Else calls that wait for room in each other's windows would wait for ever."""
+    gate = Gate(10 * KB, 0)
+    gate.enter(1, envelope(9 * KB), PEER, 0.0, may)
+    pool = HandlerPool(1, "test-handler")
+    entered = threading.Event()
+
+    def nested() -> None:
+        gate.enter(2, envelope(9 * KB), PEER, WAIT_S, may)
+        entered.set()
+
+    pool.submit(nested)
+    until_waiting(gate, 1)
+    pool.submit(lambda: gate.leave(1) and None)  # type: ignore[func-returns-value]
+    assert entered.wait(WAIT_S)
+    pool.close(WAIT_S)
+
+
+def test_an_interrupted_wait_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(10 * KB, 0)
+    gate.enter(1, envelope(9 * KB), PEER, 0.0, may)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("zrpc.agent.gate.threading.Event", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gate.enter(2, envelope(9 * KB), PEER, 0.0, may)
+    gate.leave(1)
+    assert (gate.nbytes, gate.num_calls, gate._window.num_waiting) == (0, 0, 0)
+
+
+def test_many_threads_lose_no_place_and_no_turn(threads: ThreadPoolExecutor) -> None:
+    """Callers and answerers race for few places: whoever misses a turn hangs, whoever miscounts leaves a rest."""
+    gate = Gate(20 * KB, 3)
+
+    def call(first: int) -> None:
+        for number in range(300):
+            call_id = first + number
+            gate.enter(call_id, envelope((7 * KB, 10, 19 * KB)[number % 3]), PEER, WAIT_S, may)
+            assert gate.leave(call_id)
+
+    for future in [threads.submit(call, 1000 * caller) for caller in range(8)]:
+        future.result(60)
+    assert (gate.nbytes, gate.num_calls, gate._window.num_waiting) == (0, 0, 0)

@@ -1,0 +1,173 @@
+"""The gate that requests pass on their way to a peer: a window under its lock, and a place to wait.
+
+A small call that need not wait passes without a lock. It is enough that whoever leaves looks at the line of waiting
+requests *after* it has left, and whoever gets into line looks for room again *after* it has: one of the two sees the
+other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from zrpc.agent.pool import blocking
+from zrpc.agent.window import UNKNOWN, Window
+from zrpc.errors import OverloadedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.errors import ZrpcError
+    from zrpc.ids import WorkerInfo
+    from zrpc.wire.envelope import Envelope
+
+LEAST_LEFT_S = 0.001
+"""What a call has left of its time limit, at least, when it leaves: 0 would be no limit."""
+
+
+class Gate:
+    """The way to one peer. Any thread may use it; the lock owns the window, but for what may be used without."""
+
+    __slots__ = ("_end", "_lock", "_max_calls", "_max_nbytes", "_window")
+
+    def __init__(self, max_nbytes: int, max_calls: int) -> None:
+        self._max_nbytes = max_nbytes
+        self._max_calls = max_calls
+        self._lock = threading.Lock()
+        self._window: Window[threading.Event] = Window(max_nbytes, max_calls)
+        self._end: ZrpcError | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Counted bytes on the way."""
+        return self._window.nbytes
+
+    @property
+    def num_calls(self) -> int:
+        """Requests on the way."""
+        return self._window.num_calls
+
+    def enter(
+        self, call_id: int, envelope: Envelope, to: WorkerInfo, limit_s: float, may_wait: Callable[[], bool] | None
+    ) -> float:
+        """Count a request, once there is room for it.
+
+        Args:
+            call_id: the request's.
+            envelope: what is to be sent.
+            to: the callee, for the error.
+            limit_s: how long it may wait in seconds; 0: no limit.
+            may_wait: whether this thread may wait at all. If not, or without it, the request passes, room or not.
+
+        Returns:
+            What is left of `limit_s`; 0 if that is 0.
+
+        Raises:
+            OverloadedError: there was no room in time.
+            ZrpcError: what `close` was given meanwhile.
+        """
+        nbytes = nbytes_of(envelope)
+        if self._window.take(call_id, nbytes):
+            return limit_s
+        with self._lock:
+            if self._window.ask(call_id, nbytes):
+                return limit_s
+            if may_wait is None or not may_wait():
+                self._window.force(call_id, nbytes)
+                return limit_s
+            turn = threading.Event()
+            self._wake(self._window.line_up(call_id, nbytes, turn))
+        return self._wait(turn, call_id, nbytes, to, limit_s)
+
+    def leave(self, call_id: int) -> bool:
+        """A request was answered, or did not leave. False if it is not on the way."""
+        window = self._window
+        nbytes = window.forget(call_id)
+        if nbytes > 0 or window.num_waiting:
+            with self._lock:
+                self._wake(window.release(max(nbytes, 0)))
+        return nbytes != UNKNOWN
+
+    def close(self, end: ZrpcError) -> None:
+        """The peer is gone. Who waits gets `end` raised; who comes later passes, and is told by the transport."""
+        with self._lock:
+            self._end = end
+            self._wake(self._window.close())
+
+    def _wait(self, turn: threading.Event, call_id: int, nbytes: int, to: WorkerInfo, limit_s: float) -> float:
+        begun = time.monotonic()
+        try:
+            with blocking():
+                came = turn.wait(limit_s or None)
+        except BaseException:  # of a signal handler: the request will not be sent
+            self._withdraw(call_id)
+            self.leave(call_id)
+            raise
+        if not came:
+            self._withdraw(call_id)
+            if not turn.is_set():  # else its turn came in this very moment
+                raise self._refusal(nbytes, to, limit_s)
+        if self._end is not None:
+            raise type(self._end)(f"{self._end}. The call was not sent")
+        return max(LEAST_LEFT_S, limit_s - (time.monotonic() - begun)) if limit_s else 0.0
+
+    def _withdraw(self, call_id: int) -> None:
+        """Wait no longer."""
+        with self._lock:
+            self._wake(self._window.withdraw(call_id))
+
+    def _refusal(self, nbytes: int, to: WorkerInfo, limit_s: float) -> OverloadedError:
+        window = self._window
+        return OverloadedError(
+            f"a call with {nbytes} bytes to {to} was not sent: for {limit_s:g} s there was no room for it, because "
+            f"{window.num_calls} calls with {window.nbytes} counted bytes are unanswered. Call more slowly, or change "
+            f"max_in_flight_nbytes ({self._max_nbytes}) or max_in_flight_calls ({self._max_calls}) of the options"
+        )
+
+    @staticmethod
+    def _wake(turns: list[threading.Event]) -> None:
+        for turn in turns:
+            turn.set()
+
+
+class Gates(dict[int, Gate]):
+    """The gates of one worker, by the rank of the peer; they are made as they are asked for.
+
+    Args:
+        max_nbytes: see `Window`.
+        max_calls: see `Window`.
+    """
+
+    def __init__(self, max_nbytes: int, max_calls: int) -> None:
+        super().__init__()
+        self._max_nbytes = max_nbytes
+        self._max_calls = max_calls
+
+    def __missing__(self, rank: int) -> Gate:
+        return self.setdefault(rank, Gate(self._max_nbytes, self._max_calls))
+
+    def leave(self, call_id: int) -> None:
+        """A request was answered that nobody waits for any more; to whom it went is not known."""
+        for gate in list(self.values()):
+            if gate.leave(call_id):
+                return
+
+    def drop(self, rank: int, end: ZrpcError) -> None:
+        """The peer of that rank is gone: who waits gets `end` raised. Another one of that rank begins anew."""
+        gate = self.pop(rank, None)
+        if gate is not None:
+            gate.close(end)
+
+    def close(self, end: ZrpcError) -> None:
+        """This worker shuts down: who waits gets `end` raised."""
+        for rank in list(self):
+            self.drop(rank, end)
+
+
+def nbytes_of(envelope: Envelope) -> int:
+    """What the payload of `envelope` takes, in bytes."""
+    nbytes = len(envelope.data)
+    for buffer in envelope.buffers:
+        nbytes += buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+    return nbytes
