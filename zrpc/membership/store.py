@@ -1,8 +1,8 @@
 """Membership kept in a torch Store (TCPStore, FileStore, HashStore or what `torchrun` provides).
 
-Each worker writes one record and reads the others'. In a static group the records lie under the ranks; in a dynamic
-one under a counter, so that a look at the counter tells of newcomers. Nobody watches the store: a newcomer is looked
-for when a name, rank or incarnation is not known (`refresh`).
+Each worker writes one record. In a static group the records lie under the ranks, and whoever comes last makes one
+roster of them, which all read; in a dynamic one under a counter, so that a look at the counter tells of newcomers.
+Nobody watches the store: a newcomer is looked for when a name, rank or incarnation is not known (`refresh`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgpack
 
@@ -18,10 +18,11 @@ from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.group import Member, OnJoined, OnLeft
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-POLL_S = 0.02
+POLL_MIN_S = 0.005
+POLL_MAX_S = 0.5
+POLL_SHARE = 0.1
+"""Who waits for the others looks at the store each time that it has waited a tenth longer: a hundred workers that look
+at a fixed short interval keep the store from serving those who come."""
 
 
 class Store(Protocol):
@@ -122,40 +123,52 @@ class StoreGroup:
     def _join_static(
         self, name: str, rank: int, world_size: int, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
     ) -> tuple[Member, list[Member]]:
+        """Write a record; who comes last makes the roster of all. So the group costs the store a few steps a worker."""
         self._check_kind("static")
         me = Member(WorkerInfo(name, rank), incarnation, card)
-        mine = incarnation.hex()
-        holder = self._store.compare_set(f"holder/{rank}", "", mine).decode()
-        if holder != mine:
+        record = _pack(me, world_size)
+        if self._store.compare_set("world_size", "", str(world_size)) != str(world_size).encode():
+            self._store.set("roster", msgpack.packb([record]))  # those who wait are to know at once, too
+            self._refuse_sizes([(me, world_size)], int(self._store.get("world_size")))
+        if not self._claim(f"rank/{rank}", incarnation.hex()):
             raise RefusedError(
                 f"rank {rank} is taken by another worker of this group: start each worker with a rank of its own"
             )
-        self._store.set(f"member/{rank}", _pack(me, world_size))
-        deadline = time.monotonic() + timeout_s
-        self._await_ranks(range(world_size), deadline, timeout_s)
-        records = [_unpack(self._store.get(f"member/{other}")) for other in range(world_size)]
-        for member, size in records:
-            if size != world_size:
-                raise RefusedError(
-                    f"{member.info} was started with world_size={size} and {me.info} with world_size={world_size}: "
-                    "start all workers with the same"
-                )
+        self._store.set(f"member/{rank}", record)
+        if self._store.add("arrived", 1) == world_size:
+            everybody = [self._store.get(f"member/{other}") for other in range(world_size)]
+            self._store.set("roster", msgpack.packb(everybody))
+        else:
+            self._await_roster(world_size, timeout_s)
+        records = [_unpack(raw) for raw in msgpack.unpackb(self._store.get("roster"))]
+        self._refuse_sizes(records, world_size)
         members = [member for member, _ in records]
         _check_names(members)
         self._me = me
         return me, members
 
-    def _await_ranks(self, ranks: Iterable[int], deadline: float, timeout_s: float) -> None:
-        """Wait until every rank has written its record."""
-        missing = [rank for rank in ranks if not self._store.check([f"member/{rank}"])]
-        while missing:
-            if time.monotonic() > deadline:
-                raise RendezvousError(
-                    f"rank(s) {', '.join(map(str, missing))} did not join within {timeout_s:g} s: "
-                    "check that they were started, with the same init_method and world_size"
+    def _refuse_sizes(self, records: list[tuple[Member, int]], world_size: int) -> None:
+        """Raise if somebody was started with another size than `world_size`."""
+        for member, size in records:
+            if size != world_size:
+                raise RefusedError(
+                    f"{member.info} was started with world_size={size} and others with world_size={world_size}: "
+                    "start all workers with the same"
                 )
-            time.sleep(POLL_S)  # a Store offers no event that a FileStore and a TCPStore both have
-            missing = [rank for rank in missing if not self._store.check([f"member/{rank}"])]
+
+    def _await_roster(self, world_size: int, timeout_s: float) -> None:
+        """Wait until whoever comes last has written the roster."""
+        began = time.monotonic()
+        while not self._store.check(["roster"]):
+            waited_s = time.monotonic() - began
+            if waited_s > timeout_s:
+                missing = [rank for rank in range(world_size) if not self._store.check([f"member/{rank}"])]
+                raise RendezvousError(
+                    f"rank(s) {', '.join(map(str, missing)) or 'none (who came last died at once)'} did not join "
+                    f"within {timeout_s:g} s: check that they were started, with the same init_method and world_size"
+                )
+            # A Store offers no event that a FileStore and a TCPStore both have.
+            time.sleep(min(max(POLL_MIN_S, waited_s * POLL_SHARE), POLL_MAX_S))
 
     # ---- dynamic groups ---------------------------------------------------------------------------------------------
 

@@ -120,6 +120,38 @@ def test_different_world_sizes_are_refused(store: Store) -> None:
     assert any("world_size=3" in text and "world_size=2" in text for text in refusals)
 
 
+class CountingStore:
+    """A store that counts what is read from it, over all of its users."""
+
+    def __init__(self) -> None:
+        self._store = dist.HashStore()
+        self._lock = threading.Lock()
+        self.gets = 0
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            self.gets += 1
+        return cast("bytes", self._store.get(key))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_large_group_does_not_read_each_record_for_each_worker() -> None:
+    count = 24
+    store = CountingStore()
+    results = join_all([Seat(store, f"w{rank}", rank) for rank in range(count)], count)
+    assert [len(members) for _, members in results] == [count] * count
+    assert store.gets == 2 * count, "who came last reads all records, and everybody one roster"
+
+
+def test_a_last_one_that_dies_before_it_made_the_roster_is_named(store: Store) -> None:
+    store.set("member/1", b"of a dead worker")
+    store.add("arrived", 2)
+    with pytest.raises(RendezvousError, match=r"rank\(s\) none \(who came last died at once\) did not join"):
+        Seat(store, "a", 0).join(2, timeout_s=0.05)
+
+
 def test_static_and_dynamic_members_do_not_mix(store: Store) -> None:
     Seat(store, "a", 0).join(1)
     with pytest.raises(RefusedError, match=r"mixes statically and dynamically .* start this worker with world_size"):
