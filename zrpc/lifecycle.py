@@ -212,7 +212,7 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:
-    return SharedMemory() if options.shared_memory and is_supported() else None
+    return SharedMemory.make() if options.shared_memory and is_supported() else None
 
 
 def _nothing(_: object) -> None:

@@ -6,7 +6,7 @@ kept and used again too. While one chunk is copied the next is on its way, and o
 
 A chunk is a message of two frames: a header that begins with `MAGIC` (no envelope does) and names the transfer, and
 the bytes. The envelope follows the last chunk on the same connection, which keeps their order, and names its
-transfers by descriptors `[number, nbytes]`.
+transfers by descriptors `[number, nbytes]`. A chunk of a transfer of 0 bytes takes back what came of it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from zrpc.errors import ProtocolError
+from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.ids import Incarnation
 from zrpc.wire.envelope import Buffer
 
@@ -38,6 +39,21 @@ _HEADER = struct.Struct("<BQQQ")  # magic, transfer, offset, total
 Descriptor = list[Any]
 Bytes = npt.NDArray[np.uint8]
 Send = Callable[[Incarnation, Sequence[Buffer]], None]
+
+
+_KEPT_BLOCK_NBYTES = (32 << 20) - (64 << 10)
+
+
+def keep_freed_memory() -> None:
+    """Make the allocator keep large blocks that are freed, so that the next ones are warm.
+
+    ZeroMQ receives each large frame into a fresh block. At first glibc maps each block of 128 KiB or more anew and
+    unmaps it when it is freed, and 1 MiB of fresh pages costs more than its way through the socket (0.2-0.3 ms against
+    0.25). It raises that limit by itself to the size of the largest mapped block that was ever freed, up to 32 MiB,
+    and keeps twice as much: so one such block is freed here. It is never touched. Any program that frees a tensor of
+    that size has the same effect; where MALLOC_MMAP_THRESHOLD_ is set, or malloc is another one, there is none.
+    """
+    np.empty(_KEPT_BLOCK_NBYTES, np.uint8)
 
 
 class WarmBuffers:
@@ -79,9 +95,14 @@ class Transfers:
 
     Args:
         send: sends a message to a peer, as `Endpoint.send`.
+
+    Attributes:
+        num_placed: how many buffers were sent in chunks so far.
     """
 
     def __init__(self, send: Send) -> None:
+        keep_freed_memory()
+        self.num_placed = 0
         self._send = send
         self._numbers = itertools.count(1)
         self._buffers = WarmBuffers()
@@ -100,10 +121,20 @@ class Transfers:
             return None
         number = next(self._numbers)
         view = memoryview(buffer)
-        for offset in range(0, nbytes, CHUNK_NBYTES):
-            header = _HEADER.pack(MAGIC, number, offset, nbytes)
-            self._send(peer, (header, view[offset : offset + CHUNK_NBYTES]))
+        try:
+            for offset in range(0, nbytes, CHUNK_NBYTES):
+                header = _HEADER.pack(MAGIC, number, offset, nbytes)
+                self._send(peer, (header, view[offset : offset + CHUNK_NBYTES]))
+        except BaseException:
+            self.take_back(peer, [number, nbytes])
+            raise
+        self.num_placed += 1
         return [number, nbytes]
+
+    def take_back(self, peer: Incarnation, descriptor: Descriptor) -> None:
+        """No envelope will name `descriptor`: `peer` need not keep what came of it."""
+        with suppress(ZrpcError):  # one that cannot be reached keeps nothing for long
+            self._send(peer, (_HEADER.pack(MAGIC, descriptor[0], 0, 0), b""))
 
     def is_chunk(self, frames: Sequence[Buffer]) -> bool:
         """Whether `frames` are a chunk and no envelope."""
@@ -118,12 +149,17 @@ class Transfers:
         if len(frames[0]) != _HEADER.size:
             raise ProtocolError(f"the header of a chunk has {len(frames[0])} bytes instead of {_HEADER.size}")
         _, number, offset, nbytes = _HEADER.unpack(frames[0])
+        chunk = np.frombuffer(frames[1], np.uint8)
+        if offset + chunk.nbytes > nbytes:
+            raise ProtocolError(f"a chunk ends at byte {offset + chunk.nbytes} of a transfer of {nbytes}")
+        if not nbytes:
+            self._incoming.pop((source, number), None)
+            return
         target = self._incoming.get((source, number))
         if target is None:
             target = self._incoming[source, number] = self._buffers.lend(nbytes)
-        chunk = np.frombuffer(frames[1], np.uint8)
-        if offset + chunk.nbytes > target.nbytes:
-            raise ProtocolError(f"a chunk ends at byte {offset + chunk.nbytes} of a transfer of {target.nbytes}")
+        if nbytes != target.nbytes:
+            raise ProtocolError(f"a chunk of transfer {number} says {nbytes} bytes, and another {target.nbytes}")
         np.copyto(target[offset : offset + chunk.nbytes], chunk)
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:

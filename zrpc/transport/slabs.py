@@ -14,32 +14,36 @@ Invariants:
   what it maps stays as it is.
 - There are no names: a slab is gone with the last process that has it open or mapped, however that process ends.
   Nothing can be left in /dev/shm, and its size limit (64 MiB in many containers) does not apply.
+- Slabs are an optimization: where one cannot be had, buffers travel through sockets, and a warning says so, once.
 
-Whether two workers can share memory is tried, not guessed: each shows a probe in its membership card, and the other
-opens it. So containers on one host, which share its name but not its processes, use sockets.
+Whether a peer can open this worker's slabs is tried, not guessed, and by the peer: see `zrpc.transport.probe`. So
+containers on one host, which share its name but not its processes, use sockets.
 
 Fresh pages are the enemy: a first touch copies at 0.7-1.6 GB/s, a warm page at up to 18. Slabs are therefore kept and
-used again, in size classes at most a quarter larger than what they hold.
+used again, in size classes at most a quarter larger than what they hold, and the one that was used last first: it is
+the one that the processor's caches still hold.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import threading
-import weakref
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zrpc.errors import ProtocolError
+from zrpc.transport.attachments import Attachments
+from zrpc.transport.copying import Copier
+from zrpc.transport.headroom import available_nbytes
+from zrpc.transport.probe import Probe
+from zrpc.transport.slab import Descriptor, Slab, size_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
@@ -50,14 +54,13 @@ MIN_NBYTES = 65_536
 """Smaller buffers travel as frames: below this, sockets are as fast."""
 POOL_MAX_NBYTES = 2 << 30
 """What one worker's slabs may take together; beyond it, buffers travel through sockets."""
-_HEADER_NBYTES = mmap.PAGESIZE
-_FREE, _HELD, _RETIRED = 0, 1, 2
-_SCAN = 16
-_NUMBER = slice(8, 16)
-"""Where in the header the slab's number stands: a random one, so that no other file can be taken for it."""
-
-Descriptor = list[Any]
-"""`[pid, fd, number, nbytes]`: where to find a slab, its number, and how much of it is filled."""
+POOL_MAX_SHARE = 0.25
+"""Nor may they take more than this part of the memory that is available when the worker starts."""
+GROWTH_MAX_SHARE = 0.5
+"""Nor may a fresh slab take more than this part of what is available when it is made."""
+ALLOWANCE_NBYTES = 64 << 20
+"""How much is taken before it is asked again what is available."""
+_SWEEP = 16
 
 
 def is_supported() -> bool:
@@ -65,59 +68,60 @@ def is_supported() -> bool:
     return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
-def size_class(nbytes: int) -> int:
-    """The room of the slab that takes `nbytes`: the next of four steps between two powers of two, in whole pages."""
-    step = max(mmap.PAGESIZE, 1 << max(0, nbytes.bit_length() - 3))
-    return -(-nbytes // step) * step
+def pool_limit() -> int:
+    """What the slabs of a worker that starts now may take together, in bytes."""
+    available = available_nbytes()
+    return POOL_MAX_NBYTES if available is None else min(POOL_MAX_NBYTES, int(available * POOL_MAX_SHARE))
 
 
-@dataclass(slots=True, eq=False)
-class Slab:
-    """One slab of the sender's. Owned by its pool's lock; the header's first byte also by the holder."""
+@dataclass(slots=True)
+class Shelf:
+    """The slabs of one size. Owned by the pool's lock."""
 
-    number: int
-    room: int
-    fd: int
-    memory: mmap.mmap
-    holder: Incarnation = b""
+    placed: deque[Slab] = field(default_factory=deque)
+    """Given to receivers, the last one last; some may be free again."""
+    free: list[Slab] = field(default_factory=list)
+    """Known to be free; the one used last is the last."""
 
-    @classmethod
-    def make(cls, room: int) -> Slab:
-        """A fresh slab whose pages are there.
+    def take(self) -> Slab | None:
+        """A free slab, the warmest there is."""
+        if self.placed and self.placed[-1].memory.is_free():
+            return self.placed.pop()
+        if not self.free:
+            self.sweep(_SWEEP)
+        return self.free.pop() if self.free else None
 
-        Raises:
-            OSError: there is not enough memory, or too many files are open.
-        """
-        fd = os.memfd_create("zrpc-slab", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, _HEADER_NBYTES + room)
-            memory = mmap.mmap(fd, _HEADER_NBYTES + room, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        except BaseException:
-            os.close(fd)
-            raise
-        raw = os.urandom(8)
-        memory[_NUMBER] = raw
-        return cls(int.from_bytes(raw, "little"), room, fd, memory)
+    def sweep(self, count: int) -> None:
+        """Look at `count` slabs for such as are free again, a few at a time in turn."""
+        for _ in range(min(count, len(self.placed))):
+            slab = self.placed.popleft()
+            (self.free if slab.memory.is_free() else self.placed).append(slab)
 
-    def is_free(self) -> bool:
-        return self.memory[0] == _FREE
-
-    def retire(self) -> None:
-        """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
-        self.memory[0] = _RETIRED
-        os.close(self.fd)
+    def pick(self, holder: Incarnation) -> list[Slab]:
+        """Take out what `holder` holds."""
+        picked = [slab for slab in self.placed if slab.holder == holder and not slab.memory.is_free()]
+        for slab in picked:
+            self.placed.remove(slab)
+        return picked
 
 
 class SlabPool:
-    """The slabs that this worker sends in. Any thread may call it; the tables are owned by the lock."""
+    """The slabs that this worker sends in. Any thread may call it; the tables are owned by the lock.
+
+    Args:
+        max_nbytes: what they may take together.
+    """
 
     def __init__(self, max_nbytes: int = POOL_MAX_NBYTES) -> None:
         self._max_nbytes = max_nbytes
         self._lock = threading.Lock()
-        self._by_room: defaultdict[int, deque[Slab]] = defaultdict(deque)
+        self._shelves: defaultdict[int, Shelf] = defaultdict(Shelf)
         self._nbytes = 0
+        self._num_placed = 0
+        self._allowance = 0
         self._has_warned = False
         self._closed = False
+        self._copier = Copier()
         self._pid = os.getpid()
 
     def place(self, holder: Incarnation, buffer: Buffer) -> Descriptor | None:
@@ -134,127 +138,105 @@ class SlabPool:
             slab = None if self._closed else self._take(size_class(nbytes))
             if slab is None:
                 return None
-            slab.memory[0] = _HELD
+            slab.memory.hold()
             slab.holder = holder
-        target = np.frombuffer(slab.memory, np.uint8, nbytes, _HEADER_NBYTES)
-        np.copyto(target, np.frombuffer(buffer, np.uint8))  # lets go of the interpreter's lock
+            self._shelves[slab.room].placed.append(slab)
+            self._num_placed += 1
+        try:
+            self._copier.copy(slab.memory.view(nbytes), np.frombuffer(buffer, np.uint8))
+        except BaseException:  # of a signal handler: half of it may still be copied
+            self._give_up(slab)
+            raise
         return [self._pid, slab.fd, slab.number, nbytes]
+
+    def take_back(self, descriptor: Descriptor) -> None:
+        """Nobody was told of `descriptor` after all: its slab is free."""
+        _, _, number, nbytes = descriptor
+        with self._lock:
+            for slab in self._shelves[size_class(nbytes)].placed:
+                if slab.number == number:
+                    slab.memory.free()
 
     def reclaim(self, holder: Incarnation) -> None:
         """`holder` is lost: let go of what it held."""
         with self._lock:
-            for slabs in self._by_room.values():
-                for slab in [slab for slab in slabs if slab.holder == holder and not slab.is_free()]:
-                    slabs.remove(slab)
-                    self._let_go(slab)
+            for shelf in self._shelves.values():
+                self._let_go(shelf.pick(holder))
+
+    def counts(self) -> dict[str, int]:
+        """How many slabs there are, how many of them are held, their bytes, and how many buffers were placed so far."""
+        with self._lock:
+            slabs = [slab for shelf in self._shelves.values() for slab in (*shelf.placed, *shelf.free)]
+            held = sum(not slab.memory.is_free() for slab in slabs)
+            return {"slabs": len(slabs), "held": held, "nbytes": self._nbytes, "placed": self._num_placed}
 
     def close(self) -> None:
         """Let go of every slab. Idempotent."""
         with self._lock:
             self._closed = True
-            for slabs in self._by_room.values():
-                while slabs:
-                    self._let_go(slabs.popleft())
+            for shelf in self._shelves.values():
+                self._let_go((*shelf.placed, *shelf.free))
+            self._shelves.clear()
+        self._copier.close()
 
     def _take(self, room: int) -> Slab | None:
-        """A free slab of that size, last in its queue; made if need be. Call it under the lock."""
-        slabs = self._by_room[room]
-        for _ in range(min(_SCAN, len(slabs))):
-            slab = slabs.popleft()
-            slabs.append(slab)
-            if slab.is_free():
-                return slab
+        """A free slab of that size, made if need be. Call it under the lock."""
+        slab = self._shelves[room].take()
+        if slab is not None:
+            return slab
         if self._nbytes + room > self._max_nbytes:
             self._evict(self._nbytes + room - self._max_nbytes)
+            slab = self._shelves[room].take()
+            if slab is not None:
+                return slab
         if self._nbytes + room > self._max_nbytes:
-            self._warn(f"its slabs hold {self._nbytes >> 20} MiB that the receivers have not let go of")
+            self._warn(
+                f"{self._nbytes >> 20} MiB of slabs are held by receivers, and all together may take "
+                f"{self._max_nbytes >> 20} MiB"
+            )
             return None
+        return self._make(room)
+
+    def _make(self, room: int) -> Slab | None:
+        if room > self._allowance:
+            available = available_nbytes()
+            if available is not None and room > available * GROWTH_MAX_SHARE:
+                self._warn(f"a slab of {room} bytes is too much where {available} bytes are available")
+                return None
+            self._allowance = max(room, ALLOWANCE_NBYTES)
         try:
             slab = Slab.make(room)
         except OSError as error:
             self._warn(f"no slab of {room} bytes can be made: {error}")
             return None
+        self._allowance -= room
         self._nbytes += room
-        slabs.append(slab)
         return slab
 
     def _evict(self, nbytes: int) -> None:
-        """Let go of free slabs of any size, until `nbytes` are gained or there are none."""
-        for slabs in self._by_room.values():
-            for slab in [slab for slab in slabs if slab.is_free()]:
-                if nbytes <= 0:
-                    return
-                slabs.remove(slab)
-                nbytes -= slab.room
-                self._let_go(slab)
+        """Let go of free slabs of any size, until `nbytes` are gained or there are none. Call it under the lock."""
+        for shelf in self._shelves.values():
+            shelf.sweep(len(shelf.placed))
+            while shelf.free and nbytes > 0:
+                nbytes -= shelf.free[0].room
+                self._let_go([shelf.free.pop(0)])
 
-    def _let_go(self, slab: Slab) -> None:
-        self._nbytes -= slab.room
-        slab.retire()
+    def _give_up(self, slab: Slab) -> None:
+        with self._lock:
+            placed = self._shelves[slab.room].placed
+            if slab in placed:
+                placed.remove(slab)
+                self._let_go([slab])
+
+    def _let_go(self, slabs: Iterable[Slab]) -> None:
+        for slab in slabs:
+            self._nbytes -= slab.room
+            slab.retire()
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
             self._has_warned = True
             log.warning("shared memory is not used for now, sockets are: %s", reason)
-
-
-class Attachments:
-    """The slabs of others that this worker has mapped. The table is owned by the lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._mapped: dict[tuple[Incarnation, int], mmap.mmap] = {}
-        self._loans: dict[int, weakref.ref[Any]] = {}
-
-    def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
-        """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
-
-        Raises:
-            ProtocolError: the slab is not there, or it is smaller.
-        """
-        if [type(part) for part in descriptor] != [int] * 4:
-            raise ProtocolError(f"{descriptor!r} describes no slab")
-        pid, fd, number, nbytes = descriptor
-        memory = self._map(source, pid, fd, number)
-        if not 0 < nbytes <= len(memory) - _HEADER_NBYTES:
-            raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
-        loan = np.frombuffer(memory, np.uint8, nbytes, _HEADER_NBYTES)
-
-        def give_back(reference: weakref.ref[Any]) -> None:
-            self._loans.pop(id(reference), None)
-            if memory[0] == _HELD:
-                memory[0] = _FREE
-
-        reference = weakref.ref(loan, give_back)
-        self._loans[id(reference)] = reference
-        return loan.data
-
-    def forget(self, source: Incarnation) -> None:
-        """`source` is gone: keep nothing mapped of it but what is in use."""
-        with self._lock:
-            for key in [key for key in self._mapped if key[0] == source]:
-                del self._mapped[key]
-
-    def close(self) -> None:
-        """Keep nothing mapped but what is in use."""
-        with self._lock:
-            self._mapped.clear()
-
-    def _map(self, source: Incarnation, pid: int, fd: int, number: int) -> mmap.mmap:
-        with self._lock:
-            memory = self._mapped.get((source, number))
-            if memory is not None:
-                return memory
-            for key in [key for key, known in self._mapped.items() if known[0] == _RETIRED]:
-                del self._mapped[key]
-            try:
-                memory = _open(pid, fd)
-            except (OSError, ValueError) as error:
-                raise ProtocolError(f"a slab of process {pid} cannot be mapped: {error}") from error
-            if int.from_bytes(memory[_NUMBER], "little") != number:
-                raise ProtocolError(f"a slab of process {pid} is gone: another file stands in its place")
-            self._mapped[source, number] = memory
-            return memory
 
 
 class SharedMemory:
@@ -266,21 +248,35 @@ class SharedMemory:
 
     def __init__(self) -> None:
         self._probe = Probe()
-        self._pool = SlabPool()
+        self._pool = SlabPool(pool_limit())
         self._attachments = Attachments()
-        self._sharing: dict[Incarnation, bool] = {}
+        self._nonces: dict[Incarnation, bytes | None] = {}
+
+    @classmethod
+    def make(cls) -> SharedMemory | None:
+        """Shared memory for one worker; None, with a warning, where no memory file can be made."""
+        try:
+            return cls()
+        except OSError as error:
+            log.warning("shared memory is not used, sockets are: %s", error)
+            return None
 
     def card(self) -> list[Any]:
         """What to tell the others in the membership card."""
         return self._probe.card()
 
     def meet(self, peer: Incarnation, card: Any) -> None:
-        """Try whether memory can be shared with `peer`, whose card said `card` of it."""
-        self._sharing[peer] = can_open(card)
+        """Tell `peer`, whose card said `card` of its memory, that it can be opened here, if it can."""
+        self._nonces[peer] = self._probe.visit(card)
 
     def placing(self, peer: Incarnation) -> Callable[[Buffer], Descriptor | None] | None:
-        """`SlabPool.place` for that peer; None where memory cannot be shared with it."""
-        return partial(self._pool.place, peer) if self._sharing.get(peer) else None
+        """`SlabPool.place` for that peer; None where it cannot open, or has not yet tried to open, what is here."""
+        nonce = self._nonces.get(peer)
+        return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
+
+    def take_back(self, descriptor: Descriptor) -> None:
+        """See `SlabPool.take_back`."""
+        self._pool.take_back(descriptor)
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """See `Attachments.fetch`."""
@@ -288,51 +284,16 @@ class SharedMemory:
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""
-        self._sharing.pop(peer, None)
+        self._nonces.pop(peer, None)
         self._pool.reclaim(peer)
         self._attachments.forget(peer)
+
+    def counts(self) -> dict[str, int]:
+        """See `SlabPool.counts`."""
+        return self._pool.counts()
 
     def close(self) -> None:
         """Let go of everything; memory of others that is in use stays until it is not."""
         self._pool.close()
         self._attachments.close()
         self._probe.close()
-
-
-class Probe:
-    """What a worker shows the others so that they can try whether they can open its memory."""
-
-    def __init__(self) -> None:
-        self._nonce = os.urandom(16)
-        self._fd = os.memfd_create("zrpc-probe", os.MFD_CLOEXEC)
-        os.write(self._fd, self._nonce)
-
-    def card(self) -> list[Any]:
-        """What goes into the membership card."""
-        return [os.getpid(), self._fd, self._nonce]
-
-    def close(self) -> None:
-        """Show nothing any more."""
-        os.close(self._fd)
-
-
-def can_open(card: Any) -> bool:
-    """Whether the probe of `card` can be opened here: then so can the slabs of its worker, and ours there."""
-    try:
-        pid, fd, nonce = card
-        with open(_path(pid, fd), "rb") as probe:
-            return bool(probe.read(len(nonce) + 1) == nonce)
-    except (OSError, TypeError, ValueError):
-        return False
-
-
-def _path(pid: int, fd: int) -> str:
-    return f"/proc/{pid:d}/fd/{fd:d}"
-
-
-def _open(pid: int, fd: int) -> mmap.mmap:
-    opened = os.open(_path(pid, fd), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return mmap.mmap(opened, 0, flags=mmap.MAP_SHARED)
-    finally:
-        os.close(opened)

@@ -16,7 +16,10 @@ from hypothesis import given
 from tests.unit.wire.travel import travel
 from zrpc.errors import ProtocolError
 from zrpc.transport import slabs
-from zrpc.transport.slabs import MIN_NBYTES, Attachments, SharedMemory, SlabPool, can_open, size_class
+from zrpc.transport.attachments import Attachments
+from zrpc.transport.copying import Copier
+from zrpc.transport.slab import size_class
+from zrpc.transport.slabs import MIN_NBYTES, SharedMemory, SlabPool
 from zrpc.wire import pickling
 from zrpc.wire.envelope import decode, encode
 from zrpc.wire.messages import Reply
@@ -71,7 +74,7 @@ def test_what_is_placed_is_found_and_writable(attachments: Attachments, nbytes: 
 def test_smaller_buffers_are_left_to_travel_as_frames() -> None:
     with pool() as sender:
         assert sender.place(B, bytes(MIN_NBYTES - 1)) is None
-        assert not sender._by_room
+        assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 0}
 
 
 def test_a_slab_is_used_again_once_nobody_sees_it(attachments: Attachments) -> None:
@@ -108,16 +111,15 @@ def test_tensors_live_in_slabs_and_give_them_back() -> None:
         after["weights"].zero_()
         after["array"][:] = 0
         assert value["weights"].any()
-        held = [slab for queue in sender._by_room.values() for slab in queue if not slab.is_free()]
-        assert len(held) == 2
+        assert sender.counts()["held"] == 2
         row = after["weights"][5]
         del after
         gc.collect()
-        assert [slab.is_free() for slab in held].count(True) == 1, "a row of the tensor is seen"
+        assert sender.counts()["held"] == 1, "a row of the tensor is seen"
         assert torch.equal(travel(pickling.dumps(row)).tensors[0], torch.zeros(300))
         del row
         gc.collect()
-        assert all(slab.is_free() for slab in held)
+        assert sender.counts()["held"] == 0
     attachments.close()
 
 
@@ -148,7 +150,7 @@ def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.
         del received
         gc.collect()
         place(sender, buffer(MIN_NBYTES))  # of another size: the free one is given up for it
-        assert sender._nbytes <= 2 * room
+        assert sender.counts()["nbytes"] <= 2 * room
 
 
 def test_without_memory_files_sockets_are_used(
@@ -207,26 +209,124 @@ def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
     assert size_class(room) == room
 
 
-@pytest.mark.parametrize("card", [None, [], [1], [1, 2, b"x"], ["a", "b", "c"], [1 << 30, 0, b"x"], {}, 5])
-def test_cards_that_show_nothing_share_nothing(card: Any) -> None:
-    assert not can_open(card)
+def test_the_slab_used_last_is_used_next(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptors = [place(sender, buffer(100_000, seed)) for seed in range(3)]
+        received = [attachments.fetch(A, descriptor) for descriptor in descriptors]
+        del received[2]
+        gc.collect()
+        again = place(sender, buffer(100_000))
+        assert again[2] == descriptors[2][2], "the last one placed is free again"
+        del received[0]
+        gc.collect()
+        assert place(sender, buffer(100_000))[2] == descriptors[0][2]
+        assert sender.counts()["slabs"] == 3
+
+
+def test_free_slabs_are_found_behind_many_held_ones(attachments: Attachments) -> None:
+    with pool() as sender:
+        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(200)]
+        del received[::2]
+        gc.collect()
+        received += [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(100)]
+        assert sender.counts()["slabs"] < 200 + 20
+        for seed, kept in zip([*range(1, 200, 2), *range(100)], received, strict=True):
+            assert kept == buffer(MIN_NBYTES, seed)
+
+
+def test_a_limit_is_no_reason_to_miss_a_free_slab(attachments: Attachments) -> None:
+    room = size_class(MIN_NBYTES)
+    with pool(max_nbytes=100 * room) as sender:
+        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(100)]
+        assert sender.place(B, buffer(MIN_NBYTES)) is None
+        del received[50]
+        gc.collect()
+        assert sender.place(B, buffer(MIN_NBYTES)) is not None
+
+
+def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None:
+    with pool() as sender:
+        first = place(sender, buffer(100_000))
+        sender.take_back(first)
+        assert sender.counts()["held"] == 0
+        assert attachments.fetch(A, place(sender, buffer(100_000, 1))) == buffer(100_000, 1)
+        assert sender.counts()["slabs"] == 1
+
+
+def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pool() as sender:
+        first = place(sender, buffer(100_000))
+        sender.take_back(first)
+        with monkeypatch.context() as patched:
+            patched.setattr(Copier, "copy", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sender.place(B, buffer(100_000))
+        assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 2}
+        assert place(sender, buffer(100_000))[2] != first[2]
+
+
+def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
+    with pool(max_nbytes=1 << 20) as sender:
+        received = attachments.fetch(A, place(sender, buffer(1 << 20)))
+        kept = received[:100]
+        del received
+        sender.reclaim(B)
+        attachments.fetch(A, place(sender, buffer(MIN_NBYTES)))
+        assert len(attachments._mapped) == 1
+        assert kept == buffer(100)
+
+
+def test_a_slab_is_not_made_of_memory_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slabs, "available_nbytes", lambda: 1 << 20)
+    assert slabs.pool_limit() == 1 << 18
+    with pool() as sender:
+        assert sender.place(B, bytes(600_000)) is None
+        assert sender.place(B, bytes(600_000)) is None
+        assert caplog.text.count("is too much where 1048576 bytes are available") == 1
+        assert sender.place(B, bytes(400_000)) is not None
+
+
+def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "available_nbytes", lambda: None)
+    assert slabs.pool_limit() == slabs.POOL_MAX_NBYTES
+    with pool() as sender:
+        assert sender.place(B, bytes(600_000)) is not None
 
 
 def test_memory_is_shared_with_whom_it_can_be() -> None:
-    ours, theirs = SharedMemory(), SharedMemory()
+    ours, theirs, stranger = SharedMemory(), SharedMemory(), SharedMemory()
     try:
         assert ours.placing(B) is None, "not met yet"
         ours.meet(B, theirs.card())
-        pid, fd, nonce = theirs.card()
-        ours.meet(A, [pid, fd, nonce[:-1] + b"?"])
-        assert ours.placing(A) is None, "what it shows is not what it says"
+        assert ours.placing(B) is None, "it has not tried yet whether it can open what is here"
+        assert theirs.placing(A) is None
+        theirs.meet(A, ours.card())
         placing = ours.placing(B)
         assert placing is not None
+        assert theirs.placing(A) is not None
         descriptor = placing(buffer(100_000))
         assert descriptor is not None
         assert theirs.fetch(A, descriptor) == buffer(100_000)
+        ours.meet(b"C" * 8, stranger.card())
+        assert ours.placing(b"C" * 8) is None
         ours.forget(B)
         assert ours.placing(B) is None
     finally:
-        ours.close()
-        theirs.close()
+        for memory in (ours, theirs, stranger):
+            memory.close()
+
+
+def test_without_a_probe_there_is_no_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", fail)
+    assert SharedMemory.make() is None
+    assert "shared memory is not used, sockets are: [Errno 24] Too many open files" in caplog.text

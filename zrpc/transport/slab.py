@@ -1,0 +1,136 @@
+"""One slab: an anonymous memory file (`memfd`), a page of header and room for one buffer.
+
+The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED or
+not), 8 to 15 the slab's number. The sender writes HELD, the receiver FREE, the owner alone RETIRED: no byte is ever
+written by two at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from zrpc.ids import Incarnation
+
+HEADER_NBYTES = mmap.PAGESIZE
+_FREE, _HELD = 0, 1
+_STATE, _RETIRED = 0, 1
+_NUMBER = slice(8, 16)
+"""Where the slab's number stands: a random one, so that no other file can be taken for it."""
+
+Descriptor = list[Any]
+"""`[pid, fd, number, nbytes]`: where to find a slab, its number, and how much of it is filled."""
+
+
+def size_class(nbytes: int) -> int:
+    """The room of the slab that takes `nbytes`: the next of four steps between two powers of two, in whole pages."""
+    step = max(mmap.PAGESIZE, 1 << max(0, nbytes.bit_length() - 3))
+    return -(-nbytes // step) * step
+
+
+class SlabMemory:
+    """A slab as it is mapped into this process, by its owner or by who received it."""
+
+    __slots__ = ("_mapped",)
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+
+    @property
+    def number(self) -> int:
+        """The slab's number."""
+        return int.from_bytes(self._mapped[_NUMBER], "little")
+
+    @property
+    def room(self) -> int:
+        """How many bytes it takes."""
+        return len(self._mapped) - HEADER_NBYTES
+
+    def is_free(self) -> bool:
+        """Whether nobody holds it."""
+        return self._mapped[_STATE] == _FREE
+
+    def is_retired(self) -> bool:
+        """Whether its owner has let go of it."""
+        return self._mapped[_RETIRED] != 0
+
+    def set_number(self, number: int) -> None:
+        """Give it its number. For its owner, before anybody else sees it."""
+        self._mapped[_NUMBER] = number.to_bytes(8, "little")
+
+    def hold(self) -> None:
+        """It is somebody's from now on. For its owner."""
+        self._mapped[_STATE] = _HELD
+
+    def free(self) -> None:
+        """Nobody holds it any more. For its holder, or its owner where nobody was told of it."""
+        self._mapped[_STATE] = _FREE
+
+    def retire(self) -> None:
+        """Its owner has let go of it. For its owner."""
+        self._mapped[_RETIRED] = 1
+
+    def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Its first `nbytes`, writable, not copied; they stay mapped as long as anybody sees them."""
+        return np.frombuffer(self._mapped, np.uint8, nbytes, HEADER_NBYTES)
+
+
+@dataclass(slots=True, eq=False)
+class Slab:
+    """One slab of the sender's. Owned by its pool's lock."""
+
+    number: int
+    room: int
+    fd: int
+    memory: SlabMemory
+    holder: Incarnation = b""
+
+    @classmethod
+    def make(cls, room: int) -> Slab:
+        """A fresh slab whose pages are there.
+
+        Raises:
+            OSError: there is not enough memory, or too many files are open.
+        """
+        fd = os.memfd_create("zrpc-slab", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, HEADER_NBYTES + room)
+            mapped = mmap.mmap(fd, HEADER_NBYTES + room, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except BaseException:
+            os.close(fd)
+            raise
+        memory = SlabMemory(mapped)
+        number = int.from_bytes(os.urandom(8), "little")
+        memory.set_number(number)
+        return cls(number, room, fd, memory)
+
+    def retire(self) -> None:
+        """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
+        self.memory.retire()
+        os.close(self.fd)
+
+
+def open_slab(pid: int, fd: int) -> SlabMemory:
+    """The slab that process `pid` has open as `fd`.
+
+    Raises:
+        OSError: it cannot be opened or mapped.
+        ValueError: the file is empty, or a number is none.
+    """
+    opened = os.open(path_of(pid, fd), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return SlabMemory(mmap.mmap(opened, 0, flags=mmap.MAP_SHARED))
+    finally:
+        os.close(opened)
+
+
+def path_of(pid: int, fd: int) -> str:
+    """Where an open file of another process can be opened."""
+    return f"/proc/{pid:d}/fd/{fd:d}"
