@@ -20,10 +20,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.agent.call import Call
+from zrpc.agent.completions import Completions
 from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.peers import Peers
 from zrpc.agent.pool import HandlerPool, blocking
+from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import CallHook, Request
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.errors import (
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import Group, Member
     from zrpc.transport.endpoint import Endpoint
+    from zrpc.transport.inbox import Work
     from zrpc.transport.slabs import SharedMemory
     from zrpc.wire.envelope import Envelope
 
@@ -103,7 +106,8 @@ class Agent:
         self._closed = False
         self._idle = threading.Condition(self._lock)
         self._handler_pool = HandlerPool(options.num_worker_threads, "zrpc-handler")
-        self.completions = HandlerPool(1, "zrpc-completer")
+        self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
+        self._quickness = Quickness()
         self._deadlines = Deadlines(self._expire)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
@@ -118,6 +122,7 @@ class Agent:
 
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
+        self._carrier.inbox.on_callers_left = self.completions.catch_up
         self._carrier.start(self._on_envelope, self._peers.lose)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
@@ -128,7 +133,9 @@ class Agent:
         with self._lock:
             early, self._early = self._early or [], None
         for source, envelope in early:
-            self._on_request(source, envelope)
+            work = self._on_request(source, envelope)
+            if work is not None:
+                work()
 
     def quiesce(self, timeout_s: float) -> bool:
         """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short."""
@@ -251,8 +258,10 @@ class Agent:
         except Exception as error:
             self._finish(call_id, None, error)
             return call
-        if limit_s and not waited:
-            self._deadlines.add(call_id, limit_s)
+        if not waited:
+            self._carrier.inbox.num_sent += 1
+            if limit_s:
+                self._deadlines.add(call_id, limit_s)
         if self._closed:  # the sweep of close() may have passed by
             self._finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call
@@ -291,6 +300,10 @@ class Agent:
     def abandon(self, call_id: int) -> bool:
         """See `CallOwner.abandon`."""
         return self._calls.pop(call_id, None) is not None
+
+    def wait_for(self, wanted: Call, deadline: float | None) -> None:
+        """See `CallOwner.wait_for`."""
+        self._carrier.inbox.wait_for(wanted, deadline)
 
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """See `CallOwner.open_answer`."""
@@ -353,22 +366,22 @@ class Agent:
 
     # ---- messages in -----------------------------------------------------------------------------------------------
 
-    def _on_envelope(self, source: Incarnation, envelope: Envelope) -> None:
+    def _on_envelope(self, source: Incarnation, envelope: Envelope) -> Work | None:
         if isinstance(envelope.message, Reply | Failure):
             self._finish(envelope.call_id, envelope, None)
-        else:
-            self._on_request(source, envelope)
+            return None
+        return self._on_request(source, envelope)
 
-    def _on_request(self, source: Incarnation, envelope: Envelope) -> None:
+    def _on_request(self, source: Incarnation, envelope: Envelope) -> Work | None:
         member = self.members.by_incarnation(source)
         if member is None or self._early is not None:
             with self._lock:
                 if self._early is not None:
                     self._early.append((source, envelope))
-                    return
+                    return None
             self.submit(lambda: self._on_stranger(source, envelope))
-            return
-        self._serve(member.info, envelope)
+            return None
+        return self._serve(member.info, envelope)
 
     def _on_stranger(self, source: Incarnation, envelope: Envelope) -> None:
         """A request of somebody not known here: a newcomer, or one who is gone."""
@@ -378,9 +391,11 @@ class Agent:
         if member is None:
             log.warning("a %s of an unknown worker was dropped", type(envelope.message).__name__)
             return
-        self._serve(member.info, envelope)
+        work = self._serve(member.info, envelope)
+        if work is not None:
+            work()
 
-    def _serve(self, source: WorkerInfo, envelope: Envelope) -> None:
+    def _serve(self, source: WorkerInfo, envelope: Envelope) -> Work | None:
         request = Request(self, source, envelope, envelope.message)
         with self._lock:
             self._serving += 1
@@ -389,18 +404,26 @@ class Agent:
             request.fail(ProtocolError(f"{self.info} does not serve {type(envelope.message).__name__}"))
         elif handler[1]:
             _run(handler[0], request)
+        elif self._carrier.inbox.can_work and self._quickness.expects_quick():
+            return partial(self._quickness.timed, partial(_run, handler[0], request))
         else:
-            self._handler_pool.submit(lambda: _run(handler[0], request))
+            self._handler_pool.submit(partial(_run, handler[0], request))
+        return None
 
     def _finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
         call = self._calls.pop(call_id, None)
-        if call is not None:  # else it timed out, or its peer was declared lost
-            call.complete(answer, error)
+        if call is None:  # it timed out, or its peer was declared lost
+            return
+        call.complete(answer, error)
+        if error is not None and call.is_read_for:
+            self._carrier.interrupt()
 
     def _expire(self, call_id: int) -> None:
         call = self._calls.pop(call_id, None)
         if call is not None:
             call.expire()
+            if call.is_read_for:
+                self._carrier.interrupt()
 
     # ---- members ---------------------------------------------------------------------------------------------------
 

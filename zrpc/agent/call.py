@@ -33,6 +33,9 @@ class CallOwner(Protocol):
     def abandon(self, call_id: int) -> bool:
         """Take the call out of the table; False if it is done already."""
 
+    def wait_for(self, wanted: Call, deadline: float | None) -> None:
+        """See `Inbox.wait_for`."""
+
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """The payload of an answer; raises the remote exception if it is a failure."""
 
@@ -44,11 +47,12 @@ class Call:
         peer: who was called.
         message: what was asked.
         timeout_s: its time limit in seconds; 0: none.
+        is_read_for: a thread reads messages until this call is done. Whoever ends it without one tells the reader.
     """
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_opened", "_owner", "_payload", "call_id",
-        "message", "peer", "timeout_s",
+        "is_read_for", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float) -> None:
@@ -66,6 +70,7 @@ class Call:
         self._opened = False
         self._payload: Payload | None = None
         self._error: BaseException | None = None
+        self.is_read_for = False
 
     def complete(self, answer: Envelope | None, error: BaseException | None) -> None:
         """Set what came of the call. For the agent; once."""
@@ -103,10 +108,14 @@ class Call:
             AgentClosedError: this worker shut down.
             Exception: whatever the remote function raised.
         """
+        self.await_done()
+        return self.result()
+
+    def await_done(self) -> None:
+        """Wait until the call is done, up to its own time limit; if nobody else reads messages, this thread does."""
         if self._callbacks is not None:
             with blocking():
                 self._await()
-        return self.result()
 
     def result(self) -> Payload:
         """The outcome of a call that is done; see `wait`."""
@@ -138,15 +147,21 @@ class Call:
             ),
         )
 
+    def block(self, deadline: float | None) -> None:
+        """See `Awaited.block`."""
+        self.is_read_for = False
+        if self._done.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            self._done.release()
+
     def _await(self) -> None:
-        if self._deadline is None:
-            self._done.acquire()
-        else:
-            if not self._done.acquire(timeout=max(0.0, self._deadline - time.monotonic())):
-                if self._owner.abandon(self.call_id):
-                    self.expire()
-                self._done.acquire()
-        self._done.release()
+        self.is_read_for = True
+        self._owner.wait_for(self, self._deadline)
+        if self._callbacks is None:
+            return
+        self.block(self._deadline)  # this worker shuts down, or the time is up
+        if self._callbacks is not None and self._owner.abandon(self.call_id):
+            self.expire()
+        self.block(None)
 
     def _open(self) -> None:
         self._opened = True

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from zrpc.agent.pool import HandlerPool, blocking
+from zrpc.agent.pool import blocking
 from zrpc.wire.exceptions import RemoteTraceback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from zrpc.agent.call import Call
+    from zrpc.agent.completions import Completions
     from zrpc.wire.payload import Payload
 
 T = TypeVar("T")
@@ -92,6 +93,7 @@ class Future(torch.futures.Future[T]):
     """
 
     origin: object = "an asynchronous call"
+    _answer: Answer | None = None
     _failure: Failure | None = None
     _token: Token | None = None
     _has_callback = False
@@ -118,14 +120,27 @@ class Future(torch.futures.Future[T]):
         super()._set_unwrap_func(Token.raise_error)
         super().set_result(self._token)  # type: ignore[arg-type]  # to C++ it is a value
 
+    def done(self) -> bool:
+        """Whether the outcome is here."""
+        answer = self._answer
+        if answer is not None and answer.is_here:
+            answer.complete()
+        return super().done()
+
     def add_done_callback(self, callback: Callable[[torch.futures.Future[T]], None]) -> None:
         """Call `callback(self)` once this future is done. From now on its outcome is the callback's business."""
         self._has_callback = True
         super().add_done_callback(callback)
+        answer = self._answer
+        if answer is not None and answer.is_here:
+            answer.complete_soon()
 
     def wait(self) -> T:
         """The value, once it is there; raises what the call raised."""
-        if self.done():
+        answer = self._answer
+        if answer is not None:
+            answer.wait()
+        if super().done():
             return super().wait()
         with blocking():
             return super().wait()
@@ -191,14 +206,72 @@ def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.f
         ) from error
 
 
-def future_of(call: Call, convert: Callable[[Payload], T], pool: HandlerPool) -> Future[T]:
-    """A future for what `convert` makes of the answer to `call`; it is completed, and `convert` runs, on `pool`."""
-    future: Future[T] = Future()
-    future.origin = Origin(call)
-    held = [future]
+class Answer:
+    """The answer that a future waits for, and what it is made of. It completes the future, once.
 
-    def complete() -> None:
+    Args:
+        future: to be completed; held until then, so it may be dropped by everybody else.
+        call: what is answered.
+        convert: makes the future's value.
+        completions: who completes it if nobody waits.
+    """
+
+    __slots__ = ("_call", "_completions", "_convert", "_held")
+
+    def __init__(
+        self, future: Future[T], call: Call, convert: Callable[[Payload], T], completions: Completions
+    ) -> None:
+        self._held: list[Future[Any]] = [future]
+        self._call = call
+        self._convert = convert
+        self._completions = completions
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the call is done, and nobody has taken it on to complete the future."""
+        return bool(self._held) and self._call.done()
+
+    @property
+    def is_taken(self) -> bool:
+        """See `Completion.is_taken`."""
+        return not self._held
+
+    def wait(self) -> None:
+        """Wait for the call, and complete the future; or leave as soon as somebody else does."""
+        if self._held:
+            self._call.await_done()
+            self.complete()
+
+    def complete(self) -> None:
+        """Complete the future, unless somebody does."""
+        try:
+            future = self._held.pop()
+        except IndexError:
+            return
+        future._answer = None
+        call, convert = self._call, self._convert
+        held = [future]
+        del future
         settle(held.pop(), lambda: convert(call.result()))
 
-    call.add_done_callback(lambda _: pool.submit(complete))
+    def complete_soon(self) -> None:
+        """The same on a completer thread."""
+        self._completions.submit(self.complete)
+
+    def on_done(self, _: Call) -> None:
+        """The call is done."""
+        held = self._held
+        if held:
+            self._completions.add(self, soon=held[0]._has_callback)
+
+
+def future_of(call: Call, convert: Callable[[Payload], T], completions: Completions) -> Future[T]:
+    """A future for what `convert` makes of the answer to `call`.
+
+    It is completed, and `convert` runs, on the thread that waits for it, or else on one of `completions`.
+    """
+    future: Future[T] = Future()
+    future.origin = Origin(call)
+    answer = future._answer = Answer(future, call, convert, completions)
+    call.add_done_callback(answer.on_done)
     return future

@@ -25,7 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.transport import sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
-from zrpc.transport.inbox import Inbox
+from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
 from zrpc.wire.envelope import Buffer
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from zrpc.transport.endpoint import OnFrames, OnLost
 
 DRAIN_INTERVAL_MS = 2
+JOIN_MIN_S = 0.1
+"""So long, at least, a closing endpoint waits for its threads: one that does not work ends at once."""
 EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _WAKE_READER = "inproc://wake-reader"
 _WAKE_WATCHER = "inproc://wake-watcher"
@@ -76,7 +78,7 @@ class BrokeredEndpoint:
         receiver.send(b"")
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
-        self._inbox = Inbox(receiver)
+        self.inbox = Inbox(receiver, self._take, self._is_over)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
@@ -104,7 +106,9 @@ class BrokeredEndpoint:
             self._on_frames, self._on_lost = on_frames, on_lost
             early, self._early = self._early, []
             for source, what in early:
-                self._hand_over(source, what)
+                work = self._hand_over(source, what)
+                if work is not None:
+                    work()
             self._started = True
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
@@ -116,6 +120,12 @@ class BrokeredEndpoint:
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`: the broker tells of every loss."""
 
+    def interrupt(self) -> None:
+        """See `Endpoint.interrupt`."""
+        with self._lock:
+            if not self._closed:
+                self._wake(self._reader_wake)
+
     def close(self, flush_s: float) -> None:
         """Stop; see `Endpoint.close`."""
         with self._lock:
@@ -124,13 +134,14 @@ class BrokeredEndpoint:
             self._closed = True
             self._wake(self._reader_wake)
             self._wake(self._watcher_wake)
+        deadline = time.monotonic() + flush_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
+                thread.join(max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
         self._outbox.drain()
         can_flush = self.is_connected() and self._broker_lost is None
         self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
-        self._inbox.close()
+        self.inbox.close()
         wakes = (self._watcher_end, self._reader_wake, self._watcher_wake)
         for sock in (*wakes, self._sender_monitor, self._receiver_monitor):
             sock.close()
@@ -143,8 +154,9 @@ class BrokeredEndpoint:
         with self._lock:
             if self._threads or self._closed:
                 return
-            for target, name in ((self._read_loop, "zrpc-reader"), (self._watch_loop, "zrpc-watcher")):
-                self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+            readers = [(self.inbox.run, f"zrpc-reader-{number}") for number in range(READERS)]
+        for target, name in (*readers, (self._watch_loop, "zrpc-watcher")):
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -225,34 +237,33 @@ class BrokeredEndpoint:
         reason = self._broker_lost or self._gone.get(to, "it is not connected")
         return PeerLostError(f"the peer is gone: {reason}")
 
-    def _read_loop(self) -> None:
-        while True:
-            source, frames = self._inbox.read()
-            if self._closed:
-                return
-            if self._broker_lost is not None:
-                self._inbox.close()
-                return
-            self.heard_at = time.monotonic()
-            if source != BROKER:
-                self._deliver(source, frames)
-            elif len(frames) > 1 or frames[0]:
-                self.on_control(frames)
+    def _is_over(self) -> bool:
+        return self._closed or self._broker_lost is not None
 
-    def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> None:
+    def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
+        if self._is_over():
+            return None
+        self.heard_at = time.monotonic()
+        if source != BROKER:
+            return self._deliver(source, frames)
+        if len(frames) > 1 or frames[0]:  # else it only wakes the reader
+            self.on_control(frames)
+        return None
+
+    def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
         """Hand over a worker's message, or the reason why it is lost; keep it if nobody takes it yet."""
         if not self._started:
             with self._deliver_lock:
                 if not self._started:
                     self._early.append((source, what))
-                    return
-        self._hand_over(source, what)
+                    return None
+        return self._hand_over(source, what)
 
-    def _hand_over(self, source: Incarnation, what: list[Buffer] | str) -> None:
+    def _hand_over(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
         if isinstance(what, str):
             self._on_lost(source, what)
-        else:
-            self._on_frames(source, what)
+            return None
+        return self._on_frames(source, what)
 
     def _watch_loop(self) -> None:
         poller = zmq.Poller()

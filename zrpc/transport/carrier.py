@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
     from zrpc.ids import Incarnation
     from zrpc.transport.endpoint import Endpoint, OnLost
+    from zrpc.transport.inbox import Work
     from zrpc.transport.slabs import SharedMemory
     from zrpc.wire.envelope import Buffer
+
+    OnEnvelope = Callable[[Incarnation, Envelope], Work | None]
 
 log = logging.getLogger("zrpc")
 
@@ -39,7 +42,9 @@ class Carrier:
         self._endpoint = endpoint
         self._shared_memory = shared_memory
         self._transfers = Transfers(endpoint.send)
-        self._on_envelope: Callable[[Incarnation, Envelope], None]
+        self._on_envelope: OnEnvelope
+        self.inbox = endpoint.inbox
+        self.interrupt = endpoint.interrupt
 
     @property
     def incarnation(self) -> Incarnation:
@@ -50,8 +55,8 @@ class Carrier:
         """What the membership card says of this worker's shared memory."""
         return self._shared_memory.card() if self._shared_memory is not None else None
 
-    def start(self, on_envelope: Callable[[Incarnation, Envelope], None], on_lost: OnLost) -> None:
-        """Begin to read. `on_envelope(source, envelope)` runs on the reading thread: it must not block."""
+    def start(self, on_envelope: OnEnvelope, on_lost: OnLost) -> None:
+        """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`."""
         self._on_envelope = on_envelope
         self._endpoint.start(self._on_frames, on_lost)
 
@@ -72,10 +77,15 @@ class Carrier:
             AgentClosedError: this end is closed.
             ProtocolError: a field is not something that msgpack can carry.
         """
+        placed: list[list[Any]] = []
         try:
-            self._endpoint.send(peer, encode(envelope, self._placing(peer) if envelope.buffers else None))
+            self._endpoint.send(peer, encode(envelope, self._placing(peer, placed) if envelope.buffers else None))
         except PeerLostError:
             self.forget(peer)
+            raise
+        except BaseException:
+            for descriptor in placed:
+                self._take_back(peer, descriptor)
             raise
 
     def forget(self, peer: Incarnation) -> None:
@@ -90,18 +100,35 @@ class Carrier:
         if self._shared_memory is not None:
             self._shared_memory.close()
 
-    def _placing(self, peer: Incarnation) -> Callable[[Buffer], list[Any] | None]:
+    def _placing(self, peer: Incarnation, placed: list[list[Any]]) -> Callable[[Buffer], list[Any] | None]:
+        """Puts large buffers on their way ahead of their envelope, and notes in `placed` what it did."""
         share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
-        return share or partial(self._transfers.place, peer)
+        place = share or partial(self._transfers.place, peer)
 
-    def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> None:
+        def place_and_note(buffer: Buffer) -> list[Any] | None:
+            descriptor = place(buffer)
+            if descriptor is not None:
+                placed.append(descriptor)
+            return descriptor
+
+        return place_and_note
+
+    def _take_back(self, peer: Incarnation, descriptor: list[Any]) -> None:
+        """The envelope that was to name `descriptor` could not be sent."""
+        if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
+            self._shared_memory.take_back(descriptor)
+        else:
+            self._transfers.take_back(peer, descriptor)
+
+    def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> Work | None:
         try:
             if self._transfers.is_chunk(frames):
                 self._transfers.receive(source, frames)
-            else:
-                self._on_envelope(source, decode(frames, partial(self._fetch, source)))
+                return None
+            return self._on_envelope(source, decode(frames, partial(self._fetch, source)))
         except Exception:  # whatever one message does, the next one is read
             log.exception("a message of %s was dropped", source.hex())
+            return None
 
     def _fetch(self, source: Incarnation, descriptor: list[Any]) -> Buffer:
         """The memory of a large buffer that went ahead of its envelope."""

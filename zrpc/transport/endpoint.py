@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from zrpc.ids import Incarnation
+from zrpc.transport.inbox import Inbox, Work
 from zrpc.wire.envelope import Buffer
 
-OnFrames = Callable[[Incarnation, list[Buffer]], None]
-"""`on_frames(source, frames)`: a message came. Runs on the reading thread: it must not block, and must not raise."""
+OnFrames = Callable[[Incarnation, list[Buffer]], Work | None]
+"""`on_frames(source, frames)`: a message came. Runs on whichever thread reads; see `zrpc.transport.inbox.Take`."""
 
 OnLost = Callable[[Incarnation, str], None]
 """`on_lost(peer, reason)`: the peer cannot be reached any more. Any thread; it must not block or raise."""
@@ -19,9 +20,13 @@ class Endpoint(Protocol):
     """One worker's end of the transport."""
 
     incarnation: Incarnation
+    inbox: Inbox
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""
+
+    def interrupt(self) -> None:
+        """What a thread in `inbox.read_until` waits for has come without a message: let it look."""
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.

@@ -1,50 +1,259 @@
-"""Reading one inbound socket, by one thread at a time.
+"""Reading one inbound socket, by one thread at a time, and running there what messages ask for.
 
-The socket belongs to whoever holds the read lock: the endpoint's reading thread as a rule. Messages are handed on
-outside the lock, so one that is slow to be handed on does not keep the next from being read.
+To hand a message to another thread takes longer than all the rest of a small call. So whoever can, reads for itself:
+
+- A thread that waits for an answer reads (`wait_for`), and hands on what else comes on the way, until its answer is
+  there.
+- A *reader* (there are `READERS` of them, which `run`) that takes a message which is work to do, does the work itself,
+  outside of the lock.
+
+The socket belongs to whoever holds the read lock; messages are handed on under it, so they keep their order. The
+other readers are parked. One of them keeps watch, looking up every `PARK_S`, while there is activity: if nobody reads,
+and nobody has come to since it last looked, it reads. So when work turns out to take long, or callers stop to read,
+messages lie for `PARK_S`, once. When all is quiet, one reader is blocked in the socket and the others sleep.
+
+A reader leaves the socket to callers after it has read for `STREAK` of them that would have read for themselves, each
+within `PARK_S` of the last, with nobody else blocked. It keeps watch then. Callers that send count as activity too,
+since who sends many calls reads their answers after, but for at most `UNREAD_MAX_S` without a read. A caller that is
+done calls a reader if another caller is blocked, so an answer that a thread is blocked for never lies unread.
+
+Who reads yields its processor in a loop, for up to `SPIN_S`, before it blocks, if the last message came that soon. A
+processor that goes idle between two messages takes longer to wake up than the message to travel, and its caches are
+cold then: on two cores a bare round trip over loopback TCP takes 140 µs if both ends block, and 60-85 if one does not;
+a call of an operator 390 µs, and 290 if neither blocks. Where messages are further apart nobody spins.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol
 
 import zmq
+from zmq.backend import zmq_poll
 
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
     from zrpc.transport.sockets import Socket
 
+READERS = 2
+PARK_S = 0.001
+UNREAD_MAX_S = 0.02
+STREAK = 3
+SPIN_S = 0.0005
+
+Work = Callable[[], None]
+Take = Callable[[bytes, list[Buffer]], Work | None]
+"""`take(source, frames)`: a message came. It must not block, and must not raise.
+
+It may return work, which may block, but only if `Inbox.can_work` is true.
+"""
+
+
+class Awaited(Protocol):
+    """What a thread waits for."""
+
+    def done(self) -> bool:
+        """Whether it has come."""
+
+    def block(self, deadline: float | None) -> None:
+        """Wait for it, up to `deadline` (`time.monotonic`), while another thread reads."""
+
 
 class Inbox:
-    """The receiving side of a socket whose messages begin with a source frame."""
+    """The receiving side of a socket whose messages begin with a source frame.
 
-    def __init__(self, sock: Socket) -> None:
+    Args:
+        sock: the socket; the inbox closes it.
+        take: is given each message, by whichever thread reads, under the read lock.
+        is_over: whether reading has come to an end. Looked at after each message: to end reading, make it true and
+            send the socket a message.
+
+    Attributes:
+        on_callers_left: called by a reader when callers that read may have left something to do.
+        is_read_by_caller: whether the thread that reads now waits for an answer of its own.
+        num_sent: callers that send count it up; being only a hint, it may miss some.
+    """
+
+    def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool]) -> None:
+        self.on_callers_left: Callable[[], None] = _nothing
+        self.is_read_by_caller = False
+        self.num_sent = 0
         self._sock = sock
+        self._take = take
+        self._is_over = is_over
+        self._ready = [(sock, int(zmq.POLLIN))]
         self._lock = threading.Lock()
+        self._reader = 0  # the thread that holds the lock to read
+        self._begun: list[Buffer] = []  # of a message whose reader was interrupted
+        self._last_wait_s = SPIN_S
+        self._calls = SimpleQueue[bool]()  # to the parked readers: true, read now; false, keep watch
+        self._parked: set[int] = set()  # each reader changes its own entry
+        self._is_watched = False
+        self._activity = 0  # by readers and callers; a hint, like `num_sent`
+        self._blocked: set[Awaited] = set()  # what threads wait for that were turned away; each changes its own entry
+        self._streak = 0
+        self._served_at = 0.0
 
-    def read(self) -> tuple[bytes, list[Buffer]]:
-        """Wait for one message; its source frame and the frames behind it. Small frames are bytes, large ones views.
+    @property
+    def can_work(self) -> bool:
+        """Whether the thread that reads now may be given work: it is a reader, and another is there to take over."""
+        return bool(self._parked) and not self.is_read_by_caller
 
-        Raises:
-            zmq.ZMQError: the socket is closed.
+    def run(self) -> None:
+        """Be a reader, until `is_over`."""
+        while not self._is_over():
+            if self._lock.acquire(blocking=False):
+                work = self._read()
+                if work is not None:
+                    self._activity += 1
+                    if not self._is_watched:
+                        self._calls.put(False)
+                    work()
+                    continue
+                self._park(watch=True)
+            else:
+                self._park(watch=False)
+        self._calls.put(True)  # the others end too
+
+    def _read(self) -> Work | None:
+        """Read under the lock, which is held, until there is work to do or the socket is left to callers."""
+        self._reader = threading.get_ident()
+        try:
+            self.on_callers_left()
+            while not self._is_over():
+                self._wait(None)
+                work = self._hand_on()
+                if work is not None:
+                    return work
+                if self._blocked and self._all_served() and self._is_streak():
+                    break
+            return None
+        finally:
+            self._reader = 0
+            self._lock.release()
+
+    def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
+        """Wait for `wanted`; this thread reads meanwhile, unless another one does.
+
+        Args:
+            wanted: what it waits for. If it comes otherwise than by a message, send the socket one after.
+            deadline: when to give up (`time.monotonic`); None: never.
         """
-        with self._lock:
-            source = self._sock.recv()
-            part = self._sock.recv(copy=False)
-            if not part.more:
-                return source, [part.bytes]
-            frames: list[Buffer] = [part.bytes]
-            while part.more:
-                part = self._sock.recv(copy=False)
-                frames.append(part.bytes if len(part) <= INLINE_MAX_NBYTES else part.buffer)
-            return source, frames
+        if not self._lock.acquire(blocking=False):
+            self._blocked.add(wanted)
+            try:
+                if not self._lock.acquire(blocking=False):  # who had it may have looked for the blocked before
+                    wanted.block(deadline)
+                    return
+            finally:
+                self._blocked.discard(wanted)
+        self._reader = threading.get_ident()
+        try:
+            self.is_read_by_caller = True
+            self._activity += 1
+            while not wanted.done() and not self._is_over() and self._wait(deadline):
+                self._hand_on()
+        finally:
+            self.is_read_by_caller = False
+            self._reader = 0
+            self._lock.release()
+            needs_reader = bool(self._blocked) and not self._all_served()
+            if needs_reader or not self._is_watched:
+                self._calls.put(needs_reader)
 
     def close(self) -> None:
-        """Close the socket once nobody reads it."""
+        """Close the socket once nobody reads it. What `take` calls may call it too."""
+        if self._reader == threading.get_ident():
+            self._sock.close()
+            return
         with self._lock:
             self._sock.close()
+
+    def _wait(self, deadline: float | None) -> bool:
+        """Wait for a message; false if the deadline has passed. Call it under the lock."""
+        if zmq_poll(self._ready, 0):
+            self._last_wait_s = 0.0
+            return True
+        began = now = time.monotonic()
+        if self._last_wait_s < SPIN_S:
+            while now - began < SPIN_S:
+                _yield()
+                now = time.monotonic()
+                if zmq_poll(self._ready, 0):
+                    self._last_wait_s = now - began
+                    return True
+        timeout_ms = -1 if deadline is None else max(0, int((deadline - now) * 1000) + 1)
+        came = bool(zmq_poll(self._ready, timeout_ms))
+        self._last_wait_s = time.monotonic() - began
+        return came
+
+    def _hand_on(self) -> Work | None:
+        """Take one message and hand it on: small frames as bytes, large ones as views. Call it under the lock."""
+        begun = self._begun
+        while True:
+            part = self._sock.recv(copy=False)
+            begun.append(part.bytes if len(part) <= INLINE_MAX_NBYTES else part.buffer)
+            if not part.more:
+                break
+        self._begun = []
+        return self._take(begun.pop(0), begun)  # type: ignore[arg-type]  # a source is short: bytes
+
+    def _all_served(self) -> bool:
+        """Whether all that threads are blocked for has come."""
+        return all(wanted.done() for wanted in tuple(self._blocked))
+
+    def _is_streak(self) -> bool:
+        """Whether callers that would read for themselves follow each other closely."""
+        now = time.monotonic()
+        self._streak = self._streak + 1 if now - self._served_at < PARK_S else 0
+        self._served_at = now
+        return self._streak >= STREAK
+
+    def _park(self, watch: bool) -> None:
+        """Stay away from the socket until it needs a reader. `watch`: there is activity."""
+        me = threading.get_ident()
+        self._parked.add(me)
+        try:
+            while not self._is_over():
+                if not watch:
+                    if self._calls.get() and not self._lock.locked():
+                        return
+                    watch = True
+                elif self._watch():
+                    return
+                else:  # who let go of the lock before `_is_watched` became false has called nobody
+                    watch = not self._lock.locked()
+        finally:
+            self._parked.discard(me)
+
+    def _watch(self) -> bool:
+        """Look up every now and then while there is activity; whether the socket needs a reader now."""
+        self._is_watched = True
+        try:
+            activity, sent, unread_s = self._activity, self.num_sent, 0.0
+            while not self._is_over():
+                try:
+                    if self._calls.get(timeout=PARK_S) and not self._lock.locked():
+                        return True
+                except Empty:
+                    pass
+                if self._activity != activity:
+                    unread_s = 0.0
+                elif self._lock.locked():
+                    return False
+                else:
+                    unread_s += PARK_S
+                    if self.num_sent == sent or unread_s > UNREAD_MAX_S:
+                        return True
+                activity, sent = self._activity, self.num_sent
+                self.on_callers_left()
+            return True
+        finally:
+            self._is_watched = False
 
 
 def send_frames(sock: Socket, frames: list[Buffer]) -> None:
@@ -58,3 +267,21 @@ def send_frames(sock: Socket, frames: list[Buffer]) -> None:
     for index, frame in enumerate(frames):
         flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
         sock.send(frame, flags, copy=len(frame) <= INLINE_MAX_NBYTES)
+
+
+def _nothing() -> None:
+    """Nobody is interested."""
+
+
+def _make_yield() -> Callable[[], object]:
+    """What gives up the processor, and lets go of the interpreter's lock meanwhile (`os.sched_yield` does not)."""
+    try:
+        import ctypes
+
+        yield_: Callable[[], object] = ctypes.CDLL(None).sched_yield
+    except (OSError, TypeError, AttributeError):  # not a POSIX system
+        return lambda: time.sleep(0)
+    return yield_
+
+
+_yield = _make_yield()

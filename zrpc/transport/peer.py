@@ -21,7 +21,7 @@ import zmq
 
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
 from zrpc.transport import sockets
-from zrpc.transport.inbox import Inbox
+from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
 from zrpc.transport.watch import EVENTS, ConnectionWatch
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
 
 DRAIN_INTERVAL_MS = 2
+JOIN_MIN_S = 0.1
+"""So long, at least, a closing endpoint waits for its threads: one that does not work ends at once."""
 _WAKE = b""
 
 
@@ -58,7 +60,7 @@ class PeerEndpoint:
             self._context.term()
             raise
         router.bind("inproc://wake-reader")
-        self._inbox = Inbox(router)
+        self.inbox = Inbox(router, self._take, lambda: self._closed)
         self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
         watcher_end = self._context.socket(zmq.PAIR)
         watcher_end.bind("inproc://wake-watcher")
@@ -79,7 +81,8 @@ class PeerEndpoint:
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to read; see `Endpoint.start`."""
         self._on_frames, self._on_lost = on_frames, on_lost
-        for target, name in ((self._read_loop, "zrpc-reader"), (self._watch_loop, "zrpc-watcher")):
+        readers = [(self.inbox.run, f"zrpc-reader-{number}") for number in range(READERS)]
+        for target, name in (*readers, (self._watch_loop, "zrpc-watcher")):
             thread = threading.Thread(target=target, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -117,6 +120,12 @@ class PeerEndpoint:
         except zmq.ZMQError as error:
             raise self._gone(to) from error
 
+    def interrupt(self) -> None:
+        """See `Endpoint.interrupt`."""
+        with self._lock, contextlib.suppress(zmq.Again):
+            if not self._closed:
+                self._reader_wake.send(_WAKE, zmq.NOBLOCK)
+
     def close(self, flush_s: float) -> None:
         """Stop; see `Endpoint.close`."""
         with self._lock:
@@ -125,10 +134,10 @@ class PeerEndpoint:
             self._closed = True
             self._reader_wake.send(_WAKE)
             self._wake_watcher()
+        deadline = time.monotonic() + flush_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
-        deadline = time.monotonic() + flush_s
+                thread.join(max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
         with self._lock:
             outboxes, self._outboxes = list(self._outboxes.values()), {}
             monitors, self._new_monitors = self._new_monitors, []
@@ -139,7 +148,7 @@ class PeerEndpoint:
         self._watch.close()
         for _, monitor in monitors:
             monitor.close()
-        self._inbox.close()
+        self.inbox.close()
         for wake in (self._watcher_end, self._watcher_wake, self._reader_wake):
             wake.close()
         self._context.term()
@@ -187,11 +196,10 @@ class PeerEndpoint:
             self._wake_watcher()
             return outbox
 
-    def _read_loop(self) -> None:
-        while not self._closed:
-            source, frames = self._inbox.read()
-            if not self._closed and (len(frames) > 1 or frames[0]):
-                self._on_frames(source, frames)
+    def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
+        if self._closed or (len(frames) == 1 and not frames[0]):  # it only wakes the reader
+            return None
+        return self._on_frames(source, frames)
 
     def _watch_loop(self) -> None:
         while not self._closed:

@@ -39,11 +39,26 @@ class Network:
         self.loses: Callable[[Message], bool] = lambda message: False
 
 
+class ReadElsewhere:
+    """An inbox that a thread of its own reads, and no caller."""
+
+    is_read_by_caller = False
+    can_work = False
+    num_sent = 0
+
+    def __init__(self) -> None:
+        self.on_callers_left: Callable[[], None] | None = None
+
+    def wait_for(self, wanted: Any, deadline: float | None) -> None:
+        wanted.block(deadline)
+
+
 class MemoryEndpoint:
     """An `Endpoint` whose messages travel through a queue, read by a thread of its own."""
 
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
+        self.inbox = ReadElsewhere()
         self.watched: list[Incarnation] = []
         self._network = network
         self._queue: SimpleQueue[Parcel | None] = SimpleQueue()
@@ -83,6 +98,9 @@ class MemoryEndpoint:
 
     def watch(self, peer: Incarnation) -> None:
         self.watched.append(peer)
+
+    def interrupt(self) -> None:
+        """Nobody reads until something comes."""
 
     def close(self, flush_s: float) -> None:
         self._closed = True

@@ -46,6 +46,9 @@ class Owner:
     def abandon(self, call_id: int) -> bool:
         return self.calls.pop(call_id, None) is not None
 
+    def wait_for(self, wanted: Call, deadline: float | None) -> None:
+        wanted.block(deadline)
+
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         self.opened.append(threading.current_thread())
         return self.open(envelope)

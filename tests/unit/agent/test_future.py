@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.unit.agent.test_call import ANSWER, Owner
+from zrpc.agent.completions import Completions
 from zrpc.agent.future import Future, fail, future_of
 from zrpc.agent.pool import HandlerPool
 
@@ -25,8 +26,17 @@ WAIT_S = 20.0
 
 
 @contextmanager
+def completer(*, read_by_caller: bool = False) -> Iterator[Completions]:
+    made = Completions(lambda: read_by_caller)
+    try:
+        yield made
+    finally:
+        made.close(WAIT_S)
+
+
+@contextmanager
 def pool(size: int = 1) -> Iterator[HandlerPool]:
-    made = HandlerPool(size, "completer")
+    made = HandlerPool(size, "handler")
     try:
         yield made
     finally:
@@ -46,29 +56,83 @@ def done(value: Any) -> Future[Any]:
     return future
 
 
-def test_a_future_of_a_call_is_one_of_torch_and_converts_the_answer_on_the_pool() -> None:
-    owner = Owner()
-    converted: list[str] = []
+class Conversion:
+    """Makes a text of an answer, and notes on which threads."""
 
-    def convert(payload: Payload) -> str:
-        converted.append(threading.current_thread().name)
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+        self.ran = threading.Event()
+
+    def __call__(self, payload: Payload) -> str:
+        self.threads.append(threading.current_thread().name)
+        self.ran.set()
         return text(payload)
 
-    with pool() as completions:
+
+def test_a_future_of_a_call_is_one_of_torch_and_converts_the_answer_on_a_completer() -> None:
+    owner, convert = Owner(), Conversion()
+    with completer() as completions:
         future = future_of(owner.call(), convert, completions)
         assert isinstance(future, torch.futures.Future)
         assert not future.done()
         owner.finish(ANSWER)
+        assert convert.ran.wait(WAIT_S)
         assert future.wait() == "result"
         assert future.done()
         assert future.value() == "result"
-    assert converted == ["completer-0"]
+    assert convert.threads == ["zrpc-completer-0"]
+
+
+@pytest.mark.parametrize("ask", [Future.wait, Future.done])
+def test_what_a_reading_caller_brought_is_completed_by_who_asks_for_it(ask: Callable[[Future[str]], object]) -> None:
+    owner, convert = Owner(), Conversion()
+    with completer(read_by_caller=True) as completions:
+        future = future_of(owner.call(), convert, completions)
+        owner.finish(ANSWER)
+        assert ask(future)
+        assert future.value() == "result"
+        completions.catch_up()  # finds nothing to do
+    assert convert.threads == [threading.current_thread().name]
+
+
+def test_what_a_reading_caller_left_is_completed_by_a_completer() -> None:
+    owner, convert = Owner(), Conversion()
+    with completer(read_by_caller=True) as completions:
+        future = future_of(owner.call(), convert, completions)
+        owner.finish(ANSWER)
+        assert not convert.threads
+        completions.catch_up()
+        assert convert.ran.wait(WAIT_S)
+        assert future.wait() == "result"
+    assert convert.threads == ["zrpc-completer-0"]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_callback_never_waits_for_somebody_to_ask(is_late: bool) -> None:
+    owner = Owner()
+    with completer(read_by_caller=True) as completions:
+        future = future_of(owner.call(), text, completions)
+        called = threading.Event()
+        if is_late:
+            owner.finish(ANSWER)
+        future.add_done_callback(lambda _: called.set())
+        if not is_late:
+            owner.finish(ANSWER)
+        assert called.wait(WAIT_S)
+
+
+def test_a_future_left_lying_is_completed_when_its_worker_closes() -> None:
+    owner = Owner()
+    with completer(read_by_caller=True) as completions:
+        future = future_of(owner.call(), text, completions)
+        owner.finish(ANSWER)
+    assert torch.futures.Future.done(future)
 
 
 def test_errors_of_the_call_and_of_the_conversion_are_the_futures() -> None:
     for convert, error in ((text, KeyError("remote")), (lambda payload: 1 // len(payload.data[:0]), None)):
         owner = Owner()
-        with pool() as completions:
+        with completer() as completions:
             future = future_of(owner.call(), convert, completions)
             owner.finish(None if error else ANSWER, error)
             with pytest.raises(KeyError if error else ZeroDivisionError):
@@ -80,7 +144,7 @@ def test_errors_of_the_call_and_of_the_conversion_are_the_futures() -> None:
 
 def test_then_chains_values_and_may_wait_for_calls() -> None:
     first, second = Owner(), Owner()
-    with pool() as completions:
+    with completer() as completions:
         one = future_of(first.call(), text, completions)
         two = future_of(second.call(), text, completions)
         both = one.then(lambda future: future.wait() + two.wait()).then(lambda future: future.value() + "!")
@@ -116,7 +180,7 @@ def test_then_wants_a_function() -> None:
 def test_add_done_callback_runs_on_a_completer() -> None:
     owner = Owner()
     ran: list[str] = []
-    with pool() as completions:
+    with completer() as completions:
         future = future_of(owner.call(), text, completions)
         finished = threading.Event()
 
@@ -127,12 +191,12 @@ def test_add_done_callback_runs_on_a_completer() -> None:
         future.add_done_callback(callback)
         owner.finish(ANSWER)
         assert finished.wait(WAIT_S)
-    assert ran == ["completer-0"]
+    assert ran == ["zrpc-completer-0"]
 
 
 def test_torchs_functions_over_many_futures_work() -> None:
     owners = [Owner() for _ in range(4)]
-    with pool() as completions:
+    with completer() as completions:
         futures = [future_of(owner.call(), text, completions) for owner in owners]
         collected = torch.futures.collect_all(futures)  # type: ignore[arg-type]
         for owner in owners:
@@ -147,7 +211,7 @@ def test_futures_can_be_awaited() -> None:
     owners = [Owner() for _ in range(3)]
 
     async def main() -> list[str]:
-        with pool() as completions:
+        with completer() as completions:
             futures = [future_of(owner.call(), text, completions) for owner in owners]
             loop = asyncio.get_running_loop()
             for owner in owners:
@@ -174,7 +238,7 @@ def test_the_loop_runs_while_a_future_is_awaited_and_a_cancelled_wait_leaves_it_
     owner = Owner()
 
     async def main() -> None:
-        with pool() as completions:
+        with completer() as completions:
             future = future_of(owner.call(), text, completions)
 
             async def wait() -> str:
@@ -218,7 +282,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_failed_call_whose_future_is_dropped_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     owner = Owner()
-    with pool() as completions:
+    with completer() as completions:
         future_of(owner.call(), text, completions)
         owner.finish(None, KeyError("remote"))
     (warning,) = warnings_of(caplog)
@@ -233,7 +297,7 @@ def test_a_callback_that_failed_and_a_failed_conversion_are_logged(caplog: pytes
     assert warning.startswith("a callback given to then() failed, and nobody asked")
     assert "ZeroDivisionError" in warning
     owner = Owner()
-    with pool() as completions:
+    with completer() as completions:
         future_of(owner.call(), lambda payload: 1 // 0, completions)
         owner.finish(ANSWER)
     assert len(warnings_of(caplog)) == 2

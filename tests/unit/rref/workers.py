@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tests.unit.agent.network import ReadElsewhere
 from zrpc.agent import agent as agent_module
 from zrpc.agent.agent import Agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
@@ -154,6 +155,7 @@ class Network:
 class FakeEndpoint:
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
+        self.inbox = ReadElsewhere()
         self.is_open = False
         self._network = network
         network.endpoints[self.incarnation] = self
@@ -170,6 +172,9 @@ class FakeEndpoint:
         self._network.put(Packet(self.incarnation, to, copied, envelope.message, envelope.call_id))
 
     def watch(self, peer: Incarnation) -> None:
+        pass
+
+    def interrupt(self) -> None:
         pass
 
     def close(self, flush_s: float) -> None:
@@ -201,7 +206,7 @@ class Worker:
         group: Any = FakeGroup(members)
         ignore: Any = lambda _: None  # noqa: E731
         self.agent = Agent(options, endpoint, group, None, ignore, ignore)
-        for pool in (self.agent._handler_pool, self.agent.completions):
+        for pool in (self.agent._handler_pool, self.agent.completions._pool):
             vars(pool)["submit"] = self._as_me(pool.submit)
         install(self.agent)
         self.rrefs: RRefContext = self.agent.extensions[RRefContext]
