@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import Group, Member
     from zrpc.transport.endpoint import Endpoint
-    from zrpc.transport.inbox import Work
+    from zrpc.transport.inbox import Awaited, Work
     from zrpc.transport.slabs import SharedMemory
     from zrpc.wire.envelope import Envelope
 
@@ -58,7 +58,7 @@ M = TypeVar("M", bound=Message)
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
 
-Handler = Callable[[Request[Any]], None]
+Handler = Callable[[Request[Any]], "Work | None"]
 
 
 class Agent:
@@ -179,13 +179,15 @@ class Agent:
 
     # ---- for the floors above --------------------------------------------------------------------------------------
 
-    def handle(self, message_type: type[M], handler: Callable[[Request[M]], None], *, inline: bool) -> None:
+    def handle(self, message_type: type[M], handler: Callable[[Request[M]], Work | None], *, inline: bool) -> None:
         """Serve requests of `message_type` with `handler`.
 
         Args:
             message_type: what it serves.
-            handler: called once a request; it, or what it starts, answers.
-            inline: run it on the reading thread, where it must not block; else it runs on a handler thread.
+            handler: called once a request; it, or what it starts, answers. It may return further work.
+            inline: run it under the read lock of whichever thread reads, a user's included: it must not block, and
+                must not depend on the thread (torch's modes do). Else it runs as what it may return does: on a reader
+                outside of the lock, or on a handler thread.
         """
         self._handlers[message_type] = (handler, inline)
 
@@ -301,9 +303,13 @@ class Agent:
         """See `CallOwner.abandon`."""
         return self._calls.pop(call_id, None) is not None
 
-    def wait_for(self, wanted: Call, deadline: float | None) -> None:
-        """See `CallOwner.wait_for`."""
+    def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
+        """See `Inbox.wait_for`."""
         self._carrier.inbox.wait_for(wanted, deadline)
+
+    def interrupt(self) -> None:
+        """Let a thread in `wait_for` look whether it has come."""
+        self._carrier.interrupt()
 
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """See `CallOwner.open_answer`."""
@@ -402,12 +408,13 @@ class Agent:
         handler = self._handlers.get(type(envelope.message))
         if handler is None:
             request.fail(ProtocolError(f"{self.info} does not serve {type(envelope.message).__name__}"))
-        elif handler[1]:
-            _run(handler[0], request)
-        elif self._carrier.inbox.can_work and self._quickness.expects_quick():
-            return partial(self._quickness.timed, partial(_run, handler[0], request))
-        else:
-            self._handler_pool.submit(partial(_run, handler[0], request))
+            return None
+        work = _run(handler[0], request) if handler[1] else partial(_run, handler[0], request)
+        if work is None:
+            return None
+        if self._carrier.inbox.can_work and self._quickness.expects_quick():
+            return partial(self._quickness.timed, work)
+        self._handler_pool.submit(work)
         return None
 
     def _finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
@@ -443,12 +450,13 @@ class Agent:
             self.submit(partial(listener, worker, reason))
 
 
-def _run(handler: Handler, request: Request[Any]) -> None:
+def _run(handler: Handler, request: Request[Any]) -> Work | None:
     """Run a handler; what it raises is the answer, unless it has answered."""
     try:
-        handler(request)
+        return handler(request)
     except BaseException as error:
         if request.answered:
             log.exception("the handler of %s failed after its answer", type(request.message).__name__)
         else:
             request.fail(error)
+    return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
+from zrpc.wire.messages import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +128,12 @@ class Call:
                 raise self._error
             assert self._payload is not None
             return self._payload
+
+    @property
+    def failed(self) -> bool:
+        """Whether a call that is done went wrong; tells it without unpickling what."""
+        answer = self._answer
+        return self._error is not None or (answer is not None and isinstance(answer.message, Failure))
 
     @property
     def error(self) -> BaseException | None:

@@ -6,9 +6,12 @@ answered. Later requests of the same pass are answered at once. So when the firs
 everywhere is (this is Dijkstra's and Scholten's way to detect termination). An error takes the same way back, and the
 first worker then calls the pass off everywhere, so that nobody waits for gradients that never come.
 
+Gradients for the worker that drew this one in, the usual case with two workers, are kept back with the answer and
+travel on it: that saves a request and an answer. If the end is not reached without them, they are sent at once.
+
 No handler thread waits: what arrives is run by the one that serves the request, and whoever finds everything done
-answers. On the first worker the thread that called `backward` would only wait, so it runs what arrives there; hooks and
-profilers see the thread they expect, and one hand-over is saved.
+answers. On the first worker the thread that called `backward` would only wait, so it reads messages meanwhile and runs
+what arrives there; hooks and profilers see the thread they expect, and hand-overs are saved.
 
 A pass may be called off while a segment runs. The segment is not interrupted, but it cannot send any more, and the taps
 on the leaves stay until it has ended.
@@ -17,6 +20,7 @@ on the leaves stay until it has ended.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -44,11 +48,19 @@ class Arrived(NamedTuple):
     gradients: Callable[[], Gradients]
 
 
+Homeward = tuple["GlobalId", "Gradients"]
+"""Gradients for a send function of the worker that asked."""
+
+
 class Asked(Protocol):
     """The request that drew this worker into a pass."""
 
-    def reply(self) -> None:
-        """This worker's part is done."""
+    @property
+    def rank(self) -> int:
+        """Who asked."""
+
+    def reply(self, homeward: Sequence[Homeward]) -> None:
+        """This worker's part is done; gradients for the asker go with the answer."""
 
     def fail(self, error: BaseException) -> None:
         """It went wrong."""
@@ -69,8 +81,11 @@ class Peers(Protocol):
     def watch(self, rank: int) -> None:
         """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""
 
-    def wait(self, condition: threading.Condition) -> None:
-        """Wait for `condition`, as a thread that may belong to a pool."""
+    def wait_for(self, backward: BackwardPass) -> None:
+        """Wait until `backward.done()`, as a thread that may belong to a pool, and read messages meanwhile."""
+
+    def interrupt(self) -> None:
+        """What a thread in `wait_for` waits for may have come without a message: let it look."""
 
 
 class BackwardPass:
@@ -98,6 +113,8 @@ class BackwardPass:
         self._local: LocalPass | None = None
         self._whole: WholeLeaves | None = None
         self._arrived: deque[Arrived] = deque()
+        self._homeward: list[tuple[RecvInfo, Gradients]] = []
+        self._waiter = 0  # the thread in `drive` that waits
         self._running = 0
         self._unanswered = 0
         self._over = False
@@ -138,11 +155,22 @@ class BackwardPass:
             self._asked = asked
             return True
 
+    def done(self) -> bool:
+        """Whether the thread in `drive` has something to do. See `Awaited`."""
+        return bool(self._arrived) or self._over
+
+    def block(self, deadline: float | None) -> None:
+        """Wait for it while another thread reads. See `Awaited`."""
+        with self._changed:
+            self._waiter = 0
+            self._changed.wait_for(self.done, None if deadline is None else max(0.0, deadline - time.monotonic()))
+
     def enqueue(self, arrived: Arrived) -> None:
         """Gradients came, on the worker where the pass began: they are for the thread in `drive`."""
         with self._changed:
             self._arrived.append(arrived)
             self._changed.notify_all()
+        self._wake_waiter()
 
     def run_arrived(self, arrived: Arrived) -> None:
         """Gradients came, on another worker: run what is ready now."""
@@ -156,7 +184,9 @@ class BackwardPass:
                 return
             self._over, self._error = True, error
             asked = self._asked
+            self._homeward.clear()
             self._changed.notify_all()
+        self._wake_waiter()
         self.context.end_pass(self.pass_id)
         if asked is not None:
             asked.fail(self._described(error))
@@ -212,10 +242,20 @@ class BackwardPass:
 
     def _next(self) -> Arrived | None:
         """What arrived next; None once the pass is over."""
-        with self._changed:
-            while not self._arrived and not self._over:
-                self._peers.wait(self._changed)
-            return None if self._over else self._arrived.popleft()
+        while True:
+            self._waiter = threading.get_ident()
+            if not self.done():
+                self._peers.wait_for(self)
+            self._waiter = 0
+            with self._changed:
+                if self._over:
+                    return None
+                if self._arrived:
+                    return self._arrived.popleft()
+
+    def _wake_waiter(self) -> None:
+        if self._waiter not in (0, threading.get_ident()):
+            self._peers.interrupt()
 
     def _fail_here(self, error: BaseException) -> None:
         self.fail(self._described(error))
@@ -235,7 +275,14 @@ class BackwardPass:
         with self._changed:
             if self._over:
                 raise AutogradError(f"the backward pass was called off: {self._error}")
+            if self._asked is not None and info.source == self._asked.rank:
+                self._homeward.append((info, gradients))
+                return
             self._unanswered += 1
+        self._send_counted(info, gradients)
+
+    def _send_counted(self, info: RecvInfo, gradients: Gradients) -> None:
+        """Send gradients that are counted as unanswered already."""
         try:
             self._peers.send_gradients(self, info, gradients, self._on_answer)
         except BaseException:
@@ -261,15 +308,32 @@ class BackwardPass:
             close = (done or self._over) and not self._running and not self._closed
             self._over |= done
             self._closed |= close
+            homeward: list[tuple[RecvInfo, Gradients]] = []
+            if not self._running:
+                homeward, self._homeward = self._homeward, []
+                self._unanswered += 0 if done else len(homeward)
         if close:
             self._close()
         if not done:
+            self._send_home(homeward)
             return
         self.context.end_pass(self.pass_id)
         if self._asked is not None:
-            self._asked.reply()
+            self._asked.reply([(info.message_id, gradients) for info, gradients in homeward])
         with self._changed:
             self._changed.notify_all()
+        self._wake_waiter()
+
+    def _send_home(self, homeward: list[tuple[RecvInfo, Gradients]]) -> None:
+        """Send what cannot wait for the answer; it is counted as unanswered already."""
+        for place, (info, gradients) in enumerate(homeward):
+            try:
+                self._send_counted(info, gradients)
+            except BaseException as error:
+                with self._changed:
+                    self._unanswered -= len(homeward) - place - 1
+                self._fail_here(error)
+                return
 
     def _close(self) -> None:
         if self._local is not None:

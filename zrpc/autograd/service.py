@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from zrpc.autograd import gradients as codec
-from zrpc.autograd.backward_pass import Arrived, BackwardPass
+from zrpc.autograd.backward_pass import Arrived, BackwardPass, Homeward
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
-from zrpc.errors import AgentClosedError, AutogradError, UnknownWorkerError
+from zrpc.errors import AgentClosedError, AutogradError, ProtocolError, UnknownWorkerError
 from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContext
 
 if TYPE_CHECKING:
     import torch
 
     from zrpc.agent.agent import Agent
+    from zrpc.agent.call import Call
     from zrpc.agent.request import Request
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
     from zrpc.ids import GlobalId, WorkerInfo
+    from zrpc.transport.inbox import Work
     from zrpc.wire.payload import Payload
 
 Done = Callable[[BaseException | None], None]
@@ -95,7 +98,19 @@ class AutogradService:
     def send_gradients(self, backward: BackwardPass, info: RecvInfo, gradients: Gradients, done: Done) -> None:
         """See `Peers.send_gradients`."""
         message = BackwardRequest(backward.context.context_id, info.message_id, backward.pass_id, backward.retain_graph)
-        self._ask(info.source, message, codec.pack(gradients), done)
+
+        def answered(call: Call) -> None:
+            error = call.error
+            if error is None:
+                try:
+                    for message_id, came in codec.unpack_several(call.result()):
+                        self._arrive(backward, Arrived(message_id, partial(_given, came)))
+                except ProtocolError as damaged:
+                    error = damaged
+            done(error)
+
+        worker = self._agent.members.by_rank(info.source)
+        self._agent.request(worker, message, codec.pack(gradients)).add_done_callback(answered)
 
     def watch(self, rank: int) -> None:
         """See `Peers.watch`."""
@@ -103,25 +118,30 @@ class AutogradService:
         if worker is not None and rank != self.rank:
             self._agent.watch(worker)
 
-    def wait(self, condition: threading.Condition) -> None:
-        """See `Peers.wait`."""
+    def wait_for(self, backward: BackwardPass) -> None:
+        """See `Peers.wait_for`."""
         with self._agent.blocking():
-            condition.wait()
+            self._agent.wait_for(backward, None)
+            backward.block(None)  # if this worker shuts down, nobody reads
+
+    def interrupt(self) -> None:
+        """See `Peers.interrupt`."""
+        self._agent.interrupt()
 
     # ---- what comes in ---------------------------------------------------------------------------------------------
 
-    def on_backward(self, request: Request[BackwardRequest]) -> None:
-        """Serve gradients. The reading thread only hands them to the thread that runs the pass here."""
+    def on_backward(self, request: Request[BackwardRequest]) -> Work | None:
+        """Serve gradients: where the pass began its thread runs them, else they are work."""
         message = request.message
         context = self.contexts.get(message.context_id)
         backward = self._join(context, message.pass_id, message.retain_graph, began_here=False)
-        if not backward.answer_to(request):
+        if not backward.answer_to(_Asked(request)):
             request.reply()
         arrived = Arrived(message.autograd_message_id, lambda: codec.unpack(request.payload))
         if backward.began_here:
             backward.enqueue(arrived)
-        else:
-            self._agent.submit(lambda: backward.run_arrived(arrived))
+            return None
+        return lambda: backward.run_arrived(arrived)
 
     def on_mark(self, request: Request[MarkSends]) -> None:
         """Serve a mark of SMART mode, on a handler thread. It is answered when what it leads to is marked."""
@@ -138,10 +158,12 @@ class AutogradService:
 
         self._mark_further(backward, further, done)
 
-    def on_release(self, request: Request[ReleaseContext]) -> None:
-        """Serve a release, on the reading thread; what belongs to the context is freed on another."""
-        self._release(request.message.context_id, self._agent.submit, told_by=request.source.id)
+    def on_release(self, request: Request[ReleaseContext]) -> Work | None:
+        """Serve a release. What belongs to the context is freed outside of the read lock."""
+        work: list[Work] = []
+        self._release(request.message.context_id, work.append, told_by=request.source.id)
         request.reply()
+        return work[0] if work else None
 
     def on_abort(self, request: Request[AbortBackward]) -> None:
         """Serve the end of a failed pass, on the reading thread."""
@@ -160,6 +182,13 @@ class AutogradService:
                 active.lose(worker.id, f"{worker}, which is lost: {reason}")
 
     # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def _arrive(self, backward: BackwardPass, arrived: Arrived) -> None:
+        """Gradients came with an answer, on whichever thread reads."""
+        if backward.began_here:
+            backward.enqueue(arrived)
+        else:
+            self._agent.submit(lambda: backward.run_arrived(arrived))
 
     def _join(
         self, context: DistAutogradContext, pass_id: GlobalId, retain_graph: bool, *, began_here: bool
@@ -236,6 +265,23 @@ class AutogradService:
             return self._agent.members.by_rank(rank)
         except UnknownWorkerError:
             return None
+
+
+class _Asked:
+    """See `zrpc.autograd.backward_pass.Asked`."""
+
+    def __init__(self, request: Request[BackwardRequest]) -> None:
+        self._request = request
+        self.rank = request.source.id
+        self.fail = request.fail
+
+    def reply(self, homeward: Sequence[Homeward]) -> None:
+        """See `Asked.reply`."""
+        self._request.reply(codec.pack_several(homeward))
+
+
+def _given(gradients: Gradients) -> Gradients:
+    return gradients
 
 
 def _at_once(task: Callable[[], None]) -> None:

@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zrpc.agent.execution import execute_builtin, execute_python, when_done
 from zrpc.errors import RpcTimeoutError, RRefError
 from zrpc.rref.cell import Cell
@@ -35,10 +33,8 @@ if TYPE_CHECKING:
     from zrpc.ids import ForkId, RRefId, WorkerInfo
     from zrpc.rref.actions import Action
     from zrpc.rref.table import RRefTable
+    from zrpc.transport.inbox import Work
     from zrpc.wire.payload import Payload
-
-INLINE_FETCH_MAX_NBYTES = 65536
-"""A tensor on the CPU up to this size is sent by the reading thread itself, which saves a hop between threads."""
 
 
 class RRefContext(Ledger):
@@ -64,8 +60,8 @@ class RRefContext(Ledger):
         made: RRef[Any] = RRef._of(self, to, rref_id, fork_id)
 
         def answered(call: Call) -> None:
-            error = call.error
-            self._decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
+            failed = call.failed
+            self._decide(lambda table: table.failed(fork_id) if failed else table.acknowledged(fork_id))
 
         try:
             call = self.agent.request(to, make_message(rref_id, fork_id), payload, timeout_s=timeout_s, hooked=True)
@@ -73,7 +69,7 @@ class RRefContext(Ledger):
             self._decide(lambda table: table.failed(fork_id))
             raise
         made._call = call
-        self._when_answered(call, answered)
+        call.add_done_callback(answered)
         return made
 
     def _create_here(
@@ -105,12 +101,9 @@ class RRefContext(Ledger):
             self._decide(lambda table: table.finish_here(rref_id))
             raise
         made._call = call
-        self._when_answered(call, answered)
-        return made
-
-    def _when_answered(self, call: Call, answered: Callable[[Call], None]) -> None:
-        """Run `answered(call)` when `call` is done; not on the reading thread, since it may unpickle an exception."""
+        # Not on the reading thread: it may unpickle an exception.
         call.add_done_callback(lambda done: self.agent.completions.submit(lambda: answered(done)))
+        return made
 
     # ---- serving creations -----------------------------------------------------------------------------------------
 
@@ -173,11 +166,11 @@ class RRefContext(Ledger):
 
     # ---- serving users ---------------------------------------------------------------------------------------------
 
-    def serve_fetch(self, request: Request[RRefFetch]) -> None:
+    def serve_fetch(self, request: Request[RRefFetch]) -> Work | None:
         """Answer with the value, once it is set. No thread waits for it."""
         cell = self._cell_for(request, request.message.rref_id, request.message.fork_id)
         if cell is None:
-            return
+            return None
 
         def answer() -> None:
             try:
@@ -186,10 +179,10 @@ class RRefContext(Ledger):
             except BaseException as error:
                 request.fail(error)
 
-        if cell.is_set() and _is_cheap(cell):
-            answer()
-        else:
-            cell.when_set(lambda: self.agent.submit(answer))
+        if cell.is_set():
+            return answer
+        cell.when_set(lambda: self.agent.submit(answer))
+        return None
 
     def serve_backward(self, request: Request[RRefBackward]) -> None:
         """Run a backward pass from the value, once it is set."""
@@ -299,14 +292,3 @@ def remote_builtin(agent: Agent, to: WorkerInfo, op: str, payload: Payload, time
     """As `remote_python`, for the torch operator `op` with the packed `(args, kwargs)`."""
     context: RRefContext = agent.extensions[RRefContext]
     return context.create(to, lambda rref, fork: BuiltinRemote(rref, fork, op), payload, timeout_s)
-
-
-def _is_cheap(cell: Cell) -> bool:
-    """Whether sending the value runs no user code and takes next to no time."""
-    try:
-        value = cell.get()
-    except BaseException:
-        return True
-    if type(value) is torch.Tensor:
-        return value.is_cpu and value.layout is torch.strided and value.nbytes <= INLINE_FETCH_MAX_NBYTES
-    return value is None or type(value) in (bool, int, float)

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tests.unit.agent.network import ReadElsewhere
 from zrpc.agent.agent import Agent
 from zrpc.autograd.service import AutogradService
 from zrpc.autograd.wiring import install
@@ -50,6 +51,7 @@ class QueueEndpoint:
 
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
+        self.inbox = ReadElsewhere()
         self._network = network
         self._queues: defaultdict[Incarnation, deque[list[Buffer]]] = defaultdict(deque)
         self._changed = threading.Condition()
@@ -74,6 +76,9 @@ class QueueEndpoint:
     def watch(self, peer: Incarnation) -> None:
         if peer not in self._network.endpoints:
             self.on_lost(peer, "it is gone")
+
+    def interrupt(self) -> None:
+        pass
 
     def close(self, flush_s: float) -> None:
         with self._changed:
