@@ -67,7 +67,7 @@ class Attachments:
                 del self._mapped[key]
             try:
                 memory = open_slab(pid, fd)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 raise ProtocolError(f"a slab of process {pid} cannot be mapped: {error}") from error
             if memory.number != number:
                 raise ProtocolError(f"a slab of process {pid} is gone: another file stands in its place")

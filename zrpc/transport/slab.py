@@ -7,12 +7,15 @@ written by two at once.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from zrpc.transport.mapping import map_file
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,7 +43,7 @@ class SlabMemory:
 
     __slots__ = ("_mapped",)
 
-    def __init__(self, mapped: mmap.mmap) -> None:
+    def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
 
     @property
@@ -102,11 +105,10 @@ class Slab:
         fd = os.memfd_create("zrpc-slab", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(fd, 0, HEADER_NBYTES + room)
-            mapped = mmap.mmap(fd, HEADER_NBYTES + room, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            memory = SlabMemory(map_file(fd, HEADER_NBYTES + room, populate=True))
         except BaseException:
             os.close(fd)
             raise
-        memory = SlabMemory(mapped)
         number = int.from_bytes(os.urandom(8), "little")
         memory.set_number(number)
         return cls(number, room, fd, memory)
@@ -121,12 +123,14 @@ def open_slab(pid: int, fd: int) -> SlabMemory:
     """The slab that process `pid` has open as `fd`.
 
     Raises:
-        OSError: it cannot be opened or mapped.
-        ValueError: the file is empty, or a number is none.
+        OSError: it cannot be opened or mapped, or it is smaller than a header.
     """
     opened = os.open(path_of(pid, fd), os.O_RDWR | os.O_CLOEXEC)
     try:
-        return SlabMemory(mmap.mmap(opened, 0, flags=mmap.MAP_SHARED))
+        nbytes = os.fstat(opened).st_size
+        if nbytes < HEADER_NBYTES:
+            raise OSError(errno.EINVAL, "it is no slab")
+        return SlabMemory(map_file(opened, nbytes))
     finally:
         os.close(opened)
 

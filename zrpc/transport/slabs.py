@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import threading
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ POOL_MAX_NBYTES = 2 << 30
 """What one worker's slabs may take together; beyond it, buffers travel through sockets."""
 POOL_MAX_SHARE = 0.25
 """Nor may they take more than this part of the memory that is available when the worker starts."""
+POOL_MAX_COUNT = 4096
+"""How many slabs one worker may have: receivers map each, and a process may have 65,530 mappings."""
+FILES_MAX_SHARE = 0.25
+"""Nor may they be more than this part of the files that the process may have open: each slab is one."""
 GROWTH_MAX_SHARE = 0.5
 """Nor may a fresh slab take more than this part of what is available when it is made."""
 ALLOWANCE_NBYTES = 64 << 20
@@ -68,10 +73,13 @@ def is_supported() -> bool:
     return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
-def pool_limit() -> int:
-    """What the slabs of a worker that starts now may take together, in bytes."""
+def limits() -> tuple[int, int]:
+    """What the slabs of a worker that starts now may take together, in bytes, and how many there may be."""
     available = available_nbytes()
-    return POOL_MAX_NBYTES if available is None else min(POOL_MAX_NBYTES, int(available * POOL_MAX_SHARE))
+    nbytes = POOL_MAX_NBYTES if available is None else min(POOL_MAX_NBYTES, int(available * POOL_MAX_SHARE))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = POOL_MAX_COUNT if files == resource.RLIM_INFINITY else min(POOL_MAX_COUNT, int(files * FILES_MAX_SHARE))
+    return nbytes, count
 
 
 @dataclass(slots=True)
@@ -110,13 +118,17 @@ class SlabPool:
 
     Args:
         max_nbytes: what they may take together.
+        max_count: how many there may be; each is an open file.
     """
 
-    def __init__(self, max_nbytes: int = POOL_MAX_NBYTES) -> None:
+    def __init__(self, max_nbytes: int = POOL_MAX_NBYTES, max_count: int = POOL_MAX_COUNT) -> None:
         self._max_nbytes = max_nbytes
+        self._max_count = max_count
         self._lock = threading.Lock()
         self._shelves: defaultdict[int, Shelf] = defaultdict(Shelf)
         self._nbytes = 0
+        self._count = 0
+        self._sweeps_to_skip = 0
         self._num_placed = 0
         self._allowance = 0
         self._has_warned = False
@@ -181,21 +193,38 @@ class SlabPool:
 
     def _take(self, room: int) -> Slab | None:
         """A free slab of that size, made if need be. Call it under the lock."""
-        slab = self._shelves[room].take()
+        shelf = self._shelves[room]
+        slab = shelf.take()
         if slab is not None:
             return slab
-        if self._nbytes + room > self._max_nbytes:
-            self._evict(self._nbytes + room - self._max_nbytes)
-            slab = self._shelves[room].take()
+        if not self._may_grow(room):
+            self._make_way(room)
+            slab = shelf.take()
             if slab is not None:
                 return slab
-        if self._nbytes + room > self._max_nbytes:
-            self._warn(
-                f"{self._nbytes >> 20} MiB of slabs are held by receivers, and all together may take "
-                f"{self._max_nbytes >> 20} MiB"
-            )
-            return None
-        return self._make(room)
+        if self._may_grow(room):
+            return self._make(room)
+        self._warn(
+            f"receivers hold {self._count} slabs of {self._nbytes >> 20} MiB in all, "
+            f"and there may be {self._max_count} of {self._max_nbytes >> 20} MiB"
+        )
+        return None
+
+    def _may_grow(self, room: int) -> bool:
+        return self._nbytes + room <= self._max_nbytes and self._count < self._max_count
+
+    def _make_way(self, room: int) -> None:
+        """Find free slabs of that size, or let go of such of other sizes until one can be made. Under the lock."""
+        if self._sweeps_to_skip:
+            self._sweeps_to_skip -= 1
+            return
+        for shelf in self._shelves.values():
+            shelf.sweep(len(shelf.placed))
+        for shelf in self._shelves.values():
+            while shelf.free and not self._shelves[room].free and not self._may_grow(room):
+                self._let_go([shelf.free.pop(0)])
+        if not self._shelves[room].free and not self._may_grow(room):
+            self._sweeps_to_skip = self._count // _SWEEP  # so that on average each buffer looks at a few slabs only
 
     def _make(self, room: int) -> Slab | None:
         if room > self._allowance:
@@ -211,15 +240,8 @@ class SlabPool:
             return None
         self._allowance -= room
         self._nbytes += room
+        self._count += 1
         return slab
-
-    def _evict(self, nbytes: int) -> None:
-        """Let go of free slabs of any size, until `nbytes` are gained or there are none. Call it under the lock."""
-        for shelf in self._shelves.values():
-            shelf.sweep(len(shelf.placed))
-            while shelf.free and nbytes > 0:
-                nbytes -= shelf.free[0].room
-                self._let_go([shelf.free.pop(0)])
 
     def _give_up(self, slab: Slab) -> None:
         with self._lock:
@@ -231,6 +253,7 @@ class SlabPool:
     def _let_go(self, slabs: Iterable[Slab]) -> None:
         for slab in slabs:
             self._nbytes -= slab.room
+            self._count -= 1
             slab.retire()
 
     def _warn(self, reason: str) -> None:
@@ -248,7 +271,7 @@ class SharedMemory:
 
     def __init__(self) -> None:
         self._probe = Probe()
-        self._pool = SlabPool(pool_limit())
+        self._pool = SlabPool(*limits())
         self._attachments = Attachments()
         self._nonces: dict[Incarnation, bytes | None] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,8 @@ A, B = b"A" * 8, b"B" * 8
 
 
 @contextmanager
-def pool(max_nbytes: int = 1 << 30) -> Iterator[SlabPool]:
-    made = SlabPool(max_nbytes)
+def pool(max_nbytes: int = 1 << 30, max_count: int = 1000) -> Iterator[SlabPool]:
+    made = SlabPool(max_nbytes, max_count)
     try:
         yield made
     finally:
@@ -241,7 +242,28 @@ def test_a_limit_is_no_reason_to_miss_a_free_slab(attachments: Attachments) -> N
         assert sender.place(B, buffer(MIN_NBYTES)) is None
         del received[50]
         gc.collect()
-        assert sender.place(B, buffer(MIN_NBYTES)) is not None
+        assert any(sender.place(B, buffer(MIN_NBYTES)) is not None for _ in range(100 // 16 + 1))
+
+
+def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: pytest.LogCaptureFixture) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pool(max_count=20) as sender:
+        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES))) for _ in range(20)]
+        assert len(os.listdir("/proc/self/fd")) == before + 20, "mappings need no file"
+        assert sender.place(B, buffer(MIN_NBYTES)) is None
+        assert "there may be 20 of" in caplog.text
+        del received[7]
+        gc.collect()
+        larger = [sender.place(B, buffer(3 * MIN_NBYTES)) for _ in range(3)]
+        assert any(larger), "a free one of another size is given up for it"
+        assert sender.counts()["slabs"] == 20
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_slabs_leave_files_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for files, count in ((1024, 256), (1 << 20, slabs.POOL_MAX_COUNT), (resource.RLIM_INFINITY, slabs.POOL_MAX_COUNT)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
+        assert slabs.limits()[1] == count
 
 
 def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None:
@@ -283,7 +305,7 @@ def test_a_slab_is_not_made_of_memory_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(slabs, "available_nbytes", lambda: 1 << 20)
-    assert slabs.pool_limit() == 1 << 18
+    assert slabs.limits()[0] == 1 << 18
     with pool() as sender:
         assert sender.place(B, bytes(600_000)) is None
         assert sender.place(B, bytes(600_000)) is None
@@ -293,7 +315,7 @@ def test_a_slab_is_not_made_of_memory_that_is_not_there(
 
 def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slabs, "available_nbytes", lambda: None)
-    assert slabs.pool_limit() == slabs.POOL_MAX_NBYTES
+    assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
     with pool() as sender:
         assert sender.place(B, bytes(600_000)) is not None
 
