@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
 CONFORMANCE := ../shared/conformance/run.py
 
-.PHONY: setup demo demo-brokerless test lint format types conformance clean
+.PHONY: setup demo demo-brokerless test lint format types conformance bench bench-scaling clean
 
 setup: $(READY)
 
@@ -39,10 +40,23 @@ types: $(READY)
 	ln -sfn ../../broker build/types/zrpc_broker
 	MYPYPATH=build/types $(BIN)/mypy -p zrpc -p zrpc_broker
 	$(BIN)/mypy examples/digits
+	$(BIN)/mypy benchmarks
 
 # PyTorch's own RPC suite (about 5 minutes), for example: make conformance ARGS='-k RpcTest'
 conformance: $(READY)
 	$(BIN)/python $(CONFORMANCE) $(ARGS)
+
+# zrpc beside TensorPipe, RPyC, gRPC and Ray (about 10 minutes), for example: make bench ARGS='--rounds 1 --quick'
+bench: $(BENCH_READY)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Start-up, calls and shutdown with 2 to 128 workers (about 6 minutes).
+bench-scaling: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build out *.egg-info

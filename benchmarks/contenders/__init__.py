@@ -1,0 +1,1 @@
+"""One module a framework; see benchmarks/contender.py."""

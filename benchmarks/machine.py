@@ -1,0 +1,55 @@
+"""What a result depends on: the machine, the versions, the day."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def version_of(distribution: str) -> str:
+    """The installed version, or "not installed"."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def facts(*distributions: str) -> str:
+    """One line of a results file, with the versions of torch, pyzmq and `distributions`."""
+    import zmq
+
+    versions = [f"{name} {version_of(name)}" for name in ("torch", *distributions)]
+    parts = [
+        datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        f"{len(os.sched_getaffinity(0))} cores ({_processor()})",
+        f"Python {platform.python_version()}",
+        f"pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})",
+        *versions,
+        f"zrpc at {_commit()}",
+    ]
+    return ", ".join(parts)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """The commit that was measured, marked where files of zrpc differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "zrpc", "broker"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "an unknown commit"
+    return commit.stdout.strip() + (" with changes" if changed else "")
