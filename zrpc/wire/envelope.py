@@ -47,6 +47,7 @@ class Envelope:
         data: the pickle stream or packed values; empty if there are none.
         table: an entry a tensor of `data` (`zrpc.wire.tensors` says what).
         buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
+        damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
     """
 
     message: Message
@@ -55,6 +56,7 @@ class Envelope:
     data: Buffer = b""
     table: Sequence[Any] = ()
     buffers: Sequence[Buffer] = field(default_factory=list)
+    damage: ProtocolError | None = None
 
 
 def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | None = None) -> list[Buffer]:
@@ -114,7 +116,7 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
 
     Args:
         frames: what came.
-        fetch: finds the memory that a descriptor tells of.
+        fetch: finds the memory that a descriptor tells of. Where it raises a `ProtocolError`, the envelope is damaged.
 
     Raises:
         ProtocolError: the frames are not an envelope of this version, with what is wrong with them.
@@ -137,13 +139,19 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
     if (type(call_id), type(table), type(buffers), type(data), type(extras)) not in _HEADER_TYPES:
         raise ProtocolError(f"a header {header!r:.300} has a part of a wrong type")
     message = make_message(code, fields)
-    if buffers or len(frames) > 1:
-        _fill_in(buffers, frames, fetch)
-    return Envelope(message, call_id, extras, data, table, buffers)
+    damage = _fill_in(buffers, frames, fetch) if buffers or len(frames) > 1 else None
+    return Envelope(message, call_id, extras, data, table, buffers, damage)
 
 
-def _fill_in(buffers: list[Any], frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None) -> None:
-    """Put frames where `buffers` holds their lengths, and shared memory where it holds descriptors."""
+def _fill_in(
+    buffers: list[Any], frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
+) -> ProtocolError | None:
+    """Put frames where `buffers` holds their lengths, and shared memory where it holds descriptors.
+
+    Returns:
+        What went wrong with shared memory, if anything did.
+    """
+    damage = None
     following = iter(frames[1:])
     for index, entry in enumerate(buffers):
         if type(entry) is bytes:
@@ -151,7 +159,10 @@ def _fill_in(buffers: list[Any], frames: Sequence[Buffer], fetch: Callable[[list
         if isinstance(entry, list):
             if fetch is None:
                 raise ProtocolError(f"buffer {index} lies in shared memory, which this worker does not use")
-            buffers[index] = fetch(entry)
+            try:
+                buffers[index] = fetch(entry)
+            except ProtocolError as error:
+                damage = error
             continue
         frame = next(following, None)
         if frame is None or len(frame) != entry:
@@ -161,3 +172,4 @@ def _fill_in(buffers: list[Any], frames: Sequence[Buffer], fetch: Callable[[list
     surplus = sum(1 for _ in following)
     if surplus:
         raise ProtocolError(f"a message has {surplus} frames more than its header names")
+    return damage

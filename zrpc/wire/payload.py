@@ -58,8 +58,10 @@ def open_payload(envelope: Envelope) -> Payload:
     """The payload of a received envelope: its tensors are made, its stream is not yet read.
 
     Raises:
-        ProtocolError: the tensor table does not fit the buffers.
+        ProtocolError: the tensor table does not fit the buffers, or some of them could not be opened.
     """
+    if envelope.damage is not None:
+        raise envelope.damage
     if not envelope.table:
         return Payload(envelope.data, [], envelope.buffers)
     made = tensor_codec.unpack(envelope.table, envelope.buffers)

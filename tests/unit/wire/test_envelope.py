@@ -41,6 +41,7 @@ from zrpc.wire.messages import (
     RRefUserDelete,
     Welcome,
 )
+from zrpc.wire.payload import open_payload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -268,3 +269,16 @@ def test_other_parts_are_decoded_or_refused(code: int, fields: list[Any], buffer
 def test_other_headers_are_refused(header: Any) -> None:
     with pytest.raises(ProtocolError):
         decode([msgpack.packb(header)])
+
+
+def test_memory_that_cannot_be_opened_damages_the_message_and_leaves_its_head_readable() -> None:
+    def fetch(descriptor: list[Any]) -> Buffer:
+        if descriptor[0] == 1:
+            raise ProtocolError("no such slab")
+        return b"here"
+
+    envelope = decode(packed(header(code=10, call_id=7, fields=[], buffers=[[1, 2], [3, 4]])), fetch)
+    assert envelope.call_id == 7
+    assert envelope.buffers[1] == b"here"
+    with pytest.raises(ProtocolError, match="no such slab"):
+        open_payload(envelope)
