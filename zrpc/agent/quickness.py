@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-QUICK_S = 0.0003
+QUICK_S = 0.001
 SKIP_MIN, SKIP_MAX = 32, 1024
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.profiler import record_function
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
 
 _MODES = ("fast", "smart")
+_profiler_enabled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # made at run time
 
 
 class context:  # torch's name
@@ -75,7 +77,7 @@ def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = Fa
         )
     if mode not in _MODES:
         raise ValueError(f"mode is one of {_MODES}, not {mode!r}")
-    with record_function("torch::distributed::autograd::backward"):
+    with record_function("torch::distributed::autograd::backward") if _profiler_enabled() else nullcontext():
         current_service().backward(context_id, roots, retain_graph, smart=mode == "smart")
 
 

@@ -13,7 +13,7 @@ and nobody has come to since it last looked, it reads. So when work turns out to
 messages lie for `PARK_S`, once. When all is quiet, one reader is blocked in the socket and the others sleep.
 
 A reader leaves the socket to callers after it has read for `STREAK` of them that would have read for themselves, each
-within `PARK_S` of the last, with nobody else blocked. It keeps watch then. Callers that send count as activity too,
+within `STREAK_S` of the last, with nobody else blocked. It keeps watch then. Callers that send count as activity too,
 since who sends many calls reads their answers after, but for at most `UNREAD_MAX_S` without a read. A caller that is
 done calls a reader if another caller is blocked, so an answer that a thread is blocked for never lies unread.
 
@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from zrpc.transport.sockets import Socket
 
 READERS = 2
-PARK_S = 0.001
+PARK_S = 0.002
+STREAK_S = 0.01
 UNREAD_MAX_S = 0.02
 STREAK = 3
-SPIN_S = 0.0005
+SPIN_S = 0.001
 
 Work = Callable[[], None]
 Take = Callable[[bytes, list[Buffer]], Work | None]
@@ -113,6 +114,7 @@ class Inbox:
                     if not self._is_watched:
                         self._calls.put(False)
                     work()
+                    del work  # it holds what it was given, shared memory among it
                     continue
                 self._park(watch=True)
             else:
@@ -209,7 +211,7 @@ class Inbox:
     def _is_streak(self) -> bool:
         """Whether callers that would read for themselves follow each other closely."""
         now = time.monotonic()
-        self._streak = self._streak + 1 if now - self._served_at < PARK_S else 0
+        self._streak = self._streak + 1 if now - self._served_at < STREAK_S else 0
         self._served_at = now
         return self._streak >= STREAK
 

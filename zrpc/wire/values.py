@@ -33,12 +33,15 @@ def pack(value: Any) -> Payload:
         UnpackableError: something in it is none of the types above.
     """
     tensors: list[torch.Tensor] = []
+    places: dict[int, int] = {}  # a tensor that is there twice travels once, and arrives as one
 
     def extend(obj: Any) -> msgpack.ExtType:
         cls = type(obj)
         if cls is torch.Tensor:
-            tensors.append(obj)
-            return msgpack.ExtType(_TENSOR, (len(tensors) - 1).to_bytes(4, "little"))
+            place = places.setdefault(id(obj), len(tensors))
+            if place == len(tensors):
+                tensors.append(obj)
+            return msgpack.ExtType(_TENSOR, place.to_bytes(4, "little"))
         if cls is tuple or cls is torch.Size:
             return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, encode(list(obj)))
         if cls is complex:
