@@ -159,7 +159,11 @@ class Directory:
             seat.rank = run.lowest_free_rank()
         joined = Joined(seat.incarnation, seat.name, seat.rank, seat.card)
         others = [Tell(other, joined) for other in run.seats if other != seat.incarnation]
-        return [Admit(seat.incarnation, run.room), *others, Tell(seat.incarnation, self._welcome(run, seat))]
+        return [
+            Admit(seat.incarnation, run.room),
+            *others,
+            Tell(seat.incarnation, Welcome(seat.rank, _members(run), self._interval_s)),
+        ]
 
     def _begin(self, run: Run) -> list[Action]:
         """The last worker of a static run has come."""
@@ -168,7 +172,9 @@ class Directory:
             if seat.rank == UNGIVEN:
                 seat.rank = run.lowest_free_rank()
         admissions = [Admit(incarnation, run.room) for incarnation in run.seats]
-        return [*admissions, *(Tell(seat.incarnation, self._welcome(run, seat)) for seat in run.seats.values())]
+        members = _members(run)
+        welcomes = [Tell(s.incarnation, Welcome(s.rank, members, self._interval_s)) for s in run.seats.values()]
+        return [*admissions, *welcomes]
 
     def _remove(self, incarnation: Incarnation, lost: bool, reason: str) -> list[Action]:
         run = self._run_of.pop(incarnation, None)
@@ -183,12 +189,13 @@ class Directory:
             run.phase = Phase.CLOSING
         return [Dismiss(incarnation), *(Tell(other, Left(incarnation, lost, reason)) for other in run.seats)]
 
-    def _welcome(self, run: Run, seat: Seat) -> Welcome:
-        members = [[s.incarnation, s.name, s.rank, s.card] for s in sorted(run.seats.values(), key=lambda s: s.rank)]
-        return Welcome(seat.rank, members, self._interval_s)
-
     def _forming(self, run: Run) -> Forming:
         return Forming([seat.name for seat in run.seats.values()], run.world_size, self._interval_s)
+
+
+def _members(run: Run) -> list[list[Any]]:
+    """As in `Welcome`."""
+    return [[s.incarnation, s.name, s.rank, s.card] for s in sorted(run.seats.values(), key=lambda s: s.rank)]
 
 
 def _size(world_size: int) -> str:
