@@ -25,17 +25,21 @@ class Mode:
         module: where `init_rpc`, `rpc_async` and `shutdown` are.
         options: the class of the options there.
         meeting: makes what the group meets at, and gives its `init_method`.
+        late: modules that `init_rpc` imports only when it needs them.
     """
 
     label: str
     module: str
     options: str
     meeting: Callable[[], AbstractContextManager[str]]
+    late: tuple[str, ...] = ()
 
     def load(self) -> Any:
         """The module, with all that `init_rpc` needs: zrpc imports what is behind a name when it is asked for."""
         rpc = importlib.import_module(self.module)
         assert callable(rpc.init_rpc)
+        for module in self.late:
+            importlib.import_module(module)
         return rpc
 
     def init(self, init_method: str, rank: int, world_size: int) -> None:
@@ -45,10 +49,12 @@ class Mode:
         rpc.init_rpc(worker_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)
 
 
+_BROKERED = ("zrpc.membership.broker", "zrpc.transport.brokered")
+
 MODES = {
     "zrpc-file": Mode("zrpc, file://", "zrpc", "RpcBackendOptions", at_file),
     "zrpc-tcp": Mode("zrpc, tcp://", "zrpc", "RpcBackendOptions", at_tcp),
-    "zrpc-broker": Mode("zrpc, broker://", "zrpc", "RpcBackendOptions", at_broker),
+    "zrpc-broker": Mode("zrpc, broker://", "zrpc", "RpcBackendOptions", at_broker, _BROKERED),
     "tensorpipe": Mode("TensorPipe, tcp://", "torch.distributed.rpc", "TensorPipeRpcBackendOptions", at_tcp),
 }
 
