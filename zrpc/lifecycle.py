@@ -183,7 +183,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    endpoint = PeerEndpoint(new_incarnation(), bind)
+    endpoint = PeerEndpoint(new_incarnation(), bind, local=options.shared_memory)
     return Agent(
         options,
         endpoint,
