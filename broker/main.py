@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ConfigError
+from zrpc.transport import descriptors
 from zrpc_broker import defaults
 from zrpc_broker.server import Broker
 
@@ -31,6 +32,7 @@ def serve(
     if heartbeat_interval_s <= 0 or missed_max < 1:
         print("zrpc broker: --heartbeat-interval must be above 0 and --missed 1 or more", file=sys.stderr)
         return EXIT_USAGE
+    descriptors.make_room(defaults.FILES)  # as many of them as this host allows
     try:
         broker = Broker(bind, heartbeat_interval_s, missed_max)
     except ConfigError as error:

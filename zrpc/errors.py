@@ -66,5 +66,9 @@ class AutogradError(ZrpcError):
     """Distributed autograd used where it cannot be: no such context, or roots that cannot be differentiated."""
 
 
+class LimitError(ZrpcError):
+    """A limit of the system on this process is reached; the message says which one, and how to raise it."""
+
+
 class OverloadedError(ZrpcError):
     """Too many messages wait to be sent to a peer; nothing of this one was sent."""

@@ -21,6 +21,7 @@ from zrpc.membership.store import StoreGroup
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.context import install as install_rrefs
+from zrpc.transport import descriptors
 from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.slabs import SharedMemory, is_supported
 from zrpc.transport.sockets import reachable_address
@@ -158,6 +159,8 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
     for install in (gather.install, install_rrefs, install_autograd, install_profiling):
         install(agent)
+    if agent.address is not None and world_size:
+        _make_room(world_size)
     agent.extensions[RRefContext].invoke = api  # proxies of RRefs call as programs do, seen by profiles
     try:
         agent.join(name, rank, world_size, _card(agent), _join_limit_s(agent.options))
@@ -166,6 +169,16 @@ def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
         agent.close(0.0)
         raise
     agent.open()
+
+
+def _make_room(world_size: int) -> None:
+    """Be allowed the open files that talking to every worker takes, or say that this is not to be."""
+    count = world_size * descriptors.PER_PEER
+    if not descriptors.make_room(count):
+        log.warning(
+            "a worker that talks to all %d of this group has %d files open for it, and that is too many here (%s): "
+            "raise the limit with `ulimit -n`, or use a broker", world_size, count, descriptors.describe(),
+        )  # fmt: skip
 
 
 def _card(agent: Agent) -> dict[str, Any]:

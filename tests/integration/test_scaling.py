@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import TYPE_CHECKING
 
 import pytest
 
 import zrpc as rpc
 from tests.integration.harness import Cluster
+from zrpc.errors import LimitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,3 +48,31 @@ def test_sixty_four_workers(cluster: Cluster) -> None:
     for rank, answers in enumerate(results[1:], start=1):
         called = [(rank + 1) % WORKERS, (rank + WORKERS // 2) % WORKERS]
         assert answers == [(other, everybody[other]) for other in called]
+
+
+FEW = 8
+
+
+def reach_some(rank: int) -> tuple[list[int], str]:
+    """Worker 1 may open files for two or three peers; whom it reached, and what it was told of the next one."""
+    if rank != 1:
+        return [], ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 25, hard))
+    others = [other for other in range(FEW) if other != rank]
+    reached: list[int] = []
+    with pytest.raises(LimitError) as told:
+        reached.extend(rpc.rpc_sync(f"worker{other}", rank_and_pid)[0] for other in others)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [rpc.rpc_sync(f"worker{other}", rank_and_pid)[0] for other in others] == others, "nothing is stuck"
+    return reached, str(told.value)
+
+
+def test_too_few_open_files_are_said_to_be(tmp_path: Path) -> None:
+    cluster = Cluster("file", tmp_path)
+    try:
+        reached, told = cluster.run(reach_some, FEW)[1]
+    finally:
+        cluster.close()
+    assert 1 <= len(reached) < FEW - 1
+    assert "`ulimit -n`" in told

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
-from zrpc.transport import sockets
+from zrpc.transport import descriptors, sockets
 
 if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
@@ -134,6 +134,7 @@ class Hub:
         self._clogged: set[_Peer] = set()
         self._active: set[Incarnation] = set()
         self._events: list[Event] = []
+        self._has_warned = False
 
     def pump(self, timeout_ms: int) -> list[Event]:
         """Relay what is there, waiting up to `timeout_ms` for something; returns what the broker must see to."""
@@ -234,7 +235,17 @@ class Hub:
         else:
             self._peer(source).said_hello = True
             self._events.append(Hello(source))
+            self._check_room()
         return True
+
+    def _check_room(self) -> None:
+        """Say so before there is no room: ZeroMQ refuses connections without a word."""
+        if not self._has_warned and descriptors.is_scarce():
+            self._has_warned = True
+            _log.warning(
+                "soon no worker can connect any more: %s, and each worker needs 2. Raise the limit with `ulimit -n`",
+                descriptors.describe(),
+            )
 
     def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
         destination = parts.pop(0).bytes

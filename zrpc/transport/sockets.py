@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc.errors import ConfigError
+from zrpc.transport import descriptors
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
@@ -38,14 +39,24 @@ _monitor_numbers = itertools.count()
 
 
 def make_context() -> Context:
-    """A ZeroMQ context. Each endpoint has its own: its `term()` then waits for that endpoint's messages alone."""
+    """A ZeroMQ context. Each endpoint has its own: its `term()` then waits for that endpoint's messages alone.
+
+    Raises:
+        LimitError: this process may not open the files that an endpoint needs.
+    """
+    descriptors.check_room(descriptors.PER_ENDPOINT)
     context: Context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     return context
 
 
 def make_socket(context: Context, kind: int, identity: bytes | None = None) -> Socket:
-    """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has."""
+    """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has.
+
+    Raises:
+        LimitError: this process may not open the files that the socket, its monitor and its connection need.
+    """
+    descriptors.check_room(descriptors.PER_PEER)
     sock: Socket = context.socket(kind)
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)

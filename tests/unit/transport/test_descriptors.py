@@ -1,0 +1,71 @@
+"""Open files: asked for before they are needed, and an error that says what to do where there are no more."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING
+
+import pytest
+import zmq
+
+from zrpc.errors import LimitError
+from zrpc.transport import descriptors, sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def set_limit() -> Iterator[Callable[[int], None]]:
+    """Sets how many more files than now this process may open, until the test is over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda more: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors.count_open() + more, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_room_is_asked_for_and_given_back(set_limit: Callable[[int], None]) -> None:
+    set_limit(40)
+    before = descriptors.count_open()
+    for _ in range(3):
+        descriptors.check_room(20)
+    assert descriptors.count_open() == before
+    with pytest.raises(LimitError, match=r"may not open 108 more files .* of at most \d+ are open.* `ulimit -n`"):
+        descriptors.check_room(100)
+    assert descriptors.count_open() == before
+
+
+def test_room_is_made_by_raising_the_soft_limit(set_limit: Callable[[int], None]) -> None:
+    set_limit(20)
+    with pytest.raises(LimitError):
+        descriptors.check_room(100)
+    assert descriptors.make_room(100)
+    descriptors.check_room(100)
+    raised = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert descriptors.make_room(10)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == raised, "a limit that is enough is left alone"
+
+
+def test_the_hard_limit_is_respected(set_limit: Callable[[int], None]) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("there is no hard limit")
+    set_limit(20)
+    assert not descriptors.make_room(hard + 1)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard, "as many as there may be"
+
+
+def test_scarce(set_limit: Callable[[int], None]) -> None:
+    set_limit(descriptors.PER_ENDPOINT + 10)
+    assert not descriptors.is_scarce()
+    set_limit(descriptors.PER_ENDPOINT - 10)
+    assert descriptors.is_scarce()
+
+
+def test_a_socket_that_would_not_get_its_files_is_not_made(set_limit: Callable[[int], None]) -> None:
+    with sockets.make_context() as context, sockets.make_socket(context, zmq.DEALER) as sock:
+        set_limit(descriptors.PER_PEER)
+        with pytest.raises(LimitError):
+            sockets.make_socket(context, zmq.DEALER)
+        assert sock.getsockopt(zmq.LINGER) == 0
+    with pytest.raises(LimitError):
+        sockets.make_context()
