@@ -222,8 +222,11 @@ class BrokerGroup:
             if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
                 endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
                 return
-            with contextlib.suppress(ZrpcError):
-                self._tell(Heartbeat())
+            with self._changed, contextlib.suppress(ZrpcError):
+                if (
+                    self._state is not _State.LEAVING
+                ):  # the broker takes one that comes after a goodbye for a stranger's
+                    self._tell(Heartbeat())
 
     def _wait_interval(self) -> bool:
         """Wait until a heartbeat is due, or the broker asks for another interval; false: no more are wanted."""
