@@ -26,8 +26,8 @@ _COLUMNS: list[tuple[str, str]] = [
 _EXPLANATION = """\
 All workers are processes of one machine, forked with everything imported. *init*: from when all may call `init_rpc` \
 until it has returned in all. *fan-out*: worker 0 calls every worker at once (itself too) with `rpc_async` and waits \
-for all; the first one makes the connections. *all-to-all*: everybody fans out at once. *descriptors*: open files of \
-the worker that has most, after that. *shutdown*: until it has returned in all."""
+for all; the first one makes the connections. *all-to-all*: everybody fans out at once. *descriptors*: files that \
+the framework has open then, in the worker with most of them. *shutdown*: until it has returned in all."""
 
 _PANELS = (
     ("init_s", "init_rpc, seconds", True),

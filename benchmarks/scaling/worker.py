@@ -21,6 +21,10 @@ FAN_OUTS_S = 1.0
 FAN_OUTS_MIN = 3
 
 
+def _count_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 @dataclass(frozen=True)
 class Done:
     """A phase is over: when (`time.monotonic`, one clock for all processes of a host), and what came of it."""
@@ -53,12 +57,13 @@ class Worker:
     def serve(self) -> None:
         """Do what the driver asks for; the first failure ends it."""
         self._rpc = self._mode.load()
+        before = _count_fds()
         phases: dict[str, Callable[..., Any]] = {
             "init": lambda: self._mode.init(self._init_method, self._rank, len(self._names)),
             "fan_out": self.fan_out,
             "fan_outs": self.fan_outs,
             "all_to_all": self.all_to_all,
-            "count_fds": lambda: len(os.listdir("/proc/self/fd")),
+            "count_fds": lambda: _count_fds() - before,
             "shutdown": lambda: self._rpc.shutdown(),
         }
         self._pipe.send(Done(time.monotonic()))
