@@ -409,7 +409,9 @@ class Agent:
         if handler is None:
             request.fail(ProtocolError(f"{self.info} does not serve {type(envelope.message).__name__}"))
             return None
-        work = _run(handler[0], request) if handler[1] else partial(_run, handler[0], request)
+        work: Work | None = partial(_finish_work, handler[0], request)
+        if handler[1]:
+            work = _run(handler[0], request)
         if work is None:
             return None
         if self._carrier.inbox.can_work and self._quickness.expects_quick():
@@ -448,6 +450,13 @@ class Agent:
                 self._finish(call_id, None, error)
         for listener in self._lost_listeners:
             self.submit(partial(listener, worker, reason))
+
+
+def _finish_work(handler: Handler, request: Request[Any]) -> None:
+    """Run a handler, and the work that it returns."""
+    work = _run(handler, request)
+    if work is not None:
+        work()
 
 
 def _run(handler: Handler, request: Request[Any]) -> Work | None:

@@ -56,7 +56,9 @@ def execute(job: Job, run: Run) -> dict[int, Gradients]:
         if job.cuts or job.absent:
             return _execute_by_hand(job)
         if job.edges:
-            _run_backward(tuple(job.edges), tuple(job.gradients), job.retain_graph, False, (), True, accumulate_grad=True)
+            _run_backward(
+                tuple(job.edges), tuple(job.gradients), job.retain_graph, False, (), True, accumulate_grad=True
+            )
     return {}
 
 

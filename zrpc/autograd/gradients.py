@@ -5,6 +5,7 @@ Those for several send functions together have, packed, a `[created_on, local_id
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ProtocolError
@@ -13,7 +14,7 @@ from zrpc.wire import values
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -26,14 +27,13 @@ def pack(gradients: Gradients) -> Payload:
 
 
 def unpack(payload: Payload) -> Gradients:
-    """Put them together again.
+    """Put them together again. The payload loses its tensors: a gradient that nobody else holds need not be copied.
 
     Raises:
         ProtocolError: there are fewer tensors than gradients, or more.
     """
     present = bytes(payload.data)
-    _check(sum(map(bool, present)), payload)
-    return _fill(present, iter(payload.tensors))
+    return _fill(present, _take(sum(map(bool, present)), payload))
 
 
 def pack_several(homeward: Sequence[tuple[GlobalId, Gradients]]) -> Payload | None:
@@ -45,7 +45,7 @@ def pack_several(homeward: Sequence[tuple[GlobalId, Gradients]]) -> Payload | No
 
 
 def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
-    """Put them together again.
+    """Put them together again, as `unpack`.
 
     Raises:
         ProtocolError: they are damaged.
@@ -54,11 +54,12 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
         return []
     entries = values.unpack(payload)
     try:
-        several = [(GlobalId(int(created_on), int(local_id)), bytes(present)) for created_on, local_id, present in entries]
+        several = [
+            (GlobalId(int(created_on), int(local_id)), bytes(present)) for created_on, local_id, present in entries
+        ]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"{entries!r} does not say which gradients came") from error
-    _check(sum(sum(map(bool, present)) for _, present in several), payload)
-    tensors = iter(payload.tensors)
+    tensors = _take(sum(sum(map(bool, present)) for _, present in several), payload)
     return [(message_id, _fill(present, tensors)) for message_id, present in several]
 
 
@@ -70,10 +71,13 @@ def _tensors(gradients: Gradients) -> list[torch.Tensor]:
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _check(wanted: int, payload: Payload) -> None:
+def _take(wanted: int, payload: Payload) -> deque[torch.Tensor]:
     if wanted != len(payload.tensors):
         raise ProtocolError(f"{len(payload.tensors)} tensors came for {wanted} gradients")
+    tensors = deque(payload.tensors)
+    payload.tensors = []
+    return tensors
 
 
-def _fill(present: bytes, tensors: Iterator[torch.Tensor]) -> Gradients:
-    return [next(tensors) if there else None for there in present]
+def _fill(present: bytes, tensors: deque[torch.Tensor]) -> Gradients:
+    return [tensors.popleft() if there else None for there in present]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
 
 _MODES = ("fast", "smart")
-_profiler_enabled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # made at run time
+_profiler_enabled: Any = torch.autograd._profiler_enabled
 
 
 class context:  # torch's name

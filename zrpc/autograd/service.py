@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from zrpc.autograd import gradients as codec
@@ -12,6 +11,7 @@ from zrpc.autograd.backward_pass import Arrived, BackwardPass, Homeward
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
 from zrpc.errors import AgentClosedError, AutogradError, ProtocolError, UnknownWorkerError
+from zrpc.rref.janitor import Janitor
 from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContext
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ Done = Callable[[BaseException | None], None]
 
 
 class AutogradService:
-    """What `install` puts into `agent.extensions`. Any thread may use it; the lock owns the making of the container."""
+    """What `install` puts into `agent.extensions`. Any thread may use it; the lock owns the making of its parts."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._lock = threading.Lock()
         self._contexts: ContextContainer | None = None
+        self._janitor: Janitor | None = None
+        self._closed = False
 
     @property
     def contexts(self) -> ContextContainer:
@@ -75,10 +77,14 @@ class AutogradService:
         self._release(context_id, _at_once)
 
     def close(self) -> None:
-        """This worker shuts down: end the passes that wait here."""
+        """This worker shuts down: end the passes that wait here, and tell the others what is released."""
         for context in [] if self._contexts is None else self._contexts.all():
             if (active := context.active) is not None:
                 active.fail(AgentClosedError("this worker shut down during a backward pass"))
+        with self._lock:
+            self._closed, janitor = True, self._janitor
+        if janitor is not None:
+            janitor.close()
 
     def debug_info(self) -> dict[str, int]:
         """How many contexts there are, and how many of them have a pass under way."""
@@ -104,7 +110,8 @@ class AutogradService:
             if error is None:
                 try:
                     for message_id, came in codec.unpack_several(call.result()):
-                        self._arrive(backward, Arrived(message_id, partial(_given, came)))
+                        self._arrive(backward, Arrived(message_id, [came].pop))  # keeps it no longer than needed
+                        del came
                 except ProtocolError as damaged:
                     error = damaged
             done(error)
@@ -215,9 +222,24 @@ class AutogradService:
     def _release(self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: int | None = None) -> None:
         """Take a context out and tell the others; `run` is given what ends its pass, which may take a while."""
         context = self.contexts.remove(context_id)
-        if context is not None:
-            self._tell_all(context, ReleaseContext(context_id), told_by)
-            run(context.release)
+        if context is None:
+            return
+        if context.known_workers():
+            self._tell_soon(context, told_by)
+        run(context.release)
+
+    def _tell_soon(self, context: DistAutogradContext, told_by: int | None) -> None:
+        """Tell of a released context, away from the thread that released it."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._janitor is None:
+                self._janitor = Janitor(self._tell_released)
+            self._janitor.note((context, told_by))
+
+    def _tell_released(self, note: tuple[DistAutogradContext, int | None]) -> None:
+        context, told_by = note
+        self._tell_all(context, ReleaseContext(context.context_id), told_by)
 
     def _tell_all(self, context: DistAutogradContext, message: Message, told_by: int | None) -> None:
         """Send `message` to all that know `context` from here, but not back to who told this worker."""
@@ -278,10 +300,6 @@ class _Asked:
     def reply(self, homeward: Sequence[Homeward]) -> None:
         """See `Asked.reply`."""
         self._request.reply(codec.pack_several(homeward))
-
-
-def _given(gradients: Gradients) -> Gradients:
-    return gradients
 
 
 def _at_once(task: Callable[[], None]) -> None:

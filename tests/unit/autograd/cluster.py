@@ -197,6 +197,7 @@ class Cluster:
     def kill(self, victim: Worker) -> None:
         """End a worker without a word; the others are told by their transports."""
         del self.network.endpoints[victim.endpoint.incarnation]
+        victim.service.close()
         victim.agent.close(0)
         for worker in self.workers:
             if worker is not victim:
@@ -205,6 +206,7 @@ class Cluster:
     def close(self) -> None:
         """End all workers."""
         for worker in self.workers:
+            worker.service.close()
             worker.agent.close(1.0)
 
     def __enter__(self) -> list[Worker]:
