@@ -22,6 +22,7 @@ DEFAULT_NUM_WORKER_THREADS = 16
 DEFAULT_SHUTDOWN_TIMEOUT_S = 0.0
 MAX_TIMEOUT_S = 1e9
 """A longer time limit is none: threads cannot wait for much longer, and nobody does."""
+DEFAULT_BUSY_POLL_S = 0.001
 DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
 """An unanswered small call takes 2 to 3 KB of its caller, so this is 0.6 GB, and 0.25 GB of the callee."""
@@ -52,6 +53,9 @@ class RpcBackendOptions:
             and then fails with `OverloadedError`. A single larger call is sent when no other is on the way. Calls of
             up to 4 KiB are not counted here.
         max_in_flight_calls: how many calls to one worker may be unanswered, in the same way; 0: no limit.
+        busy_poll_s: for how many seconds a thread that reads messages polls, yielding its processor in between, before
+            it sleeps, where messages follow each other as fast; 0: not at all, which costs a small call half as much
+            again, and takes less of the processor.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -70,11 +74,13 @@ class RpcBackendOptions:
         bind: str = DEFAULT_BIND,
         max_in_flight_nbytes: int = DEFAULT_MAX_IN_FLIGHT_NBYTES,
         max_in_flight_calls: int = DEFAULT_MAX_IN_FLIGHT_CALLS,
+        busy_poll_s: float = DEFAULT_BUSY_POLL_S,
     ) -> None:
         _check_kinds(shared_memory, bind)
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
+        self.busy_poll_s = check_timeout(busy_poll_s, "busy_poll_s")
         self.rpc_timeout = rpc_timeout
         self.init_method = init_method
         self.device_maps: dict[str, DeviceMap] = {}

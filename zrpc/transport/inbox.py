@@ -17,10 +17,10 @@ within `STREAK_S` of the last, with nobody else blocked. It keeps watch then. Ca
 since who sends many calls reads their answers after, but for at most `UNREAD_MAX_S` without a read. A caller that is
 done calls a reader if another caller is blocked, so an answer that a thread is blocked for never lies unread.
 
-Who reads yields its processor in a loop, for up to `SPIN_S`, before it blocks, if the last message came that soon. A
-processor that goes idle between two messages takes longer to wake up than the message to travel, and its caches are
-cold then: on two cores a bare round trip over loopback TCP takes 140 µs if both ends block, and 60-85 if one does not;
-a call of an operator 390 µs, and 290 if neither blocks. Where messages are further apart nobody spins.
+Who reads polls, and yields its processor in between, for up to `busy_poll_s` before it blocks, if the last message came
+that soon. A processor that goes idle between two messages takes longer to wake up than the message to travel, and its
+caches are cold then: on two cores a bare round trip over loopback TCP takes 140 µs if both ends block, and 60-85 if one
+does not; a call of an operator 390 µs, and 290 if neither blocks. Where messages are further apart nobody polls.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ PARK_S = 0.002
 STREAK_S = 0.01
 UNREAD_MAX_S = 0.02
 STREAK = 3
-SPIN_S = 0.001
 
 Work = Callable[[], None]
 Take = Callable[[bytes, list[Buffer]], Work | None]
@@ -76,12 +75,14 @@ class Inbox:
     Attributes:
         on_callers_left: called by a reader when callers that read may have left something to do.
         is_read_by_caller: whether the thread that reads now waits for an answer of its own.
+        busy_poll_s: how long to poll before to sleep, in seconds.
         num_sent: callers that send count it up; being only a hint, it may miss some.
     """
 
     def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool]) -> None:
         self.on_callers_left: Callable[[], None] = _nothing
         self.is_read_by_caller = False
+        self.busy_poll_s = 0.0
         self.num_sent = 0
         self._sock = sock
         self._take = take
@@ -90,7 +91,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._reader = 0  # the thread that holds the lock to read
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
-        self._last_wait_s = SPIN_S
+        self._last_wait_s = 0.0
         self._calls = SimpleQueue[bool]()  # to the parked readers: true, read now; false, keep watch
         self._parked: set[int] = set()  # each reader changes its own entry
         self._is_watched = False
@@ -181,8 +182,9 @@ class Inbox:
             self._last_wait_s = 0.0
             return True
         began = now = time.monotonic()
-        if self._last_wait_s < SPIN_S:
-            while now - began < SPIN_S:
+        limit_s = self.busy_poll_s
+        if self._last_wait_s < limit_s:
+            while now - began < limit_s:
                 _yield()
                 now = time.monotonic()
                 if zmq_poll(self._ready, 0):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
@@ -15,6 +17,9 @@ from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLost
 from zrpc.ids import new_incarnation
 from zrpc.transport import outbox, sockets
 from zrpc.transport.peer import PeerEndpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def numbered(number: int) -> list[bytes]:
@@ -205,9 +210,32 @@ def test_a_peer_that_said_goodbye_is_forgotten_with_its_monitor() -> None:
             a.endpoint.send(b.id, [b"x"])
         c.endpoint.close(0.0)
         assert a.arrivals.wait_lost() == [(c.id, "its connection broke and is refused")]
-        assert not a.endpoint._watch._watched
+        until(lambda: not a.endpoint._watch._watched, "the monitors are closed")
         a.endpoint.watch(b.id)
         assert a.arrivals.wait_lost(2)[1] == (b.id, "it left the group")
+
+
+def test_lost_peers_leave_no_files_open() -> None:
+    with peers(1) as (a,):
+        open_before = -1
+        for count in range(1, 6):
+            with peers(1) as (other,):
+                a.knows(other)
+                a.endpoint.send(other.id, [b"x"])
+                other.arrivals.wait_messages(1)
+            a.arrivals.wait_lost(count)
+            if count == 1:
+                until(lambda: not a.endpoint._watch._watched, "the first monitor is closed")
+                open_before = len(os.listdir("/proc/self/fd"))
+        until(lambda: len(os.listdir("/proc/self/fd")) <= open_before, "the sockets of the lost are closed")
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what a thread of ZeroMQ's does, or the watcher, who tell nobody."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never came true: {what}"
+        time.sleep(0.005)
 
 
 def test_what_was_sent_before_a_goodbye_still_leaves() -> None:

@@ -1,0 +1,276 @@
+"""Who reads: readers, callers that wait, and who takes over from whom. Real sockets, no time is asserted."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import zmq
+
+from zrpc.transport.inbox import READERS, Inbox, send_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zrpc.transport.inbox import Work
+    from zrpc.wire.envelope import Buffer
+
+WAIT_S = 20.0
+
+
+class Wanted:
+    """Something that a thread waits for."""
+
+    def __init__(self) -> None:
+        self._came = threading.Event()
+        self.blocked = threading.Event()
+
+    def done(self) -> bool:
+        return self._came.is_set()
+
+    def come(self) -> None:
+        self._came.set()
+
+    def block(self, deadline: float | None) -> None:
+        self.blocked.set()
+        assert self._came.wait(WAIT_S)
+
+
+class Office:
+    """An inbox, its readers, and what came: `name -> thread that took it`. `work` and `wanted` say what messages do."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        router = context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.RCVHWM, 0)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        self._dealer = context.socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.SNDHWM, 0)
+        self._dealer.connect(f"tcp://127.0.0.1:{port}")
+        self.inbox = Inbox(router, self._take, lambda: self._over)
+        self._over = False
+        self.work: dict[bytes, Work] = {}
+        self.wanted: dict[bytes, Wanted] = {}
+        self.took: dict[bytes, str] = {}
+        self.order: list[bytes] = []
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=self.inbox.run, name=f"reader-{n}") for n in range(READERS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, name: bytes) -> None:
+        send_frames(self._dealer, [name])
+
+    def wait_taken(self, name: bytes) -> str:
+        with self._changed:
+            assert self._changed.wait_for(lambda: name in self.took, WAIT_S)
+            return self.took[name]
+
+    def close(self) -> None:
+        self._over = True
+        self.send(b"")
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(WAIT_S)
+                assert not thread.is_alive()
+        self.inbox.close()
+        self._dealer.close(0)
+
+    def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
+        name = bytes(frames[0])
+        with self._changed:
+            self.took[name] = threading.current_thread().name
+            self.order.append(name)
+            self._changed.notify_all()
+        if name in self.wanted:
+            self.wanted[name].come()
+        return self.work.get(name) if self.inbox.can_work else None
+
+
+@contextmanager
+def office(*, start: bool = True) -> Iterator[Office]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = Office(context)
+    try:
+        if start:
+            made.start()
+        yield made
+    finally:
+        made.close()
+        context.term()
+
+
+def in_thread(name: str, work: Work) -> threading.Thread:
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("busy_poll_s", [0.0, 0.001])
+def test_a_caller_reads_for_itself_and_hands_on_the_rest(busy_poll_s: float) -> None:
+    with office(start=False) as here:
+        here.inbox.busy_poll_s = busy_poll_s
+        wanted = here.wanted[b"mine"] = Wanted()
+        for name in (b"a", b"b", b"mine", b"c"):
+            here.send(name)
+        here.inbox.wait_for(wanted, None)
+        assert here.order == [b"a", b"b", b"mine"]
+        assert set(here.took.values()) == {threading.current_thread().name}
+        here.inbox.wait_for(wanted, None)  # it is there: nothing more is read
+        assert here.order == [b"a", b"b", b"mine"]
+
+
+def test_a_caller_gives_up_at_its_deadline() -> None:
+    with office(start=False) as here:
+        wanted = Wanted()
+        here.inbox.wait_for(wanted, 0.0)
+        assert not wanted.done()
+        assert not wanted.blocked.is_set()
+
+
+def test_what_comes_otherwise_ends_the_wait_with_a_message() -> None:
+    with office(start=False) as here:
+        wanted = Wanted()
+        caller = in_thread("caller", lambda: here.inbox.wait_for(wanted, None))
+        here.send(b"first")
+        assert here.wait_taken(b"first") == "caller"
+        wanted.come()
+        here.send(b"look")
+        caller.join(WAIT_S)
+        assert not caller.is_alive()
+
+
+def test_a_caller_is_blocked_while_another_reads_and_served_by_it() -> None:
+    with office(start=False) as here:
+        first, second = Wanted(), Wanted()
+        here.wanted = {b"1": first, b"2": second}
+        reading = in_thread("reading", lambda: here.inbox.wait_for(first, None))
+        here.send(b"go")
+        here.wait_taken(b"go")
+        blocked = in_thread("blocked", lambda: here.inbox.wait_for(second, None))
+        assert second.blocked.wait(WAIT_S)
+        here.send(b"2")
+        blocked.join(WAIT_S)
+        assert here.took[b"2"] == "reading"
+        here.send(b"1")
+        reading.join(WAIT_S)
+        assert not blocked.is_alive()
+        assert not reading.is_alive()
+
+
+def test_a_reader_is_called_when_a_caller_leaves_another_blocked() -> None:
+    with office(start=False) as here:
+        first, second = Wanted(), Wanted()
+        here.wanted = {b"1": first, b"2": second}
+        reading = in_thread("reading", lambda: here.inbox.wait_for(first, None))
+        here.send(b"go")
+        here.wait_taken(b"go")
+        here.start()  # they find the socket taken, and park
+        blocked = in_thread("blocked", lambda: here.inbox.wait_for(second, None))
+        assert second.blocked.wait(WAIT_S)
+        here.send(b"1")
+        reading.join(WAIT_S)
+        here.send(b"2")
+        assert here.wait_taken(b"2").startswith("reader-")
+        blocked.join(WAIT_S)
+        assert not blocked.is_alive()
+
+
+def test_a_reader_does_work_itself_and_another_takes_over_if_it_takes_long() -> None:
+    with office() as here:
+        begun, may_end = threading.Event(), threading.Event()
+        workers: list[str] = []
+
+        def long() -> None:
+            workers.append(threading.current_thread().name)
+            begun.set()
+            assert may_end.wait(WAIT_S)
+
+        here.work[b"long"] = long
+        here.send(b"long")
+        assert begun.wait(WAIT_S)
+        assert here.took[b"long"] == workers[0]
+        here.send(b"next")
+        other = here.wait_taken(b"next")
+        assert other.startswith("reader-")
+        assert other != workers[0]
+        here.work[b"second"] = long  # nobody is left to take over: it is not given to the reader
+        here.send(b"second")
+        here.wait_taken(b"second")
+        here.send(b"after")
+        here.wait_taken(b"after")
+        assert len(workers) == 1
+        may_end.set()
+
+
+def test_work_may_wait_for_what_a_message_brings() -> None:
+    with office() as here:
+        wanted = here.wanted[b"answer"] = Wanted()
+        finished = threading.Event()
+
+        def nested() -> None:
+            here.inbox.wait_for(wanted, None)
+            finished.set()
+
+        here.work[b"ask"] = nested
+        here.send(b"ask")
+        asker = here.wait_taken(b"ask")
+        here.send(b"answer")
+        assert finished.wait(WAIT_S)
+        assert here.took[b"answer"] in (asker, *(f"reader-{n}" for n in range(READERS)))
+
+
+def test_messages_keep_their_order_whoever_reads() -> None:
+    names = [number.to_bytes(4, "little") for number in range(1, 2001)]
+    with office() as here:
+        last = here.wanted[names[-1]] = Wanted()
+        marks = [here.wanted.setdefault(name, Wanted()) for name in names[::100]]
+        callers = [
+            in_thread(f"caller-{n}", lambda mark=mark: here.inbox.wait_for(mark, None)) for n, mark in enumerate(marks)
+        ]
+        for name in names[::7]:
+            here.work[name] = lambda: None
+        for name in names:
+            here.send(name)
+        here.inbox.wait_for(last, None)
+        for caller in callers:
+            caller.join(WAIT_S)
+            assert not caller.is_alive()
+        assert here.order == names
+
+
+def test_many_callers_in_a_row_never_wait_for_nobody() -> None:
+    """The readers leave the socket to callers that follow each other, and come back when those are gone."""
+    with office() as here:
+        for number in range(1, 301):
+            name = number.to_bytes(4, "little")
+            wanted = here.wanted[name] = Wanted()
+            here.send(name)
+            here.inbox.wait_for(wanted, None)
+            assert wanted.done()
+        here.send(b"afterwards")
+        assert here.wait_taken(b"afterwards").startswith("reader-")
+        left = threading.Event()
+        here.inbox.on_callers_left = left.set
+        here.send(b"again")
+        here.wait_taken(b"again")
+
+
+def test_closing_from_within_a_message_is_safe() -> None:
+    with office(start=False) as here:
+        wanted = Wanted()
+        here.wanted[b"close"] = wanted
+        take = here.inbox._take
+
+        def close(source: bytes, frames: list[Buffer]) -> Work | None:
+            here.inbox.close()
+            here._over = True
+            return take(source, frames)
+
+        here.inbox._take = close
+        here.send(b"close")
+        here.inbox.wait_for(wanted, None)
+        assert wanted.done()
