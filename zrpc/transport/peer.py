@@ -195,6 +195,7 @@ class PeerEndpoint:
                 sockets.connect(sock, local if self._local and sockets.is_reachable(local) else address)
             except ConfigError as error:
                 self._lost[peer] = f"its address cannot be used: {error}"
+                sock.disable_monitor()  # its last word must be sent while somebody is there to read it
                 sock.close()
                 monitor.close()
                 raise self._gone(peer) from error

@@ -72,7 +72,11 @@ class ConnectionWatch(Generic[K]):
         self._new.append(monitor)
 
     def poll(self, timeout_ms: int | None, on_gone: Callable[[K, str], None]) -> None:
-        """Wait for events, or for a wake message, up to `timeout_ms`; call `on_gone` for each peer found gone."""
+        """Wait for events, or for a wake message, up to `timeout_ms`; call `on_gone` for each peer found gone.
+
+        `on_gone` closes the connection's socket. Its monitor is read until it says so: the socket's last word waits
+        for ever if nobody is there to read it, and with it ZeroMQ's thread that closes sockets.
+        """
         new, self._new = self._new, []  # what they had to say at first may have been announced already
         timeout_s = None if timeout_ms is None else timeout_ms / 1000
         if any(sock.poll(0) for sock in new):
@@ -101,9 +105,7 @@ class ConnectionWatch(Generic[K]):
                     return
                 reason = state.on_event(event)
                 if reason is not None:
-                    self._drop(monitor)
                     on_gone(key, reason)
-                    return
 
     def _drop(self, monitor: Socket) -> None:
         self._selector.unregister(monitor.fileno())
