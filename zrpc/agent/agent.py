@@ -23,6 +23,7 @@ from zrpc.agent.call import Call
 from zrpc.agent.completions import Completions
 from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
+from zrpc.agent.gate import Gates
 from zrpc.agent.peers import Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.quickness import Quickness
@@ -100,6 +101,7 @@ class Agent:
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
         self._call_ids = itertools.count(1)
+        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._lock = threading.Lock()  # owns what follows
         self._serving = 0
         self._early: list[tuple[Incarnation, Envelope]] | None = []
@@ -170,6 +172,7 @@ class Agent:
             if self._closed:
                 return
             self._closed = True
+        self._gates.close(AgentClosedError("this worker shut down while the call waited for room"))
         self._handler_pool.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._carrier.close(flush_s)
@@ -236,6 +239,8 @@ class Agent:
     ) -> Call:  # fmt: skip
         """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
 
+        A hooked request waits for room in the window of its peer (`zrpc.agent.window`), unless this thread may not.
+
         Args:
             to: the callee.
             message: what is asked.
@@ -254,12 +259,21 @@ class Agent:
             extras = self._extras(to, message, payload, None)
         call_id = next(self._call_ids)
         envelope = seal(message, call_id, payload, extras, self._peers.device_names(to))
+        failed: Exception | None = None
+        try:
+            limit_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._may_wait if hooked else None)
+        except ZrpcError as error:
+            failed = error
         call = Call(self, call_id, to, message, limit_s)
         self._calls[call_id] = call
         try:
-            self._peers.send(to, envelope)
+            if failed is None:
+                self._peers.send(to, envelope)
         except Exception as error:
-            self._finish(call_id, None, error)
+            failed = error
+            self._gates.leave(call_id)
+        if failed is not None:
+            self._finish(call_id, None, failed)
             return call
         if not waited:
             self._carrier.inbox.num_sent += 1
@@ -420,10 +434,17 @@ class Agent:
         self._handler_pool.submit(work)
         return None
 
+    def _may_wait(self) -> bool:
+        """Whether this thread may wait for room: not while it reads for everybody."""
+        return not self._carrier.inbox.is_read_here
+
     def _finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
         call = self._calls.pop(call_id, None)
         if call is None:  # it timed out, or its peer was declared lost
+            self._gates.leave(call_id)
             return
+        if answer is not None:
+            self._gates[call.peer.id].leave(call_id)
         call.complete(answer, error)
         if error is not None and call.is_read_for:
             self._carrier.interrupt()
@@ -446,6 +467,7 @@ class Agent:
         if self._closed:
             return
         error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
+        self._gates.drop(worker.id, error)
         for call_id, call in list(self._calls.items()):
             if call.peer.id == worker.id:
                 self._finish(call_id, None, error)

@@ -105,6 +105,11 @@ class Inbox:
         """Whether the thread that reads now may be given work: it is a reader, and another is there to take over."""
         return bool(self._parked) and not self.is_read_by_caller
 
+    @property
+    def is_read_here(self) -> bool:
+        """Whether this thread holds the read lock."""
+        return self._reader == threading.get_ident()
+
     def run(self) -> None:
         """Be a reader, until `is_over`."""
         while not self._is_over():
@@ -170,7 +175,7 @@ class Inbox:
 
     def close(self) -> None:
         """Close the socket once nobody reads it. What `take` calls may call it too."""
-        if self._reader == threading.get_ident():
+        if self.is_read_here:
             self._sock.close()
             return
         with self._lock:

@@ -43,6 +43,7 @@ class ReadElsewhere:
     """An inbox that a thread of its own reads, and no caller."""
 
     is_read_by_caller = False
+    is_read_here = False
     can_work = False
     num_sent = 0
 
