@@ -18,6 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,14 @@ class WarmBuffers:
         return loan
 
 
+@dataclass(slots=True)
+class _Incoming:
+    """A transfer on its way in: where it goes, and how many bytes are missing yet."""
+
+    loan: Bytes
+    missing: int
+
+
 class Transfers:
     """The chunked buffers of one worker, out and in. Incoming ones are owned by the reading thread.
 
@@ -106,7 +115,7 @@ class Transfers:
         self._send = send
         self._numbers = itertools.count(1)
         self._buffers = WarmBuffers()
-        self._incoming: dict[tuple[Incarnation, int], Bytes] = {}
+        self._incoming: dict[tuple[Incarnation, int], _Incoming] = {}
 
     def place(self, peer: Incarnation, buffer: Buffer) -> Descriptor | None:
         """Send `buffer` to `peer` in chunks; None where it should travel as one frame.
@@ -155,26 +164,29 @@ class Transfers:
         if not nbytes:
             self._incoming.pop((source, number), None)
             return
-        target = self._incoming.get((source, number))
-        if target is None:
-            target = self._incoming[source, number] = self._buffers.lend(nbytes)
-        if nbytes != target.nbytes:
-            raise ProtocolError(f"a chunk of transfer {number} says {nbytes} bytes, and another {target.nbytes}")
-        np.copyto(target[offset : offset + chunk.nbytes], chunk)
+        transfer = self._incoming.get((source, number))
+        if transfer is None:
+            transfer = self._incoming[source, number] = _Incoming(self._buffers.lend(nbytes), nbytes)
+        if nbytes != transfer.loan.nbytes:
+            raise ProtocolError(f"a chunk of transfer {number} says {nbytes} bytes, another {transfer.loan.nbytes}")
+        np.copyto(transfer.loan[offset : offset + chunk.nbytes], chunk)
+        transfer.missing -= chunk.nbytes
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """The buffer that `descriptor` tells of, which has come.
 
         Raises:
-            ProtocolError: it has not.
+            ProtocolError: it has not, or not all of it: a connection that breaks and is made again loses messages.
         """
         if [type(part) for part in descriptor] != [int, int]:
             raise ProtocolError(f"{descriptor!r} describes no transfer")
         number, nbytes = descriptor
-        loan = self._incoming.pop((source, number), None)
-        if loan is None or loan.nbytes != nbytes:
+        transfer = self._incoming.pop((source, number), None)
+        if transfer is None or transfer.loan.nbytes != nbytes:
             raise ProtocolError(f"transfer {number} of {nbytes} bytes has not come")
-        return loan.data
+        if transfer.missing:
+            raise ProtocolError(f"{transfer.missing} of the {nbytes} bytes of transfer {number} were lost on their way")
+        return transfer.loan.data
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: drop what it has begun to send."""

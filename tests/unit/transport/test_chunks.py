@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from zrpc.errors import ProtocolError
+from zrpc.errors import OverloadedError, ProtocolError
 from zrpc.transport import chunks
 from zrpc.transport.chunks import CHUNK_NBYTES, MIN_NBYTES, Transfers, WarmBuffers
 
@@ -99,6 +99,56 @@ def test_descriptors_of_nothing_are_refused(descriptor: list[Any]) -> None:
         receiver.fetch(A, descriptor)
     with pytest.raises(ProtocolError, match="has not come"):
         receiver.fetch(B, [2, 8])
+
+
+def test_a_transfer_with_a_chunk_missing_is_refused() -> None:
+    wire = Wire()
+    sender, receiver = Transfers(wire.send), Transfers(wire.send)
+    descriptor = sender.place(B, pattern(MIN_NBYTES))
+    assert descriptor is not None
+    del wire.messages[3]
+    for _, frames in wire.messages:
+        receiver.receive(A, frames)
+    with pytest.raises(ProtocolError, match=f"{CHUNK_NBYTES} of the {MIN_NBYTES} bytes of transfer 1 were lost"):
+        receiver.fetch(A, descriptor)
+    assert not receiver._incoming
+
+
+def test_what_no_envelope_will_name_is_taken_back() -> None:
+    wire = Wire()
+    sender, receiver = Transfers(wire.send), Transfers(wire.send)
+    descriptor = sender.place(B, pattern(MIN_NBYTES))
+    assert descriptor is not None
+    sender.take_back(B, descriptor)
+    for _, frames in wire.messages:
+        receiver.receive(A, frames)
+    assert not receiver._incoming
+
+
+def test_a_transfer_that_cannot_be_sent_to_its_end_is_taken_back() -> None:
+    class NarrowWire(Wire):
+        def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
+            if len(self.messages) == 3:
+                self.messages.append((to, []))
+                raise OverloadedError("full")
+            super().send(to, frames)
+
+    wire = NarrowWire()
+    receiver = Transfers(Wire().send)
+    with pytest.raises(OverloadedError):
+        Transfers(wire.send).place(B, pattern(MIN_NBYTES))
+    for _, frames in wire.messages:
+        if frames:
+            receiver.receive(A, frames)
+    assert len(wire.messages) == 5
+    assert not receiver._incoming
+
+
+def test_chunks_of_one_transfer_agree_on_its_size() -> None:
+    receiver = Transfers(Wire().send)
+    receiver.receive(A, _chunk(1, 0, 8, bytes(4)))
+    with pytest.raises(ProtocolError, match="says 9 bytes, another 8"):
+        receiver.receive(A, _chunk(1, 4, 9, bytes(4)))
 
 
 def test_what_a_lost_sender_began_is_dropped() -> None:
