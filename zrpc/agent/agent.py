@@ -1,11 +1,8 @@
 """The agent: calls out, requests in, for one worker.
 
-Three kinds of threads meet here. The transport's reading thread takes messages in: it completes calls, runs inline
-handlers and hands every other request to a handler thread; it never runs user code and never blocks. Handler threads
-run user functions. Completer threads complete the futures of asynchronous calls, and so run what users hang on them.
-Callers send on their own threads.
-
-Until the group is complete, requests are kept back (a peer that is done earlier may call already).
+Callers send on their own threads, and read while they wait. Whoever reads takes messages in: answers complete calls,
+requests go to the server (`zrpc.agent.server`). Completer threads complete the futures of asynchronous calls that
+nobody waits for, and so run what users hang on them.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,14 +20,13 @@ from zrpc.agent.completions import Completions
 from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.gate import Gates
+from zrpc.agent.hooks import Hooks
 from zrpc.agent.peers import Peers
-from zrpc.agent.pool import HandlerPool, blocking
-from zrpc.agent.quickness import Quickness
-from zrpc.agent.request import CallHook, Request
+from zrpc.agent.pool import blocking
+from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.errors import (
     AgentClosedError,
-    OverloadedError,
     PeerLostError,
     ProtocolError,
     RpcTimeoutError,
@@ -39,13 +34,15 @@ from zrpc.errors import (
 )
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.transport.carrier import Carrier
-from zrpc.wire.exceptions import dump_exception, load_exception
+from zrpc.wire.exceptions import load_exception
 from zrpc.wire.messages import BuiltinCall, Failure, Leave, Message, PythonCall, Reply
 from zrpc.wire.payload import Payload, open_payload, seal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from zrpc.agent.request import CallHook, Request
     from zrpc.membership.group import Group, Member
     from zrpc.transport.endpoint import Endpoint
     from zrpc.transport.inbox import Awaited, Work
@@ -58,8 +55,6 @@ M = TypeVar("M", bound=Message)
 
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
-
-Handler = Callable[[Request[Any]], "Work | None"]
 
 
 class Agent:
@@ -92,24 +87,21 @@ class Agent:
         self.address = address
         self.rpc_timeout_s = options.rpc_timeout
         self.extensions: dict[type, Any] = {}
-        self.hooks: dict[str, CallHook] = {}
+        self.hooks = Hooks()
         self._carrier = Carrier(endpoint, shared_memory)
         self._group = group
         self._peers = Peers(options, self._carrier, group, connect, disconnect, self._on_gone)
         self.members = self._peers.registry
-        self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
+        self._server = Server(
+            options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, lambda: self.refresh()
+        )
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
         self._call_ids = itertools.count(1)
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._lock = threading.Lock()  # owns what follows
-        self._serving = 0
-        self._early: list[tuple[Incarnation, Envelope]] | None = []
         self._closed = False
-        self._idle = threading.Condition(self._lock)
-        self._handler_pool = HandlerPool(options.num_worker_threads, "zrpc-handler")
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
-        self._quickness = Quickness()
         self._deadlines = Deadlines(self._expire)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
@@ -133,22 +125,16 @@ class Agent:
 
     def open(self) -> None:
         """Serve requests from now on, and those kept back."""
-        with self._lock:
-            early, self._early = self._early or [], None
-        for source, envelope in early:
-            work = self._on_request(source, envelope)
-            if work is not None:
-                work()
+        self._server.open()
 
     def quiesce(self, timeout_s: float) -> bool:
         """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short."""
         deadline = time.monotonic() + timeout_s if timeout_s else None
-        with self._idle:
-            while self._calls or self._serving:
-                left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
-                if left <= 0:
-                    return False
-                self._idle.wait(left)
+        while self._calls or self._server.num_serving:
+            left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
+            if left <= 0:
+                return False
+            self._server.wait(left)
         return True
 
     def say_goodbye(self, timeout_s: float) -> None:
@@ -173,7 +159,7 @@ class Agent:
                 return
             self._closed = True
         self._gates.close(AgentClosedError("this worker shut down while the call waited for room"))
-        self._handler_pool.close(flush_s)
+        self._server.pool.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._carrier.close(flush_s)
         self._deadlines.close()
@@ -193,7 +179,7 @@ class Agent:
                 must not depend on the thread (torch's modes do). Else it runs as what it may return does: on a reader
                 outside of the lock, or on a handler thread.
         """
-        self._handlers[message_type] = (handler, inline)
+        self._server.handle(message_type, handler, inline)
 
     def add_hook(self, hook: CallHook) -> None:
         """Let `hook` ride on every hooked call."""
@@ -209,7 +195,7 @@ class Agent:
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
-        self._handler_pool.submit(task)
+        self._server.pool.submit(task)
 
     def memory_card(self) -> list[Any] | None:
         """What the membership card says of this worker's shared memory."""
@@ -256,7 +242,7 @@ class Agent:
         extras = None
         if hooked and self.hooks:
             payload = payload or Payload()
-            extras = self._extras(to, message, payload, None)
+            extras = self.hooks.send(to, message, payload, None)
         call_id = next(self._call_ids)
         envelope = seal(message, call_id, payload, extras, self._peers.device_names(to))
         failed: Exception | None = None
@@ -306,9 +292,9 @@ class Agent:
 
     def counts(self) -> dict[str, int]:
         """Calls under way, requests being served, handler threads and idle ones."""
-        threads, idle = self._handler_pool.counts()
+        threads, idle = self._server.pool.counts()
         return {
-            "client_active_calls": len(self._calls), "server_active_calls": self._serving,
+            "client_active_calls": len(self._calls), "server_active_calls": self._server.num_serving,
             "thread_pool_size": threads, "num_idle_threads": idle,
         }  # fmt: skip
 
@@ -329,61 +315,10 @@ class Agent:
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """See `CallOwner.open_answer`."""
         payload = open_payload(envelope)
-        for key, meta in (envelope.extras or {}).items():
-            hook = self.hooks.get(key)
-            if hook is not None:
-                hook.receive(call.peer, meta, payload, True)
+        self.hooks.receive_answer(call.peer, envelope.extras, payload)
         if isinstance(envelope.message, Failure):
             raise load_exception(call.peer, envelope.message, payload)
         return payload
-
-    def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
-        """See `Answerer.answer`. A second answer to one request is a defect of its handler and raises."""
-        with self._lock:
-            if request.answered:
-                raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
-            request.answered = True
-        try:
-            self._send_answer(request, payload, error)
-        except (PeerLostError, AgentClosedError) as gone:
-            log.debug("the answer to %s was not sent: %s", request.source, gone)
-        except OverloadedError as full:
-            log.error("the answer to %s was not sent: %s", request.source, full)
-        finally:
-            with self._idle:
-                self._serving -= 1
-                if not self._serving:
-                    self._idle.notify_all()
-
-    def _send_answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
-        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason."""
-        to = request.source
-        try:
-            message: Message = Reply()
-            if error is not None:
-                message, payload = dump_exception(error)
-            extras = None
-            if request.extras:
-                payload = payload or Payload()
-                extras = self._extras(to, message, payload, request.extras)
-            self._peers.send(to, seal(message, request.call_id, payload, extras, self._peers.device_names(to)))
-        except (PeerLostError, AgentClosedError, OverloadedError):
-            raise
-        except Exception as unsendable:
-            failure, rebuilt_from = dump_exception(unsendable if error is None else error)
-            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
-
-    def _extras(
-        self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
-    ) -> dict[str, Any] | None:
-        """What the hooks add to a request, or to the answer of one that came with `request_extras`."""
-        extras = {}
-        for key, hook in self.hooks.items():
-            if request_extras is None or key in request_extras:
-                meta = hook.send(to, message, payload, request_extras[key] if request_extras else None)
-                if meta is not None:
-                    extras[key] = meta
-        return extras or None
 
     # ---- messages in -----------------------------------------------------------------------------------------------
 
@@ -391,48 +326,7 @@ class Agent:
         if isinstance(envelope.message, Reply | Failure):
             self._finish(envelope.call_id, envelope, None)
             return None
-        return self._on_request(source, envelope)
-
-    def _on_request(self, source: Incarnation, envelope: Envelope) -> Work | None:
-        member = self.members.by_incarnation(source)
-        if member is None or self._early is not None:
-            with self._lock:
-                if self._early is not None:
-                    self._early.append((source, envelope))
-                    return None
-            self.submit(lambda: self._on_stranger(source, envelope))
-            return None
-        return self._serve(member.info, envelope)
-
-    def _on_stranger(self, source: Incarnation, envelope: Envelope) -> None:
-        """A request of somebody not known here: a newcomer, or one who is gone."""
-        if self.members.by_incarnation(source) is None:
-            self.refresh()
-        member = self.members.by_incarnation(source)
-        if member is None:
-            log.warning("a %s of an unknown worker was dropped", type(envelope.message).__name__)
-            return
-        work = self._serve(member.info, envelope)
-        if work is not None:
-            work()
-
-    def _serve(self, source: WorkerInfo, envelope: Envelope) -> Work | None:
-        request = Request(self, source, envelope, envelope.message)
-        with self._lock:
-            self._serving += 1
-        handler = self._handlers.get(type(envelope.message))
-        if handler is None:
-            request.fail(ProtocolError(f"{self.info} does not serve {type(envelope.message).__name__}"))
-            return None
-        work: Work | None = partial(_finish_work, handler[0], request)
-        if handler[1]:
-            work = _run(handler[0], request)
-        if work is None:
-            return None
-        if self._carrier.inbox.can_work and self._quickness.expects_quick():
-            return partial(self._quickness.timed, work)
-        self._handler_pool.submit(work)
-        return None
+        return self._server.serve(source, envelope)
 
     def _may_wait(self) -> bool:
         """Whether this thread may wait for room: not while it reads for everybody."""
@@ -473,22 +367,3 @@ class Agent:
                 self._finish(call_id, None, error)
         for listener in self._lost_listeners:
             self.submit(partial(listener, worker, reason))
-
-
-def _finish_work(handler: Handler, request: Request[Any]) -> None:
-    """Run a handler, and the work that it returns."""
-    work = _run(handler, request)
-    if work is not None:
-        work()
-
-
-def _run(handler: Handler, request: Request[Any]) -> Work | None:
-    """Run a handler; what it raises is the answer, unless it has answered."""
-    try:
-        return handler(request)
-    except BaseException as error:
-        if request.answered:
-            log.exception("the handler of %s failed after its answer", type(request.message).__name__)
-        else:
-            request.fail(error)
-    return None

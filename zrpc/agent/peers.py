@@ -61,6 +61,11 @@ class Peers:
             self._on_joined(member)
         return self._me
 
+    @property
+    def me(self) -> WorkerInfo:
+        """This worker."""
+        return self._me.info
+
     def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
         """The worker that `to` names; in a dynamic group newcomers are looked for.
 

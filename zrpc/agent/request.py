@@ -11,6 +11,7 @@ from zrpc.wire.payload import Payload, open_payload
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from zrpc.agent.hooks import Hooks
     from zrpc.ids import WorkerInfo
     from zrpc.wire.envelope import Envelope
 
@@ -40,7 +41,7 @@ class CallHook(Protocol):
 class Answerer(Protocol):
     """What a request needs of its agent."""
 
-    hooks: dict[str, CallHook]
+    hooks: Hooks
 
     def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
         """Send the answer."""

@@ -577,7 +577,7 @@ def test_a_handler_thread_that_waits_for_a_call_does_not_hold_up_the_close_for_e
         b.agent.handle(RRefUserDelete, wait_for_c, inline=False)
         a.agent.request(b.info, DELETE)
         gate.wait()
-        threads = list(b.agent._handler_pool._threads)
+        threads = list(b.agent._server.pool._threads)
         b.agent.close(0.05)
         for thread in threads:
             thread.join(WAIT_S)

@@ -206,7 +206,7 @@ class Worker:
         group: Any = FakeGroup(members)
         ignore: Any = lambda _: None  # noqa: E731
         self.agent = Agent(options, endpoint, group, None, ignore, ignore)
-        for pool in (self.agent._handler_pool, self.agent.completions._pool):
+        for pool in (self.agent._server.pool, self.agent.completions._pool):
             vars(pool)["submit"] = self._as_me(pool.submit)
         install(self.agent)
         self.rrefs: RRefContext = self.agent.extensions[RRefContext]

@@ -1,0 +1,34 @@
+"""The hooks of a worker: what rides on its calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zrpc.agent.request import CallHook
+    from zrpc.ids import WorkerInfo
+    from zrpc.wire.messages import Message
+    from zrpc.wire.payload import Payload
+
+
+class Hooks(dict[str, "CallHook"]):
+    """The hooks by their keys. Filled before the worker joins its group, and not changed after."""
+
+    def send(
+        self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """What the hooks add to a request, or to the answer of one that came with `request_extras`."""
+        extras = {}
+        for key, hook in self.items():
+            if request_extras is None or key in request_extras:
+                meta = hook.send(to, message, payload, request_extras[key] if request_extras else None)
+                if meta is not None:
+                    extras[key] = meta
+        return extras or None
+
+    def receive_answer(self, source: WorkerInfo, extras: dict[str, Any] | None, payload: Payload) -> None:
+        """Let the hooks see an answer."""
+        for key, meta in (extras or {}).items():
+            hook = self.get(key)
+            if hook is not None:
+                hook.receive(source, meta, payload, True)

@@ -1,0 +1,181 @@
+"""Requests in: who serves them, and their answers out.
+
+Until the group is complete, requests are kept back (a peer that is done earlier may call already).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zrpc.agent.pool import HandlerPool
+from zrpc.agent.quickness import Quickness
+from zrpc.agent.request import Request
+from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
+from zrpc.wire.exceptions import dump_exception
+from zrpc.wire.messages import Message, Reply
+from zrpc.wire.payload import Payload, seal
+
+if TYPE_CHECKING:
+    from zrpc.agent.hooks import Hooks
+    from zrpc.agent.peers import Peers
+    from zrpc.ids import Incarnation, WorkerInfo
+    from zrpc.transport.inbox import Inbox, Work
+    from zrpc.wire.envelope import Envelope
+
+log = logging.getLogger("zrpc")
+
+M = TypeVar("M", bound=Message)
+Handler = Callable[[Request[Any]], "Work | None"]
+
+
+class Server:
+    """The serving half of an agent. Any thread may call it; the lock owns what changes.
+
+    Args:
+        num_threads: handler threads.
+        hooks: see the requests and their answers.
+        peers: who may ask, and the way to them.
+        inbox: whose reader may be given work.
+        refresh: looks for newcomers.
+    """
+
+    def __init__(self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, refresh: Callable[[], None]) -> None:
+        self.hooks = hooks
+        self.pool = HandlerPool(num_threads, "zrpc-handler")
+        self._peers = peers
+        self._inbox = inbox
+        self._refresh = refresh
+        self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
+        self._quickness = Quickness()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._serving = 0
+        self._early: list[tuple[Incarnation, Envelope]] | None = []
+
+    @property
+    def num_serving(self) -> int:
+        """How many requests are not answered yet."""
+        return self._serving
+
+    def handle(self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool) -> None:
+        """See `Agent.handle`."""
+        self._handlers[message_type] = (handler, inline)
+
+    def open(self) -> None:
+        """Serve requests from now on, and those kept back."""
+        with self._lock:
+            early, self._early = self._early or [], None
+        for source, envelope in early:
+            self._submit(self.serve(source, envelope))
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the last request is answered, or somebody sees to it that none is, up to `timeout_s`."""
+        with self._idle:
+            self._idle.wait(timeout_s)
+
+    # ---- requests in -----------------------------------------------------------------------------------------------
+
+    def serve(self, source: Incarnation, envelope: Envelope) -> Work | None:
+        """Serve a request; see `zrpc.transport.inbox.Take`."""
+        member = self._peers.registry.by_incarnation(source)
+        if member is not None and self._early is None:
+            return self._serve(member.info, envelope)
+        with self._lock:
+            if self._early is not None:
+                self._early.append((source, envelope))
+                return None
+        self.pool.submit(lambda: self._serve_stranger(source, envelope))
+        return None
+
+    def _serve_stranger(self, source: Incarnation, envelope: Envelope) -> None:
+        """A request of somebody not known here: a newcomer, or one who is gone."""
+        if self._peers.registry.by_incarnation(source) is None:
+            self._refresh()
+        member = self._peers.registry.by_incarnation(source)
+        if member is None:
+            log.warning("a %s of an unknown worker was dropped", type(envelope.message).__name__)
+            return
+        self._submit(self._serve(member.info, envelope))
+
+    def _serve(self, source: WorkerInfo, envelope: Envelope) -> Work | None:
+        request = Request(self, source, envelope, envelope.message)
+        with self._lock:
+            self._serving += 1
+        handler, inline = self._handlers.get(type(envelope.message), (self._refuse, True))
+        work: Work | None = partial(_run_all, handler, request)
+        if inline:
+            work = _run(handler, request)
+        if work is None:
+            return None
+        if self._inbox.can_work and self._quickness.expects_quick():
+            return partial(self._quickness.timed, work)
+        self.pool.submit(work)
+        return None
+
+    def _refuse(self, request: Request[Any]) -> None:
+        raise ProtocolError(f"{self._peers.me} does not serve {type(request.message).__name__}")
+
+    def _submit(self, work: Work | None) -> None:
+        if work is not None:
+            self.pool.submit(work)
+
+    # ---- answers out -----------------------------------------------------------------------------------------------
+
+    def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
+        """See `Answerer.answer`. A second answer to one request is a defect of its handler and raises."""
+        with self._lock:
+            if request.answered:
+                raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
+            request.answered = True
+        try:
+            self._send(request, payload, error)
+        except (PeerLostError, AgentClosedError) as gone:
+            log.debug("the answer to %s was not sent: %s", request.source, gone)
+        except OverloadedError as full:
+            log.error("the answer to %s was not sent: %s", request.source, full)
+        finally:
+            with self._idle:
+                self._serving -= 1
+                if not self._serving:
+                    self._idle.notify_all()
+
+    def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
+        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason."""
+        to = request.source
+        try:
+            message: Message = Reply()
+            if error is not None:
+                message, payload = dump_exception(error)
+            extras = None
+            if request.extras:
+                payload = payload or Payload()
+                extras = self.hooks.send(to, message, payload, request.extras)
+            self._peers.send(to, seal(message, request.call_id, payload, extras, self._peers.device_names(to)))
+        except (PeerLostError, AgentClosedError, OverloadedError):
+            raise
+        except Exception as unsendable:
+            failure, rebuilt_from = dump_exception(unsendable if error is None else error)
+            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
+
+
+def _run(handler: Handler, request: Request[Any]) -> Work | None:
+    """Run a handler; what it raises is the answer, unless it has answered."""
+    try:
+        return handler(request)
+    except BaseException as error:
+        if request.answered:
+            log.exception("the handler of %s failed after its answer", type(request.message).__name__)
+        else:
+            request.fail(error)
+    return None
+
+
+def _run_all(handler: Handler, request: Request[Any]) -> None:
+    """Run a handler, and the work that it returns."""
+    work = _run(handler, request)
+    if work is not None:
+        work()
