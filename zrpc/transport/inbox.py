@@ -25,6 +25,7 @@ does not; a call of an operator 390 µs, and 290 if neither blocks. Where messag
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -39,11 +40,14 @@ from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 if TYPE_CHECKING:
     from zrpc.transport.sockets import Socket
 
+log = logging.getLogger("zrpc")
+
 READERS = 2
 PARK_S = 0.002
 STREAK_S = 0.01
 UNREAD_MAX_S = 0.02
 STREAK = 3
+CLOSE_WAIT_S = 5.0
 
 Work = Callable[[], None]
 Take = Callable[[bytes, list[Buffer]], Work | None]
@@ -119,7 +123,10 @@ class Inbox:
                     self._activity += 1
                     if not self._is_watched:
                         self._calls.put(False)
-                    work()
+                    try:
+                        work()
+                    except BaseException:  # this thread has more to do
+                        log.exception("a request failed in an unexpected way")
                     del work  # it holds what it was given, shared memory among it
                     continue
                 self._park(watch=True)
@@ -165,6 +172,8 @@ class Inbox:
             self._activity += 1
             while not wanted.done() and not self._is_over() and self._wait(deadline):
                 self._hand_on()
+                if deadline is not None and time.monotonic() >= deadline:
+                    break
         finally:
             self.is_read_by_caller = False
             self._reader = 0
@@ -178,8 +187,8 @@ class Inbox:
         if self.is_read_here:
             self._sock.close()
             return
-        with self._lock:
-            self._sock.close()
+        self._lock.acquire(timeout=CLOSE_WAIT_S)  # in vain if Ctrl-C struck where a caller had just taken it
+        self._sock.close()
 
     def _wait(self, deadline: float | None) -> bool:
         """Wait for a message; false if the deadline has passed. Call it under the lock."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -129,6 +130,30 @@ def test_a_caller_gives_up_at_its_deadline() -> None:
         here.inbox.wait_for(wanted, 0.0)
         assert not wanted.done()
         assert not wanted.blocked.is_set()
+
+
+def test_a_caller_gives_up_at_its_deadline_while_messages_stream_in() -> None:
+    with office(start=False) as here:
+        for number in range(1, 5001):
+            here.send(number.to_bytes(4, "little"))
+        here.inbox.wait_for(Wanted(), 0.0)
+        here.inbox.wait_for(Wanted(), time.monotonic())
+        assert len(here.order) < 5000
+
+
+def test_a_reader_outlives_work_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    with office() as here:
+
+        def fail() -> None:
+            raise SystemExit("of the work")
+
+        for name in (b"1", b"2", b"3"):
+            here.work[name] = fail
+            here.send(name)
+            here.wait_taken(name)
+        here.send(b"last")
+        here.wait_taken(b"last")
+    assert {record.getMessage() for record in caplog.records} == {"a request failed in an unexpected way"}
 
 
 def test_what_comes_otherwise_ends_the_wait_with_a_message() -> None:
