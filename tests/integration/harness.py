@@ -236,6 +236,10 @@ class Cluster:
         self._brokers.append(subprocess.Popen(command))
         return f"broker://127.0.0.1:{port}"
 
+    def broker_pid(self) -> int:
+        """The process of the broker that was started last."""
+        return self._brokers[-1].pid
+
     def close(self) -> None:
         """End every process that this cluster started."""
         for running in self._running:

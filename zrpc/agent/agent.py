@@ -19,7 +19,7 @@ from zrpc.agent.call import Call
 from zrpc.agent.completions import Completions
 from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
-from zrpc.agent.gate import Gates
+from zrpc.agent.gate import Gates, Standing
 from zrpc.agent.hooks import Hooks
 from zrpc.agent.peers import Peers
 from zrpc.agent.pool import blocking
@@ -92,13 +92,13 @@ class Agent:
         self._group = group
         self._peers = Peers(options, self._carrier, group, connect, disconnect, self._on_gone)
         self.members = self._peers.registry
+        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._server = Server(
-            options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, lambda: self.refresh()
+            options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh()
         )
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
         self._call_ids = itertools.count(1)
-        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
@@ -158,7 +158,7 @@ class Agent:
             if self._closed:
                 return
             self._closed = True
-        self._gates.close(AgentClosedError("this worker shut down while the call waited for room"))
+        self._gates.close(AgentClosedError("this worker shut down"))
         self._server.pool.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._carrier.close(flush_s)
@@ -245,26 +245,24 @@ class Agent:
             extras = self.hooks.send(to, message, payload, None)
         call_id = next(self._call_ids)
         envelope = seal(message, call_id, payload, extras, self._peers.device_names(to))
-        failed: Exception | None = None
-        try:
-            limit_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._may_wait if hooked else None)
-        except ZrpcError as error:
-            failed = error
         call = Call(self, call_id, to, message, limit_s)
+        try:
+            left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else _needed)
+        except ZrpcError as error:
+            call.complete(None, error)
+            return call
         self._calls[call_id] = call
         try:
-            if failed is None:
-                self._peers.send(to, envelope)
+            self._peers.send(to, envelope)
         except Exception as error:
-            failed = error
-            self._gates.leave(call_id)
-        if failed is not None:
-            self._finish(call_id, None, failed)
+            self._finish(call_id, None, error)
             return call
+        if payload is not None and payload.passengers:
+            payload.has_left()
         if not waited:
             self._carrier.inbox.num_sent += 1
             if limit_s:
-                self._deadlines.add(call_id, limit_s)
+                self._deadlines.add(call_id, left_s)
         if self._closed:  # the sweep of close() may have passed by
             self._finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call
@@ -328,17 +326,21 @@ class Agent:
             return None
         return self._server.serve(source, envelope)
 
-    def _may_wait(self) -> bool:
-        """Whether this thread may wait for room: not while it reads for everybody."""
-        return not self._carrier.inbox.is_read_here
+    def _standing(self) -> Standing:
+        """How this thread stands to waiting for room."""
+        inbox = self._carrier.inbox
+        if inbox.is_read_here or self.completions.is_here():
+            return Standing.NEEDED
+        return Standing.SERVING if inbox.is_reader_here or self._server.pool.is_here() else Standing.FREE
 
     def _finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
         call = self._calls.pop(call_id, None)
         if call is None:  # it timed out, or its peer was declared lost
             self._gates.leave(call_id)
+            if answer is not None and answer.extras and self.hooks.passengers is not None:
+                self.submit(partial(self.hooks.discard_answer, answer.extras))
             return
-        if answer is not None:
-            self._gates[call.peer.id].leave(call_id)
+        self._gates[call.peer.id].leave(call_id)
         call.complete(answer, error)
         if error is not None and call.is_read_for:
             self._carrier.interrupt()
@@ -360,10 +362,15 @@ class Agent:
         """A peer left or is lost: its calls fail."""
         if self._closed:
             return
+        self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
         error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
-        self._gates.drop(worker.id, error)
         for call_id, call in list(self._calls.items()):
             if call.peer.id == worker.id:
                 self._finish(call_id, None, error)
         for listener in self._lost_listeners:
             self.submit(partial(listener, worker, reason))
+
+
+def _needed() -> Standing:
+    """Control messages do not wait for room."""
+    return Standing.NEEDED

@@ -39,6 +39,10 @@ class Completions:
         self._pool = HandlerPool(1, "zrpc-completer")
         self._left: deque[Completion] = deque()
 
+    def is_here(self) -> bool:
+        """Whether this is a completer thread."""
+        return self._pool.is_here()
+
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a completer thread."""
         self._pool.submit(task)

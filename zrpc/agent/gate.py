@@ -3,12 +3,18 @@
 A small call that need not wait passes without a lock. It is enough that whoever leaves looks at the line of waiting
 requests *after* it has left, and whoever gets into line looks for room again *after* it has: one of the two sees the
 other.
+
+Not every thread may wait (`Standing`). One that serves a request keeps room in its caller's window until it answers;
+were it to wait for room itself, requests that call each other could all wait in a circle. So it may always have one
+call on the way, room or not, and waits with the next. Then the innermost call of every chain goes on, and so do the
+others.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from zrpc.agent.pool import blocking
@@ -24,6 +30,24 @@ if TYPE_CHECKING:
 
 LEAST_LEFT_S = 0.001
 """What a call has left of its time limit, at least, when it leaves: 0 would be no limit."""
+
+
+class Standing(Enum):
+    """How a thread stands to waiting for room."""
+
+    FREE = "nobody waits for it: it may wait"
+    SERVING = "it serves a request: it may wait while a call that it made without room is on the way"
+    NEEDED = "it reads messages or completes futures: it must not wait"
+
+
+class _Ahead(threading.local):
+    """The last call that this thread made without room."""
+
+    gate: Gate | None = None
+    call_id = 0
+
+
+_ahead = _Ahead()
 
 
 class Gate:
@@ -49,7 +73,7 @@ class Gate:
         return self._window.num_calls
 
     def enter(
-        self, call_id: int, envelope: Envelope, to: WorkerInfo, limit_s: float, may_wait: Callable[[], bool] | None
+        self, call_id: int, envelope: Envelope, to: WorkerInfo, limit_s: float, standing: Callable[[], Standing]
     ) -> float:
         """Count a request, once there is room for it.
 
@@ -58,7 +82,7 @@ class Gate:
             envelope: what is to be sent.
             to: the callee, for the error.
             limit_s: how long it may wait in seconds; 0: no limit.
-            may_wait: whether this thread may wait at all. If not, or without it, the request passes, room or not.
+            standing: of this thread; it is asked if there is no room.
 
         Returns:
             What is left of `limit_s`; 0 if that is 0.
@@ -73,12 +97,16 @@ class Gate:
         with self._lock:
             if self._window.ask(call_id, nbytes):
                 return limit_s
-            if may_wait is None or not may_wait():
+            if self._must_pass(standing(), call_id):
                 self._window.force(call_id, nbytes)
                 return limit_s
             turn = threading.Event()
             self._wake(self._window.line_up(call_id, nbytes, turn))
         return self._wait(turn, call_id, nbytes, to, limit_s)
+
+    def is_on_the_way(self, call_id: int) -> bool:
+        """Whether that request has passed, and was not answered yet."""
+        return self._window.is_on_the_way(call_id)
 
     def leave(self, call_id: int) -> bool:
         """A request was answered, or did not leave. False if it is not on the way."""
@@ -89,11 +117,37 @@ class Gate:
                 self._wake(window.release(max(nbytes, 0)))
         return nbytes != UNKNOWN
 
+    def check_answer(self, waiting_nbytes: int, here: WorkerInfo, to: WorkerInfo) -> None:
+        """Answers do not wait for room, so where the peer does not read, one too many cannot be sent.
+
+        Args:
+            waiting_nbytes: what waits here for the peer.
+            here: this worker.
+            to: the peer.
+
+        Raises:
+            OverloadedError: what waits is more than the requests that may be among it, and a window's worth of answers.
+        """
+        if self._max_nbytes and waiting_nbytes > self._max_nbytes + self._window.nbytes:
+            raise OverloadedError(
+                f"the answer was dropped: {waiting_nbytes} bytes wait at {here} for {to}, which does not read them. "
+                f"Ask for less at once, or change max_in_flight_nbytes ({self._max_nbytes}) of the options there"
+            )
+
     def close(self, end: ZrpcError) -> None:
         """The peer is gone. Who waits gets `end` raised; who comes later passes, and is told by the transport."""
         with self._lock:
             self._end = end
             self._wake(self._window.close())
+
+    def _must_pass(self, standing: Standing, call_id: int) -> bool:
+        """Whether this thread's request passes without room."""
+        if standing is not Standing.SERVING:
+            return standing is Standing.NEEDED
+        if _ahead.gate is not None and _ahead.gate.is_on_the_way(_ahead.call_id):
+            return False
+        _ahead.gate, _ahead.call_id = self, call_id
+        return True
 
     def _wait(self, turn: threading.Event, call_id: int, nbytes: int, to: WorkerInfo, limit_s: float) -> float:
         begun = time.monotonic()

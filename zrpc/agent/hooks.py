@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zrpc.agent.request import CallHook
+    from zrpc.agent.request import CallHook, PassengerHook
     from zrpc.ids import WorkerInfo
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
 
 
 class Hooks(dict[str, "CallHook"]):
-    """The hooks by their keys. Filled before the worker joins its group, and not changed after."""
+    """The hooks by their keys. Filled before the worker joins its group, and not changed after.
+
+    Attributes:
+        passengers: the one of them that sees to passengers (`zrpc.wire.payload.Passenger`).
+    """
+
+    passengers: PassengerHook | None = None
 
     def send(
         self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
@@ -20,8 +26,8 @@ class Hooks(dict[str, "CallHook"]):
         """What the hooks add to a request, or to the answer of one that came with `request_extras`."""
         extras = {}
         for key, hook in self.items():
-            if request_extras is None or key in request_extras:
-                meta = hook.send(to, message, payload, request_extras[key] if request_extras else None)
+            if request_extras is None or key in request_extras or (payload.passengers and hook is self.passengers):
+                meta = hook.send(to, message, payload, request_extras.get(key) if request_extras else None)
                 if meta is not None:
                     extras[key] = meta
         return extras or None
@@ -32,3 +38,8 @@ class Hooks(dict[str, "CallHook"]):
             hook = self.get(key)
             if hook is not None:
                 hook.receive(source, meta, payload, True)
+
+    def discard_answer(self, extras: dict[str, Any]) -> None:
+        """An answer came that nobody waits for any more: let its passengers go. Runs on a handler thread."""
+        if self.passengers is not None and self.passengers.key in extras:
+            self.passengers.discard(extras[self.passengers.key])

@@ -96,6 +96,11 @@ class Peers:
         except PeerLostError as error:
             raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
 
+    def queued_nbytes(self, to: WorkerInfo) -> int:
+        """How much waits here because `to` has not read what was sent before, in bytes."""
+        member = self.registry.member(to.id)
+        return 0 if member is None else self._carrier.queued_nbytes(member.incarnation)
+
     def watch(self, to: WorkerInfo) -> None:
         """See to it that the loss of `to` is noticed even if nothing is ever sent to it."""
         member = self.registry.member(to.id)

@@ -66,6 +66,10 @@ class HandlerPool:
             self._queue.put(task)
             self._grow()
 
+    def is_here(self) -> bool:
+        """Whether this thread is one of the pool's."""
+        return _here.pool is self
+
     def change_waiting(self, by: int) -> None:
         """One thread more (1) or less (-1) waits. For `blocking`."""
         with self._lock:

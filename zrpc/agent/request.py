@@ -38,6 +38,13 @@ class CallHook(Protocol):
         """
 
 
+class PassengerHook(CallHook, Protocol):
+    """The hook of the passengers: it is also asked for answers to requests that came without its metadata."""
+
+    def discard(self, meta: object) -> None:
+        """Metadata came with an answer that nobody waits for any more. Runs on a handler thread."""
+
+
 class Answerer(Protocol):
     """What a request needs of its agent."""
 

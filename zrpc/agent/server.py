@@ -20,6 +20,7 @@ from zrpc.wire.messages import Message, Reply
 from zrpc.wire.payload import Payload, seal
 
 if TYPE_CHECKING:
+    from zrpc.agent.gate import Gates
     from zrpc.agent.hooks import Hooks
     from zrpc.agent.peers import Peers
     from zrpc.ids import Incarnation, WorkerInfo
@@ -40,14 +41,18 @@ class Server:
         hooks: see the requests and their answers.
         peers: who may ask, and the way to them.
         inbox: whose reader may be given work.
+        gates: refuse answers to peers that do not read.
         refresh: looks for newcomers.
     """
 
-    def __init__(self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, refresh: Callable[[], None]) -> None:
+    def __init__(
+        self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, refresh: Callable[[], None]
+    ) -> None:
         self.hooks = hooks
         self.pool = HandlerPool(num_threads, "zrpc-handler")
         self._peers = peers
         self._inbox = inbox
+        self._gates = gates
         self._refresh = refresh
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._quickness = Quickness()
@@ -151,11 +156,16 @@ class Server:
             if error is not None:
                 message, payload = dump_exception(error)
             extras = None
-            if request.extras:
+            if request.extras or (payload is not None and payload.passengers):
                 payload = payload or Payload()
-                extras = self.hooks.send(to, message, payload, request.extras)
-            self._peers.send(to, seal(message, request.call_id, payload, extras, self._peers.device_names(to)))
-        except (PeerLostError, AgentClosedError, OverloadedError):
+                extras = self.hooks.send(to, message, payload, request.extras or {})
+            envelope = seal(message, request.call_id, payload, extras, self._peers.device_names(to))
+            if envelope.buffers:
+                self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
+            self._peers.send(to, envelope)
+            if payload is not None and payload.passengers:
+                payload.has_left()
+        except (PeerLostError, AgentClosedError):
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error)

@@ -74,6 +74,10 @@ class Window(Generic[T]):
         """Requests on the way."""
         return len(self._calls)
 
+    def is_on_the_way(self, call_id: int) -> bool:
+        """Whether that request is. Any thread."""
+        return call_id in self._calls
+
     def take(self, call_id: int, nbytes: int) -> bool:
         """Let a small request go if nobody waits and there is room. False: `ask`. Any thread."""
         if nbytes > COUNTED_MIN_NBYTES or self.num_waiting or len(self._calls) >= self._max_calls:

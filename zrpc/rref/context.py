@@ -260,7 +260,8 @@ def install(agent: Agent) -> None:
     """Make `agent` serve RRefs. To be called before it joins its group."""
     context = RRefContext(agent)
     agent.extensions[Ledger] = agent.extensions[RRefContext] = context
-    agent.add_hook(ForkHook(context))
+    agent.hooks.passengers = hook = ForkHook(context)
+    agent.add_hook(hook)
     agent.handle(PythonRemote, context.serve_python_remote, inline=False)
     agent.handle(BuiltinRemote, context.serve_builtin_remote, inline=False)
     agent.handle(RRefFetch, context.serve_fetch, inline=True)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from zrpc.ids import ForkId, RRefId, WorkerInfo
     from zrpc.rref.rref import RRef
 
+    Note = tuple[RRefId | None, ForkId] | ForkData
+
 UNSENT_GRACE_S = 2.0
 """How long a shutdown waits for forks that nobody is known to have. Those in answers are with their readers by then."""
 
@@ -112,10 +114,6 @@ class Ledger:
         self._watch(holder.id)
         self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.id))
 
-    def unsent(self, fork: ForkData) -> None:
-        """`fork` was pickled and will not leave."""
-        self._decide(lambda table: table.unsent(fork.rref_id, fork.fork_id))
-
     def receive_used(self, fork: ForkData, announced: bool) -> None:
         """A fork of another worker's RRef came."""
         self._watch(fork.owner)
@@ -153,9 +151,11 @@ class Ledger:
 
     def note_dropped(self, owner_awaited: RRefId | None, fork_id: ForkId) -> None:
         """An RRef object was freed: a fork, or (`owner_awaited`) this worker's own. For `__del__`: from anywhere."""
-        janitor = self._janitor
-        if janitor is not None and not self._closed:
-            janitor.note((owner_awaited, fork_id))
+        self._note((owner_awaited, fork_id))
+
+    def note_unsent(self, fork: ForkData) -> None:
+        """`fork` was pickled and will not leave. For `__del__`: from anywhere."""
+        self._note(fork)
 
     def user_state(self, fork_id: ForkId) -> UserState:
         """The state of this worker's fork `fork_id`."""
@@ -249,7 +249,7 @@ class Ledger:
         """The table; it is made at first use, when the agent has a rank. Call it under the lock."""
         if self._table_made is None:
             self._table_made = RRefTable(self.agent.info.id)
-            self._janitor = Janitor(self._on_dropped)
+            self._janitor = Janitor(self._on_note)
         return self._table_made
 
     def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
@@ -292,7 +292,15 @@ class Ledger:
             return
         self.agent.notify(to, action.message, done)
 
-    def _on_dropped(self, note: tuple[RRefId | None, ForkId]) -> None:
+    def _note(self, note: Note) -> None:
+        janitor = self._janitor
+        if janitor is not None and not self._closed:
+            janitor.note(note)
+
+    def _on_note(self, note: Note) -> None:
+        if isinstance(note, ForkData):
+            self._decide(lambda table: table.unsent(note.rref_id, note.fork_id))
+            return
         owner_awaited, fork_id = note
         if owner_awaited is not None:
             self._decide(lambda table: table.home_dropped(owner_awaited, fork_id))

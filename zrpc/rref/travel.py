@@ -1,21 +1,20 @@
 """How RRefs get into messages and out of them.
 
-Pickling an RRef forks it. For whom it is pickled the pickler does not know; the hook does, which sees each call with
-its destination before it leaves, on the thread that pickled it. So the reducer leaves each new fork with its thread,
-and the hook takes those whose bytes are in the payload, notes who will hold them (the owner must know whose death ends
-which fork) and announces them in the call's metadata.
+Pickling an RRef forks it. For whom it is pickled the pickler does not know; the hook does, which sees each call and
+answer with its destination before it leaves. So the reducer puts a `Departure` of each new fork on board the payload;
+the hook notes who will hold the forks (the owner must know whose death ends which fork), and announces them in the
+message's metadata. A departure that is freed before its payload has left gives its fork up, whatever kept it here: a
+pickler that failed half way, a full window, an answer that cannot be sent.
 
 The callee receives announced forks before it reads the payload: it asks their owners to count them all at once, waits
-for the answers, and only then runs the function, which can therefore rely on its RRefs. Announced forks that nobody
-took out of the payload (it could not be read, say) are given up when the request is served. Forks in answers are not
-announced: their receiver tells an owner that it is the holder.
+for the answers, and only then runs the function, which can therefore rely on its RRefs. The caller receives those of an
+answer in the same way, and does not wait. Announced forks that nobody takes out of the payload (it could not be read,
+say) are given up with it; so are those of an answer that comes too late for anybody to read it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.current import current_agent
@@ -27,28 +26,34 @@ from zrpc.wire import pickling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
-    from zrpc.ids import ForkId, WorkerInfo
+    from zrpc.ids import WorkerInfo
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
 
-UNSENT_MAX = 1024
-"""So many forks of one thread wait for the hook. Older ones travel without being announced, as those in answers do."""
 
+class Departure:
+    """A fork on board a payload. It may be freed anywhere: it only leaves a note then."""
 
-class _Here(threading.local):
-    """Forks of this thread: pickled and not sent yet; announced and not taken out of the payload yet."""
+    __slots__ = ("_has_left", "_ledger", "fork")
 
-    def __init__(self) -> None:
-        self.unsent: deque[ForkData] = deque(maxlen=UNSENT_MAX)
-        self.announced: dict[ForkId, RRef[Any]] = {}
+    def __init__(self, ledger: Ledger, fork: ForkData) -> None:
+        self._ledger = ledger
+        self._has_left = False
+        self.fork = fork
 
+    def has_left(self) -> None:
+        """See `Passenger.has_left`."""
+        self._has_left = True
 
-_here = _Here()
+    def __del__(self) -> None:
+        if not self._has_left:
+            self._ledger.note_unsent(self.fork)
 
 
 class ForkHook:
-    """Tells the owner's ledger, and the callee, which forks a call carries."""
+    """Tells the owner's ledger, and the receiver, which forks a message carries."""
 
     key = "rref"
 
@@ -57,46 +62,58 @@ class ForkHook:
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """See `CallHook.send`: note that `to` holds the forks in `payload`, and announce them."""
-        unsent = _here.unsent
-        if not unsent:
+        if not payload.passengers:
             return None
-        packed = [(fork, fork.pack()) for fork in unsent]
-        unsent.clear()
-        leaving = [(fork, raw) for fork, raw in packed if raw in payload.data]
-        for fork, _ in leaving:
-            self._ledger.sent(fork, to)
-        return [raw for _, raw in leaving] or None
+        for departure in payload.passengers.values():
+            self._ledger.sent(departure.fork, to)
+        return list(payload.passengers)
 
-    @contextmanager
-    def receive(self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool) -> Iterator[None]:
-        """See `CallHook.receive`: receive the forks that `meta` announces, and wait until their owners count them."""
+    def receive(
+        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
+    ) -> AbstractContextManager[None]:
+        """See `CallHook.receive`: receive the forks that `meta` announces.
+
+        With a request it waits until their owners count them.
+        """
+        arrived = self._receive(source, meta)
+        payload.passengers = arrived
+        if is_reply:
+            return nullcontext()
+        users = [rref._fork_id for rref in arrived.values() if rref._cell is None and rref._fork_id is not None]
+        self._ledger.wait_confirmed(users)
+        return _leaving_nobody(payload)
+
+    def discard(self, meta: object) -> None:
+        """See `PassengerHook.discard`: give up the forks that `meta` announces."""
+        self._receive(None, meta)
+
+    def _receive(self, source: WorkerInfo | None, meta: object) -> dict[bytes, RRef[Any]]:
         if not isinstance(meta, list):
             raise ProtocolError(f"{source} announced the RRefs {meta!r}")
-        announced = [receive(self._ledger, ForkData.unpack(raw), announced=True) for raw in meta]
-        users = [rref._fork_id for rref in announced if rref._cell is None and rref._fork_id is not None]
-        self._ledger.wait_confirmed(users)
-        outer, _here.announced = _here.announced, {
-            ForkData.unpack(raw).fork_id: rref for raw, rref in zip(meta, announced, strict=True)
-        }  # fmt: skip
-        del announced
-        try:
-            yield
-        finally:
-            _here.announced = outer
+        return {raw: receive(self._ledger, ForkData.unpack(raw), announced=True) for raw in meta}
+
+
+@contextmanager
+def _leaving_nobody(payload: Payload) -> Iterator[None]:
+    """After the body nothing is kept of what is still on board."""
+    try:
+        yield
+    finally:
+        payload.passengers = None
 
 
 def _rebuild(packed: bytes) -> RRef[Any]:
     """Take an RRef out of a payload."""
-    fork = ForkData.unpack(packed)
-    announced = _here.announced.pop(fork.fork_id, None)
-    return announced or receive(current_agent().extensions[Ledger], fork)
+    rref = pickling.alight(packed)
+    return rref if isinstance(rref, RRef) else receive(current_agent().extensions[Ledger], ForkData.unpack(packed))
 
 
 def _reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
     """Put an RRef into a payload."""
     fork = rref._fork()
-    _here.unsent.append(fork)
-    return _rebuild, (fork.pack(),)
+    packed = fork.pack()
+    pickling.board(packed, Departure(rref._ledger, fork))
+    return _rebuild, (packed,)
 
 
 pickling.register_reducer(RRef, _reduce)

@@ -62,6 +62,9 @@ class BrokeredEndpoint:
         ConfigError: the address is not one, or its host is not known.
     """
 
+    credit_nbytes = 64 << 20
+    """What is on the way may lie in the broker, once for each worker that sends to the same one."""
+
     def __init__(self, address: str, incarnation: Incarnation) -> None:
         self.incarnation = incarnation
         self.address = address

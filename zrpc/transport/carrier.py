@@ -1,7 +1,8 @@
 """Envelopes between workers: each large buffer goes the best way there is, the rest through the endpoint.
 
 In shared memory, where both workers can open each other's; else in chunks, where it is very large; else as a frame of
-its own. The two first go ahead of their envelope, which names them by descriptors.
+its own. The two first go ahead of their envelope, which names them by descriptors. What goes through the endpoint is
+kept back where the peer does not read (`Lanes`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import PeerLostError
 from zrpc.transport.chunks import Transfers
+from zrpc.transport.lanes import Lanes
 from zrpc.wire.envelope import Envelope, decode, encode
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class Carrier:
     def __init__(self, endpoint: Endpoint, shared_memory: SharedMemory | None) -> None:
         self._endpoint = endpoint
         self._shared_memory = shared_memory
-        self._transfers = Transfers(endpoint.send)
+        self._lanes = Lanes(endpoint.send, endpoint.credit_nbytes)
+        self._transfers = Transfers(self._lanes.send)
         self._on_envelope: OnEnvelope
         self.inbox = endpoint.inbox
         self.interrupt = endpoint.interrupt
@@ -64,6 +67,7 @@ class Carrier:
         """`peer` came; its membership card says `card` of its shared memory."""
         if self._shared_memory is not None:
             self._shared_memory.meet(peer, card)
+        self._lanes.meet(peer)
 
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`."""
@@ -79,7 +83,7 @@ class Carrier:
         """
         placed: list[list[Any]] = []
         try:
-            self._endpoint.send(peer, encode(envelope, self._placing(peer, placed) if envelope.buffers else None))
+            self._lanes.send(peer, encode(envelope, self._placing(peer, placed) if envelope.buffers else None))
         except PeerLostError:
             self.forget(peer)
             raise
@@ -88,14 +92,20 @@ class Carrier:
                 self._take_back(peer, descriptor)
             raise
 
+    def queued_nbytes(self, peer: Incarnation) -> int:
+        """How much waits here because `peer` has not read what was sent before, in bytes."""
+        return self._lanes.queued_nbytes(peer)
+
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""
+        self._lanes.forget(peer)
         if self._shared_memory is not None:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
 
     def close(self, flush_s: float) -> None:
         """See `Endpoint.close`. Idempotent."""
+        self._lanes.flush()
         self._endpoint.close(flush_s)
         if self._shared_memory is not None:
             self._shared_memory.close()
@@ -124,6 +134,9 @@ class Carrier:
         try:
             if self._transfers.is_chunk(frames):
                 self._transfers.receive(source, frames)
+                return None
+            if self._lanes.is_mark(frames):
+                self._lanes.receive(source, frames)
                 return None
             return self._on_envelope(source, decode(frames, partial(self._fetch, source)))
         except Exception:  # whatever one message does, the next one is read

@@ -17,10 +17,17 @@ OnLost = Callable[[Incarnation, str], None]
 
 
 class Endpoint(Protocol):
-    """One worker's end of the transport."""
+    """One worker's end of the transport.
+
+    Attributes:
+        incarnation: this life of the worker.
+        inbox: what is read.
+        credit_nbytes: how much should be on the way to one peer that has not read it yet.
+    """
 
     incarnation: Incarnation
     inbox: Inbox
+    credit_nbytes: int
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""

@@ -93,6 +93,7 @@ class Inbox:
         self._is_over = is_over
         self._ready = [(sock, int(zmq.POLLIN))]
         self._lock = threading.Lock()
+        self._readers: set[int] = set()  # each reader adds itself
         self._reader = 0  # the thread that holds the lock to read
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
         self._last_wait_s = 0.0
@@ -110,12 +111,18 @@ class Inbox:
         return bool(self._parked) and not self.is_read_by_caller
 
     @property
+    def is_reader_here(self) -> bool:
+        """Whether this thread is one of the readers."""
+        return threading.get_ident() in self._readers
+
+    @property
     def is_read_here(self) -> bool:
         """Whether this thread holds the read lock."""
         return self._reader == threading.get_ident()
 
     def run(self) -> None:
         """Be a reader, until `is_over`."""
+        self._readers.add(threading.get_ident())
         while not self._is_over():
             if self._lock.acquire(blocking=False):
                 work = self._read()

@@ -52,6 +52,9 @@ class PeerEndpoint:
         ConfigError: the address cannot be listened on.
     """
 
+    credit_nbytes = 512 << 20
+    """ZeroMQ holds references to memory that the message's sender holds as well: this only bounds answers."""
+
     def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False) -> None:
         self.incarnation = incarnation
         self._context = sockets.make_context()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc.wire import tensors as tensor_codec
 from zrpc.wire.envelope import Buffer, Envelope
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from zrpc.wire.messages import Message
 
 
+class Passenger(Protocol):
+    """Something in a payload that must know whether the payload has left. One that is freed before has not."""
+
+    def has_left(self) -> None:
+        """The payload is on its way."""
+
+
 @dataclass(slots=True)
 class Payload:
     """What `pickling.dumps` or `values.pack` make of a value, and what the same value is made of again.
@@ -24,11 +31,19 @@ class Payload:
         data: the pickle stream or packed values.
         tensors: the tensors of the value, in the order in which `data` names them. Call hooks may replace them.
         buffers: memory of PEP 574 objects (numpy arrays among them), in the order in which `data` names them.
+        passengers: each `Passenger` or, in a payload that came, what is there for it before it is read; by the bytes
+            that stand for it in `data`. None: there are none.
     """
 
     data: Buffer = b""
     tensors: list[torch.Tensor] = field(default_factory=list)
     buffers: Sequence[Buffer] = ()
+    passengers: dict[bytes, Any] | None = None
+
+    def has_left(self) -> None:
+        """Tell its passengers that it is on its way."""
+        for passenger in (self.passengers or {}).values():
+            passenger.has_left()
 
 
 def seal(

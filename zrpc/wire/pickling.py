@@ -20,7 +20,7 @@ import torch
 
 from zrpc.errors import SerializationError
 from zrpc.wire import values
-from zrpc.wire.payload import Payload
+from zrpc.wire.payload import Passenger, Payload
 
 if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
@@ -32,26 +32,27 @@ _ONE_TENSOR = bytes([values.MAGIC, 0])
 Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-class _Tables(threading.local):
-    """The tensor tables that this thread's pickling under way fills and reads; a nested one puts its own there."""
+class _UnderWay(threading.local):
+    """The payloads that this thread's pickling fills and reads; a nested one puts its own there."""
 
-    sending: list[torch.Tensor] | None = None
-    receiving: list[torch.Tensor] | None = None
+    sending: Payload | None = None
+    receiving: Payload | None = None
 
 
-_tables = _Tables()
+_under_way = _UnderWay()
 
 
 def _tensor_at(index: int) -> torch.Tensor:
-    if _tables.receiving is None:
+    if _under_way.receiving is None:
         raise pickle.UnpicklingError("a stream with a tensor table can only be read by zrpc")
-    return _tables.receiving[index]
+    return _under_way.receiving.tensors[index]
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> Reduced:
-    assert _tables.sending is not None  # only dumps() uses this dispatch table
-    _tables.sending.append(tensor)
-    return _tensor_at, (len(_tables.sending) - 1,)
+    assert _under_way.sending is not None  # only dumps() uses this dispatch table
+    tensors = _under_way.sending.tensors
+    tensors.append(tensor)
+    return _tensor_at, (len(tensors) - 1,)
 
 
 class _DispatchTable(dict[type, Callable[[Any], Any]]):
@@ -71,7 +72,22 @@ def register_reducer(cls: type, reducer: Callable[[Any], Reduced]) -> None:
 
 def is_pickling() -> bool:
     """Whether this thread is inside `dumps`: objects that must not be pickled elsewhere ask this."""
-    return _tables.sending is not None
+    return _under_way.sending is not None
+
+
+def board(key: bytes, passenger: Passenger) -> None:
+    """Let `passenger` travel in the payload that this thread makes. For reducers, which put `key` into the stream."""
+    payload = _under_way.sending
+    assert payload is not None  # only dumps() calls reducers
+    if payload.passengers is None:
+        payload.passengers = {}
+    payload.passengers[key] = passenger
+
+
+def alight(key: bytes) -> object | None:
+    """Take what came for `key` out of the payload that this thread reads; None if nothing came ahead."""
+    payload = _under_way.receiving
+    return payload.passengers.pop(key, None) if payload is not None and payload.passengers else None
 
 
 def dumps(obj: Any, *, whole: bool = False) -> Payload:
@@ -89,24 +105,25 @@ def dumps(obj: Any, *, whole: bool = False) -> Payload:
             return Payload(_NONE)
         if type(obj) is torch.Tensor:
             return Payload(_ONE_TENSOR, [obj])
-    outer = _tables.sending
-    tensors: list[torch.Tensor] = []
-    _tables.sending = tensors
+    payload = Payload()
+    outer, _under_way.sending = _under_way.sending, payload
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     try:
         pickler = pickle.Pickler(stream, _PROTOCOL, buffer_callback=None if whole else buffers.append)
         pickler.dispatch_table = _dispatch_table
         pickler.dump(obj)
-        raw = [buffer.raw() for buffer in buffers]
+        payload.buffers = [buffer.raw() for buffer in buffers]
     except Exception as error:
+        payload.passengers = None  # they stay; the error would keep them
         raise SerializationError(
             f"{_brief(obj)} cannot be pickled: {error}. Pass objects that pickle can name or copy: functions and "
             "classes defined at the top level of a module that both sides can import"
         ) from error
     finally:
-        _tables.sending = outer
-    return Payload(stream.getvalue(), tensors, raw)
+        _under_way.sending = outer
+    payload.data = stream.getvalue()
+    return payload
 
 
 def loads(payload: Payload) -> Any:
@@ -123,8 +140,7 @@ def loads(payload: Payload) -> Any:
         return payload.tensors[0]
     if data[0] == values.MAGIC:
         return values.unpack(payload)
-    outer = _tables.receiving
-    _tables.receiving = payload.tensors
+    outer, _under_way.receiving = _under_way.receiving, payload
     try:
         return pickle.loads(data, buffers=_own(payload))
     except (AttributeError, ImportError) as error:
@@ -137,7 +153,7 @@ def loads(payload: Payload) -> Any:
     except Exception as error:
         raise SerializationError(f"a received value cannot be unpickled: {type(error).__name__}: {error}") from error
     finally:
-        _tables.receiving = outer
+        _under_way.receiving = outer
 
 
 def _own(payload: Payload) -> Iterator[Buffer]:

@@ -44,6 +44,7 @@ class ReadElsewhere:
 
     is_read_by_caller = False
     is_read_here = False
+    is_reader_here = False
     can_work = False
     num_sent = 0
 
@@ -56,6 +57,8 @@ class ReadElsewhere:
 
 class MemoryEndpoint:
     """An `Endpoint` whose messages travel through a queue, read by a thread of its own."""
+
+    credit_nbytes = 1 << 30
 
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()

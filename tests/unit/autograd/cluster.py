@@ -49,6 +49,8 @@ class Network:
 class QueueEndpoint:
     """One worker's end: what is sent to it waits in queues until its reading thread takes it."""
 
+    credit_nbytes = 1 << 30
+
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()

@@ -153,6 +153,8 @@ class Network:
 
 
 class FakeEndpoint:
+    credit_nbytes = 1 << 30
+
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()

@@ -47,6 +47,7 @@ class _InternalRPCPickler:
     def serialize(self, obj: Any) -> tuple[bytes, list[torch.Tensor]]:
         """Take `obj` apart into a stream and the tensors that it refers to."""
         payload = pickling.dumps(obj, whole=True)
+        payload.has_left()  # whoever sends these bytes does not say so
         return bytes(payload.data), payload.tensors
 
     def deserialize(self, binary_data: bytes, tensor_table: list[torch.Tensor]) -> Any:
