@@ -109,12 +109,14 @@ def test_whatever_is_built_of_them_comes_back(value: Any) -> None:
     assert _same(roundtrip(value), value)
 
 
-def test_tensors_are_set_aside() -> None:
+def test_tensors_are_set_aside_and_one_that_is_there_twice_arrives_as_one() -> None:
     a, b = torch.randn(3), torch.randn(3000)
     payload = values.pack(((a, [b, (a, b[5:])]), {"out": a}))
-    assert [t is a for t in payload.tensors] == [True, False, True, False, True]
+    assert [t is a for t in payload.tensors] == [True, False, False]
     after = pickling.loads(travel(payload))
     assert torch.equal(after[0][0], a)
+    assert after[0][0] is after[0][1][1][0]
+    assert after[0][0] is after[1]["out"]
     assert torch.equal(after[0][1][1][1], b[5:])
     after[0][1][0].zero_()
     assert not after[0][1][1][1].any()
