@@ -158,9 +158,10 @@ class Worker:
         before = self.memory()
         peak = Peak()
         begun = time.perf_counter()
-        futures = []
-        for _ in range(calls):
-            futures.append(self.rpc.rpc_async("w1", slow_sink, args=(torch.ones(nbytes, dtype=torch.uint8), seconds)))
+        futures = [
+            self.rpc.rpc_async("w1", slow_sink, args=(torch.ones(nbytes, dtype=torch.uint8), seconds))
+            for _ in range(calls)
+        ]
         sent_s = time.perf_counter() - begun
         for future in futures:
             future.wait()
