@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ class Survivors:
     """The two that are not killed, as the test orders them about."""
 
     def __init__(self, cluster: Cluster, method: str) -> None:
-        pipes = [harness._context.Pipe() for _ in SURVIVORS]
+        self._pipes = pipes = [harness._context.Pipe() for _ in SURVIVORS]
         self.orders = [ours for ours, _ in pipes]
         self.running = [
             cluster.start(survive_as, 1, args=(rank, method, theirs), init=False)
@@ -203,13 +204,15 @@ class Survivors:
         for running in self.running:
             assert [outcome.error for outcome in running.wait(PATIENCE_S)] == [None]
 
+    def close(self) -> None:
+        for ours, theirs in self._pipes:
+            ours.close()
+            theirs.close()
+
     def _answer(self, rank: int) -> dict[str, int]:
         if not self.orders[rank].poll(2 * PATIENCE_S):
-            pytest.fail(f"worker{rank} does not answer")
-        try:
-            answer: dict[str, int] = self.orders[rank].recv()
-        except EOFError:
-            pytest.fail(f"worker{rank}: {self.running[rank].wait(1.0)[0].error}")
+            pytest.fail(f"worker{rank} does not answer: {self.running[rank].wait(1.0)[0].error}")
+        answer: dict[str, int] = self.orders[rank].recv()
         return answer
 
 
@@ -217,36 +220,42 @@ def survive_as(_: int, rank: int, method: str, test: Connection) -> None:
     survive(rank, method, test)
 
 
+@pytest.mark.timeout(120 + 3 * KILLS)
 @pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)
 def test_kills_leave_nothing_behind(cluster_in_each_mode: Cluster) -> None:
     cluster, chance = cluster_in_each_mode, random.Random(SEED)
     method = cluster.new_init_method()
-    survivors = Survivors(cluster, method)
-    survivors.each("work")
-    survivors.each("settle")
     seen: list[list[dict[str, int]]] = []
-    for number in range(KILLS):
-        ours, theirs = harness._context.Pipe()
-        running = cluster.start(victim, 1, args=(method, number, theirs), init=False)
-        assert ours.poll(PATIENCE_S), f"victim{number} does not come"
-        assert ours.recv() == "talking", running.wait(1.0)[0].error
-        survivors.each("talk", f"victim{number}")
-        time.sleep(chance.uniform(0, MAX_LIFE_S))  # at any moment
-        running.kill(0)
-        running.wait(1.0)
-        survivors.each("settle", f"victim{number}")
+    with closing(Survivors(cluster, method)) as survivors:
         survivors.each("work")
-        counts = survivors.each("settle", f"victim{number}")
-        seen.append(counts)
-        for count in counts:
-            check(count)
-        if number % 20 == 19:
-            print(f"{number + 1} kills: {counts}")
-    survivors.end()
+        survivors.each("settle")
+        for number in range(KILLS):
+            live_and_die(cluster, survivors, method, number, chance.uniform(0, MAX_LIFE_S))
+            survivors.each("work")
+            seen.append(survivors.each("settle"))
+            for count in seen[-1]:
+                check(count)
+            if number % 20 == 19:
+                print(f"{number + 1} kills: {seen[-1]}")
+        survivors.end()
     assert KILLS > WARM_UP, "nothing could have grown"
     for rank in range(len(SURVIVORS)):
         grows_no_more([counts[rank] for counts in seen])
     assert not list(Path("/dev/shm").glob("*zrpc*"))
+
+
+def live_and_die(cluster: Cluster, survivors: Survivors, method: str, number: int, life_s: float) -> None:
+    """Let a worker come, talk to the survivors for `life_s`, and be killed."""
+    ours, theirs = harness._context.Pipe()
+    with ours, theirs:
+        running = cluster.start(victim, 1, args=(method, number, theirs), init=False)
+        assert ours.poll(PATIENCE_S), f"victim{number} does not come: {running.wait(1.0)[0].error}"
+        ours.recv()
+        survivors.each("talk", f"victim{number}")
+        time.sleep(life_s)  # it is killed at any moment
+        running.kill(0)
+        running.wait(1.0)
+        survivors.each("settle", f"victim{number}")
 
 
 def check(count: dict[str, int]) -> None:
