@@ -18,14 +18,14 @@ import zrpc as rpc
 from tests.integration.data_plane_cases import CASES, LARGE, assert_same
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
-from zrpc.transport import chunks
+from zrpc.transport import carrier, chunks, slabs
 from zrpc.wire.envelope import INLINE_MAX_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.integration.harness import Cluster
-    from zrpc.wire.envelope import Buffer
+    from zrpc.wire.envelope import Buffer, Envelope
 
 INLINE, FRAME, SLAB, CHUNKS = "inline", "frame", "slab", "chunks"
 SIZES = {INLINE: 1_024, FRAME: 10_240, SLAB: 81_920, CHUNKS: 61_440}
@@ -44,9 +44,6 @@ class Recorder:
     chunk_nbytes: int = 0
 
     def record(self, frames: Sequence[Buffer]) -> None:
-        if frames[0][:1] == bytes([chunks.MAGIC]):
-            self.chunk_nbytes += len(frames[1])
-            return
         *_, buffers, _ = msgpack.unpackb(frames[0])
         for entry in buffers:
             if isinstance(entry, bytes):
@@ -55,6 +52,9 @@ class Recorder:
                 self.seen.append((entry, FRAME))
             else:
                 self.seen.append((entry[-1], SLOTS[len(entry)]))
+
+    def record_chunk(self, frames: Sequence[Buffer]) -> None:
+        self.chunk_nbytes += len(frames[1])
 
     def take(self) -> list[tuple[int, str]]:
         seen, self.seen = self.seen, []
@@ -69,17 +69,22 @@ _recorder = Recorder()
 
 def record_and_meet(rank: int) -> str:
     """Note from now on what leaves; wait until the other can be sent everything in the best way there is."""
-    endpoint: Any = current_agent()._carrier._endpoint
-    send = endpoint.send
+    sees = current_agent()._carrier
+    encode, send_chunk = carrier.encode, sees._transfers._send
 
-    def send_and_record(to: bytes, frames: Sequence[Buffer]) -> None:
+    def encode_and_record(envelope: Envelope, *place: Any) -> list[Buffer]:
+        frames = encode(envelope, *place)
         _recorder.record(frames)
-        send(to, frames)
+        return frames
 
-    current_agent()._carrier._endpoint.send = send_and_record  # type: ignore[method-assign]
-    current_agent()._carrier._transfers._send = send_and_record
+    def record_and_send(to: bytes, frames: Sequence[Buffer]) -> None:
+        _recorder.record_chunk(frames)
+        send_chunk(to, frames)
+
+    carrier.encode = encode_and_record  # type: ignore[assignment]
+    sees._transfers._send = record_and_send
     other = f"worker{1 - rank}"
-    while current_agent()._carrier._shared_memory is not None:  # each tries the other's memory when they meet
+    while sees._shared_memory is not None:  # each tries the other's memory when they meet
         rpc.rpc_sync(other, size_of, args=(torch.zeros(SIZES[SLAB]),))
         if any(path == SLAB for _, path in _recorder.take()):
             break
@@ -142,15 +147,13 @@ def exchange_real_sizes(rank: int, path: str) -> None:
     other = record_and_meet(rank)
     all_gather(None)
     if rank == 0:
-        for nbytes, taken in (
-            (INLINE_MAX_NBYTES, INLINE),
-            (chunks.MIN_NBYTES - 4, FRAME),
-            (chunks.MIN_NBYTES + 4, path),
-        ):
+        large = FRAME if path == CHUNKS else SLAB
+        limits = {INLINE_MAX_NBYTES: INLINE, slabs.MIN_NBYTES - 4: FRAME, slabs.MIN_NBYTES: large}
+        for nbytes, way in {**limits, chunks.MIN_NBYTES - 4: large, chunks.MIN_NBYTES + 4: path}.items():
             _recorder.take()
             sent = torch.arange(nbytes // 4, dtype=torch.int32)
             assert torch.equal(rpc.rpc_sync(other, torch.neg, args=(sent,)), -sent)
-            assert [way for _, way in _recorder.take()] == [taken if path == CHUNKS or taken == INLINE else path]
+            assert _recorder.take() == [(nbytes, way)]
 
 
 @pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)

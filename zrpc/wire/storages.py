@@ -16,7 +16,7 @@ from zrpc.wire.pickling import Reduced, register_reducer
 
 def _reduce_untyped(storage: torch.UntypedStorage) -> Reduced:
     seen = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    return _storage_of, (seen.set_(storage),)  # type: ignore[call-overload]
+    return _storage_of, (seen.set_(storage),)
 
 
 def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
