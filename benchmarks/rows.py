@@ -17,7 +17,7 @@ WINDOW = 256
 QUICKER = 10
 """`--quick` makes so many times fewer calls."""
 CALLS_MIN = 2
-ROW_S = 5.0
+ROW_S = 3.0
 """A row takes no longer, as far as `CALLS_MIN` allows: some contenders need seconds for 256 MB."""
 
 
