@@ -131,10 +131,15 @@ class Gatherings:
 
     def _tell_followers(self, key: Key, gathering: _Gathering, names: tuple[str, ...], timeout_s: float) -> None:
         if gathering.error is None:
-            told = _payload(self.remote.conclusion(key, gathering.objects))
+            news = self.remote.conclusion(key, gathering.objects)
         else:
-            told = _payload(self.remote.failure(key, gathering.error))
-        calls = [self._start(name, told, timeout_s) for name in names[1:] if name not in self._lost]
+            news = self.remote.failure(key, gathering.error)
+        told = _payload(news)
+        calls = []
+        for name in names[1:]:
+            if name not in self._lost:
+                calls.append(self._start(name, told, timeout_s))
+                told = _payload(news) if told.passengers else told  # a passenger goes to one worker only
         failed: list[tuple[str, Exception]] = []
         for call in calls:
             try:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from zrpc.agent.pool import blocking
 from zrpc.agent.window import UNKNOWN, Window
 from zrpc.errors import OverloadedError
+from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +92,7 @@ class Gate:
             OverloadedError: there was no room in time.
             ZrpcError: what `close` was given meanwhile.
         """
-        nbytes = nbytes_of(envelope)
+        nbytes = payload_nbytes(envelope)
         if self._window.take(call_id, nbytes):
             return limit_s
         with self._lock:
@@ -219,9 +220,7 @@ class Gates(dict[int, Gate]):
             self.drop(rank, end)
 
 
-def nbytes_of(envelope: Envelope) -> int:
+def payload_nbytes(envelope: Envelope) -> int:
     """What the payload of `envelope` takes, in bytes."""
     nbytes = len(envelope.data)
-    for buffer in envelope.buffers:
-        nbytes += buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
-    return nbytes
+    return nbytes + nbytes_of(envelope.buffers) if envelope.buffers else nbytes

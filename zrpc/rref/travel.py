@@ -64,9 +64,10 @@ class ForkHook:
         """See `CallHook.send`: note that `to` holds the forks in `payload`, and announce them."""
         if not payload.passengers:
             return None
-        for departure in payload.passengers.values():
-            self._ledger.sent(departure.fork, to)
-        return list(payload.passengers)
+        leaving = [key for key in payload.passengers if key in payload.data]  # a reducer may have sent some elsewhere
+        for key in leaving:
+            self._ledger.sent(payload.passengers[key].fork, to)
+        return leaving or None
 
     def receive(
         self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool

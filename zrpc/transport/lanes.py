@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from zrpc.errors import ZrpcError
+from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ class Lanes:
         if locked is None:
             locked = self._lanes.setdefault(peer, _Locked(self._credit_nbytes))
         with locked.lock:
-            self._carry_out(peer, locked, locked.lane.send(frames, _nbytes(frames)))
+            self._carry_out(peer, locked, locked.lane.send(frames, nbytes_of(frames)))
 
     def is_mark(self, frames: Sequence[Buffer]) -> bool:
         """Whether `frames` are neither an envelope nor a chunk, but flow control."""
@@ -208,7 +209,3 @@ class Lanes:
             self._send(source, (mark,))
         except ZrpcError:
             self._owed[source] = mark
-
-
-def _nbytes(frames: Sequence[Buffer]) -> int:
-    return sum(frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames)

@@ -11,6 +11,7 @@ import zmq
 
 from zrpc.errors import OverloadedError
 from zrpc.transport.inbox import send_frames
+from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_QUEUED = 1_000_000
 """Messages that may wait here for a peer that does not read; one more is refused."""
+MAX_QUEUED_NBYTES = 1 << 30
+"""The same in bytes; a single message may be larger. Large messages are held back before they come here, by lanes."""
 
 
 class Outbox:
@@ -30,6 +33,7 @@ class Outbox:
         self._prefix = list(prefix)
         self._lock = threading.Lock()
         self._queue: deque[list[Buffer]] = deque()
+        self._nbytes = 0  # of the queue
         self._closed = False
 
     def send(self, frames: Sequence[Buffer]) -> bool:
@@ -54,11 +58,13 @@ class Outbox:
                     return True
                 except zmq.Again:
                     pass
-            if len(self._queue) >= MAX_QUEUED:
+            if self._queue and (len(self._queue) >= MAX_QUEUED or self._nbytes >= MAX_QUEUED_NBYTES):
                 raise OverloadedError(
-                    f"{MAX_QUEUED} messages wait for a peer that does not read them: send fewer at once"
+                    f"{len(self._queue)} messages of {self._nbytes} bytes wait for a peer that does not read them: "
+                    "send fewer at once"
                 )
             self._queue.append(message)
+            self._nbytes += nbytes_of(message)
             return False
 
     def drain(self) -> bool:
@@ -69,7 +75,7 @@ class Outbox:
                     send_frames(self._sock, self._queue[0])
                 except zmq.Again:
                     return False
-                self._queue.popleft()
+                self._nbytes -= nbytes_of(self._queue.popleft())
             return True
 
     def flush(self, timeout_s: float) -> None:

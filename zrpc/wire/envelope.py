@@ -59,6 +59,11 @@ class Envelope:
     damage: ProtocolError | None = None
 
 
+def nbytes_of(buffers: Sequence[Buffer]) -> int:
+    """What `buffers` take together, in bytes."""
+    return sum(buffer.nbytes if isinstance(buffer, memoryview) else len(buffer) for buffer in buffers)
+
+
 def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | None = None) -> list[Buffer]:
     """The frames of `envelope`. Large buffers are not copied: they must stay unchanged until the frames are sent.
 

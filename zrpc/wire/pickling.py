@@ -122,6 +122,8 @@ def dumps(obj: Any, *, whole: bool = False) -> Payload:
         ) from error
     finally:
         _under_way.sending = outer
+    if payload.passengers and outer is not None:  # within a reducer, which puts this stream into its own
+        outer.passengers = payload.passengers = {**(outer.passengers or {}), **payload.passengers}
     payload.data = stream.getvalue()
     return payload
 
@@ -141,6 +143,8 @@ def loads(payload: Payload) -> Any:
     if data[0] == values.MAGIC:
         return values.unpack(payload)
     outer, _under_way.receiving = _under_way.receiving, payload
+    if outer is not None and payload.passengers is None:  # this stream came in that one
+        payload.passengers = outer.passengers
     try:
         return pickle.loads(data, buffers=_own(payload))
     except (AttributeError, ImportError) as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zrpc.agent.gate import Gate, Gates, Standing, nbytes_of
+from zrpc.agent.gate import Gate, Gates, Standing, payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError
 from zrpc.ids import WorkerInfo
@@ -54,8 +54,8 @@ def until_waiting(gate: Gate, count: int) -> None:
 
 def test_the_size_of_an_envelope_is_that_of_its_payload() -> None:
     buffers = [b"ab", memoryview(bytearray(80)).cast("d"), bytearray(3)]
-    assert nbytes_of(Envelope(PythonCall(), data=b"12345", buffers=buffers)) == 5 + 2 + 80 + 3
-    assert nbytes_of(Envelope(PythonCall())) == 0
+    assert payload_nbytes(Envelope(PythonCall(), data=b"12345", buffers=buffers)) == 5 + 2 + 80 + 3
+    assert payload_nbytes(Envelope(PythonCall())) == 0
 
 
 def test_a_call_waits_until_another_is_answered(threads: ThreadPoolExecutor) -> None:

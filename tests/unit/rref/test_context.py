@@ -12,13 +12,21 @@ import pytest
 import torch
 
 from tests.unit.rref.workers import Chaos, Worker, cluster
-from zrpc.errors import PeerLostError, ProtocolError, RpcTimeoutError, RRefError, SerializationError
+from zrpc.errors import OverloadedError, PeerLostError, ProtocolError, RpcTimeoutError, RRefError, SerializationError
 from zrpc.rref import ledger as ledger_module
 from zrpc.rref.cell import Cell
 from zrpc.rref.rref import RRef
 from zrpc.rref.states import UserState
 from zrpc.wire import pickling
-from zrpc.wire.messages import PythonRemote, Reply, RRefChildAccept, RRefFetch, RRefForkRequest, RRefUserDelete
+from zrpc.wire.messages import (
+    PythonCall,
+    PythonRemote,
+    Reply,
+    RRefChildAccept,
+    RRefFetch,
+    RRefForkRequest,
+    RRefUserDelete,
+)
 
 
 def make(value: Any) -> Any:
@@ -272,6 +280,103 @@ class _Unreadable:
         return boom, ()
 
 
+def own_two(value: Any, other: Any) -> tuple[RRef[Any], Any, RRef[Any]]:
+    return RRef(value), other, RRef(value)
+
+
+def own_a_lock(rref: RRef[Any]) -> Any:
+    return rref, RRef(1), threading.Lock()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_forks_that_are_pickled_and_do_not_leave_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        used, owned = a.remote(o, make, 1), a.local(2)
+        with pytest.raises(SerializationError):  # half of it is pickled
+            a.call(o, make, (used, owned, threading.Lock()))
+        with pytest.raises(SerializationError):  # all of it is, but it cannot be sent
+            a.call(o, make, (used, owned, torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])))
+        with pytest.raises(SerializationError):  # so with an answer
+            a.call(o, own_a_lock, used)
+        assert used.to_here() == 1
+        for worker in c.workers:
+            worker.wait_counts(children=0)
+        a.wait_counts(owners=0)
+        o.wait_counts(owners=1)
+        del used, owned
+        empty(c.workers)
+
+
+def test_forks_in_a_call_that_finds_no_room_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        mine = a.local(2)
+        a.agent._gates._max_calls = 1
+        c.network.hold(PythonCall)
+        filling = threading.Thread(target=a.call, args=(o, make, 1))
+        filling.start()
+        c.network.wait_held()
+        with pytest.raises(OverloadedError):
+            a.call(o, fetch, mine, timeout=0.05)
+        c.network.release()
+        filling.join()
+        del mine
+        empty(c.workers)
+
+
+def test_forks_in_an_answer_that_comes_too_late_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(monkeypatch) as c:
+        a, b, o = c.workers
+        made = b.remote(o, make, 5)
+        assert made.to_here() == 5
+        b.agent.extensions["made"] = made  # type: ignore[index]
+        c.network.hold(Reply)
+        for answerer, func, args in ((o, own, (3,)), (b, lend, ())):
+            with pytest.raises(RpcTimeoutError):
+                a.call(answerer, func, *args, timeout=0.1)
+        c.network.wait_held(2)
+        c.network.release()
+        b.wait_counts(children=0)
+        o.wait_counts(owners=1)
+        a.wait_counts(users=0)
+        del b.agent.extensions["made"], made  # type: ignore[arg-type]
+        empty(c.workers)
+
+
+def lend() -> Any:
+    from zrpc.rref import travel
+
+    return travel.current_agent().extensions["made"]  # type: ignore[index]
+
+
+def test_forks_in_an_answer_that_cannot_be_read_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        with pytest.raises(SerializationError):
+            a.call(o, own_two, 3, _Unwritable())
+        empty(c.workers)
+
+
+class _Unwritable:
+    """Travels to its callee, and back no more."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _Unreadable, ()
+
+
+def test_a_fork_in_an_answer_needs_no_word_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        c.network.hold(RRefForkRequest)
+        rref = a.call(o, own, 3)
+        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.id}}
+        assert rref.to_here() == 3
+        assert not c.network._held
+        del rref
+        empty(c.workers)
+
+
 def test_what_making_the_value_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     with cluster(monkeypatch, 2) as c:
         a, o = c.workers
@@ -328,8 +433,8 @@ def test_shutdown_does_not_wait_for_what_never_left(monkeypatch: pytest.MonkeyPa
         a, o = c.workers
         used, owned = a.remote(o, make, 1), a.local(2)
         assert used.to_here() == 1
-        with pytest.raises(SerializationError):
-            a.call(o, make, used, owned, threading.Lock())
+        for rref in (used, owned):
+            rref._serialize()
         a.rrefs.delete_all_user_and_unforked_owner_rrefs(20.0)
         empty(c.workers)
         a.rrefs.destroy(ignore_leak=False)

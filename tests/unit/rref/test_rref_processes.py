@@ -265,6 +265,22 @@ def after_shutdown(rank: int, options: dict[str, Any]) -> None:
     del rref, local
 
 
+def gathered(rank: int) -> list[int]:
+    """Everybody gets an RRef of its own from everybody; dropping one leaves the others as they are."""
+    mine = RRef(10 + rank)
+    everybody = all_gather(mine)
+    if rank == 1:
+        everybody.clear()
+    all_gather(None)
+    values = [rref.to_here() for _, rref in sorted(everybody.items())]
+    all_gather(None)
+    return values
+
+
+def test_rrefs_that_are_gathered(cluster: Cluster) -> None:
+    assert cluster.run(gathered, 4) == [[10, 11, 12, 13], [], [10, 11, 12, 13], [10, 11, 12, 13]]
+
+
 def test_sharing(cluster: Cluster) -> None:
     cluster.run(sharing, 3)
 

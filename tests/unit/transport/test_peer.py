@@ -258,16 +258,17 @@ def test_a_peer_whose_address_is_none_is_lost() -> None:
         assert [peer for peer, reason in a.arrivals.wait_lost(2) if "address" in reason] != []
 
 
-def test_too_many_queued_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("MAX_QUEUED", 10), ("MAX_QUEUED_NBYTES", 95_000)])
+def test_too_many_queued_messages_are_refused(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     monkeypatch.setattr(sockets, "HIGH_WATER_MARK", 5)
-    monkeypatch.setattr(outbox, "MAX_QUEUED", 10)
+    monkeypatch.setattr(outbox, limit, value)
     with peers(start=False) as (a, b):
 
         def send_many() -> None:
             for _ in range(10_000):
                 a.endpoint.send(b.id, [bytes(10_000)])
 
-        with pytest.raises(OverloadedError, match="send fewer at once"):
+        with pytest.raises(OverloadedError, match=r"10 messages of 100000 bytes wait .* send fewer at once"):
             send_many()
         a.start()
         b.start()

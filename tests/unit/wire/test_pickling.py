@@ -344,3 +344,83 @@ def test_a_stream_with_a_tensor_table_is_read_by_zrpc_alone() -> None:
 
 def test_small_messages_are_one_frame() -> None:
     assert len(sent(pickling.dumps((twice, (1, torch.ones(100)), {})))) == 1
+
+
+# ---- passengers ----------------------------------------------------------------------------------------------------
+
+
+class Traveller:
+    """Boards the payload that it is pickled into, under its key."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+
+
+class Ticket:
+    """Its passenger."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def has_left(self) -> None:
+        self.left += 1
+
+
+def _reduce_traveller(traveller: Traveller) -> tuple[Any, tuple[bytes]]:
+    pickling.board(traveller.key, Ticket())
+    return pickling.alight, (traveller.key,)
+
+
+pickling.register_reducer(Traveller, _reduce_traveller)
+
+
+def arrived(payload: Payload, passengers: dict[bytes, Any] | None) -> Payload:
+    return Payload(payload.data, payload.tensors, payload.buffers, passengers)
+
+
+def test_passengers_board_and_alight_by_their_keys() -> None:
+    payload = pickling.dumps([Traveller(b"one"), Traveller(b"two"), torch.ones(1)])
+    assert payload.passengers is not None
+    assert list(payload.passengers) == [b"one", b"two"]
+    payload.has_left()
+    assert [ticket.left for ticket in payload.passengers.values()] == [1, 1]
+    there = arrived(payload, {b"one": "first", b"three": "third"})
+    first, second, _ = pickling.loads(there)
+    assert (first, second) == ("first", None)
+    assert there.passengers == {b"three": "third"}, "nobody took it"
+    assert pickling.loads(arrived(payload, None))[:2] == [None, None]
+    assert pickling.alight(b"one") is None, "nothing is read"
+
+
+def test_a_payload_without_passengers_has_none() -> None:
+    payload = pickling.dumps([1, torch.ones(1)])
+    assert payload.passengers is None
+    payload.has_left()
+
+
+def test_passengers_of_a_pickling_that_failed_are_freed_at_once() -> None:
+    freed: list[int] = []
+
+    class Watched(Ticket):
+        def __del__(self) -> None:
+            freed.append(self.left)
+
+    class Fails:
+        def __reduce__(self) -> Any:
+            pickling.board(b"one", Watched())
+            raise ValueError("Expected error")
+
+    with pytest.raises(SerializationError) as caught:
+        pickling.dumps([Fails()])
+    assert freed == [0], "though the error is still there"
+    assert caught.value.__cause__ is not None
+
+
+def test_passengers_of_a_nested_pickling_travel_in_the_outer_payload() -> None:
+    payload = pickling.dumps([Nested([Traveller(b"inner")]), Traveller(b"outer")])
+    assert payload.passengers is not None
+    assert sorted(payload.passengers) == [b"inner", b"outer"]
+    there = arrived(payload, {b"inner": 1, b"outer": 2})
+    nested, outer = pickling.loads(there)
+    assert (nested.inner, outer) == ([1], 2)
+    assert not there.passengers
