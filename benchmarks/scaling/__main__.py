@@ -90,7 +90,9 @@ def _measure(mode: str, n: int, limit_s: float) -> Point:
     finally:
         _end(group)
     if group.returncode:
-        return Point(mode, n, error=f"exit code {group.returncode}: {err.strip().splitlines()[-1]}")
+        return Point(
+            mode, n, error=f"exit code {group.returncode}: {(err.strip() or 'without a word').splitlines()[-1]}"
+        )
     return Point(**json.loads(out.splitlines()[-1]))
 
 
