@@ -269,3 +269,16 @@ def test_memory_of_ended_forks_is_bounded() -> None:
     remembered.add(G)
     assert F not in remembered
     assert G in remembered
+
+
+def test_the_oldest_are_forgotten_and_never_many_at_once() -> None:
+    remembered = Remembered(640)
+    ids = [GlobalId(rank, local_id) for local_id in range(1000) for rank in (0, 1, 2)]
+    for item in ids:
+        remembered.add(item)
+        assert len(remembered) <= 640
+    kept = [item for item in ids if item in remembered]
+    assert kept == ids[-len(kept) :]
+    assert len(kept) >= 630
+    remembered.discard(kept[0])
+    assert kept[0] not in remembered

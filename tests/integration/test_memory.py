@@ -1,0 +1,188 @@
+"""What workers take of memory, in real processes: idle, with calls in flight, and after many RRefs.
+
+`benchmarks/memory.py` measures the same, in full. Bounds are on what a process has alone and on RSS, as psutil says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+import psutil
+
+import zrpc as rpc
+from zrpc.agent.current import current_agent
+from zrpc.gather import all_gather
+from zrpc.rref import ledger
+from zrpc.rref.ledger import Ledger
+from zrpc.rref.table import RRefTable
+
+if TYPE_CHECKING:
+    from tests.integration.harness import Cluster
+
+MB = 1_000_000
+IDLE_MAX = 15 * MB
+CALLS = 100_000
+IN_FLIGHT_MAX = 400 * MB
+RREFS = 10_000
+WAIT_S = 60.0
+
+BARE = "import torch; print('ready', flush=True); input()"
+IDLE = """
+import sys, torch, zrpc as rpc
+rank, method = int(sys.argv[1]), sys.argv[2]
+options = rpc.RpcBackendOptions(init_method=method)
+rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
+print("ready", flush=True)
+input()
+rpc.shutdown()
+"""
+
+
+def settled() -> int:
+    """This process's RSS, once garbage is gone."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+# ---- idle ----------------------------------------------------------------------------------------------------------
+
+
+def run_idle(method: str) -> list[tuple[int, int]]:
+    """RSS and memory of its own of a process that only imported torch, and of two idle workers."""
+    commands = [["-c", BARE], ["-c", IDLE, "0", method], ["-c", IDLE, "1", method]]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen([sys.executable, *command], stdin=pipe, stdout=pipe) for command in commands]
+    try:
+        found = []
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        for process in processes:
+            memory = psutil.Process(process.pid).memory_full_info()
+            found.append((memory.rss, memory.uss))
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.close()
+        assert [process.wait(WAIT_S) for process in processes] == [0, 0, 0]
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                stream.close()
+
+
+def test_an_idle_worker_takes_little_more_than_torch(cluster_in_each_mode: Cluster) -> None:
+    (bare_rss, bare_own), *workers = run_idle(cluster_in_each_mode.new_init_method())
+    for rss, own in workers:
+        assert rss - bare_rss < IDLE_MAX
+        assert own - bare_own < IDLE_MAX
+
+
+# ---- calls in flight -----------------------------------------------------------------------------------------------
+
+_gate = threading.Event()
+_launched = threading.Event()
+
+
+def noop() -> None:
+    return None
+
+
+def stand_still() -> None:
+    assert _gate.wait(WAIT_S)
+
+
+def wait_for_launch() -> None:
+    assert _launched.wait(WAIT_S)
+
+
+def fly(rank: int) -> int:
+    """So much does the caller take for calls that are all unanswered; they are all answered in the end."""
+    if rank == 1:
+        rpc.rpc_sync("worker0", wait_for_launch, timeout=WAIT_S)
+        _gate.set()
+        return 0
+    for future in [rpc.rpc_async("worker1", noop) for _ in range(1000)]:
+        future.wait()
+    before = settled()
+    standing = [rpc.rpc_async("worker1", stand_still, timeout=0) for _ in range(20)]
+    futures = [rpc.rpc_async("worker1", noop, timeout=0) for _ in range(CALLS)]
+    assert sum(future.done() for future in futures) < CALLS / 2
+    took = int(psutil.Process().memory_info().rss) - before
+    _launched.set()
+    assert all(future.wait() is None for future in standing + futures)
+    return took
+
+
+def test_calls_in_flight_take_little(cluster: Cluster) -> None:
+    assert cluster.run(fly, timeout_s=WAIT_S, num_worker_threads=4)[0] < IN_FLIGHT_MAX
+
+
+# ---- RRefs ---------------------------------------------------------------------------------------------------------
+
+
+def use(_: object) -> None:
+    return None
+
+
+def own_and_lend() -> rpc.RRef[int]:
+    return rpc.RRef(1)
+
+
+def num_kept() -> int:
+    info = current_agent().extensions[Ledger].debug_info()
+    return int(info["num_owner_rrefs"]) + int(info["num_pending_users"])
+
+
+def make_and_drop(count: int) -> None:
+    """RRefs of every kind: made by remote, fetched, passed back to their owner, and got in an answer."""
+    for _ in range(count // 100):
+        rrefs = [rpc.remote("worker1", noop) for _ in range(50)]
+        calls = [rpc.rpc_async("worker1", use, args=(rref,)) for rref in rrefs]
+        lent = [rpc.rpc_async("worker1", own_and_lend) for _ in range(25)]
+        mine = [rpc.rpc_async("worker1", use, args=(rpc.RRef(2),)) for _ in range(25)]
+        assert [rref.to_here() for rref in rrefs] == [None] * 50
+        assert [future.wait().to_here() for future in lent] == [1] * 25
+        for call in calls + mine:
+            call.wait()
+
+
+def drop_many(rank: int) -> tuple[int, int]:
+    """RSS before and after."""
+    ledger.RRefTable = partial(RRefTable, remembered_max=1000)  # type: ignore[misc]  # filled soon, and bounded
+    if rank == 0:
+        make_and_drop(RREFS)
+    all_gather("warm")
+    until_nothing_is_kept()
+    before = settled()
+    if rank == 0:
+        make_and_drop(2 * RREFS)
+    all_gather("dropped")
+    until_nothing_is_kept()
+    return before, settled()
+
+
+def until_nothing_is_kept() -> None:
+    pause = threading.Event()
+    for _ in range(int(WAIT_S * 100)):
+        if not num_kept():
+            return
+        pause.wait(0.01)  # that an owner keeps nothing any more sends no event
+    raise AssertionError(f"{num_kept()} RRefs are kept")
+
+
+def test_rrefs_that_were_dropped_leave_nothing_behind(cluster: Cluster) -> None:
+    """What one leaves, many would add up to. A fork that stays in a table takes 300 bytes and more."""
+    for before, after in cluster.run(drop_many, timeout_s=2 * WAIT_S):
+        assert after - before < 200 * 2 * RREFS
