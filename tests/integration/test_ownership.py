@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 INLINE, FRAME, SLAB, CHUNKS = "inline", "frame", "slab", "chunks"
 RANGES = {INLINE: (8, 4_096), FRAME: (4_104, 60_000), SLAB: (65_536, 400_000), CHUNKS: (100_000, 500_000)}
 """Sizes in bytes that take a path."""
-CHUNK_MIN_NBYTES, CHUNK_NBYTES = 100_000, 50_000
+CHUNK_MIN_NBYTES, CHUNK_NBYTES = 100_000, 70_000
+"""Chunks of less than 64 KiB would be copied when they are sent; those of the usual size are not."""
 ROUNDS = int(os.environ.get("ZRPC_ROUNDS", "400"))
 """Messages a thread."""
 THREADS = 3

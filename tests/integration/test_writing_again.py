@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import queue
 import signal
 import threading
 import weakref
@@ -215,16 +216,15 @@ def is_stopped(process: int) -> bool:
         return stat.read().rsplit(")", 1)[1].split()[0] == "T"
 
 
-_total = -1
+_sums: queue.SimpleQueue[int] = queue.SimpleQueue()
 
 
 def sum_of(array: Any) -> None:
-    global _total
-    _total = int(array.sum())
+    _sums.put(int(array.sum()))
 
 
 def total() -> int:
-    return _total
+    return _sums.get(timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)
