@@ -61,10 +61,14 @@ POOL_MAX_COUNT = 4096
 """How many slabs one worker may have: receivers map each, and a process may have 65,530 mappings."""
 FILES_MAX_SHARE = 0.25
 """Nor may they be more than this part of the files that the process may have open: each slab is one."""
+RESERVE_NBYTES = 64 << 20
+"""What fresh slabs leave of the memory that is available, whatever happens."""
 GROWTH_MAX_SHARE = 0.5
-"""Nor may a fresh slab take more than this part of what is available when it is made."""
+"""Nor may a fresh slab take more than this part of the rest."""
 ALLOWANCE_NBYTES = 64 << 20
-"""How much is taken before it is asked again what is available."""
+"""How much is taken, at most, before it is asked again what is available."""
+REFUSALS = 64
+"""So many more slabs are refused, once there was not enough memory, before it is asked again."""
 _SWEEP = 16
 
 
@@ -129,6 +133,7 @@ class SlabPool:
         self._nbytes = 0
         self._count = 0
         self._sweeps_to_skip = 0
+        self._asks_to_skip = 0
         self._num_placed = 0
         self._allowance = 0
         self._has_warned = False
@@ -227,12 +232,15 @@ class SlabPool:
             self._sweeps_to_skip = self._count // _SWEEP  # so that on average each buffer looks at a few slabs only
 
     def _make(self, room: int) -> Slab | None:
+        """A fresh slab. Call it under the lock.
+
+        Too much would not be refused: a process in a full cgroup is killed while it allocates [measured: version 1,
+        `posix_fallocate` of a memfd, SIGKILL]. So it is asked first.
+        """
         if room > self._allowance:
-            available = available_nbytes()
-            if available is not None and room > available * GROWTH_MAX_SHARE:
-                self._warn(f"a slab of {room} bytes is too much where {available} bytes are available")
-                return None
-            self._allowance = max(room, ALLOWANCE_NBYTES)
+            self._allowance = self._ask(room)
+        if room > self._allowance:
+            return None
         try:
             slab = Slab.make(room)
         except OSError as error:
@@ -242,6 +250,21 @@ class SlabPool:
         self._nbytes += room
         self._count += 1
         return slab
+
+    def _ask(self, room: int) -> int:
+        """How much may be taken now, if it is as much as `room`."""
+        if self._asks_to_skip:
+            self._asks_to_skip -= 1
+            return 0
+        available = available_nbytes()
+        if available is None:
+            return max(room, ALLOWANCE_NBYTES)
+        most = int((available - RESERVE_NBYTES) * GROWTH_MAX_SHARE)
+        if room > most:
+            self._warn(f"a slab of {room} bytes is too much where {available} bytes are available")
+            self._asks_to_skip = REFUSALS
+            return 0
+        return min(most, max(room, ALLOWANCE_NBYTES))
 
     def _give_up(self, slab: Slab) -> None:
         with self._lock:

@@ -304,13 +304,24 @@ def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attach
 def test_a_slab_is_not_made_of_memory_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slabs, "available_nbytes", lambda: 1 << 20)
-    assert slabs.limits()[0] == 1 << 18
+    available = slabs.RESERVE_NBYTES + (1 << 20)
+    monkeypatch.setattr(slabs, "available_nbytes", lambda: available)
+    assert slabs.limits()[0] == available // 4
     with pool() as sender:
-        assert sender.place(B, bytes(600_000)) is None
-        assert sender.place(B, bytes(600_000)) is None
-        assert caplog.text.count("is too much where 1048576 bytes are available") == 1
+        for _ in range(slabs.REFUSALS + 1):
+            assert sender.place(B, bytes(600_000)) is None
+        assert caplog.text.count(f"is too much where {available} bytes are available") == 1
         assert sender.place(B, bytes(400_000)) is not None
+        assert sender.place(B, bytes(400_000)) is not None, "it is asked again, and there is as much as before"
+
+
+def test_slabs_leave_some_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool() as sender:
+        total = slabs.RESERVE_NBYTES + (64 << 20)
+        monkeypatch.setattr(slabs, "available_nbytes", lambda: total - sender._nbytes)
+        while sender.place(B, bytes(2_000_000)) is not None:
+            assert sender.counts()["nbytes"] < 64 << 20
+        assert sender.counts()["nbytes"] > 32 << 20
 
 
 def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
