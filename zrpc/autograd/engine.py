@@ -52,10 +52,11 @@ def execute(job: Job, run: Run) -> dict[int, Gradients]:
     Raises:
         Exception: whatever a node or a hook raises.
     """
-    with executing(run):
-        if job.cuts or job.absent:
+    if job.cuts or job.absent:
+        with executing(run):
             return _execute_by_hand(job)
-        if job.edges:
+    if job.edges:
+        with executing(run):
             _run_backward(
                 tuple(job.edges), tuple(job.gradients), job.retain_graph, False, (), True, accumulate_grad=True
             )
