@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from zrpc.autograd.cut import Cut, Gradients
 from zrpc.autograd.functions import Run, executing
 
-_run_backward: Any = torch.autograd.graph._engine_run_backward
+_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
 """What `torch.autograd.backward` ends in. Its checks of shapes and dtypes take as long as a small graph, and here the
 gradients are those that the nodes themselves ask for."""
 

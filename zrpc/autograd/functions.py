@@ -180,8 +180,12 @@ def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[RecvFu
     Returns:
         The function, and the tensors that have it as `grad_fn`. They alias `tensors`.
     """
-    with torch.enable_grad():
-        *outputs, extra = _apply_recv(_anchor, info, [tensor.detach() for tensor in tensors])
+    arguments = (_anchor, info, [tensor.detach() for tensor in tensors])
+    if torch.is_grad_enabled():
+        *outputs, extra = _apply_recv(*arguments)
+    else:
+        with torch.enable_grad():
+            *outputs, extra = _apply_recv(*arguments)
     return RecvFunction(extra.grad_fn, extra, info), outputs
 
 

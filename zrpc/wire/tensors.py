@@ -91,7 +91,7 @@ def unpack(table: Sequence[Any], buffers: Sequence[Buffer]) -> list[torch.Tensor
     Raises:
         ProtocolError: an entry is malformed or names a buffer that is not there.
     """
-    memory = _Memory(buffers)
+    memory = _Memory(buffers, is_shared=len(table) > 1)
     try:
         return [_UNPACKERS[entry[0]](entry, memory) for entry in table]
     except Exception as error:
@@ -166,7 +166,10 @@ def _add_span(storage: torch.UntypedStorage, span: _Span, buffers: list[Buffer])
     start, stop = span
     if start == stop:
         return -1
-    buffers.append(_view(storage, start, stop - start))
+    small = stop - start <= INLINE_MAX_NBYTES and stop <= storage.nbytes()
+    buffers.append(
+        ctypes.string_at(storage.data_ptr() + start, stop - start) if small else _view(storage, start, stop - start)
+    )
     return len(buffers) - 1
 
 
@@ -255,13 +258,24 @@ def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[An
 
 
 class _Memory:
-    """The buffers of one message, each turned into writable memory of our own at most once."""
+    """The buffers of one message, each turned into writable memory of our own at most once.
 
-    __slots__ = ("_buffers", "_storages")
+    Args:
+        buffers: what came.
+        is_shared: whether more than one tensor may see the same buffer.
+    """
 
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
+    __slots__ = ("_buffers", "_is_shared", "_storages")
+
+    def __init__(self, buffers: Sequence[Buffer], is_shared: bool) -> None:
         self._buffers = buffers
+        self._is_shared = is_shared
         self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def small(self, index: int) -> bytes | None:
+        """The bytes of a buffer that one tensor sees, if they are few: it is quicker to copy them into a fresh tensor."""
+        buffer = None if self._is_shared else self._buffers[index]
+        return buffer if type(buffer) is bytes else None
 
     def own(self, index: int) -> Buffer:
         """Writable bytes that nobody else sees."""
@@ -289,17 +303,33 @@ def _can_be_taken_over(buffer: Buffer) -> bool:
 
 def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, dtype, shape, requires_grad, buffer = entry
-    if buffer < 0:
-        tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    raw = memory.small(buffer) if buffer >= 0 else b""
+    if raw is not None:
+        tensor = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
+        _fill(tensor, raw)
     else:
         tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype]).view(shape)
     return tensor.requires_grad_() if requires_grad else tensor
 
 
+def _fill(tensor: torch.Tensor, raw: bytes) -> None:
+    """Give a fresh tensor its bytes."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != len(raw):
+        raise ProtocolError(f"{len(raw)} bytes came for a tensor of {storage.nbytes()}")
+    if raw:
+        ctypes.memmove(storage.data_ptr(), raw, len(raw))
+
+
 def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, dtype, shape, requires_grad, buffer, strides, offset, conj, neg = entry
-    tensor = torch.empty(0, dtype=DTYPES[dtype])
-    tensor.set_(memory.storage(buffer), offset, shape, strides)
+    raw = memory.small(buffer) if buffer >= 0 and not offset else None
+    if raw is not None:
+        tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="cpu")
+        _fill(tensor, raw)
+    else:
+        tensor = torch.empty(0, dtype=DTYPES[dtype], device="cpu")
+        tensor.set_(memory.storage(buffer), offset, shape, strides)
     if conj:
         tensor = tensor.conj()
     if neg:
