@@ -154,7 +154,9 @@ class LocalPass:
         for (child, slot), gradient in zip(self._graph.edges[source], self._arrived.pop(source), strict=True):
             assert gradient is not None  # else the source is a cut
             if child in self._splittable:
-                taken.append((self._graph.leaf(child), fit(gradient, self._graph.nodes[child], slot)))
+                leaf = self._graph.leaf(child)
+                fits = gradient.shape == leaf.shape and gradient.dtype is leaf.dtype  # nodes are slow to tell
+                taken.append((leaf, gradient if fits else fit(gradient, self._graph.nodes[child], slot)))
             else:
                 job.begin_at(self._graph.nodes[child], slot, gradient)
 

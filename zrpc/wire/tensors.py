@@ -306,19 +306,17 @@ def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
     raw = memory.small(buffer) if buffer >= 0 else b""
     if raw is not None:
         tensor = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
-        _fill(tensor, raw)
+        _fill(tensor, raw, tensor.nbytes)
     else:
         tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype]).view(shape)
     return tensor.requires_grad_() if requires_grad else tensor
 
 
-def _fill(tensor: torch.Tensor, raw: bytes) -> None:
-    """Give a fresh tensor its bytes."""
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != len(raw):
-        raise ProtocolError(f"{len(raw)} bytes came for a tensor of {storage.nbytes()}")
-    if raw:
-        ctypes.memmove(storage.data_ptr(), raw, len(raw))
+def _fill(tensor: torch.Tensor, raw: bytes, nbytes: int) -> None:
+    """Give a fresh tensor, whose memory has `nbytes`, its bytes."""
+    if nbytes != len(raw):
+        raise ProtocolError(f"{len(raw)} bytes came for a tensor of {nbytes}")
+    ctypes.memmove(tensor.data_ptr(), raw, nbytes)
 
 
 def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
@@ -326,7 +324,7 @@ def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
     raw = memory.small(buffer) if buffer >= 0 and not offset else None
     if raw is not None:
         tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="cpu")
-        _fill(tensor, raw)
+        _fill(tensor, raw, tensor.untyped_storage().nbytes())
     else:
         tensor = torch.empty(0, dtype=DTYPES[dtype], device="cpu")
         tensor.set_(memory.storage(buffer), offset, shape, strides)
