@@ -5,8 +5,8 @@ the gradients go that come for it. It has the name and the `next_functions` that
 function has the received tensors as outputs; it is a sink: its backward gives the gradients to the run, which sends
 them. It is a `torch.autograd.Function`, under the name of torch's C++ node.
 
-A node must not hold what holds it: torch's C++ part of a Python node is kept alive by an output tensor, or by a C++ node
-that leads to it. `RecvFunction` and `SendFunction` hold such, and the node itself knows only ids.
+A node must not hold what holds it: torch's C++ part of a Python node is kept alive by an output tensor, or by a C++
+node that leads to it. `RecvFunction` and `SendFunction` hold such, and the node itself knows only ids.
 
 Which run a node or hook is executed for is found in thread-local state. It is kept where torch's engine carries it over
 to the threads it runs CUDA nodes on.
@@ -192,4 +192,3 @@ def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[RecvFu
 def recv_info(node: Node) -> RecvInfo | None:
     """Where the tensors of `node` came from, if it is a receive function."""
     return node.info if isinstance(node, _RecvRpc._backward_cls) else None
-

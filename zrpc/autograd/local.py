@@ -18,6 +18,7 @@ from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
 from zrpc.autograd.graph import Graph, edges_of
 from zrpc.autograd.leaves import close_tap, open_tap
 from zrpc.autograd.scheduler import NO_NODE, Scheduler, Segment
+from zrpc.errors import AutogradError
 
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken

@@ -273,7 +273,7 @@ class _Memory:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def small(self, index: int) -> bytes | None:
-        """The bytes of a buffer that one tensor sees, if they are few: it is quicker to copy them into a fresh tensor."""
+        """The bytes of a small buffer that only one tensor sees: to copy them into a fresh tensor is quicker."""
         buffer = None if self._is_shared else self._buffers[index]
         return buffer if type(buffer) is bytes else None
 
