@@ -72,20 +72,27 @@ def execute_builtin(op: str, payload: Payload) -> Any:
     function = _function(op)
     if function is not None:
         try:
-            result = _run(function, args, kwargs)
+            return _run(function, args, kwargs)
         except TypeError:  # the arguments are not for it; maybe for the operator, which also says what it takes
             pass
-        else:
-            return tuple(result) if isinstance(result, tuple) else result  # not as a `torch.return_types`
     return _run(_operator(op), args, kwargs)
 
 
 @cache
 def _function(op: str) -> Callable[..., Any] | None:
-    """What `torch` has for the operator, if anything: it takes a third of the time to choose an overload."""
+    """torch's function for an operator that makes one tensor of tensors, if there is one.
+
+    It takes a third of the time to choose an overload. Several tensors it would return as another type.
+    """
     namespace, _, name = op.partition("::")
-    found: Callable[..., Any] | None = getattr(torch._C._VariableFunctions, name, None) if namespace == "aten" else None
-    return found
+    found: Callable[..., Any] | None = getattr(torch._C._VariableFunctions, name, None)
+    if namespace != "aten" or found is None:
+        return None
+    packet: Any = _operator(op)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    on_tensors = [schema for schema in schemas if any("Tensor" in str(one.type) for one in schema.arguments)]
+    one_tensor = all([str(one.type) for one in schema.returns] == ["Tensor"] for schema in on_tensors)
+    return found if on_tensors and one_tensor else None
 
 
 @cache
