@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,10 @@ SETTLE_S = 10.0
 
 def echo(value: Any) -> Any:
     return value
+
+
+def fail() -> None:
+    raise ValueError("it does")
 
 
 def _python() -> None:
@@ -48,7 +53,19 @@ def _backward() -> None:
         assert zrpc.autograd.get_gradients(context_id)[leaf].tolist() == [2.0] * 4
 
 
-KINDS: tuple[Callable[[], None], ...] = (_python, _operator, _future, _reference, _backward)
+def _failure() -> None:
+    with suppress(ValueError):
+        rpc.rpc_sync("worker1", fail)
+
+
+def _failed_future() -> None:
+    with suppress(ValueError):
+        rpc.rpc_async("worker1", fail).wait()
+
+
+KINDS: tuple[Callable[[], None], ...] = (
+    _python, _operator, _future, _reference, _backward, _failure, _failed_future,
+)  # fmt: skip
 
 
 def _unreachable() -> int:

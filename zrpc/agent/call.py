@@ -110,7 +110,10 @@ class Call:
             Exception: whatever the remote function raised.
         """
         self.await_done()
-        return self.result()
+        try:
+            return self.result()
+        finally:
+            del self  # see `result`
 
     def await_done(self) -> None:
         """Wait until the call is done, up to its own time limit; if nobody else reads messages, this thread does."""
@@ -124,10 +127,14 @@ class Call:
         with self._lock:
             if not self._opened:
                 self._open()
-            if self._error is not None:
-                raise self._error
-            assert self._payload is not None
-            return self._payload
+            error, payload = self._error, self._payload
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, self  # its traceback would keep what keeps it: a cycle, and whatever the callers hold
+        assert payload is not None
+        return payload
 
     @property
     def failed(self) -> bool:
@@ -178,4 +185,4 @@ class Call:
         try:
             self._payload = self._owner.open_answer(self, answer)
         except BaseException as error:
-            self._error = error
+            self._error = error.with_traceback(None)  # the same; and where it was unpacked is of no interest
