@@ -117,18 +117,20 @@ class RpcBackendOptions:
     def set_device_map(self, to: str, device_map: Mapping[Device, Device]) -> None:
         """Say on which device of the worker `to` a tensor of each device here arrives. Adds to what was said before.
 
+        Whether the whole map fits the devices that both workers have is checked by `init_rpc`, for all workers at once.
+
         Raises:
-            ValueError: two devices are mapped to one, or a device is mapped twice.
+            ValueError: `device_map` maps two devices to one, or one that was mapped to another before.
         """
         merged = dict(self.device_maps.get(to, {}))
         for source, target in _as_devices(device_map).items():
-            if source in merged and merged[source] != target:
+            if merged.get(source, target) != target:
                 raise ValueError(
-                    f"device maps must be 1-to-1: {source} is mapped to {merged[source]} on {to!r} already, "
-                    f"not to {target}"
+                    f"`set_device_map` only supports 1-to-1 mapping: {source} is mapped to {merged[source]} on {to!r} "
+                    f"already, not to {target}"
                 )
             merged[source] = target
-        self.device_maps[to] = _one_to_one(merged)
+        self.device_maps[to] = merged
 
     def set_devices(self, devices: Sequence[Device]) -> None:
         """Name the CUDA devices that this worker uses.

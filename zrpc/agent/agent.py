@@ -90,7 +90,7 @@ class Agent:
         self.hooks = Hooks()
         self._carrier = Carrier(endpoint, shared_memory)
         self._group = group
-        self._peers = Peers(options, self._carrier, group, connect, disconnect, self._on_gone)
+        self._peers = Peers(self._carrier, group, connect, disconnect, self._on_gone)
         self.members = self._peers.registry
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._server = Server(
@@ -244,7 +244,7 @@ class Agent:
             payload = payload or Payload()
             extras = self.hooks.send(to, message, payload, None)
         call_id = next(self._call_ids)
-        envelope = seal(message, call_id, payload, extras, self._peers.device_names(to))
+        envelope = seal(message, call_id, payload, extras, self._peers.routes(to).requests)
         call = Call(self, call_id, to, message, limit_s)
         try:
             left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else _needed)

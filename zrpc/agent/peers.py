@@ -5,25 +5,27 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from zrpc.errors import PeerLostError, UnknownWorkerError
+from zrpc.errors import ConfigError, PeerLostError, UnknownWorkerError
 from zrpc.ids import WorkerInfo
+from zrpc.membership.device_maps import Placement, Routes, check, routes
 from zrpc.membership.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from zrpc.config import RpcBackendOptions
     from zrpc.ids import Incarnation
     from zrpc.membership.group import Group, Member
     from zrpc.transport.carrier import Carrier
     from zrpc.wire.envelope import Envelope
+
+LINGER_S = 5.0
+"""How long a worker of a group that cannot be stays for the others to see why."""
 
 
 class Peers:
     """The members of the group. Any thread may call it; the lock keeps a loss from slipping by while a member comes.
 
     Args:
-        options: this worker's, for its device maps.
         carrier: sends to the members.
         group: the membership.
         connect: tells the transport of a member's address (nothing, with a broker).
@@ -33,7 +35,6 @@ class Peers:
 
     def __init__(
         self,
-        options: RpcBackendOptions,
         carrier: Carrier,
         group: Group,
         connect: Callable[[Member], None],
@@ -42,7 +43,6 @@ class Peers:
     ) -> None:
         self.registry = Registry()
         self.is_static = True
-        self._options = options
         self._carrier = carrier
         self._group = group
         self._connect = connect
@@ -50,13 +50,25 @@ class Peers:
         self._on_gone = on_gone
         self._lock = threading.Lock()
         self._gone_early: dict[Incarnation, str] = {}
+        self._routes: dict[int, tuple[Member | None, Routes]] = {}  # by rank; an entry is replaced as a whole
         self._me: Member
 
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> Member:
-        """Come into the group, as `Group.join`; this worker's own member."""
+        """Come into the group, as `Group.join`; this worker's own member.
+
+        Raises:
+            ConfigError: the device maps of this worker and the others do not fit together. In a group that grows only
+                the newcomer finds out, as in torch.
+        """
         self.is_static = bool(world_size)
         self._group.watch(self._on_joined, self._on_left)
         self._me, members = self._group.join(name, rank, world_size, self._carrier.incarnation, card, timeout_s)
+        try:
+            check([Placement.of(member) for member in _by_rank(members)], is_complete=self.is_static)
+        except ConfigError:
+            if self.is_static:
+                self._group.linger(LINGER_S)
+            raise
         for member in members:
             self._on_joined(member)
         return self._me
@@ -107,14 +119,15 @@ class Peers:
         if member is not None:
             self._carrier.watch(member.incarnation)
 
-    def device_names(self, to: WorkerInfo) -> dict[str, str]:
-        """Device here -> device there, for tensors on the way to `to`: our map for it, or its map for us, reversed."""
-        maps = self._options.device_maps
-        if to.name in maps:
-            return {str(here): str(there) for here, there in maps[to.name].items()}
+    def routes(self, to: WorkerInfo) -> Routes:
+        """Where tensors arrive that are sent to `to`."""
         member = self.registry.member(to.id)
-        theirs = member.card.get("device_maps", {}).get(self._me.info.name) if member else None
-        return {there: here for here, there in theirs.items()} if theirs else {}
+        known = self._routes.get(to.id)
+        if known is not None and known[0] is member:
+            return known[1]
+        made = routes(Placement.of(self._me), Placement.of(member)) if member is not None else Routes({}, {})
+        self._routes[to.id] = (member, made)
+        return made
 
     def says_goodbye(self, worker: WorkerInfo) -> None:
         """`worker` told us that it leaves."""
@@ -160,3 +173,7 @@ class Peers:
         if not self.is_static:
             self.registry.remove(incarnation)
         self._on_gone(member.info, reason)
+
+
+def _by_rank(members: Sequence[Member]) -> list[Member]:
+    return sorted(members, key=lambda member: member.info.id)

@@ -159,7 +159,7 @@ class Server:
             if request.extras or (payload is not None and payload.passengers):
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
-            envelope = seal(message, request.call_id, payload, extras, self._peers.device_names(to))
+            envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
             if envelope.buffers:
                 self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
             self._peers.send(to, envelope)

@@ -122,6 +122,7 @@ class MemoryGroup:
         newcomers: who is found by the next `refresh`.
         refreshes: how often was looked for newcomers.
         left: whether this worker has said goodbye.
+        lingered: whether it has waited for the others before that.
     """
 
     on_joined: OnJoined
@@ -132,6 +133,7 @@ class MemoryGroup:
         self.newcomers: list[Member] = []
         self.refreshes = 0
         self.left = False
+        self.lingered = False
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
         self.on_joined, self.on_left = on_joined, on_left
@@ -152,6 +154,9 @@ class MemoryGroup:
         newcomers, self.newcomers = self.newcomers, []
         for member in newcomers:
             self.on_joined(member)
+
+    def linger(self, timeout_s: float) -> None:
+        self.lingered = True
 
     def leave(self, timeout_s: float) -> None:
         self.left = True
