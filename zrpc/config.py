@@ -26,6 +26,7 @@ DEFAULT_BUSY_POLL_S = 0.001
 DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
 """An unanswered small call takes 2 to 3 KB of its caller, so this is 0.6 GB, and 0.25 GB of the callee."""
+DEFAULT_PINNED_POOL_NBYTES = 1 << 30
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
@@ -56,6 +57,9 @@ class RpcBackendOptions:
         busy_poll_s: for how many seconds a thread that reads messages polls, yielding its processor in between, before
             it sleeps, where messages follow each other as fast; 0: not at all, which costs a small call half as much
             again, and takes less of the processor.
+        pinned_pool_nbytes: how much memory of the host may be pinned, through which tensors travel to and from CUDA
+            devices. It is taken as it is needed, and only by workers that use devices. What does not fit goes through
+            memory that is pinned for the moment.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -75,12 +79,14 @@ class RpcBackendOptions:
         max_in_flight_nbytes: int = DEFAULT_MAX_IN_FLIGHT_NBYTES,
         max_in_flight_calls: int = DEFAULT_MAX_IN_FLIGHT_CALLS,
         busy_poll_s: float = DEFAULT_BUSY_POLL_S,
+        pinned_pool_nbytes: int = DEFAULT_PINNED_POOL_NBYTES,
     ) -> None:
         _check_kinds(shared_memory, bind)
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
         self.busy_poll_s = check_timeout(busy_poll_s, "busy_poll_s")
+        self.pinned_pool_nbytes = _whole(pinned_pool_nbytes, "pinned_pool_nbytes", 0)
         self.rpc_timeout = rpc_timeout
         self.init_method = init_method
         self.device_maps: dict[str, DeviceMap] = {}

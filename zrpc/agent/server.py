@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import Request
-from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
+from zrpc.errors import AgentClosedError, DeviceError, OverloadedError, PeerLostError, ProtocolError
 from zrpc.wire.exceptions import dump_exception
 from zrpc.wire.messages import Message, Reply
 from zrpc.wire.payload import Payload, seal
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from zrpc.agent.hooks import Hooks
     from zrpc.agent.peers import Peers
     from zrpc.ids import Incarnation, WorkerInfo
+    from zrpc.staging.stager import Staging
+    from zrpc.staging.streams import Streams
     from zrpc.transport.inbox import Inbox, Work
     from zrpc.wire.envelope import Envelope
 
@@ -43,17 +45,22 @@ class Server:
         inbox: whose reader may be given work.
         gates: refuse answers to peers that do not read.
         refresh: looks for newcomers.
+        staging: brings tensors to and from devices.
+        send_soon: runs on another thread what sends tensors that are still on their way from a device.
     """
 
     def __init__(
-        self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, refresh: Callable[[], None]
-    ) -> None:
+        self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, refresh: Callable[[], None],
+        staging: Staging, send_soon: Callable[[Callable[[], None]], None],
+    ) -> None:  # fmt: skip
         self.hooks = hooks
         self.pool = HandlerPool(num_threads, "zrpc-handler")
         self._peers = peers
         self._inbox = inbox
         self._gates = gates
         self._refresh = refresh
+        self.staging = staging
+        self._send_soon = send_soon
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._quickness = Quickness()
         self._lock = threading.Lock()
@@ -116,6 +123,8 @@ class Server:
             work = _run(handler, request)
         if work is None:
             return None
+        if self.staging.streams is not None:
+            work = partial(_run_on_streams, self.staging.streams, work, request)
         if self._inbox.can_work and self._quickness.expects_quick():
             return partial(self._quickness.timed, work)
         self.pool.submit(work)
@@ -136,20 +145,26 @@ class Server:
             if request.answered:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
+        sent = True
         try:
-            self._send(request, payload, error)
+            sent = self._send(request, payload, error)
         except (PeerLostError, AgentClosedError) as gone:
             log.debug("the answer to %s was not sent: %s", request.source, gone)
         except OverloadedError as full:
             log.error("the answer to %s was not sent: %s", request.source, full)
         finally:
-            with self._idle:
-                self._serving -= 1
-                if not self._serving:
-                    self._idle.notify_all()
+            if sent:
+                with self._idle:
+                    self._serving -= 1
+                    if not self._serving:
+                        self._idle.notify_all()
 
-    def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
-        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason."""
+    def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> bool:
+        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason.
+
+        Returns:
+            False if a stager thread does so once tensors have come from their devices.
+        """
         to = request.source
         try:
             message: Message = Reply()
@@ -162,6 +177,9 @@ class Server:
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
             if envelope.buffers:
                 self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
+            if envelope.is_arriving:
+                self._send_soon(partial(self._send_arriving, request, envelope, payload))
+                return False
             self._peers.send(to, envelope)
             if payload is not None and payload.passengers:
                 payload.has_left()
@@ -169,7 +187,41 @@ class Server:
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error)
-            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
+            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None))
+        return True
+
+    def _send_arriving(self, request: Request[Message], envelope: Envelope, payload: Payload | None) -> None:
+        """Send an answer as its tensors come from their devices. Runs on a stager thread."""
+        to = request.source
+        try:
+            try:
+                self._peers.send(to, envelope)
+                if payload is not None:
+                    payload.has_left()
+            except (PeerLostError, AgentClosedError):
+                raise
+            except Exception as unsendable:
+                failure, rebuilt_from = dump_exception(unsendable)
+                self._peers.send(to, seal(failure, request.call_id, rebuilt_from, None))
+        except (PeerLostError, AgentClosedError) as gone:
+            log.debug("the answer to %s was not sent: %s", to, gone)
+        finally:
+            with self._idle:
+                self._serving -= 1
+                if not self._serving:
+                    self._idle.notify_all()
+
+
+def _run_on_streams(streams: Streams, work: Work, request: Request[Any]) -> None:
+    """Run `work` with streams of its own."""
+    try:
+        with streams.serving():
+            work()
+    except RuntimeError as error:  # of a device: work itself raises nothing
+        if request.answered:
+            log.exception("a device failed after a %s was served", type(request.message).__name__)
+        else:
+            request.fail(DeviceError(f"this worker's devices take no work: {error}"))
 
 
 def _run(handler: Handler, request: Request[Any]) -> Work | None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from tests.unit.staging.fake import FakeAccelerator
 from tests.unit.wire.travel import received
 from zrpc.agent.agent import Agent
 from zrpc.config import RpcBackendOptions
@@ -172,9 +173,11 @@ class Worker:
         self.info = WorkerInfo(name, rank)
         self.connected: list[Member] = []
         self.disconnected: list[Incarnation] = []
+        self.accelerator = FakeAccelerator(rank)
         self.agent = Agent(
-            self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append
-        )
+            self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append,
+            open_accelerator=lambda: self.accelerator,
+        )  # fmt: skip
 
     def member(self, **card: Any) -> Member:
         return Member(self.info, self.endpoint.incarnation, card)

@@ -828,10 +828,10 @@ def test_device_maps_hold_both_ways() -> None:
         join(Member(WorkerInfo("b", 1), new_incarnation(), {"device_maps": {"a": {"cuda:5": "cuda:6"}}}))
         join(Member(WorkerInfo("c", 2), new_incarnation(), {"device_maps": {"a": {"cuda:3": "cuda:4"}}}))
         routes = [worker.agent._peers.routes(WorkerInfo(name, rank)) for rank, name in enumerate("bcd", start=1)]
-        assert [route.requests for route in routes] == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}]
-        assert [route.replies for route in routes] == [{"cuda:6": "cuda:5"}, {"cuda:4": "cuda:3"}, {}]
+        assert [route.requests.devices for route in routes] == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}]
+        assert [route.replies.devices for route in routes] == [{"cuda:6": "cuda:5"}, {"cuda:4": "cuda:3"}, {}]
         join(Member(WorkerInfo("c", 2), new_incarnation(), {}))
-        assert worker.agent._peers.routes(WorkerInfo("c", 2)).requests == {}, "a new life has maps of its own"
+        assert worker.agent._peers.routes(WorkerInfo("c", 2)).requests.devices == {}, "a new life has maps of its own"
     finally:
         worker.agent.close(0.0)
 

@@ -104,7 +104,7 @@ def test_tensors_live_in_slabs_and_give_them_back() -> None:
             "small": [1, 2],
         }
         payload = pickling.dumps(value)
-        frames = encode(seal(Reply(), 1, payload, None, {}), lambda raw: sender.place(B, raw))
+        frames = encode(seal(Reply(), 1, payload, None), lambda raw: sender.place(B, raw))
         assert len(frames) == 1
         after = pickling.loads(open_payload(decode(frames, lambda descriptor: attachments.fetch(A, descriptor))))
         assert torch.equal(after["weights"], value["weights"])
