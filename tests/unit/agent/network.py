@@ -14,6 +14,7 @@ from zrpc.config import RpcBackendOptions
 from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
 from zrpc.membership.group import Member
+from zrpc.transport.chunks import MAGIC
 from zrpc.wire.envelope import Buffer, decode
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class MemoryEndpoint:
         target = self._network.endpoints.get(to)
         if target is None or to in self._gone:
             raise PeerLostError("gone")
-        if not self._network.loses(decode(frames).message):
+        is_chunk = frames[0][:1] == bytes([MAGIC])
+        if is_chunk or not self._network.loses(decode(frames).message):
             target.deliver(self.incarnation, received(frames))
 
     def deliver(self, source: Incarnation, frames: list[Buffer]) -> None:

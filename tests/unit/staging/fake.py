@@ -86,6 +86,8 @@ class FakeAccelerator:
     def __init__(self, seed: int = 0, num_devices: int = 1, room_nbytes: int = 1 << 30) -> None:
         self._random = random.Random(seed)
         self._lock = threading.RLock()
+        self._released = threading.Condition(self._lock)
+        self._num_held = 0
         self._here = threading.local()
         self._num_devices = num_devices
         self._room_nbytes = room_nbytes
@@ -177,6 +179,20 @@ class FakeAccelerator:
         """Give `kernel` to this thread's current stream."""
         self._enqueue(self.current_stream(device), lambda: kernel() is not self)
 
+    def hold(self) -> Callable[[], None]:
+        """Keep this thread's current stream from going on until what is returned is called."""
+        gate: list[None] = []
+
+        def release() -> None:
+            with self._lock:
+                gate.append(None)
+                self._num_held -= 1
+                self._released.notify_all()
+
+        self._num_held += 1
+        self._enqueue(self.current_stream("cuda:0"), lambda: bool(gate))
+        return release
+
     def fresh(self, nbytes: int, device: str = "cuda:0") -> torch.Tensor:
         """Device memory of this thread's current stream, as a program gets it."""
         return self.empty(nbytes, device, self.current_stream(device))
@@ -192,7 +208,9 @@ class FakeAccelerator:
         while not is_over():
             with self._lock:
                 if not is_over() and not self._step():
-                    raise AssertionError("a thread waits for an event that cannot happen")
+                    if not self._num_held:
+                        raise AssertionError("a thread waits for an event that cannot happen")
+                    self._released.wait()
 
     def finish(self) -> None:
         """Run all that was given to any stream."""

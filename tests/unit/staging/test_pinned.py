@@ -47,13 +47,13 @@ def test_a_block_that_a_device_uses_is_not_lent() -> None:
     stream = accelerator.new_stream("cuda:0")
     loan: Loan | None = blocks.lend(8192)
     assert loan is not None
-    gate: list[int] = []
-    accelerator._enqueue(stream, lambda: bool(gate))
+    with accelerator.running_on([stream]):
+        release = accelerator.hold()
     loan.block.busy_until = accelerator.record(stream)
     del loan
     assert blocks.lend(8192) is None
     assert blocks.lend(100) is None, "nor is its memory given up for others"
-    gate.append(1)
+    release()
     accelerator.finish()
     assert blocks.lend(8192) is not None
 
