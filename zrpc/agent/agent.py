@@ -21,7 +21,7 @@ from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.gate import Gates, Standing
 from zrpc.agent.hooks import Hooks
-from zrpc.agent.peers import Peers
+from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
@@ -228,6 +228,10 @@ class Agent:
             ValueError: `to` is none of the three.
         """
         return self._peers.resolve(to)
+
+    def routes(self, to: WorkerInfo) -> PeerRoutes:
+        """Where tensors arrive that are sent to `to`."""
+        return self._peers.routes(to)
 
     def refresh(self) -> None:
         """Look for newcomers to a dynamic group."""

@@ -21,6 +21,7 @@ import torch
 from torch.autograd import Function
 
 from zrpc.errors import AutogradError
+from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
@@ -35,10 +36,18 @@ _tls: Any = torch._C  # its functions for thread-local objects are untyped
 
 
 class RecvInfo(NamedTuple):
-    """Where received tensors came from: the rank of their sender, and the send function there."""
+    """Where received tensors came from: the rank of their sender, and the send function there.
+
+    Attributes:
+        source: the rank.
+        message_id: of the send function.
+        by_answer: whether they came with an answer; else with a request. The device map by which they came follows
+            from it, and so the one by which their gradients go back.
+    """
 
     source: int
     message_id: GlobalId
+    by_answer: bool = False
 
 
 class Run(Protocol):
@@ -93,6 +102,8 @@ def _send_forward(ctx: Any, message_id: GlobalId, *tensors: torch.Tensor) -> tor
 
 def _send_backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     run = _run_for("a send function")
+    if handover.streams is not None:  # torch's engine knows no stream of this node's gradients
+        handover.streams.lead_default_streams()
     return (None, *run.gradients_of(ctx.message_id))
 
 

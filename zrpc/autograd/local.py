@@ -18,10 +18,12 @@ from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction, source_gr
 from zrpc.autograd.graph import ROOTS, Graph
 from zrpc.autograd.leaves import close_tap, open_tap
 from zrpc.autograd.scheduler import NO_NODE, Scheduler, Segment
+from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
     from zrpc.ids import GlobalId
+    from zrpc.staging.streams import Mark
 
 OnReceived = Callable[[RecvInfo, Gradients], None]
 
@@ -59,6 +61,7 @@ class LocalPass:
         self._lock = threading.Lock()
         self._gradients: dict[GlobalId, Gradients] = {}
         self._handed: dict[int, list[tuple[int, torch.Tensor | None]]] = {}  # node: input slots and gradients
+        self._marks: list[Mark] = []  # in the streams of each segment that has run
         self._graph = Graph()
         self._graph.add_roots(roots)
         self._numbers = {message_id: self._graph.add_send(send.node) for message_id, send in sends.items()}
@@ -119,10 +122,15 @@ class LocalPass:
         while segment is not None:
             with self._lock:
                 job = self._job(segment)
+                marks = list(self._marks)
+            for mark in marks:
+                mark.join()
             run = _SegmentRun(self, job)
             outputs = execute(job, run)
             with self._lock:
                 self._hand_on(segment, outputs, run.taken)
+                if handover.streams is not None:
+                    self._marks.append(handover.streams.mark())
                 segment = self._scheduler.complete(segment)
             if run.taken:
                 self._on_leaves(run.taken)

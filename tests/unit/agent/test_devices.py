@@ -165,7 +165,7 @@ def test_a_device_that_fails_ends_calls_and_answers() -> None:
             call(a, b, torch.zeros(3), timeout_s=WAIT_S).wait()
         assert b.agent.quiesce(WAIT_S)
         b.accelerator.fails = True
-        with pytest.raises(DeviceError, match="devices take no work|cannot be copied from cuda:0"):
+        with pytest.raises(DeviceError, match=r"devices take no work|cannot be copied from cuda:0"):
             call(a, b, torch.zeros(3), timeout_s=WAIT_S).wait()
         a.accelerator.fails = True
         with pytest.raises(DeviceError, match="cannot be copied from cuda:0"):
@@ -200,6 +200,8 @@ def test_a_device_that_is_not_mapped_is_refused_with_both_names() -> None:
         serve(b, lambda request, tensor: request.reply(Payload(b"", [on_device(tensor)])))
         with pytest.raises(SerializationError, match="Request device mapping is not available for destination b"):
             b.agent.request(b.info, PythonCall(False), Payload(b"", [on_device(torch.ones(1))]))
+        with pytest.raises(SerializationError, match="Response device mapping is not available for destination b"):
+            b.agent.request(b.info, PythonCall(False), Payload(b"", [on_device(torch.ones(1))]), goes_back=True)
         assert call(a, b, torch.ones(3), timeout_s=WAIT_S).wait().tensors[0].numel() == 3
 
 
