@@ -163,7 +163,7 @@ def _take_apart(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str |
     op = operator_name(func)
     if op is not None:
         try:
-            return op, values.pack((call_args, call_kwargs))
+            return op, values.pack([list(call_args), call_kwargs])
         except values.UnpackableError:
             pass
     return None, _pickle_call((func, call_args, call_kwargs))

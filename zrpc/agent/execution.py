@@ -62,14 +62,30 @@ def execute_python(payload: Payload) -> Any:
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
-    """Run the torch operator `op` (such as `aten::add` or `aten::add.Tensor`) on the packed `(args, kwargs)`.
+    """Run the torch operator `op` (such as `aten::add` or `aten::add.Tensor`) on the packed arguments.
 
     Raises:
         ProtocolError: this torch has no such operator.
         RuntimeError: the arguments fit none of its schemas, or what it raises itself.
     """
     args, kwargs = pickling.loads(payload)
+    function = _function(op)
+    if function is not None:
+        try:
+            result = _run(function, args, kwargs)
+        except TypeError:  # the arguments are not for it; maybe for the operator, which also says what it takes
+            pass
+        else:
+            return tuple(result) if isinstance(result, tuple) else result  # not as a `torch.return_types`
     return _run(_operator(op), args, kwargs)
+
+
+@cache
+def _function(op: str) -> Callable[..., Any] | None:
+    """What `torch` has for the operator, if anything: it takes a third of the time to choose an overload."""
+    namespace, _, name = op.partition("::")
+    found: Callable[..., Any] | None = getattr(torch._C._VariableFunctions, name, None) if namespace == "aten" else None
+    return found
 
 
 @cache

@@ -34,13 +34,28 @@ class Sum:
 
 def add_all(sums: dict[torch.Tensor, Sum], taken: Sequence[Taken]) -> None:
     """Add the gradients `taken` to `sums`. What `taken` holds twice, or is held elsewhere, is copied."""
-    with torch.no_grad():
-        for index in range(len(taken)):
-            alone = _references(taken, index) == _ALONE
-            leaf, gradient = taken[index]
-            old = sums.get(leaf)
-            sums[leaf] = _first(leaf, gradient, alone) if old is None else _add(old, gradient)
-            del gradient  # it would be counted, should it come again
+    for index in range(len(taken)):
+        alone = _references(taken, index) == _ALONE
+        leaf, gradient = taken[index]
+        old = sums.get(leaf)
+        if old is None and alone and _is_as_plain(gradient, leaf):
+            sums[leaf] = Sum(gradient, is_ours=False)
+        else:
+            with torch.no_grad():
+                sums[leaf] = _first(leaf, gradient, alone) if old is None else _add(old, gradient)
+        del gradient  # it would be counted, should it come again
+
+
+def _is_as_plain(gradient: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Whether both are contiguous, the usual case, which needs no closer look."""
+    return (
+        gradient.layout is torch.strided
+        and leaf.layout is torch.strided
+        and not gradient.requires_grad
+        and gradient.shape == leaf.shape
+        and gradient.is_contiguous()
+        and leaf.is_contiguous()
+    )
 
 
 def _references(taken: Sequence[Taken], index: int) -> tuple[int, int]:

@@ -348,7 +348,10 @@ class BackwardPass:
                 return
 
     def _close(self) -> None:
-        if self._local is not None:
-            self._local.close()
-        if self._whole is not None:
-            self._whole.close()
+        """Clean up. The local part refers to this one: none of it may stay, or its tensors would until a collection."""
+        local, self._local = self._local, None
+        whole, self._whole = self._whole, None
+        if local is not None:
+            local.close()
+        if whole is not None:
+            whole.close()

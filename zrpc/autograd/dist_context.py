@@ -168,9 +168,8 @@ class DistAutogradContext:
     def _context_id(self) -> int:
         return self.context_id
 
-    def _send_functions(self) -> dict[GlobalId, Node]:
-        with self._lock:
-            return {message_id: function.node for message_id, function in self._sends.items()}
+    def _send_functions(self) -> dict[GlobalId, SendFunction]:
+        return self.sends()
 
     def _recv_functions(self) -> dict[GlobalId, Node]:
         with self._lock:

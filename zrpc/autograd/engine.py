@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from zrpc.autograd.cut import Cut, Gradients
 from zrpc.autograd.functions import Run, executing
 
-_run_backward: Any = torch.autograd.graph._engine_run_backward
+_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
 """What `torch.autograd.backward` ends in. Its checks of shapes and dtypes take as long as a small graph, and here the
 gradients are those that the nodes themselves ask for."""
 
@@ -52,10 +52,11 @@ def execute(job: Job, run: Run) -> dict[int, Gradients]:
     Raises:
         Exception: whatever a node or a hook raises.
     """
-    with executing(run):
-        if job.cuts or job.absent:
+    if job.cuts or job.absent:
+        with executing(run):
             return _execute_by_hand(job)
-        if job.edges:
+    if job.edges:
+        with executing(run):
             _run_backward(
                 tuple(job.edges), tuple(job.gradients), job.retain_graph, False, (), True, accumulate_grad=True
             )

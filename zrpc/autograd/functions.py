@@ -1,12 +1,12 @@
-"""The nodes that stand in a local graph where tensors left or came: send and receive functions.
+"""What stands in a local graph where tensors left or came: send and receive functions.
 
-Both are `torch.autograd.Function`s under the names that torch's C++ nodes have, so that graphs and profiles read the
-same. A send function has the sent tensors as inputs and one empty output; it is a source: its backward hands the
-gradients that came for it to the graph behind. A receive function has the received tensors as outputs; it is a sink:
-its backward gives the gradients to the run, which sends them.
+Nothing in the graph leads to a send function, so it is no node of torch's: only the edges into the graph along which
+the gradients go that come for it. It has the name and the `next_functions` that torch's has, for who looks. A receive
+function has the received tensors as outputs; it is a sink: its backward gives the gradients to the run, which sends
+them. It is a `torch.autograd.Function`, under the name of torch's C++ node.
 
-A node must not hold what holds it: torch's C++ part of a node is kept alive by an output tensor, so `SendFunction` and
-`RecvFunction` pair the two, and the node itself knows only ids.
+A node must not hold what holds it: torch's C++ part of a Python node is kept alive by an output tensor, or by a C++
+node that leads to it. `RecvFunction` and `SendFunction` hold such, and the node itself knows only ids.
 
 Which run a node or hook is executed for is found in thread-local state. It is kept where torch's engine carries it over
 to the threads it runs CUDA nodes on.
@@ -21,7 +21,6 @@ import torch
 from torch.autograd import Function
 
 from zrpc.errors import AutogradError
-from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
 
 Gradients = Sequence[torch.Tensor | None]
 
+Edge = tuple["Node", int]
+"""A node, and which of its inputs."""
+
 _RUN_KEY = "zrpc.autograd.run"
-_NO_GRADIENT = torch.empty(0)
 _tls: Any = torch._C  # its functions for thread-local objects are untyped
 
 
@@ -52,9 +53,6 @@ class RecvInfo(NamedTuple):
 
 class Run(Protocol):
     """One engine call under way, as nodes and hooks see it. May be called on any thread of torch's engine."""
-
-    def gradients_of(self, message_id: GlobalId) -> Gradients:
-        """The gradients that came for the send function `message_id`."""
 
     def deliver(self, info: RecvInfo, gradients: Gradients) -> None:
         """A receive function has the gradients of its tensors."""
@@ -85,26 +83,14 @@ class executing:  # it reads as a verb: `with executing(run)`
         _tls._stash_obj_in_tls(_RUN_KEY, self._outer)
 
 
-def _run_for(what: str) -> Run:
-    run = current_run()
-    if run is None:
-        raise AutogradError(
-            f"local autograd reached {what}: use zrpc.autograd.backward(context_id, roots), which goes on from there"
-        )
-    return run
+def _alias_forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    del ctx
+    return tensor.detach()
 
 
-def _send_forward(ctx: Any, message_id: GlobalId, *tensors: torch.Tensor) -> torch.Tensor:
-    del tensors
-    ctx.message_id = message_id
-    return torch.empty(0)
-
-
-def _send_backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    run = _run_for("a send function")
-    if handover.streams is not None:  # torch's engine knows no stream of this node's gradients
-        handover.streams.lead_default_streams()
-    return (None, *run.gradients_of(ctx.message_id))
+def _alias_backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    del ctx
+    return gradient
 
 
 def _recv_forward(ctx: Any, anchor: torch.Tensor, info: RecvInfo, tensors: Sequence[torch.Tensor]) -> Any:
@@ -115,7 +101,12 @@ def _recv_forward(ctx: Any, anchor: torch.Tensor, info: RecvInfo, tensors: Seque
 
 
 def _recv_backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
-    run = _run_for(f"a tensor that was received from the worker of rank {ctx.info.source}")
+    run = current_run()
+    if run is None:
+        raise AutogradError(
+            f"local autograd reached a tensor that was received from the worker of rank {ctx.info.source}: use "
+            "zrpc.autograd.backward(context_id, roots), which goes on from there"
+        )
     run.deliver(ctx.info, gradients[:-1])
     return None, None, None
 
@@ -126,23 +117,34 @@ def _function(name: str, forward: Any, backward: Any) -> Any:
     return make(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
-_SendRpc = _function("torch::distributed::autograd::SendRpc", _send_forward, _send_backward)
+_Alias = _function("Alias", _alias_forward, _alias_backward)
 _RecvRpc = _function("torch::distributed::autograd::RecvRpc", _recv_forward, _recv_backward)
+
+_apply_recv: Any = super(Function, _RecvRpc).apply
+"""Without what `Function.apply` does for functorch, whose transforms no call goes through."""
 
 _anchor = torch.empty(0, requires_grad=True)
 """An input that makes torch record receive functions, which have none of their own; it never gets a gradient."""
 
 
-class SendFunction(NamedTuple):
-    """Attributes:
-    node: the node in the graph.
-    output: its empty output, which keeps it alive.
-    to: the rank that the tensors went to.
+class SendFunction:
+    """Where the gradients go that come for a message.
+
+    Attributes:
+        next_functions: the edges into the graph, one a tensor that was sent.
+        to: the rank that the tensors went to.
     """
 
-    node: Node
-    output: torch.Tensor
-    to: int
+    __slots__ = ("_owners", "next_functions", "to")
+
+    def __init__(self, edges: Sequence[Edge], owners: Sequence[object], to: int) -> None:
+        self.next_functions = tuple(edges)
+        self.to = to
+        self._owners = owners  # they keep alive what the edges lead to
+
+    def name(self) -> str:
+        """The name that torch's has."""
+        return "torch::distributed::autograd::SendRpcBackward"
 
 
 class RecvFunction(NamedTuple):
@@ -157,11 +159,27 @@ class RecvFunction(NamedTuple):
     info: RecvInfo
 
 
-def record_send(message_id: GlobalId, tensors: Sequence[torch.Tensor], to: int) -> SendFunction:
-    """Put a send function behind `tensors`, all of which require grad."""
+def record_send(tensors: Sequence[torch.Tensor], to: int) -> SendFunction:
+    """Note where in the graph `tensors` are, all of which require grad. They are not kept."""
+    edges: list[Edge] = []
+    owners: list[object] = []
+    for tensor in tensors:
+        node = tensor.grad_fn
+        if node is None or isinstance(node, torch._C._FunctionBase):
+            owner, node = _owner(tensor)
+            owners.append(owner)
+        edges.append((node, tensor.output_nr))
+    return SendFunction(edges, owners, to)
+
+
+def _owner(tensor: torch.Tensor) -> tuple[object, Node]:
+    """The node of a leaf, or of an output of a Python node, behind something that keeps it alive."""
     with torch.enable_grad():
-        output = _SendRpc.apply(message_id, *tensors)
-    return SendFunction(output.grad_fn, output, to)
+        strided = tensor.layout is torch.strided
+        alias: torch.Tensor = tensor.view_as(tensor) if strided else _Alias.apply(tensor)
+    assert alias.grad_fn is not None
+    node: Any = alias.grad_fn.next_functions[0][0]
+    return (alias.grad_fn if strided else alias), node
 
 
 def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[RecvFunction, list[torch.Tensor]]:
@@ -170,16 +188,15 @@ def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[RecvFu
     Returns:
         The function, and the tensors that have it as `grad_fn`. They alias `tensors`.
     """
-    with torch.enable_grad():
-        *outputs, extra = _RecvRpc.apply(_anchor, info, [tensor.detach() for tensor in tensors])
+    arguments = (_anchor, info, [tensor.detach() for tensor in tensors])
+    if torch.is_grad_enabled():
+        *outputs, extra = _apply_recv(*arguments)
+    else:
+        with torch.enable_grad():
+            *outputs, extra = _apply_recv(*arguments)
     return RecvFunction(extra.grad_fn, extra, info), outputs
 
 
 def recv_info(node: Node) -> RecvInfo | None:
     """Where the tensors of `node` came from, if it is a receive function."""
     return node.info if isinstance(node, _RecvRpc._backward_cls) else None
-
-
-def source_gradient() -> torch.Tensor:
-    """What to start a send function with: a gradient for its empty output."""
-    return _NO_GRADIENT

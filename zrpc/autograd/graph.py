@@ -10,12 +10,9 @@ from zrpc.autograd.functions import RecvInfo, recv_info
 from zrpc.autograd.scheduler import NO_NODE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.autograd.graph import Node
-
-ROOTS = 0
-"""The number that stands for all roots together, as if a node led to each of them."""
 
 _AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # made at run time
 
@@ -27,20 +24,27 @@ class Edge(NamedTuple):
     slot: int
 
 
+def edges_of(roots: Sequence[torch.Tensor]) -> list[tuple[Node, int]]:
+    """Where a pass begins that begins with `roots`, none of which is a leaf."""
+    return [(root.grad_fn, root.output_nr) for root in roots]  # type: ignore[misc]
+
+
 class Graph:
-    """All nodes that can be reached from the roots and from some send functions. Receive functions are its ends.
+    """All nodes that can be reached from some sources: the roots, and send functions. Receive functions are its ends.
+
+    A source has a number like a node, as if it led to where it begins.
 
     Attributes:
-        nodes: the nodes by number; None for `ROOTS`.
-        edges: the outputs of each node.
+        nodes: the nodes by number; None for sources.
+        edges: the outputs of each node or source.
         numbers: the number of each node.
         leaves: the numbers of the nodes of leaf tensors.
         received: where the tensors of the receive functions that were reached came from.
     """
 
     def __init__(self) -> None:
-        self.nodes: list[Node | None] = [None]
-        self.edges: list[list[Edge]] = [[]]
+        self.nodes: list[Node | None] = []
+        self.edges: list[list[Edge]] = []
         self.numbers: dict[Node, int] = {}
         self.leaves: list[int] = []
         self.received: list[RecvInfo] = []
@@ -55,16 +59,12 @@ class Graph:
         leaf: torch.Tensor = node.variable
         return leaf
 
-    def add_roots(self, roots: Sequence[torch.Tensor]) -> None:
-        """Add `roots` and all they lead to."""
-        for root in roots:
-            assert root.grad_fn is not None
-            self.edges[ROOTS].append(Edge(self._number(root.grad_fn), root.output_nr))
-        self._walk()
-
-    def add_send(self, node: Node) -> int:
-        """Add a send function and all it leads to; returns its number."""
-        number = self._number(node)
+    def add_source(self, edges: Iterable[tuple[Node, int]]) -> int:
+        """Add a source with its edges and all they lead to; returns its number."""
+        number = len(self.nodes)
+        self.nodes.append(None)
+        self.edges.append([])
+        self.edges[number] = [Edge(self._number(node), slot) for node, slot in edges]
         self._walk()
         return number
 

@@ -50,7 +50,7 @@ class AutogradHook:
         if not tensors:
             return [context.context_id, None]
         message_id = self._next_id()
-        context.add_send(message_id, record_send(message_id, tensors, to.id))
+        context.add_send(message_id, record_send(tensors, to.id))
         return [context.context_id, message_id]
 
     def receive(

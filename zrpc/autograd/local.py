@@ -14,10 +14,11 @@ import torch
 
 from zrpc.autograd.cut import fit
 from zrpc.autograd.engine import Job, execute
-from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction, source_gradient
-from zrpc.autograd.graph import ROOTS, Graph
+from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
+from zrpc.autograd.graph import Graph, edges_of
 from zrpc.autograd.leaves import close_tap, open_tap
 from zrpc.autograd.scheduler import NO_NODE, Scheduler, Segment
+from zrpc.errors import AutogradError
 from zrpc.staging import handover
 
 if TYPE_CHECKING:
@@ -54,21 +55,22 @@ class LocalPass:
         is_left_alone: Callable[[torch.Tensor], bool] = lambda _: False,
     ) -> None:
         self._roots = tuple(roots)
-        self._sends = dict(sends)  # with their outputs, which keep the nodes alive
+        self._sends = dict(sends)  # they keep the nodes alive
         self._retain_graph = retain_graph
         self._on_received = on_received
         self._on_leaves = on_leaves
         self._lock = threading.Lock()
-        self._gradients: dict[GlobalId, Gradients] = {}
+        self._arrived: dict[int, Gradients] = {}  # of sources that are to start
         self._handed: dict[int, list[tuple[int, torch.Tensor | None]]] = {}  # node: input slots and gradients
-        self._marks: list[Mark] = []  # in the streams of each segment that has run
+        self._marks: list[Mark] = []  # in the streams of threads that brought or made gradients
         self._graph = Graph()
-        self._graph.add_roots(roots)
-        self._numbers = {message_id: self._graph.add_send(send.node) for message_id, send in sends.items()}
-        self._message_ids = {number: message_id for message_id, number in self._numbers.items()}
+        self._root = self._graph.add_source(edges_of(roots)) if roots else NO_NODE
+        self._numbers = {
+            message_id: self._graph.add_source(send.next_functions) for message_id, send in self._sends.items()
+        }
         self._tapped: list[Any] = []
         self._splittable = self._open_taps(is_left_alone)
-        sources = [*self._message_ids, *([ROOTS] if roots else [])]
+        sources = [*self._numbers.values(), *([self._root] if roots else [])]
         self._scheduler = Scheduler(self._graph.children(), sources, self._splittable)
 
     @property
@@ -80,24 +82,24 @@ class LocalPass:
     def awaited(self) -> set[int]:
         """The ranks from which gradients are still to come."""
         with self._lock:
-            numbers = self._scheduler.awaited - {ROOTS}
-        return {self._sends[self._message_ids[number]].to for number in numbers}
+            numbers = self._scheduler.awaited
+        return {send.to for message_id, send in self._sends.items() if self._numbers[message_id] in numbers}
 
     def run_roots(self) -> None:
         """Run what the roots lead to, as far as it needs no other source."""
-        with self._lock:
-            segment = self._scheduler.arrive(ROOTS)
-        self._run(segment)
+        self._run(self._arrive(self._root, [_ones(root) for root in self._roots]))
 
     def run_send(self, message_id: GlobalId, gradients: Gradients) -> None:
         """The gradients of a send function are here: run what is ready now.
 
         Raises:
-            AutogradError: it takes no part in this pass, or has had its gradients.
+            AutogradError: it takes no part in this pass, or has had its gradients; or there are too few or too many.
         """
-        with self._lock:
-            segment = self._scheduler.arrive(self._numbers.get(message_id, NO_NODE))
-            self._gradients[message_id] = gradients
+        number = self._numbers.get(message_id, NO_NODE)
+        if number != NO_NODE and len(gradients) != len(self._graph.edges[number]):
+            raise AutogradError(f"{len(gradients)} gradients came for {len(self._graph.edges[number])} tensors")
+        segment = self._arrive(number, gradients)
+        del gradients  # one that nobody else holds need not be copied
         self._run(segment)
 
     def close(self) -> None:
@@ -106,45 +108,48 @@ class LocalPass:
         for node in tapped:
             close_tap(node)
 
-    # ---- as a run: asked by nodes and hooks ------------------------------------------------------------------------
-
-    def gradients_of(self, message_id: GlobalId) -> Gradients:
-        """See `Run.gradients_of`."""
-        return self._gradients.pop(message_id)
+    # ---- running ---------------------------------------------------------------------------------------------------
 
     def deliver(self, info: RecvInfo, gradients: Gradients) -> None:
         """See `Run.deliver`."""
         self._on_received(info, gradients)
 
-    # ---- running ---------------------------------------------------------------------------------------------------
+    def _arrive(self, source: int, gradients: Gradients) -> Segment:
+        """A source has its gradients. If there is none for some edge, its gradients are handed on by hand."""
+        with self._lock:
+            segment = self._scheduler.arrive(source, by_hand=any(gradient is None for gradient in gradients))
+            self._arrived[source] = gradients
+            self._add_mark()
+        return segment
 
     def _run(self, segment: Segment | None) -> None:
         while segment is not None:
             with self._lock:
-                job = self._job(segment)
-                marks = list(self._marks)
-            for mark in marks:
-                mark.join()
-            run = _SegmentRun(self, job)
+                for mark in self._marks:
+                    mark.join()
+                job, taken = self._job(segment)
+            run = _SegmentRun(self, job, taken)
             outputs = execute(job, run)
             with self._lock:
                 self._hand_on(segment, outputs, run.taken)
-                if handover.streams is not None:
-                    self._marks.append(handover.streams.mark())
+                self._add_mark()
                 segment = self._scheduler.complete(segment)
             if run.taken:
                 self._on_leaves(run.taken)
 
-    def _job(self, segment: Segment) -> Job:
-        """What to do for `segment`. Call it under the lock."""
+    def _add_mark(self) -> None:
+        """What other threads run next comes after what this one has given to devices. Call it under the lock."""
+        if handover.streams is not None:
+            self._marks.append(handover.streams.mark())
+
+    def _job(self, segment: Segment) -> tuple[Job, list[Taken]]:
+        """What to do for `segment`, and what needs no doing: gradients of splittable leaves. Call it under the lock."""
         nodes = self._graph.nodes
         job = Job(self._retain_graph)
+        taken: list[Taken] = []
         for number in segment.starts:
-            if number in self._message_ids:
-                job.begin_at(nodes[number], 0, source_gradient())
-        if ROOTS in segment.starts and ROOTS not in segment.cuts:
-            for root in self._roots:
-                job.begin_at(root.grad_fn, root.output_nr, _ones(root))
+            if number in self._arrived and number not in segment.cuts:
+                self._begin(job, taken, number)
         for number in segment.nodes & self._handed.keys():
             handed = self._handed.pop(number)
             defined = [(slot, gradient) for slot, gradient in handed if gradient is not None]
@@ -152,10 +157,21 @@ class LocalPass:
                 job.begin_at(nodes[number], slot, gradient)
             if not defined and number in segment.starts:
                 job.absent.append((nodes[number], handed[0][0]))
-        job.cuts = {number: nodes[number] for number in segment.cuts if number != ROOTS}
+        job.cuts = {number: nodes[number] for number in segment.cuts if nodes[number] is not None}
         if job.cuts:
             job.ends = [nodes[number] for number in segment.ends]
-        return job
+        return job, taken
+
+    def _begin(self, job: Job, taken: list[Taken], source: int) -> None:
+        """Begin where `source` leads to. Call it under the lock."""
+        for (child, slot), gradient in zip(self._graph.edges[source], self._arrived.pop(source), strict=True):
+            assert gradient is not None  # else the source is a cut
+            if child in self._splittable:
+                leaf = self._graph.leaf(child)
+                fits = gradient.shape == leaf.shape and gradient.dtype is leaf.dtype  # nodes are slow to tell
+                taken.append((leaf, gradient if fits else fit(gradient, self._graph.nodes[child], slot)))
+            else:
+                job.begin_at(self._graph.nodes[child], slot, gradient)
 
     def _hand_on(self, segment: Segment, outputs: Mapping[int, Gradients], taken: list[Taken]) -> None:
         """Give the outputs of the cuts of `segment` to the nodes they lead to. Call it under the lock.
@@ -164,14 +180,14 @@ class LocalPass:
         them.
         """
         for number in segment.cuts:
-            values = [_ones(root) for root in self._roots] if number == ROOTS else outputs[number]
+            values = self._arrived.pop(number) if number in self._arrived else outputs[number]
             for (child, slot), gradient in zip(self._graph.edges[number], values, strict=True):
                 if child == NO_NODE:
                     continue
                 fitting = None if gradient is None else fit(gradient, self._graph.nodes[child], slot)
                 if child not in self._splittable:
                     self._handed.setdefault(child, []).append((slot, fitting))
-                elif fitting is not None and child not in segment.ends:
+                elif fitting is not None and (child not in segment.ends or self._graph.nodes[number] is None):
                     taken.append((self._graph.leaf(child), fitting))
 
     def _open_taps(self, is_left_alone: Callable[[torch.Tensor], bool]) -> frozenset[int]:
@@ -182,7 +198,7 @@ class LocalPass:
                 continue
             node = self._graph.nodes[number]
             self._tapped.append(node)
-            if not open_tap(node):  # type: ignore[arg-type]  # only ROOTS has none
+            if not open_tap(node):  # type: ignore[arg-type]  # only sources have none
                 splittable.append(number)
         return frozenset(splittable)
 
@@ -190,9 +206,8 @@ class LocalPass:
 class _SegmentRun:
     """One engine call of a `LocalPass`, as nodes and hooks see it."""
 
-    def __init__(self, local: LocalPass, job: Job) -> None:
-        self.taken: list[Taken] = []
-        self.gradients_of = local.gradients_of
+    def __init__(self, local: LocalPass, job: Job, taken: list[Taken]) -> None:
+        self.taken = taken
         self.deliver = local.deliver
         self._without = [getattr(node, "variable", None) for node, _ in job.absent]
 

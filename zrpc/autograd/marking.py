@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from zrpc.autograd.graph import Graph
+from zrpc.autograd.graph import Graph, edges_of
 from zrpc.errors import AutogradError
 from zrpc.ids import GlobalId
 
@@ -45,7 +45,7 @@ class Marking:
     def begin(self, roots: Sequence[torch.Tensor]) -> Further:
         """The pass begins here with `roots`."""
         with self._lock:
-            self._graph.add_roots(roots)
+            self._graph.add_source(edges_of(roots))
             return self._further()
 
     def mark(self, message_ids: Iterable[GlobalId], sends: Mapping[GlobalId, SendFunction]) -> Further:
@@ -60,7 +60,7 @@ class Marking:
                 if function is None:
                     raise AutogradError(f"there is no send function {message_id} in this context")
                 self._marked[message_id] = function
-                self._graph.add_send(function.node)
+                self._graph.add_source(function.next_functions)
             return self._further()
 
     def _further(self) -> Further:

@@ -88,18 +88,25 @@ class Scheduler:
         """Whether everything has run."""
         return not self._awaited and not self._under_way and not self._left
 
-    def arrive(self, source: int) -> Segment:
+    def arrive(self, source: int, *, by_hand: bool = False) -> Segment:
         """The gradients of `source` are here: what to run now. Report its end with `complete`.
+
+        Args:
+            source: what arrived.
+            by_hand: make a cut of it.
 
         Raises:
             AutogradError: `source` is not waited for, or arrived before.
         """
         if source not in self._awaited:
             raise AutogradError(f"source {source} is not waited for: it has arrived before, or takes no part")
+        if self._simple and by_hand:
+            self._simple = False
+            self._count()
         self._awaited.remove(source)
         if self._simple:
             return self._begin(Segment((source,)))
-        return self._begin(self._plan([source]))
+        return self._begin(self._plan([source], {source} if by_hand else set()))
 
     def complete(self, segment: Segment) -> Segment | None:
         """`segment` has run and the outputs of its cuts are handed on: what to run next, if anything became ready."""
@@ -113,7 +120,7 @@ class Scheduler:
                     self._waits_for[child] -= 1
                     if not self._waits_for[child]:
                         ready[child] = None
-        return self._begin(self._plan(list(ready))) if ready else None
+        return self._begin(self._plan(list(ready), set())) if ready else None
 
     def _count(self) -> None:
         """How many edges lead to each node, and how many nodes there are to run."""
@@ -133,10 +140,12 @@ class Scheduler:
         self._under_way.add(segment)
         return segment
 
-    def _plan(self, starts: list[int]) -> Segment:
-        """The largest segment that begins with `starts`, which are ready; its nodes count as run."""
-        cuts: set[int] = set()
-        behind: set[int] = set()
+    def _plan(self, starts: list[int], cuts: set[int]) -> Segment:
+        """The largest segment that begins with `starts`, which are ready; its nodes count as run.
+
+        `cuts` are to be some of its cuts.
+        """
+        behind = self._behind(cuts)
         while True:
             nodes = self._closure(starts, cuts)
             more = {node for node in nodes - cuts if self._must_end(node, nodes, behind)}

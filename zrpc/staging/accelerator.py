@@ -37,9 +37,6 @@ class Accelerator(Protocol):
     def new_stream(self, device: str) -> Stream:
         """A stream of `device` besides the default one; they are few, and given out in turn."""
 
-    def default_stream(self, device: str) -> Stream:
-        """The stream that threads give their work to unless they say otherwise."""
-
     def running_on(self, streams: Sequence[Stream]) -> AbstractContextManager[None]:
         """Make each of `streams` the current one of its device, for this thread, while the body runs."""
 

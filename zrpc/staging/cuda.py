@@ -36,10 +36,6 @@ class CudaAccelerator:
         """See `Accelerator.current_stream`."""
         return torch.cuda.current_stream(device)
 
-    def default_stream(self, device: str) -> Stream:
-        """See `Accelerator.default_stream`."""
-        return torch.cuda.default_stream(device)
-
     def new_stream(self, device: str) -> Stream:
         """See `Accelerator.new_stream`: torch has 32 of them for each device."""
         return Stream(device)  # type: ignore[no-untyped-call]

@@ -62,16 +62,6 @@ class Streams:
         """A mark in the streams that are current now."""
         return Mark(self._accelerator, self._devices)
 
-    def lead_default_streams(self) -> None:
-        """The default streams go on after what this thread's current streams were given so far.
-
-        For torch's engine: what a node without a stream of its own returns, it takes to be made on the default ones.
-        """
-        for device in self._devices:
-            current, default = self._accelerator.current_stream(device), self._accelerator.default_stream(device)
-            if current != default:
-                self._accelerator.wait(default, self._accelerator.record(current))
-
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Serve one request in the body, on streams of its own."""

@@ -95,7 +95,7 @@ def unpack(table: Sequence[Any], buffers: Sequence[Buffer], stager: Stager | Non
         ProtocolError: an entry is malformed or names a buffer that is not there.
         DeviceError: what should arrive on a device cannot.
     """
-    memory = _Memory(buffers, stager)
+    memory = _Memory(buffers, stager, is_shared=len(table) > 1)
     try:
         return [_UNPACKERS[entry[0]](entry, memory) for entry in table]
     except ZrpcError:
@@ -182,7 +182,12 @@ def _add_span(storage: torch.UntypedStorage, span: Span, buffers: Outgoing) -> i
     start, stop = span
     if start == stop:
         return -1
-    buffers.append(raw_view(storage, start, stop - start).numpy().data)
+    small = stop - start <= INLINE_MAX_NBYTES and stop <= storage.nbytes()
+    buffers.append(
+        ctypes.string_at(storage.data_ptr() + start, stop - start)
+        if small
+        else raw_view(storage, start, stop - start).numpy().data
+    )
     return len(buffers) - 1
 
 
@@ -280,15 +285,27 @@ def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[An
 
 
 class _Memory:
-    """The buffers of one message, each turned into writable memory of our own at most once."""
+    """The buffers of one message, each turned into writable memory of our own at most once.
 
-    __slots__ = ("_buffers", "_placed", "_stager", "_storages")
+    Args:
+        buffers: what came.
+        stager: brings them to devices.
+        is_shared: whether more than one tensor may see the same buffer.
+    """
 
-    def __init__(self, buffers: Sequence[Buffer], stager: Stager | None) -> None:
+    __slots__ = ("_buffers", "_is_shared", "_placed", "_stager", "_storages")
+
+    def __init__(self, buffers: Sequence[Buffer], stager: Stager | None, is_shared: bool) -> None:
         self._buffers = buffers
         self._stager = stager
+        self._is_shared = is_shared
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._placed: dict[tuple[str, int], torch.UntypedStorage] | None = None
+
+    def small(self, index: int) -> bytes | None:
+        """The bytes of a buffer that one tensor sees, if they are few: to copy them into a fresh tensor is quicker."""
+        buffer = None if self._is_shared else self._buffers[index]
+        return buffer if type(buffer) is bytes else None
 
     def own(self, index: int) -> Buffer:
         """Writable bytes that nobody else sees."""
@@ -328,15 +345,36 @@ def _can_be_taken_over(buffer: Buffer) -> bool:
 
 def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, dtype, shape, requires_grad, buffer = entry
-    if buffer < 0:
-        tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    raw = memory.small(buffer) if buffer >= 0 else b""
+    if raw is not None:
+        tensor = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
+        _fill(tensor, raw, tensor.nbytes)
     else:
         tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype]).view(shape)
     return tensor.requires_grad_() if requires_grad else tensor
 
 
+def _fill(tensor: torch.Tensor, raw: bytes, nbytes: int) -> None:
+    """Give a fresh tensor, whose memory has `nbytes`, its bytes."""
+    if nbytes != len(raw):
+        raise ProtocolError(f"{len(raw)} bytes came for a tensor of {nbytes}")
+    ctypes.memmove(tensor.data_ptr(), raw, nbytes)
+
+
 def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    return _view_of(memory.storage(entry[4]), entry)
+    _, dtype, shape, requires_grad, buffer, strides, offset, conj, neg = entry
+    raw = memory.small(buffer) if buffer >= 0 and not offset else None
+    if raw is not None:
+        tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="cpu")
+        _fill(tensor, raw, tensor.untyped_storage().nbytes())
+    else:
+        tensor = torch.empty(0, dtype=DTYPES[dtype], device="cpu")
+        tensor.set_(memory.storage(buffer), offset, shape, strides)
+    if conj:
+        tensor = tensor.conj()
+    if neg:
+        tensor = torch._neg_view(tensor)
+    return tensor.requires_grad_() if requires_grad else tensor
 
 
 def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
@@ -345,13 +383,9 @@ def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
         return _unpack_entry(inner, memory)
     if inner[0] not in (DENSE, STRIDED):
         raise ProtocolError(f"an entry of kind {inner[0]} is placed as a whole, and not its parts")
-    return _view_of(memory.placed(inner[4], device), inner)
-
-
-def _view_of(storage: torch.UntypedStorage, entry: list[Any]) -> torch.Tensor:
-    """What a DENSE or STRIDED entry sees of its storage."""
-    _, dtype, shape, requires_grad, _, *view = entry
+    _, dtype, shape, requires_grad, buffer, *view = inner
     strides, offset, conj, neg = view or (_contiguous(shape), 0, False, False)
+    storage = memory.placed(buffer, device)
     tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
     tensor.set_(storage, offset, shape, strides)
     if conj:

@@ -32,32 +32,9 @@ def pack(value: Any) -> Payload:
     Raises:
         UnpackableError: something in it is none of the types above.
     """
-    tensors: list[torch.Tensor] = []
-    places: dict[int, int] = {}  # a tensor that is there twice travels once, and arrives as one
-
-    def extend(obj: Any) -> msgpack.ExtType:
-        cls = type(obj)
-        if cls is torch.Tensor:
-            place = places.setdefault(id(obj), len(tensors))
-            if place == len(tensors):
-                tensors.append(obj)
-            return msgpack.ExtType(_TENSOR, place.to_bytes(4, "little"))
-        if cls is tuple or cls is torch.Size:
-            return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, encode(list(obj)))
-        if cls is complex:
-            return msgpack.ExtType(_COMPLEX, struct.pack("<dd", obj.real, obj.imag))
-        if cls is torch.device:
-            return msgpack.ExtType(_DEVICE, str(obj).encode())
-        if cls in _NAMED:
-            return msgpack.ExtType(_NAMED[cls], str(obj).removeprefix("torch.").encode())
-        raise UnpackableError(f"a {cls.__module__}.{cls.__qualname__} is not an operator's argument")
-
-    def encode(obj: Any) -> bytes:
-        packed: bytes = msgpack.packb(obj, default=extend, strict_types=True)
-        return packed
-
+    packing = _Packing()
     try:
-        return Payload(_PREFIX + encode(value), tensors)
+        return Payload(_PREFIX + packing.encode(value), packing.tensors)
     except (OverflowError, ValueError, RecursionError) as error:
         raise UnpackableError(str(error)) from error
 
@@ -68,15 +45,65 @@ def unpack(payload: Payload) -> Any:
     Raises:
         ProtocolError: the stream is damaged.
     """
-    tensors = payload.tensors
+    try:
+        if payload.data[: len(_PREFIX)] != _PREFIX:
+            raise ProtocolError(f"packed values begin with {bytes(payload.data[:2])!r}")
+        return _Unpacking(payload.tensors).decode(memoryview(payload.data)[len(_PREFIX) :])
+    except ProtocolError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"packed values cannot be read: {error}") from error
 
-    def restore(code: int, raw: bytes) -> Any:
+
+class _Packing:
+    """What becomes of one value. No closures: two that call each other are a cycle, and would keep the tensors."""
+
+    __slots__ = ("_places", "tensors")
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}  # a tensor that is there twice travels once, and arrives as one
+
+    def encode(self, obj: Any) -> bytes:
+        packed: bytes = msgpack.packb(obj, default=self._extend, strict_types=True)
+        return packed
+
+    def _extend(self, obj: Any) -> msgpack.ExtType:
+        cls = type(obj)
+        if cls is torch.Tensor:
+            place = self._places.setdefault(id(obj), len(self.tensors))
+            if place == len(self.tensors):
+                self.tensors.append(obj)
+            return msgpack.ExtType(_TENSOR, place.to_bytes(4, "little"))
+        if cls is tuple or cls is torch.Size:
+            return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, self.encode(list(obj)))
+        if cls is complex:
+            return msgpack.ExtType(_COMPLEX, struct.pack("<dd", obj.real, obj.imag))
+        if cls is torch.device:
+            return msgpack.ExtType(_DEVICE, str(obj).encode())
+        if cls in _NAMED:
+            return msgpack.ExtType(_NAMED[cls], str(obj).removeprefix("torch.").encode())
+        raise UnpackableError(f"a {cls.__module__}.{cls.__qualname__} is not an operator's argument")
+
+
+class _Unpacking:
+    """The way back."""
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def decode(self, raw: bytes | memoryview) -> Any:
+        return msgpack.unpackb(raw, ext_hook=self._restore, strict_map_key=False)
+
+    def _restore(self, code: int, raw: bytes) -> Any:
         if code == _TENSOR:
-            return tensors[int.from_bytes(raw, "little")]
+            return self._tensors[int.from_bytes(raw, "little")]
         if code == _TUPLE:
-            return tuple(decode(raw))
+            return tuple(self.decode(raw))
         if code == _SIZE:
-            return torch.Size(decode(raw))
+            return torch.Size(self.decode(raw))
         if code == _COMPLEX:
             return complex(*struct.unpack("<dd", raw))
         if code == _DEVICE:
@@ -84,18 +111,6 @@ def unpack(payload: Payload) -> Any:
         if code in (_DTYPE, _LAYOUT, _MEMORY_FORMAT):
             return _torch_constant(raw.decode())
         raise ProtocolError(f"packed values have an unknown type code {code}")
-
-    def decode(raw: bytes | memoryview) -> Any:
-        return msgpack.unpackb(raw, ext_hook=restore, strict_map_key=False)
-
-    try:
-        if payload.data[: len(_PREFIX)] != _PREFIX:
-            raise ProtocolError(f"packed values begin with {bytes(payload.data[:2])!r}")
-        return decode(memoryview(payload.data)[len(_PREFIX) :])
-    except ProtocolError:
-        raise
-    except Exception as error:
-        raise ProtocolError(f"packed values cannot be read: {error}") from error
 
 
 def _torch_constant(name: str) -> Any:

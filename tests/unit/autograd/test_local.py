@@ -92,7 +92,7 @@ def test_whatever_comes_when_the_gradients_are_those_of_one_call(program: Progra
 
     trace, received = trace_of(program, traffic, receive=True)
     sends = {
-        GlobalId(0, number): record_send(GlobalId(0, number), tensors, to=1)
+        GlobalId(0, number): record_send(tensors, to=1)
         for number, message in enumerate(traffic.sent)
         if (tensors := picked(trace, message))
     }
@@ -134,7 +134,7 @@ def run_pass(
         if source == len(traffic.sent):
             local.run_roots()
         elif message_id in sends:
-            n_tensors = len(sends[message_id].node.next_functions)
+            n_tensors = len(sends[message_id].next_functions)
             local.run_send(message_id, [gradient_for(source, index) for index in range(n_tensors)])
     assert local.finished
     local.close()

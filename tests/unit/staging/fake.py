@@ -107,9 +107,6 @@ class FakeAccelerator:
         current: FakeStream = self._current().get(device) or self._defaults[device]
         return current
 
-    def default_stream(self, device: str) -> FakeStream:
-        return self._defaults[device]
-
     def new_stream(self, device: str) -> FakeStream:
         if device not in self._defaults:
             raise RuntimeError(f"invalid device ordinal: {device}")
