@@ -170,6 +170,8 @@ class Future(torch.futures.Future[T]):
         child: Future[S] = Future()
         child.origin = "a callback given to then()"
         held = [child]
+        if handover.streams is not None:
+            callback = _after(handover.streams.mark(), callback)
         self.add_done_callback(lambda done: settle(held.pop(), lambda: _called_back(callback, done)))
         return child
 
@@ -209,6 +211,16 @@ def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
         if handover.streams is not None and isinstance(future, Future):
             future._mark = handover.streams.mark()
         future.set_result(value)
+
+
+def _after(mark: Mark, callback: Callable[[torch.futures.Future[T]], S]) -> Callable[[torch.futures.Future[T]], S]:
+    """`callback`, to be run after what this thread has given to devices: it may use tensors that it found here."""
+
+    def joined(done: torch.futures.Future[T]) -> S:
+        mark.join()
+        return callback(done)
+
+    return joined
 
 
 def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.futures.Future[T]) -> S:

@@ -260,6 +260,17 @@ def test_a_value_of_a_future_or_a_cell_is_there_for_the_stream_of_who_gets_it() 
                     assert value_of(a, Payload(b"", [get()])) == {value}
 
 
+def test_a_callback_sees_what_its_giver_made_before() -> None:
+    with two() as (a, _):
+        for value in range(1, 40):
+            future: Future[int] = Future()
+            with a.accelerator.running_on([a.accelerator.new_stream("cuda:0")]):
+                tensor = made(a.accelerator, value)
+                child = future.then(lambda _: value_of(a, Payload(b"", [tensor])))  # noqa: B023
+            elsewhere(a.accelerator, lambda: settle(future, lambda: 1))  # noqa: B023
+            assert child.wait() == {value}
+
+
 def test_an_answer_that_a_completer_opens_is_there_for_who_waits() -> None:
     with two() as (a, b):
         serve(b, lambda request, tensor: add_one(b, request, tensor))
