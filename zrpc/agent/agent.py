@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from zrpc.agent.request import CallHook, Request
     from zrpc.membership.group import Group, Member
     from zrpc.staging.accelerator import Accelerator
+    from zrpc.staging.streams import Streams
     from zrpc.transport.endpoint import Endpoint
     from zrpc.transport.inbox import Awaited, Work
     from zrpc.transport.slabs import SharedMemory
@@ -112,6 +113,7 @@ class Agent:
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
+        self.staging.on_streams = self._run_on
         self._deadlines = Deadlines(self._expire)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
@@ -394,6 +396,13 @@ class Agent:
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
         self._peers.says_goodbye(request.source)
+
+    def _run_on(self, streams: Streams | None) -> None:
+        """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""
+        around = None if streams is None else streams.run
+        self._server.pool.around = around
+        self.completions.run_with(around)
+        handover.order_by(streams)
 
     def _on_gone(self, worker: WorkerInfo, reason: str) -> None:
         """A peer left or is lost: its calls fail."""

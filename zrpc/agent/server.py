@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import Request
-from zrpc.errors import AgentClosedError, DeviceError, OverloadedError, PeerLostError, ProtocolError
+from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
 from zrpc.wire.exceptions import dump_exception
 from zrpc.wire.messages import Message, Reply
 from zrpc.wire.payload import Payload, seal
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from zrpc.agent.peers import Peers
     from zrpc.ids import Incarnation, WorkerInfo
     from zrpc.staging.stager import Staging
-    from zrpc.staging.streams import Streams
     from zrpc.transport.inbox import Inbox, Work
     from zrpc.wire.envelope import Envelope
 
@@ -123,9 +122,9 @@ class Server:
             work = _run(handler, request)
         if work is None:
             return None
-        if self.staging.streams is not None:
-            work = partial(_run_on_streams, self.staging.streams, work, request)
         if self._inbox.can_work and self._quickness.expects_quick():
+            if self.pool.around is not None:
+                work = partial(self.pool.around, work)
             return partial(self._quickness.timed, work)
         self.pool.submit(work)
         return None
@@ -210,18 +209,6 @@ class Server:
                 self._serving -= 1
                 if not self._serving:
                     self._idle.notify_all()
-
-
-def _run_on_streams(streams: Streams, work: Work, request: Request[Any]) -> None:
-    """Run `work` with streams of its own."""
-    try:
-        with streams.serving():
-            work()
-    except RuntimeError as error:  # of a device: work itself raises nothing
-        if request.answered:
-            log.exception("a device failed after a %s was served", type(request.message).__name__)
-        else:
-            request.fail(DeviceError(f"this worker's devices take no work: {error}"))
 
 
 def _run(handler: Handler, request: Request[Any]) -> Work | None:

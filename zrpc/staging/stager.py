@@ -45,6 +45,7 @@ class Staging:
         devices: the devices that the worker uses.
         streams: the streams of its requests; None: it uses no device.
         pin: may pin the memory that a received buffer lies in, which then is copied from faster.
+        on_streams: is told of `streams` when `use` changes them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Staging:
         self.devices: Sequence[str] = ()
         self.streams: Streams | None = None
         self.pin: Callable[[Buffer], None] = _leave
+        self.on_streams: Callable[[Streams | None], None] = handover.order_by
 
     @property
     def accelerator(self) -> Accelerator:
@@ -93,7 +95,7 @@ class Staging:
         if list(devices) != list(self.devices):
             self.streams = Streams(self.accelerator, devices) if devices else None
             self.devices = tuple(devices)
-            handover.order_by(self.streams)
+            self.on_streams(self.streams)
 
     def fetch(self, source: torch.Tensor, device: str) -> Outgoing:
         """See `zrpc.wire.route.Stager.fetch`. The stream that copies is none of the caller's, who is not held up."""

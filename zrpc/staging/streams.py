@@ -1,24 +1,27 @@
 """The order of work between streams of different threads.
 
-Each request is served on streams of its own. What is done in one and seen in another is put in order here:
+Each task of a worker (a request that it serves, an answer that is opened for a future) runs on streams of its own. What
+is done in one and seen in another is put in order here:
 
 - A value that one thread makes and others get (of an RRef, of a future) has a `Mark`, made where the value was made;
   who gets it joins the mark.
-- A request that comes when another has been served runs after what that one gave to its streams, as programs expect
-  that change tensors in place (an optimizer's step, then a forward pass). Requests that are served at the same time
-  are not ordered.
+- A task that begins when another is over runs after what that one gave to its streams, as programs expect that change
+  tensors in place (an optimizer's step, then a forward pass). Tasks that run at the same time are not ordered.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from zrpc.staging.accelerator import Accelerator, Event, Stream
+
+
+log = logging.getLogger("zrpc")
 
 
 class Mark:
@@ -37,7 +40,7 @@ class Mark:
 
 
 class _Lane(NamedTuple):
-    """A request's stream on one device, and what it runs after."""
+    """A task's stream on one device, and what it runs after."""
 
     device: str
     stream: Stream
@@ -45,7 +48,7 @@ class _Lane(NamedTuple):
 
 
 class Streams:
-    """The streams of one worker's requests, and what has been served. The lock owns the events.
+    """The streams of one worker's tasks, and which are over. The lock owns the events.
 
     Args:
         accelerator: whose they are.
@@ -56,34 +59,42 @@ class Streams:
         self._accelerator = accelerator
         self._devices = tuple(devices)
         self._lock = threading.Lock()
-        self._served: dict[str, list[Event]] = {device: [] for device in devices}
+        self._over: dict[str, list[Event]] = {device: [] for device in devices}
 
     def mark(self) -> Mark:
         """A mark in the streams that are current now."""
         return Mark(self._accelerator, self._devices)
 
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Serve one request in the body, on streams of its own."""
-        lanes = [self._begin(device) for device in self._devices]
+    def run(self, task: Callable[[], None]) -> None:
+        """Run `task` on streams of its own.
+
+        Where a device takes no work, the task is run all the same: it finds out itself, if it needs the device.
+        """
+        try:
+            lanes = [self._begin(device) for device in self._devices]
+        except RuntimeError as error:
+            log.error("a device of this worker takes no work: %s", error)
+            task()
+            return
         with self._accelerator.running_on([lane.stream for lane in lanes]):
-            try:
-                yield
-            finally:
-                for lane in lanes:
-                    self._end(lane)
+            task()
+        try:
+            for lane in lanes:
+                self._end(lane)
+        except RuntimeError as error:
+            log.error("a device of this worker takes no work: %s", error)
 
     def _begin(self, device: str) -> _Lane:
         stream = self._accelerator.new_stream(device)
         with self._lock:
-            before = self._served[device] = [event for event in self._served[device] if not event.query()]
+            before = self._over[device] = [event for event in self._over[device] if not event.query()]
         for event in before:
             self._accelerator.wait(stream, event)
         return _Lane(device, stream, before)
 
     def _end(self, lane: _Lane) -> None:
-        """Its event covers those that it has waited for, so there are never more than requests served at once."""
+        """Its event covers those that it has waited for, so there are never more than tasks that run at once."""
         event = self._accelerator.record(lane.stream)
         with self._lock:
-            left = [served for served in self._served[lane.device] if served not in lane.before]
-            self._served[lane.device] = [*left, event]
+            left = [one for one in self._over[lane.device] if one not in lane.before]
+            self._over[lane.device] = [*left, event]
