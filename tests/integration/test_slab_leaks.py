@@ -159,6 +159,7 @@ def census() -> dict[str, int]:
     memory = shared_memory()
     lines = Path("/proc/self/maps").read_text().splitlines()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    handlers, _ = current_agent()._server.pool.counts()
     return {
         "fds": sum(links.values()),
         "slab_fds": links["/memfd:zrpc-slab (deleted)"],
@@ -167,7 +168,8 @@ def census() -> dict[str, int]:
         "attached": len(memory._attachments._mapped),
         "loans": len(memory._attachments._loans),
         "shared_nbytes": int(status["RssShmem"].split()[0]) << 10,
-        "threads": int(status["Threads"]),
+        "handlers": handlers,
+        "other_threads": int(status["Threads"]) - handlers,
         **memory.counts(),
     }
 
@@ -262,12 +264,13 @@ def check(count: dict[str, int]) -> None:
     """What a worker has after a kill, once it has let go of everything."""
     assert count["slab_fds"] == count["slabs"], "files are open of slabs that are in no pool"
     assert count["probe_fds"] == 1
+    assert count["handlers"] <= rpc.RpcBackendOptions().num_worker_threads, "they come as they are needed, and stay"
     assert count["held"] == count["loans"] == 0
     assert count["slab_maps"] <= count["slabs"] + count["attached"], "slabs are mapped that nobody uses"
 
 
 def grows_no_more(counts: list[dict[str, int]]) -> None:
-    for key in ("fds", "threads", "slabs", "attached", "slab_maps", "shared_nbytes"):
+    for key in ("fds", "other_threads", "slabs", "attached", "slab_maps", "shared_nbytes"):
         early, late = counts[:WARM_UP], counts[WARM_UP:]
         most = max(count[key] for count in early)
         assert min(count[key] for count in late[-WARM_UP:]) <= most * 1.25, (key, [count[key] for count in counts])

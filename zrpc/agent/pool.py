@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from zrpc.threads import join
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -97,7 +99,7 @@ class HandlerPool:
         deadline = time.monotonic() + timeout_s
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+                join(thread, max(0.0, deadline - time.monotonic()))
 
     def _grow(self) -> None:
         """Start a thread if there is work that no idle one will take. Call it under the lock."""

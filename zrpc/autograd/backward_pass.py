@@ -348,7 +348,7 @@ class BackwardPass:
                 return
 
     def _close(self) -> None:
-        """Clean up. The local part refers to this one: none of it may stay, or its tensors would until a collection."""
+        """Clean up. The local part refers to this one: if it stayed, its tensors would until a garbage collection."""
         local, self._local = self._local, None
         whole, self._whole = self._whole, None
         if local is not None:

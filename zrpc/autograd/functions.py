@@ -127,6 +127,9 @@ _anchor = torch.empty(0, requires_grad=True)
 """An input that makes torch record receive functions, which have none of their own; it never gets a gradient."""
 
 
+SEND_NAME = "torch::distributed::autograd::SendRpcBackward"
+
+
 class SendFunction:
     """Where the gradients go that come for a message.
 
@@ -144,7 +147,7 @@ class SendFunction:
 
     def name(self) -> str:
         """The name that torch's has."""
-        return "torch::distributed::autograd::SendRpcBackward"
+        return SEND_NAME
 
 
 class RecvFunction(NamedTuple):

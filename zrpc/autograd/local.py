@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.profiler import record_function
 
 from zrpc.autograd.cut import fit
 from zrpc.autograd.engine import Job, execute
-from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
+from zrpc.autograd.functions import SEND_NAME, Gradients, RecvInfo, SendFunction
 from zrpc.autograd.graph import Graph, edges_of
 from zrpc.autograd.leaves import close_tap, open_tap
 from zrpc.autograd.scheduler import NO_NODE, Scheduler, Segment
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
     from zrpc.ids import GlobalId
     from zrpc.staging.streams import Mark
+
+_profiler_enabled: Any = torch.autograd._profiler_enabled
 
 OnReceived = Callable[[RecvInfo, Gradients], None]
 
@@ -98,7 +102,8 @@ class LocalPass:
         number = self._numbers.get(message_id, NO_NODE)
         if number != NO_NODE and len(gradients) != len(self._graph.edges[number]):
             raise AutogradError(f"{len(gradients)} gradients came for {len(self._graph.edges[number])} tensors")
-        segment = self._arrive(number, gradients)
+        with record_function(SEND_NAME) if _profiler_enabled() else nullcontext():
+            segment = self._arrive(number, gradients)
         del gradients  # one that nobody else holds need not be copied
         self._run(segment)
 

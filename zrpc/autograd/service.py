@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from zrpc.autograd.marking import Countdown, Further
 from zrpc.errors import AgentClosedError, AutogradError, ProtocolError, UnknownWorkerError
 from zrpc.rref.janitor import Janitor
 from zrpc.staging import handover
-from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContext
+from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContexts
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class AutogradService:
         self._lock = threading.Lock()
         self._contexts: ContextContainer | None = None
         self._janitor: Janitor | None = None
+        self._released: deque[tuple[DistAutogradContext, int | None]] = deque()  # to be told of; by the janitor
         self._closed = False
 
     @property
@@ -177,12 +179,13 @@ class AutogradService:
 
         self._mark_further(backward, further, done)
 
-    def on_release(self, request: Request[ReleaseContext]) -> Work | None:
-        """Serve a release. What belongs to the context is freed outside of the read lock."""
+    def on_release(self, request: Request[ReleaseContexts]) -> Work | None:
+        """Serve a release. What belongs to the contexts is freed outside of the read lock."""
         work: list[Work] = []
-        self._release(request.message.context_id, work.append, told_by=request.source.id)
+        for context_id in request.message.context_ids:
+            self._release(context_id, work.append, told_by=request.source.id)
         request.reply()
-        return work[0] if work else None
+        return (lambda: _do_all(work)) if work else None
 
     def on_abort(self, request: Request[AbortBackward]) -> None:
         """Serve the end of a failed pass, on the reading thread."""
@@ -229,7 +232,8 @@ class AutogradService:
         if active is not None and active.pass_id == pass_id:
             failed = active
             self._agent.submit(lambda: failed.fail(AutogradError(f"the backward pass failed elsewhere: {reason}")))
-        self._tell_all(context, AbortBackward(context.context_id, pass_id, reason), told_by)
+        for rank in self._told(context, told_by):
+            self._notify(rank, AbortBackward(context.context_id, pass_id, reason))
 
     def _release(self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: int | None = None) -> None:
         """Take a context out and tell the others; `run` is given what ends its pass, which may take a while."""
@@ -247,18 +251,28 @@ class AutogradService:
                 return
             if self._janitor is None:
                 self._janitor = Janitor(self._tell_released)
-            self._janitor.note((context, told_by))
+            self._released.append((context, told_by))
+            self._janitor.note("released")
 
-    def _tell_released(self, note: tuple[DistAutogradContext, int | None]) -> None:
-        context, told_by = note
-        self._tell_all(context, ReleaseContext(context.context_id), told_by)
+    def _tell_released(self, note: object) -> None:
+        """Tell of all that is noted by now, in one message to each worker; the later notes of a round find nothing."""
+        del note
+        by_rank: defaultdict[int, list[int]] = defaultdict(list)
+        while self._released:
+            context, told_by = self._released.popleft()
+            for rank in self._told(context, told_by):
+                by_rank[rank].append(context.context_id)
+        for rank, context_ids in by_rank.items():
+            self._notify(rank, ReleaseContexts(context_ids))
 
-    def _tell_all(self, context: DistAutogradContext, message: Message, told_by: int | None) -> None:
-        """Send `message` to all that know `context` from here, but not back to who told this worker."""
-        for rank in context.known_workers():
-            worker = self._worker(rank)
-            if worker is not None and rank not in (self.rank, told_by):
-                self._agent.notify(worker, message)
+    def _told(self, context: DistAutogradContext, told_by: int | None) -> list[int]:
+        """All that know `context` from here, but not who told this worker."""
+        return [rank for rank in context.known_workers() if rank not in (self.rank, told_by)]
+
+    def _notify(self, rank: int, message: Message) -> None:
+        worker = self._worker(rank)
+        if worker is not None:
+            self._agent.notify(worker, message)
 
     # ---- SMART mode ------------------------------------------------------------------------------------------------
 
@@ -328,6 +342,11 @@ def _once(gradients: Gradients, mark: Mark | None) -> Callable[[], Gradients]:
 
 def _at_once(task: Callable[[], None]) -> None:
     task()
+
+
+def _do_all(tasks: Sequence[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
 
 
 def _check(roots: Sequence[torch.Tensor]) -> None:

@@ -23,6 +23,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.threads import join
 from zrpc.transport import sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
@@ -140,7 +141,7 @@ class BrokeredEndpoint:
         deadline = time.monotonic() + flush_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
+                join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
         self._outbox.drain()
         can_flush = self.is_connected() and self._broker_lost is None
         self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
+from zrpc.threads import join
 from zrpc.transport import sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
@@ -146,7 +147,7 @@ class PeerEndpoint:
         deadline = time.monotonic() + flush_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
+                join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
         with self._lock:
             outboxes, self._outboxes = list(self._outboxes.values()), {}
             monitors, self._new_monitors = self._new_monitors, []

@@ -41,6 +41,7 @@ _ARRIVES_AS: dict[str, type] = {
     "str": str,
     "bytes": bytes,
     "list[Any]": list,
+    "list[int]": list,
     "list[str]": list,
     "list[GlobalId]": list,
     "dict[str, Any]": dict,
@@ -246,10 +247,10 @@ class RRefBackward(Message):
 
 @_message(32, idempotent=True)
 @dataclass(frozen=True, slots=True)
-class ReleaseContext(Message):
-    """The autograd context `context_id` is over: free what belongs to it, and tell whom you told of it."""
+class ReleaseContexts(Message):
+    """These autograd contexts are over: free what belongs to them, and tell whom you told of them."""
 
-    context_id: int
+    context_ids: list[int]
 
 
 @_message(33, idempotent=True)

@@ -303,7 +303,7 @@ class _Memory:
         self._placed: dict[tuple[str, int], torch.UntypedStorage] | None = None
 
     def small(self, index: int) -> bytes | None:
-        """The bytes of a buffer that one tensor sees, if they are few: to copy them into a fresh tensor is quicker."""
+        """The bytes of a small buffer that only one tensor sees: to copy them into a fresh tensor is quicker."""
         buffer = None if self._is_shared else self._buffers[index]
         return buffer if type(buffer) is bytes else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -191,3 +192,47 @@ def test_received_tensors_may_be_changed_in_place() -> None:
     _, (tensor,) = record_recv(RecvInfo(1, GlobalId(1, 0)), [torch.ones(2, requires_grad=True)])
     tensor.mul_(2)
     assert not tensor._is_view()
+
+
+def test_as_many_gradients_as_tensors_must_come() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    sends = {GlobalId(0, 0): record_send([leaf, leaf * 2], to=1)}
+    local = LocalPass([], sends, False, lambda info, gradients: None, lambda taken: None)
+    with pytest.raises(AutogradError, match="1 gradients came for 2 tensors"):
+        local.run_send(GlobalId(0, 0), [torch.ones(2)])
+    local.close()
+
+
+def test_a_sent_tensor_is_not_kept_and_its_graph_is() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    _, (received,) = record_recv(RecvInfo(3, GlobalId(3, 0)), [torch.ones(2, requires_grad=True)])
+    doubled = leaf * 2
+    alive = [weakref.ref(doubled), weakref.ref(received)]
+    sends = {GlobalId(0, 0): record_send([doubled, received, leaf], to=1)}
+    del doubled, received
+    assert [one() for one in alive] == [None, None]
+    delivered: list[Gradients] = []
+    sums: dict[torch.Tensor, Sum] = {}
+    local = LocalPass(
+        [], sends, False, lambda info, gradients: delivered.append(gradients), lambda taken: add_all(sums, taken)
+    )
+    local.run_send(GlobalId(0, 0), [torch.full((2,), 3.0), torch.full((2,), 5.0), torch.full((2,), 7.0)])
+    local.close()
+    assert sums[leaf].value.tolist() == [13.0, 13.0]
+    assert [None if gradient is None else gradient.tolist() for gradient in delivered[0]] == [[5.0, 5.0]]
+
+
+def test_sparse_tensors_have_edges_too() -> None:
+    leaf = torch.eye(2).to_sparse().requires_grad_()
+    sends = {GlobalId(0, 0): record_send([leaf], to=1)}
+    sums: dict[torch.Tensor, Sum] = {}
+    local = LocalPass([], sends, False, lambda info, gradients: None, lambda taken: add_all(sums, taken))
+    local.run_send(GlobalId(0, 0), [torch.eye(2).to_sparse()])
+    local.close()
+    assert sums[leaf].value.to_dense().tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_send_functions_look_like_torchs() -> None:
+    send = record_send([torch.ones(2, requires_grad=True)], to=1)
+    assert send.name() == "torch::distributed::autograd::SendRpcBackward"
+    assert [(node.name(), slot) for node, slot in send.next_functions] == [("torch::autograd::AccumulateGrad", 0)]

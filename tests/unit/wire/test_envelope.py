@@ -32,7 +32,7 @@ from zrpc.wire.messages import (
     PythonRemote,
     Refused,
     Register,
-    ReleaseContext,
+    ReleaseContexts,
     Reply,
     RRefBackward,
     RRefChildAccept,
@@ -65,7 +65,7 @@ GOLDEN: list[tuple[Message, str]] = [
     (RRefUserDelete(R, F), "98011707929201029203ce00011170c09090c400"),
     (BackwardRequest(1 << 48, R, F, True), "98011e0794cf00010000000000009201029203ce00011170c3c09090c400"),
     (RRefBackward(R, F, 5, False), "98011f07949201029203ce0001117005c2c09090c400"),
-    (ReleaseContext(5), "980120079105c09090c400"),
+    (ReleaseContexts([5, 7]), "9801200791920507c09090c400"),
     (AbortBackward(5, F, "why"), "9801210793059203ce00011170a3776879c09090c400"),
     (MarkSends(5, F, True, [R, F]), "9801220794059203ce00011170c3929201029203ce00011170c09090c400"),
     (
@@ -171,9 +171,11 @@ def test_a_message_may_place_its_large_buffers_elsewhere() -> None:
 def test_what_msgpack_cannot_carry_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(ProtocolError, match="Reply"):
         encode(Envelope(Reply(), extras={"hook": object()}))
-    with pytest.raises(ProtocolError, match="ReleaseContext"):
-        encode(Envelope(ReleaseContext(1 << 64)))
-    assert decode(encode(Envelope(ReleaseContext(1)))).message == ReleaseContext(1), "the packer is usable afterwards"
+    with pytest.raises(ProtocolError, match="ReleaseContexts"):
+        encode(Envelope(ReleaseContexts([1 << 64])))
+    assert decode(encode(Envelope(ReleaseContexts([1])))).message == ReleaseContexts([1]), (
+        "the packer is usable afterwards"
+    )
 
 
 @pytest.mark.parametrize(
