@@ -81,7 +81,7 @@ class Peers(Protocol):
         """Send gradients back to where the tensors came from; `done(error)` is called once that worker has answered."""
 
     def may_answer_with(self, info: RecvInfo) -> bool:
-        """Whether gradients for tensors that came so may go back with an answer: the device map is the right one."""
+        """Whether gradients for tensors that came with an answer may go back with one: by the right device map."""
 
     def watch(self, rank: int) -> None:
         """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""
@@ -281,7 +281,8 @@ class BackwardPass:
         with self._changed:
             if self._over:
                 raise AutogradError(f"the backward pass was called off: {self._error}")
-            if self._asked is not None and info.source == self._asked.rank and self._peers.may_answer_with(info):
+            goes_home = self._asked is not None and info.source == self._asked.rank
+            if goes_home and (not info.by_answer or self._peers.may_answer_with(info)):
                 self._homeward.append((info, gradients))
                 if handover.streams is not None:
                     self._marks.append(handover.streams.mark())

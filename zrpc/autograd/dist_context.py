@@ -40,7 +40,7 @@ class DistAutogradContext:
         self._recvs: dict[GlobalId, RecvFunction] = {}
         self._known_workers: set[int] = set()
         self._sums: dict[torch.Tensor, Sum] = {}
-        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last
+        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
         self._active: BackwardPass | None = None
         self._ended: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._aborted: deque[GlobalId] = deque(maxlen=MAX_ENDED)
@@ -79,7 +79,8 @@ class DistAutogradContext:
     def add_gradients(self, taken: Sequence[Taken]) -> None:
         """Add gradients of leaves."""
         with self._lock:
-            self._join()
+            if self._mark is not None:
+                self._mark.join()
             add_all(self._sums, taken)
             if handover.streams is not None:
                 self._mark = handover.streams.mark()
@@ -87,14 +88,16 @@ class DistAutogradContext:
     def gradient(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """The gradient of `leaf` so far."""
         with self._lock:
-            self._join()
+            if self._mark is not None:
+                self._mark.join()
             found = self._sums.get(leaf)
             return None if found is None else found.value
 
     def set_gradient(self, leaf: torch.Tensor, gradient: torch.Tensor) -> None:
         """Replace the gradient of `leaf`."""
         with self._lock:
-            self._join()
+            if self._mark is not None:
+                self._mark.join()
             self._sums[leaf] = Sum(gradient, is_ours=False)
             if handover.streams is not None:
                 self._mark = handover.streams.mark()
@@ -102,13 +105,9 @@ class DistAutogradContext:
     def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         """The gradients so far, by leaf. The tensors are those of the context, not copies."""
         with self._lock:
-            self._join()
+            if self._mark is not None:
+                self._mark.join()
             return {leaf: total.value for leaf, total in self._sums.items()}
-
-    def _join(self) -> None:
-        """What this thread gives to devices from now on sees the sums as they are. Call it under the lock."""
-        if self._mark is not None:
-            self._mark.join()
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 

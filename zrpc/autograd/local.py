@@ -66,7 +66,9 @@ class LocalPass:
         self._lock = threading.Lock()
         self._arrived: dict[int, Gradients] = {}  # of sources that are to start
         self._handed: dict[int, list[tuple[int, torch.Tensor | None]]] = {}  # node: input slots and gradients
-        self._marks: list[Mark] = []  # in the streams of threads that brought or made gradients
+        self._marks: list[
+            Mark
+        ] = []  # in the streams of threads that brought or made gradients; the next to run joins them
         self._graph = Graph()
         self._root = self._graph.add_source(edges_of(roots)) if roots else NO_NODE
         self._numbers = {
@@ -124,7 +126,8 @@ class LocalPass:
         with self._lock:
             segment = self._scheduler.arrive(source, by_hand=any(gradient is None for gradient in gradients))
             self._arrived[source] = gradients
-            self._add_mark()
+            if handover.streams is not None:
+                self._marks.append(handover.streams.mark())
         return segment
 
     def _run(self, segment: Segment | None) -> None:
@@ -137,15 +140,11 @@ class LocalPass:
             outputs = execute(job, run)
             with self._lock:
                 self._hand_on(segment, outputs, run.taken)
-                self._add_mark()
+                if handover.streams is not None:
+                    self._marks.append(handover.streams.mark())
                 segment = self._scheduler.complete(segment)
             if run.taken:
                 self._on_leaves(run.taken)
-
-    def _add_mark(self) -> None:
-        """What other threads run next comes after what this one has given to devices. Call it under the lock."""
-        if handover.streams is not None:
-            self._marks.append(handover.streams.mark())
 
     def _job(self, segment: Segment) -> tuple[Job, list[Taken]]:
         """What to do for `segment`, and what needs no doing: gradients of splittable leaves. Call it under the lock."""

@@ -116,7 +116,7 @@ class AutogradService:
                     payload = call.result()
                     mark = None if handover.streams is None else handover.streams.mark()
                     for message_id, came in codec.unpack_several(payload):
-                        self._arrive(backward, Arrived(message_id, _once(came, mark)))
+                        self._arrive(backward, Arrived(message_id, [came].pop if mark is None else _once(came, mark)))
                         del came
                 except ProtocolError as damaged:
                     error = damaged
@@ -128,8 +128,6 @@ class AutogradService:
 
     def may_answer_with(self, info: RecvInfo) -> bool:
         """See `Peers.may_answer_with`."""
-        if not info.by_answer:
-            return True
         routes = self._agent.routes(self._agent.members.by_rank(info.source))
         return routes.requests.devices == routes.replies.devices
 
@@ -328,13 +326,12 @@ class _Asked:
         self._request.reply(codec.pack_several(homeward))
 
 
-def _once(gradients: Gradients, mark: Mark | None) -> Callable[[], Gradients]:
+def _once(gradients: Gradients, mark: Mark) -> Callable[[], Gradients]:
     """Gives `gradients` away, to be used on any thread, and keeps them no longer than until then."""
     held = [gradients]
 
     def give() -> Gradients:
-        if mark is not None:
-            mark.join()
+        mark.join()
         return held.pop()
 
     return give
