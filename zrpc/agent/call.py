@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
+from zrpc.staging import handover
 from zrpc.wire.messages import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.ids import WorkerInfo
+    from zrpc.staging.streams import Mark
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
@@ -52,8 +54,8 @@ class Call:
     """
 
     __slots__ = (
-        "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_opened", "_owner", "_payload", "call_id",
-        "is_read_for", "message", "peer", "timeout_s",
+        "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_mark", "_opened", "_owner", "_payload",
+        "call_id", "is_read_for", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float) -> None:
@@ -71,6 +73,7 @@ class Call:
         self._opened = False
         self._payload: Payload | None = None
         self._error: BaseException | None = None
+        self._mark: Mark | None = None  # in the streams of the thread that opened the answer
         self.is_read_for = False
 
     def complete(self, answer: Envelope | None, error: BaseException | None) -> None:
@@ -127,6 +130,8 @@ class Call:
             if self._error is not None:
                 raise self._error
             assert self._payload is not None
+            if self._mark is not None:
+                self._mark.join()
             return self._payload
 
     @property
@@ -177,5 +182,7 @@ class Call:
             return
         try:
             self._payload = self._owner.open_answer(self, answer)
+            if handover.streams is not None:
+                self._mark = handover.streams.mark()
         except BaseException as error:
             self._error = error

@@ -265,6 +265,17 @@ def test_a_callback_sees_what_its_giver_made_before() -> None:
             assert child.wait() == {value}
 
 
+def test_an_answer_that_another_thread_opened_is_there_for_who_asks() -> None:
+    with two() as (a, b):
+        serve(b, lambda request, tensor: add_one(b, request, tensor))
+        for value in range(1, 30):
+            answered = call(a, b, on_device(made(a.accelerator, value)))
+            answered.await_done()
+            elsewhere(a.accelerator, lambda: answered.error)  # noqa: B023
+            with a.accelerator.running_on([a.accelerator.new_stream("cuda:0")]):
+                assert value_of(a, answered.result()) == {value + 1}
+
+
 def test_an_answer_that_a_completer_opens_is_there_for_who_waits() -> None:
     with two() as (a, b):
         serve(b, lambda request, tensor: add_one(b, request, tensor))
