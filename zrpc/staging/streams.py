@@ -15,6 +15,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
+from zrpc.errors import DeviceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -25,18 +27,36 @@ log = logging.getLogger("zrpc")
 
 
 class Mark:
-    """A place in the order of the streams that were current for one thread."""
+    """A place in the order of the streams that were current for one thread.
 
-    __slots__ = ("_accelerator", "_events")
+    To make one never fails: it is made where a value is handed on, and whoever waits for that must not wait for ever.
+    """
+
+    __slots__ = ("_accelerator", "_error", "_events")
 
     def __init__(self, accelerator: Accelerator, devices: Sequence[str]) -> None:
         self._accelerator = accelerator
-        self._events = [(device, accelerator.record(accelerator.current_stream(device))) for device in devices]
+        self._events: list[tuple[str, Event]] = []
+        self._error: RuntimeError | None = None
+        try:
+            for device in devices:
+                self._events.append((device, accelerator.record(accelerator.current_stream(device))))
+        except RuntimeError as error:
+            self._error = error
 
     def join(self) -> None:
-        """What this thread gives to its current streams from now on runs after the mark."""
-        for device, event in self._events:
-            self._accelerator.wait(self._accelerator.current_stream(device), event)
+        """What this thread gives to its current streams from now on runs after the mark.
+
+        Raises:
+            DeviceError: a device has failed, now or when the mark was made.
+        """
+        try:
+            if self._error is not None:
+                raise self._error
+            for device, event in self._events:
+                self._accelerator.wait(self._accelerator.current_stream(device), event)
+        except RuntimeError as error:
+            raise DeviceError(f"a value on a device of this worker cannot be used: {error}") from error
 
 
 class _Lane(NamedTuple):

@@ -254,6 +254,19 @@ def test_a_value_of_a_future_or_a_cell_is_there_for_the_stream_of_who_gets_it() 
                     assert value_of(a, Payload(b"", [get()])) == {value}
 
 
+def test_who_waits_for_a_value_of_a_device_that_failed_is_told() -> None:
+    with two() as (a, _):
+        future: Future[int] = Future()
+        cell = Cell()
+        a.accelerator.fails = True
+        settle(future, lambda: 1)
+        cell.set_value(2)
+        a.accelerator.fails = False
+        for get in (future.wait, cell.get):
+            with pytest.raises(DeviceError, match="cannot be used: CUDA error: an illegal memory access"):
+                get()
+
+
 def test_a_callback_sees_what_its_giver_made_before() -> None:
     with two() as (a, _):
         for value in range(1, 40):
