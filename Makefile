@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 CONFORMANCE := ../shared/conformance/run.py
 
-.PHONY: setup demo demo-brokerless test lint format types conformance bench bench-scaling clean
+.PHONY: setup demo demo-brokerless test lint format types conformance gpu bench bench-scaling clean
 
 setup: $(READY)
 
@@ -45,6 +45,12 @@ types: $(READY)
 # PyTorch's own RPC suite (about 5 minutes), for example: make conformance ARGS='-k RpcTest'
 conformance: $(READY)
 	$(BIN)/python $(CONFORMANCE) $(ARGS)
+
+# What needs a CUDA device: tests, conformance, benchmarks (about 15 minutes). The environment is not made here, since such
+# a machine may have no network: BIN is the folder of any python with a CUDA build of torch; what else it needs, see the
+# script. For example: make gpu BIN=/usr/bin
+gpu:
+	scripts/gpu-run $(BIN)/python
 
 # zrpc beside TensorPipe, RPyC, gRPC and Ray (about 10 minutes), for example: make bench ARGS='--rounds 1 --quick'
 bench: $(BENCH_READY)

@@ -26,6 +26,7 @@ DEFAULT_BUSY_POLL_S = 0.001
 DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
 """An unanswered small call takes 2 to 3 KB of its caller, so this is 0.6 GB, and 0.25 GB of the callee."""
+DEFAULT_PINNED_POOL_NBYTES = 1 << 30
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
@@ -56,6 +57,9 @@ class RpcBackendOptions:
         busy_poll_s: for how many seconds a thread that reads messages polls, yielding its processor in between, before
             it sleeps, where messages follow each other as fast; 0: not at all, which costs a small call half as much
             again, and takes less of the processor.
+        pinned_pool_nbytes: how much memory of the host may be pinned, through which tensors travel to and from CUDA
+            devices. It is taken as it is needed, and only by workers that use devices. What does not fit goes through
+            memory that is pinned for the moment.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -75,12 +79,14 @@ class RpcBackendOptions:
         max_in_flight_nbytes: int = DEFAULT_MAX_IN_FLIGHT_NBYTES,
         max_in_flight_calls: int = DEFAULT_MAX_IN_FLIGHT_CALLS,
         busy_poll_s: float = DEFAULT_BUSY_POLL_S,
+        pinned_pool_nbytes: int = DEFAULT_PINNED_POOL_NBYTES,
     ) -> None:
         _check_kinds(shared_memory, bind)
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
         self.busy_poll_s = check_timeout(busy_poll_s, "busy_poll_s")
+        self.pinned_pool_nbytes = _whole(pinned_pool_nbytes, "pinned_pool_nbytes", 0)
         self.rpc_timeout = rpc_timeout
         self.init_method = init_method
         self.device_maps: dict[str, DeviceMap] = {}
@@ -117,18 +123,20 @@ class RpcBackendOptions:
     def set_device_map(self, to: str, device_map: Mapping[Device, Device]) -> None:
         """Say on which device of the worker `to` a tensor of each device here arrives. Adds to what was said before.
 
+        Whether the whole map fits the devices that both workers have is checked by `init_rpc`, for all workers at once.
+
         Raises:
-            ValueError: two devices are mapped to one, or a device is mapped twice.
+            ValueError: `device_map` maps two devices to one, or one that was mapped to another before.
         """
         merged = dict(self.device_maps.get(to, {}))
         for source, target in _as_devices(device_map).items():
-            if source in merged and merged[source] != target:
+            if merged.get(source, target) != target:
                 raise ValueError(
-                    f"device maps must be 1-to-1: {source} is mapped to {merged[source]} on {to!r} already, "
-                    f"not to {target}"
+                    f"`set_device_map` only supports 1-to-1 mapping: {source} is mapped to {merged[source]} on {to!r} "
+                    f"already, not to {target}"
                 )
             merged[source] = target
-        self.device_maps[to] = _one_to_one(merged)
+        self.device_maps[to] = merged
 
     def set_devices(self, devices: Sequence[Device]) -> None:
         """Name the CUDA devices that this worker uses.

@@ -54,6 +54,10 @@ class SerializationError(ZrpcError):
     """An argument or a result that cannot be sent: it cannot be pickled, or its device is not mapped."""
 
 
+class DeviceError(ZrpcError):
+    """A tensor cannot be brought to a device or from it: no such device, no room on it, or it has failed."""
+
+
 class RemoteError(ZrpcError):
     """A remote exception whose own type could not be rebuilt here; the message holds the remote traceback."""
 

@@ -8,6 +8,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import zrpc.wire.storages  # noqa: F401  # which makes storages travel
 from zrpc import api, gather
 from zrpc.agent.agent import Agent
@@ -189,8 +191,13 @@ def _card(agent: Agent) -> dict[str, Any]:
         to: {str(here): str(there) for here, there in device_map.items()}
         for to, device_map in options.device_maps.items()
     }
-    devices = [str(device) for device in options.devices]
-    return {"address": agent.address, "device_maps": maps, "devices": devices, "memory": agent.memory_card()}
+    return {
+        "address": agent.address,
+        "device_maps": maps,
+        "devices": [str(device) for device in options.devices],
+        "device_count": torch.cuda.device_count(),  # it makes no CUDA context
+        "memory": agent.memory_card(),
+    }
 
 
 def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:

@@ -94,13 +94,26 @@ def test_device_maps_are_one_to_one() -> None:
     options = RpcBackendOptions(device_maps={"ps": {0: 1}})
     with pytest.raises(ValueError, match="`device_map` only supports 1-to-1 mapping"):
         options.set_device_map("ps", {2: 3, 4: 3})
-    with pytest.raises(ValueError, match="`device_map` only supports 1-to-1 mapping"):
-        options.set_device_map("ps", {2: 1})
-    with pytest.raises(ValueError, match="cuda:0 is mapped to cuda:1 on 'ps' already, not to cuda:2"):
+    with pytest.raises(ValueError, match="1-to-1 mapping: cuda:0 is mapped to cuda:1 on 'ps' already, not to cuda:2"):
         options.set_device_map("ps", {0: 2})
     with pytest.raises(ValueError, match="1-to-1"):
         RpcBackendOptions(device_maps={"ps": {0: 0, 1: 0}})
     assert options.device_maps == {"ps": {torch.device("cuda:0"): torch.device("cuda:1")}}
+
+
+def test_maps_that_were_added_up_are_checked_by_init_rpc() -> None:
+    options = RpcBackendOptions(device_maps={"ps": {1: 0}})
+    options.set_device_map("ps", {0: 0})
+    assert options.device_maps["ps"] == {
+        torch.device("cuda:1"): torch.device("cuda:0"),
+        torch.device("cuda:0"): torch.device("cuda:0"),
+    }
+
+
+@pytest.mark.parametrize("device_map", [{-1: 0}, {0: -1}])
+def test_devices_count_from_zero(device_map: dict[Any, Any]) -> None:
+    with pytest.raises(RuntimeError, match="Device index must not be negative"):
+        RpcBackendOptions().set_device_map("ps", device_map)
 
 
 def test_devices_are_cuda_devices() -> None:

@@ -20,6 +20,7 @@ PACKAGES = {"zrpc": ROOT / "zrpc", "zrpc_broker": ROOT / "broker"}
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.errors", "zrpc.config", "zrpc.ids", "zrpc.functions", "zrpc.threads"),
     ("zrpc.wire",),
+    ("zrpc.staging",),
     ("zrpc.transport",),
     ("zrpc.membership",),
     ("zrpc.agent",),

@@ -21,8 +21,8 @@ from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.gate import Gates, Standing
 from zrpc.agent.hooks import Hooks
-from zrpc.agent.peers import Peers
-from zrpc.agent.pool import blocking
+from zrpc.agent.peers import PeerRoutes, Peers
+from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.errors import (
@@ -33,6 +33,9 @@ from zrpc.errors import (
     ZrpcError,
 )
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
+from zrpc.staging import handover
+from zrpc.staging.cuda import CudaAccelerator
+from zrpc.staging.stager import Staging
 from zrpc.transport.carrier import Carrier
 from zrpc.wire.exceptions import load_exception
 from zrpc.wire.messages import BuiltinCall, Failure, Leave, Message, PythonCall, Reply
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 
     from zrpc.agent.request import CallHook, Request
     from zrpc.membership.group import Group, Member
+    from zrpc.staging.accelerator import Accelerator
+    from zrpc.staging.streams import Streams
     from zrpc.transport.endpoint import Endpoint
     from zrpc.transport.inbox import Awaited, Work
     from zrpc.transport.slabs import SharedMemory
@@ -68,6 +73,7 @@ class Agent:
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
         shared_memory: for large buffers between workers of one host; None: they go through the endpoint.
+        open_accelerator: opens the devices, if any are used.
     """
 
     info: WorkerInfo
@@ -82,6 +88,7 @@ class Agent:
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
         shared_memory: SharedMemory | None = None,
+        open_accelerator: Callable[[], Accelerator] = CudaAccelerator,
     ) -> None:
         self.options = options
         self.address = address
@@ -90,18 +97,23 @@ class Agent:
         self.hooks = Hooks()
         self._carrier = Carrier(endpoint, shared_memory)
         self._group = group
-        self._peers = Peers(options, self._carrier, group, connect, disconnect, self._on_gone)
+        self._stagers = HandlerPool(1, "zrpc-stager")  # one more where all wait for devices
+        self.staging = Staging(open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking)
+        self.staging.pin = self._carrier.serve_devices(self.staging.receive_memory, self.staging)
+        self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone)
         self.members = self._peers.registry
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._server = Server(
-            options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh()
-        )
+            options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh(),
+            self.staging, self._stagers.submit,
+        )  # fmt: skip
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
+        self.staging.on_streams = self._run_on
         self._deadlines = Deadlines(self._expire)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
@@ -160,12 +172,16 @@ class Agent:
             self._closed = True
         self._gates.close(AgentClosedError("this worker shut down"))
         self._server.pool.close(flush_s)
+        self._stagers.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._carrier.close(flush_s)
         self._deadlines.close()
         for call_id in list(self._calls):
             self._finish(call_id, None, AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
+        self.staging.drain()
+        if self.staging.streams is not None:
+            handover.order_by(None)
 
     # ---- for the floors above --------------------------------------------------------------------------------------
 
@@ -215,13 +231,17 @@ class Agent:
         """
         return self._peers.resolve(to)
 
+    def routes(self, to: WorkerInfo) -> PeerRoutes:
+        """Where tensors arrive that are sent to `to`."""
+        return self._peers.routes(to)
+
     def refresh(self) -> None:
         """Look for newcomers to a dynamic group."""
         self._group.refresh()
 
     def request(
         self, to: WorkerInfo, message: Message, payload: Payload | None = None, *, timeout_s: float | None = None,
-        hooked: bool = False, waited: bool = False,
+        hooked: bool = False, waited: bool = False, goes_back: bool = False,
     ) -> Call:  # fmt: skip
         """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
 
@@ -234,9 +254,11 @@ class Agent:
             timeout_s: time limit in seconds; 0: none; None: the default.
             hooked: let the hooks see it.
             waited: the caller calls `wait` at once on this very thread, which then keeps the time limit.
+            goes_back: tensors of the payload go where those of an answer would, by the device map of the callee.
 
         Raises:
             SerializationError: a tensor of the payload cannot travel.
+            DeviceError: one cannot be brought here from its device.
         """
         limit_s = self.rpc_timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
         extras = None
@@ -244,7 +266,9 @@ class Agent:
             payload = payload or Payload()
             extras = self.hooks.send(to, message, payload, None)
         call_id = next(self._call_ids)
-        envelope = seal(message, call_id, payload, extras, self._peers.device_names(to))
+        routes = self._peers.routes(to)
+        route = routes.replies if goes_back else routes.requests
+        envelope = seal(message, call_id, payload, extras, route)
         call = Call(self, call_id, to, message, limit_s)
         try:
             left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else _needed)
@@ -252,13 +276,16 @@ class Agent:
             call.complete(None, error)
             return call
         self._calls[call_id] = call
-        try:
-            self._peers.send(to, envelope)
-        except Exception as error:
-            self._finish(call_id, None, error)
-            return call
-        if payload is not None and payload.passengers:
-            payload.has_left()
+        if envelope.is_arriving and not waited:
+            self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
+        else:
+            try:
+                self._peers.send(to, envelope)
+            except Exception as error:
+                self._finish(call_id, None, error)
+                return call
+            if payload is not None and payload.passengers:
+                payload.has_left()
         if not waited:
             self._carrier.inbox.num_sent += 1
             if limit_s:
@@ -266,6 +293,18 @@ class Agent:
         if self._closed:  # the sweep of close() may have passed by
             self._finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call
+
+    def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
+        """Send a request as its tensors come from their devices. Runs on a stager thread."""
+        if call.done():  # its time is over, or its peer is lost
+            return
+        try:
+            self._peers.send(call.peer, envelope)
+        except Exception as error:
+            self._finish(call.call_id, None, error)
+            return
+        if payload is not None:
+            payload.has_left()
 
     def notify(
         self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None
@@ -312,7 +351,7 @@ class Agent:
 
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """See `CallOwner.open_answer`."""
-        payload = open_payload(envelope)
+        payload = open_payload(envelope, self.staging)
         self.hooks.receive_answer(call.peer, envelope.extras, payload)
         if isinstance(envelope.message, Failure):
             raise load_exception(call.peer, envelope.message, payload)
@@ -357,6 +396,13 @@ class Agent:
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
         self._peers.says_goodbye(request.source)
+
+    def _run_on(self, streams: Streams | None) -> None:
+        """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""
+        around = None if streams is None else streams.run
+        self._server.pool.around = around
+        self.completions.run_with(around)
+        handover.order_by(streams)
 
     def _on_gone(self, worker: WorkerInfo, reason: str) -> None:
         """A peer left or is lost: its calls fail."""

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
+from zrpc.staging import handover
 from zrpc.wire.messages import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.ids import WorkerInfo
+    from zrpc.staging.streams import Mark
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
@@ -52,8 +54,8 @@ class Call:
     """
 
     __slots__ = (
-        "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_opened", "_owner", "_payload", "call_id",
-        "is_read_for", "message", "peer", "timeout_s",
+        "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_mark", "_opened", "_owner", "_payload",
+        "call_id", "is_read_for", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float) -> None:
@@ -71,6 +73,7 @@ class Call:
         self._opened = False
         self._payload: Payload | None = None
         self._error: BaseException | None = None
+        self._mark: Mark | None = None  # in the streams of the thread that opened the answer
         self.is_read_for = False
 
     def complete(self, answer: Envelope | None, error: BaseException | None) -> None:
@@ -127,13 +130,15 @@ class Call:
         with self._lock:
             if not self._opened:
                 self._open()
-            error, payload = self._error, self._payload
+            error, payload, mark = self._error, self._payload, self._mark
         if error is not None:
             try:
                 raise error
             finally:
                 del error, self  # its traceback would keep what keeps it: a cycle, and whatever the callers hold
         assert payload is not None
+        if mark is not None:
+            mark.join()
         return payload
 
     @property
@@ -184,5 +189,7 @@ class Call:
             return
         try:
             self._payload = self._owner.open_answer(self, answer)
+            if handover.streams is not None:
+                self._mark = handover.streams.mark()
         except BaseException as error:
             self._error = error.with_traceback(None)  # the same; and where it was unpacked is of no interest

@@ -39,6 +39,10 @@ class Completions:
         self._pool = HandlerPool(1, "zrpc-completer")
         self._left: deque[Completion] = deque()
 
+    def run_with(self, around: Callable[[Callable[[], None]], None] | None) -> None:
+        """From now on `around` runs each task; None: nothing does."""
+        self._pool.around = around
+
     def is_here(self) -> bool:
         """Whether this is a completer thread."""
         return self._pool.is_here()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from zrpc.agent.pool import blocking
+from zrpc.staging import handover
 from zrpc.wire.exceptions import RemoteTraceback
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.call import Call
     from zrpc.agent.completions import Completions
+    from zrpc.staging.streams import Mark
     from zrpc.wire.payload import Payload
 
 T = TypeVar("T")
@@ -96,6 +98,7 @@ class Future(torch.futures.Future[T]):
     _answer: Answer | None = None
     _failure: Failure | None = None
     _token: Token | None = None
+    _mark: Mark | None = None
     _has_callback = False
 
     def __del__(self) -> None:
@@ -141,9 +144,20 @@ class Future(torch.futures.Future[T]):
         if answer is not None:
             answer.wait()
         if super().done():
-            return super().wait()
-        with blocking():
-            return super().wait()
+            value = super().wait()
+        else:
+            with blocking():
+                value = super().wait()
+        if self._mark is not None:
+            self._mark.join()
+        return value
+
+    def value(self) -> T:
+        """The value of a future that is done; raises what the call raised."""
+        value = super().value()
+        if self._mark is not None:
+            self._mark.join()
+        return value
 
     def then(self, callback: Callable[[torch.futures.Future[T]], S]) -> Future[S]:
         """A future for `callback(self)`, which runs once this one is done.
@@ -156,6 +170,8 @@ class Future(torch.futures.Future[T]):
         child: Future[S] = Future()
         child.origin = "a callback given to then()"
         held = [child]
+        if handover.streams is not None:
+            callback = _after(handover.streams.mark(), callback)
         self.add_done_callback(lambda done: settle(held.pop(), lambda: _called_back(callback, done)))
         return child
 
@@ -172,7 +188,7 @@ class Future(torch.futures.Future[T]):
 
         self.add_done_callback(on_done)
         yield from waiter
-        return super().wait()
+        return self.wait()
 
 
 def fail(future: torch.futures.Future[Any], error: Exception) -> None:
@@ -192,7 +208,19 @@ def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
         fail(future, error)
         del future
     else:
+        if handover.streams is not None and isinstance(future, Future):
+            future._mark = handover.streams.mark()
         future.set_result(value)
+
+
+def _after(mark: Mark, callback: Callable[[torch.futures.Future[T]], S]) -> Callable[[torch.futures.Future[T]], S]:
+    """`callback`, to be run after what this thread has given to devices: it may use tensors that it found here."""
+
+    def joined(done: torch.futures.Future[T]) -> S:
+        mark.join()
+        return callback(done)
+
+    return joined
 
 
 def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.futures.Future[T]) -> S:

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zrpc.errors import PeerLostError, UnknownWorkerError
+from zrpc.errors import ConfigError, PeerLostError, UnknownWorkerError
 from zrpc.ids import WorkerInfo
+from zrpc.membership.device_maps import Placement, Routes, check, devices_of, routes
 from zrpc.membership.registry import Registry
+from zrpc.wire.route import Route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from zrpc.config import RpcBackendOptions
     from zrpc.ids import Incarnation
     from zrpc.membership.group import Group, Member
+    from zrpc.staging.stager import Staging
     from zrpc.transport.carrier import Carrier
     from zrpc.wire.envelope import Envelope
+
+LINGER_S = 5.0
+"""How long a worker of a group that cannot be stays for the others to see why."""
+
+
+class PeerRoutes(NamedTuple):
+    """The ways of tensors to one peer: in requests to it, and in answers."""
+
+    requests: Route
+    replies: Route
 
 
 class Peers:
     """The members of the group. Any thread may call it; the lock keeps a loss from slipping by while a member comes.
 
     Args:
-        options: this worker's, for its device maps.
         carrier: sends to the members.
+        staging: brings tensors to and from devices; it is told which ones this worker uses.
         group: the membership.
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
@@ -33,8 +45,8 @@ class Peers:
 
     def __init__(
         self,
-        options: RpcBackendOptions,
         carrier: Carrier,
+        staging: Staging,
         group: Group,
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
@@ -42,23 +54,36 @@ class Peers:
     ) -> None:
         self.registry = Registry()
         self.is_static = True
-        self._options = options
         self._carrier = carrier
+        self._staging = staging
         self._group = group
         self._connect = connect
         self._disconnect = disconnect
         self._on_gone = on_gone
         self._lock = threading.Lock()
         self._gone_early: dict[Incarnation, str] = {}
+        self._routes: dict[int, tuple[Member | None, PeerRoutes]] = {}  # by rank; an entry is replaced as a whole
         self._me: Member
 
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> Member:
-        """Come into the group, as `Group.join`; this worker's own member."""
+        """Come into the group, as `Group.join`; this worker's own member.
+
+        Raises:
+            ConfigError: the device maps of this worker and the others do not fit together. In a group that grows only
+                the newcomer finds out, as in torch.
+        """
         self.is_static = bool(world_size)
         self._group.watch(self._on_joined, self._on_left)
         self._me, members = self._group.join(name, rank, world_size, self._carrier.incarnation, card, timeout_s)
+        try:
+            check([Placement.of(member) for member in _by_rank(members)], is_complete=self.is_static)
+        except ConfigError:
+            if self.is_static:
+                self._group.linger(LINGER_S)
+            raise
         for member in members:
             self._on_joined(member)
+        self._use_devices()
         return self._me
 
     @property
@@ -107,14 +132,22 @@ class Peers:
         if member is not None:
             self._carrier.watch(member.incarnation)
 
-    def device_names(self, to: WorkerInfo) -> dict[str, str]:
-        """Device here -> device there, for tensors on the way to `to`: our map for it, or its map for us, reversed."""
-        maps = self._options.device_maps
-        if to.name in maps:
-            return {str(here): str(there) for here, there in maps[to.name].items()}
+    def routes(self, to: WorkerInfo) -> PeerRoutes:
+        """Where tensors arrive that are sent to `to`."""
         member = self.registry.member(to.id)
-        theirs = member.card.get("device_maps", {}).get(self._me.info.name) if member else None
-        return {there: here for here, there in theirs.items()} if theirs else {}
+        known = self._routes.get(to.id)
+        if known is not None and known[0] is member:
+            return known[1]
+        made = self._make_routes(to, member)
+        self._routes[to.id] = (member, made)
+        return made
+
+    def _make_routes(self, to: WorkerInfo, member: Member | None) -> PeerRoutes:
+        maps = Routes({}, {}) if member is None else routes(Placement.of(self._me), Placement.of(member))
+        return PeerRoutes(
+            Route(maps.requests, self._staging, "Request", to.name),
+            Route(maps.replies, self._staging, "Response", to.name),
+        )
 
     def says_goodbye(self, worker: WorkerInfo) -> None:
         """`worker` told us that it leaves."""
@@ -141,8 +174,17 @@ class Peers:
         with self._lock:
             self.registry.add(member)
             reason = self._gone_early.pop(member.incarnation, None)
+        if not self.is_static and member.card.get("device_maps"):
+            self._use_devices()
         if reason is not None:
             self._forget(member.incarnation, reason)
+
+    def _use_devices(self) -> None:
+        """Be ready for the devices that maps of the members name. In a group that grows they may become more."""
+        me = getattr(self, "_me", None)
+        if me is not None:
+            others = (self.registry.member(info.id) for info in self.registry.all())
+            self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
 
     def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
         self._forget(incarnation, reason)
@@ -160,3 +202,7 @@ class Peers:
         if not self.is_static:
             self.registry.remove(incarnation)
         self._on_gone(member.info, reason)
+
+
+def _by_rank(members: Sequence[Member]) -> list[Member]:
+    return sorted(members, key=lambda member: member.info.id)

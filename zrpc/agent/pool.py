@@ -47,7 +47,12 @@ class HandlerPool:
     Args:
         size: how many threads may work at once.
         name: prefix of the threads' names.
+
+    Attributes:
+        around: runs each task, if it is not None.
     """
+
+    around: Callable[[Task], None] | None = None
 
     def __init__(self, size: int, name: str) -> None:
         self._size = size
@@ -117,7 +122,10 @@ class HandlerPool:
                     return
                 self._grow()  # what was put while this thread still seemed idle waits for another
             try:
-                task()
+                if self.around is None:
+                    task()
+                else:
+                    self.around(task)
             except BaseException:
                 log.exception("a handler thread's task failed")
             del task

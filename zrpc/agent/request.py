@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zrpc.agent.hooks import Hooks
     from zrpc.ids import WorkerInfo
     from zrpc.wire.envelope import Envelope
+    from zrpc.wire.route import Stager
 
 M = TypeVar("M", bound=Message)
 
@@ -50,6 +51,10 @@ class Answerer(Protocol):
 
     hooks: Hooks
 
+    @property
+    def staging(self) -> Stager:
+        """What brings tensors to devices."""
+
     def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
         """Send the answer."""
 
@@ -75,10 +80,11 @@ class Request(Generic[M]):
 
         Raises:
             ProtocolError: its tensor table is damaged.
+            DeviceError: a tensor that should arrive on a device of this worker cannot.
         """
         if self._payload is None:
             assert self._envelope is not None
-            self._payload = open_payload(self._envelope)
+            self._payload = open_payload(self._envelope, self._answerer.staging)
             self._envelope = None
         return self._payload
 

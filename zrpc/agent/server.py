@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zrpc.agent.hooks import Hooks
     from zrpc.agent.peers import Peers
     from zrpc.ids import Incarnation, WorkerInfo
+    from zrpc.staging.stager import Staging
     from zrpc.transport.inbox import Inbox, Work
     from zrpc.wire.envelope import Envelope
 
@@ -43,17 +44,22 @@ class Server:
         inbox: whose reader may be given work.
         gates: refuse answers to peers that do not read.
         refresh: looks for newcomers.
+        staging: brings tensors to and from devices.
+        send_soon: runs on another thread what sends tensors that are still on their way from a device.
     """
 
     def __init__(
-        self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, refresh: Callable[[], None]
-    ) -> None:
+        self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, refresh: Callable[[], None],
+        staging: Staging, send_soon: Callable[[Callable[[], None]], None],
+    ) -> None:  # fmt: skip
         self.hooks = hooks
         self.pool = HandlerPool(num_threads, "zrpc-handler")
         self._peers = peers
         self._inbox = inbox
         self._gates = gates
         self._refresh = refresh
+        self.staging = staging
+        self._send_soon = send_soon
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._quickness = Quickness()
         self._lock = threading.Lock()
@@ -117,6 +123,8 @@ class Server:
         if work is None:
             return None
         if self._inbox.can_work and self._quickness.expects_quick():
+            if self.pool.around is not None:
+                work = partial(self.pool.around, work)
             return partial(self._quickness.timed, work)
         self.pool.submit(work)
         return None
@@ -136,20 +144,26 @@ class Server:
             if request.answered:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
+        sent = True
         try:
-            self._send(request, payload, error)
+            sent = self._send(request, payload, error)
         except (PeerLostError, AgentClosedError) as gone:
             log.debug("the answer to %s was not sent: %s", request.source, gone)
         except OverloadedError as full:
             log.error("the answer to %s was not sent: %s", request.source, full)
         finally:
-            with self._idle:
-                self._serving -= 1
-                if not self._serving:
-                    self._idle.notify_all()
+            if sent:
+                with self._idle:
+                    self._serving -= 1
+                    if not self._serving:
+                        self._idle.notify_all()
 
-    def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
-        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason."""
+    def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> bool:
+        """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason.
+
+        Returns:
+            False if a stager thread does so once tensors have come from their devices.
+        """
         to = request.source
         try:
             message: Message = Reply()
@@ -159,9 +173,12 @@ class Server:
             if request.extras or (payload is not None and payload.passengers):
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
-            envelope = seal(message, request.call_id, payload, extras, self._peers.device_names(to))
+            envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
             if envelope.buffers:
                 self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
+            if envelope.is_arriving:
+                self._send_soon(partial(self._send_arriving, request, envelope, payload))
+                return False
             self._peers.send(to, envelope)
             if payload is not None and payload.passengers:
                 payload.has_left()
@@ -169,7 +186,29 @@ class Server:
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error)
-            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None, {}))
+            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None))
+        return True
+
+    def _send_arriving(self, request: Request[Message], envelope: Envelope, payload: Payload | None) -> None:
+        """Send an answer as its tensors come from their devices. Runs on a stager thread."""
+        to = request.source
+        try:
+            try:
+                self._peers.send(to, envelope)
+                if payload is not None:
+                    payload.has_left()
+            except (PeerLostError, AgentClosedError):
+                raise
+            except Exception as unsendable:
+                failure, rebuilt_from = dump_exception(unsendable)
+                self._peers.send(to, seal(failure, request.call_id, rebuilt_from, None))
+        except (PeerLostError, AgentClosedError) as gone:
+            log.debug("the answer to %s was not sent: %s", to, gone)
+        finally:
+            with self._idle:
+                self._serving -= 1
+                if not self._serving:
+                    self._idle.notify_all()
 
 
 def _run(handler: Handler, request: Request[Any]) -> Work | None:

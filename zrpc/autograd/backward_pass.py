@@ -28,6 +28,7 @@ from zrpc.autograd.ddp import WholeLeaves
 from zrpc.autograd.local import LocalPass
 from zrpc.autograd.marking import Further, Marking
 from zrpc.errors import AutogradError, PeerLostError
+from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
     from zrpc.ids import GlobalId
+    from zrpc.staging.streams import Mark
 
 _PREFIX = "Error on Node "
 
@@ -78,6 +80,9 @@ class Peers(Protocol):
     ) -> None:
         """Send gradients back to where the tensors came from; `done(error)` is called once that worker has answered."""
 
+    def may_answer_with(self, info: RecvInfo) -> bool:
+        """Whether gradients for tensors that came with an answer may go back with one: by the right device map."""
+
     def watch(self, rank: int) -> None:
         """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""
 
@@ -114,6 +119,7 @@ class BackwardPass:
         self._whole: WholeLeaves | None = None
         self._arrived: deque[Arrived] = deque()
         self._homeward: list[tuple[RecvInfo, Gradients]] = []
+        self._marks: list[Mark] = []  # in the streams of torch's engine that made them
         self._waiter = 0  # the thread in `drive` that waits
         self._running = 0
         self._unanswered = 0
@@ -275,8 +281,11 @@ class BackwardPass:
         with self._changed:
             if self._over:
                 raise AutogradError(f"the backward pass was called off: {self._error}")
-            if self._asked is not None and info.source == self._asked.rank:
+            goes_home = self._asked is not None and info.source == self._asked.rank
+            if goes_home and (not info.by_answer or self._peers.may_answer_with(info)):
                 self._homeward.append((info, gradients))
+                if handover.streams is not None:
+                    self._marks.append(handover.streams.mark())
                 return
             self._unanswered += 1
         self._send_counted(info, gradients)
@@ -309,11 +318,15 @@ class BackwardPass:
             self._over |= done
             self._closed |= close
             homeward: list[tuple[RecvInfo, Gradients]] = []
+            marks: list[Mark] = []
             if not self._running:
                 homeward, self._homeward = self._homeward, []
+                marks, self._marks = self._marks, []
                 self._unanswered += 0 if done else len(homeward)
         if close:
             self._close()
+        for mark in marks:
+            mark.join()
         if not done:
             self._send_home(homeward)
             return

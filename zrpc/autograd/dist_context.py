@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.autograd.accumulate import Sum, Taken, add_all
 from zrpc.errors import AutogradError
+from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from zrpc.autograd.backward_pass import BackwardPass
     from zrpc.autograd.functions import RecvFunction, SendFunction
     from zrpc.ids import GlobalId
+    from zrpc.staging.streams import Mark
 
 MAX_ENDED = 64
 """How many passes that are over a context remembers, to refuse what comes late for them."""
@@ -38,6 +40,7 @@ class DistAutogradContext:
         self._recvs: dict[GlobalId, RecvFunction] = {}
         self._known_workers: set[int] = set()
         self._sums: dict[torch.Tensor, Sum] = {}
+        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
         self._active: BackwardPass | None = None
         self._ended: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._aborted: deque[GlobalId] = deque(maxlen=MAX_ENDED)
@@ -76,22 +79,34 @@ class DistAutogradContext:
     def add_gradients(self, taken: Sequence[Taken]) -> None:
         """Add gradients of leaves."""
         with self._lock:
+            if self._mark is not None:
+                self._mark.join()
             add_all(self._sums, taken)
+            if handover.streams is not None:
+                self._mark = handover.streams.mark()
 
     def gradient(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """The gradient of `leaf` so far."""
         with self._lock:
+            if self._mark is not None:
+                self._mark.join()
             found = self._sums.get(leaf)
             return None if found is None else found.value
 
     def set_gradient(self, leaf: torch.Tensor, gradient: torch.Tensor) -> None:
         """Replace the gradient of `leaf`."""
         with self._lock:
+            if self._mark is not None:
+                self._mark.join()
             self._sums[leaf] = Sum(gradient, is_ours=False)
+            if handover.streams is not None:
+                self._mark = handover.streams.mark()
 
     def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         """The gradients so far, by leaf. The tensors are those of the context, not copies."""
         with self._lock:
+            if self._mark is not None:
+                self._mark.join()
             return {leaf: total.value for leaf, total in self._sums.items()}
 
     # ---- passes ----------------------------------------------------------------------------------------------------

@@ -37,10 +37,18 @@ _tls: Any = torch._C  # its functions for thread-local objects are untyped
 
 
 class RecvInfo(NamedTuple):
-    """Where received tensors came from: the rank of their sender, and the send function there."""
+    """Where received tensors came from: the rank of their sender, and the send function there.
+
+    Attributes:
+        source: the rank.
+        message_id: of the send function.
+        by_answer: whether they came with an answer; else with a request. The device map by which they came follows
+            from it, and so the one by which their gradients go back.
+    """
 
     source: int
     message_id: GlobalId
+    by_answer: bool = False
 
 
 class Run(Protocol):

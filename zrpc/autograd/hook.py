@@ -57,14 +57,13 @@ class AutogradHook:
         self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
     ) -> AbstractContextManager[None]:
         """See `CallHook.receive`. What comes for a released context is served without one."""
-        del is_reply
         context_id, message_id = _parse(meta)
         container = self._container()
         context = container.get_or_create(context_id)
         if context is None:
             return nullcontext()
         if message_id is not None:
-            _receive_tensors(context, RecvInfo(source.id, message_id), payload)
+            _receive_tensors(context, RecvInfo(source.id, message_id, is_reply), payload)
         return container.activate(context)
 
     def _context_of(self, request_meta: object | None) -> DistAutogradContext | None:

@@ -21,10 +21,12 @@ from zrpc.autograd.graph import Graph, edges_of
 from zrpc.autograd.leaves import close_tap, open_tap
 from zrpc.autograd.scheduler import NO_NODE, Scheduler, Segment
 from zrpc.errors import AutogradError
+from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
     from zrpc.ids import GlobalId
+    from zrpc.staging.streams import Mark
 
 _profiler_enabled: Any = torch.autograd._profiler_enabled
 
@@ -64,6 +66,9 @@ class LocalPass:
         self._lock = threading.Lock()
         self._arrived: dict[int, Gradients] = {}  # of sources that are to start
         self._handed: dict[int, list[tuple[int, torch.Tensor | None]]] = {}  # node: input slots and gradients
+        self._marks: list[
+            Mark
+        ] = []  # in the streams of threads that brought or made gradients; the next to run joins them
         self._graph = Graph()
         self._root = self._graph.add_source(edges_of(roots)) if roots else NO_NODE
         self._numbers = {
@@ -121,16 +126,22 @@ class LocalPass:
         with self._lock:
             segment = self._scheduler.arrive(source, by_hand=any(gradient is None for gradient in gradients))
             self._arrived[source] = gradients
+            if handover.streams is not None:
+                self._marks.append(handover.streams.mark())
         return segment
 
     def _run(self, segment: Segment | None) -> None:
         while segment is not None:
             with self._lock:
+                for mark in self._marks:
+                    mark.join()
                 job, taken = self._job(segment)
             run = _SegmentRun(self, job, taken)
             outputs = execute(job, run)
             with self._lock:
                 self._hand_on(segment, outputs, run.taken)
+                if handover.streams is not None:
+                    self._marks.append(handover.streams.mark())
                 segment = self._scheduler.complete(segment)
             if run.taken:
                 self._on_leaves(run.taken)

@@ -13,6 +13,7 @@ from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
 from zrpc.errors import AgentClosedError, AutogradError, ProtocolError, UnknownWorkerError
 from zrpc.rref.janitor import Janitor
+from zrpc.staging import handover
 from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContexts
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
     from zrpc.ids import GlobalId, WorkerInfo
+    from zrpc.staging.streams import Mark
     from zrpc.transport.inbox import Work
     from zrpc.wire.payload import Payload
 
@@ -111,15 +113,23 @@ class AutogradService:
             error = call.error
             if error is None:
                 try:
-                    for message_id, came in codec.unpack_several(call.result()):
-                        self._arrive(backward, Arrived(message_id, [came].pop))  # keeps it no longer than needed
+                    payload = call.result()
+                    mark = None if handover.streams is None else handover.streams.mark()
+                    for message_id, came in codec.unpack_several(payload):
+                        self._arrive(backward, Arrived(message_id, [came].pop if mark is None else _once(came, mark)))
                         del came
                 except ProtocolError as damaged:
                     error = damaged
             done(error)
 
         worker = self._agent.members.by_rank(info.source)
-        self._agent.request(worker, message, codec.pack(gradients)).add_done_callback(answered)
+        call = self._agent.request(worker, message, codec.pack(gradients), goes_back=not info.by_answer)
+        call.add_done_callback(answered)
+
+    def may_answer_with(self, info: RecvInfo) -> bool:
+        """See `Peers.may_answer_with`."""
+        routes = self._agent.routes(self._agent.members.by_rank(info.source))
+        return routes.requests.devices == routes.replies.devices
 
     def watch(self, rank: int) -> None:
         """See `Peers.watch`."""
@@ -314,6 +324,17 @@ class _Asked:
     def reply(self, homeward: Sequence[Homeward]) -> None:
         """See `Asked.reply`."""
         self._request.reply(codec.pack_several(homeward))
+
+
+def _once(gradients: Gradients, mark: Mark) -> Callable[[], Gradients]:
+    """Gives `gradients` away, to be used on any thread, and keeps them no longer than until then."""
+    held = [gradients]
+
+    def give() -> Gradients:
+        mark.join()
+        return held.pop()
+
+    return give
 
 
 def _at_once(task: Callable[[], None]) -> None:

@@ -70,6 +70,7 @@ class BrokerGroup:
         self._state = _State.OUTSIDE
         self._ended_by: ZrpcError | None = None
         self._members: dict[Incarnation, Member] = {}
+        self._welcomed: list[Member] = []  # also those who left since: who watches was told of that
         self._forming: Forming | None = None
         self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
         self._probes = itertools.count(1)
@@ -104,7 +105,7 @@ class BrokerGroup:
         with self._changed:
             self._changed.wait_for(lambda: self._state is not _State.JOINING, timeout_s)
             if self._state is _State.JOINED:
-                return self._members[incarnation], list(self._members.values())
+                return next(one for one in self._welcomed if one.incarnation == incarnation), self._welcomed
             error = self._ended_by or self._late(name, timeout_s)
             self._set_state(_State.ENDED)
         with contextlib.suppress(ZrpcError):
@@ -121,6 +122,9 @@ class BrokerGroup:
                 self._changed.wait_for(
                     lambda: self._answered_probe >= probe or self._state is not _State.JOINED, REFRESH_TIMEOUT_S
                 )
+
+    def linger(self, timeout_s: float) -> None:
+        """See `Group.linger`. The broker has told everybody at once, and does not end with a worker."""
 
     def leave(self, timeout_s: float) -> None:
         """See `Group.leave`. Waits for the broker's answer: all that this worker sent before has passed it then."""
@@ -178,6 +182,7 @@ class BrokerGroup:
             self._interval_s = message.heartbeat_interval_s
             if self._state is _State.JOINING:
                 self._members = {member.incarnation: member for member in members}
+                self._welcomed = members
                 self._set_state(_State.JOINED)
 
     def _on_newcomer(self, message: Joined) -> None:

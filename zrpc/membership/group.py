@@ -62,6 +62,9 @@ class Group(Protocol):
             RendezvousError: the store is unreachable.
         """
 
+    def linger(self, timeout_s: float) -> None:
+        """All of a static group see that it cannot be and end at once: wait until they do, up to `timeout_s`."""
+
     def leave(self, timeout_s: float) -> None:
         """Say goodbye, so that the others do not take this worker for lost.
 

@@ -7,6 +7,7 @@ Nobody watches the store: a newcomer is looked for when a name, rank or incarnat
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from datetime import timedelta
@@ -94,6 +95,15 @@ class StoreGroup:
             self._on_left(incarnation, False, "it left the group")
         for member in joined:
             self._on_joined(member)
+
+    def linger(self, timeout_s: float) -> None:
+        """See `Group.linger`. The store may end with this process, and others may not have read who is here."""
+        with contextlib.suppress(RuntimeError):  # the store is gone: so are all who had a use for it
+            world_size = int(self._store.get("world_size"))
+            lingering, deadline = self._store.add("lingering", 1), time.monotonic() + timeout_s
+            while lingering < world_size and time.monotonic() < deadline:
+                time.sleep(POLL_MIN_S)  # see `_await_roster`
+                lingering = self._store.add("lingering", 0)
 
     def leave(self, timeout_s: float) -> None:
         """See `Group.leave`. A static group ends as a whole: there is nothing to say."""

@@ -7,27 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
+from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from zrpc.staging.streams import Mark
 
 
 class Cell:
     """A value that may still be on its way. Any thread may use it; its lock owns the fields."""
 
-    __slots__ = ("_callbacks", "_error", "_lock", "_value")
+    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] | None = []
         self._value: Any = None
         self._error: BaseException | None = None
+        self._mark: Mark | None = None  # in the streams of the thread that made the value
 
     @classmethod
     def holding(cls, value: Any) -> Cell:
         """A cell that is set to `value`."""
         cell = cls()
         cell._value, cell._callbacks = value, None
+        if handover.streams is not None:
+            cell._mark = handover.streams.mark()
         return cell
 
     def is_set(self) -> bool:
@@ -54,6 +60,8 @@ class Cell:
         """The value of a cell that is set. Not a copy. Raises the error if it was set to one."""
         if self._error is not None:
             raise self._error
+        if self._mark is not None:
+            self._mark.join()
         return self._value
 
     def wait(self, timeout_s: float = 0.0) -> Any:
@@ -78,6 +86,8 @@ class Cell:
             if callbacks is None:
                 return
             self._value, self._error = value, error
+            if handover.streams is not None:
+                self._mark = handover.streams.mark()
             self._callbacks = None
         for callback in callbacks:
             callback()

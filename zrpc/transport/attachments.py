@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc.errors import ProtocolError
-from zrpc.transport.slab import Descriptor, SlabMemory, open_slab
+from zrpc.transport.slab import Descriptor, Pins, SlabMemory, open_slab
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zrpc.ids import Incarnation
+    from zrpc.wire.envelope import Buffer
+
+
+class _Loan(NamedTuple):
+    """What `fetch` has handed out, and where it lies."""
+
+    reference: weakref.ref[Any]
+    memory: SlabMemory
 
 
 class Attachments:
@@ -23,7 +33,8 @@ class Attachments:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mapped: dict[tuple[Incarnation, int], SlabMemory] = {}
-        self._loans: dict[int, weakref.ref[Any]] = {}
+        self._loans: dict[int, _Loan] = {}
+        self._pins: Pins | None = None
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
@@ -39,32 +50,48 @@ class Attachments:
             raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
         loan = memory.view(nbytes)
 
-        def give_back(reference: weakref.ref[Any]) -> None:
-            self._loans.pop(id(reference), None)
+        key = id(loan)  # nobody else's while it lives
+
+        def give_back(_: weakref.ref[Any]) -> None:
+            self._loans.pop(key, None)
             memory.free()
 
-        reference = weakref.ref(loan, give_back)
-        self._loans[id(reference)] = reference
+        self._loans[key] = _Loan(weakref.ref(loan, give_back), memory)
         return loan.data
+
+    def pin(self, buffer: Buffer, pins: Pins) -> None:
+        """Have `pins` pin the slab that `buffer` lies in, if it is one that `fetch` has handed out. Once a slab."""
+        loan = self._loans.get(id(buffer.obj)) if isinstance(buffer, memoryview) else None
+        if loan is None or loan.memory.was_pinned:
+            return
+        with self._lock:
+            self._pins = pins
+            if any(memory is loan.memory for memory in self._mapped.values()):  # else nobody would unpin it
+                loan.memory.pin(pins)
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""
         with self._lock:
-            for key in [key for key in self._mapped if key[0] == source]:
-                del self._mapped[key]
+            self._let_go([key for key in self._mapped if key[0] == source])
 
     def close(self) -> None:
         """Keep nothing mapped but what is in use."""
         with self._lock:
-            self._mapped.clear()
+            self._let_go(list(self._mapped))
+
+    def _let_go(self, keys: Iterable[tuple[Incarnation, int]]) -> None:
+        """Keep these no longer. Call it under the lock."""
+        for key in keys:
+            memory = self._mapped.pop(key)
+            if self._pins is not None:
+                memory.unpin(self._pins)
 
     def _map(self, source: Incarnation, pid: int, fd: int, number: int) -> SlabMemory:
         with self._lock:
             memory = self._mapped.get((source, number))
             if memory is not None:
                 return memory
-            for key in [key for key, known in self._mapped.items() if known.is_retired()]:
-                del self._mapped[key]
+            self._let_go([key for key, known in self._mapped.items() if known.is_retired()])
             try:
                 memory = open_slab(pid, fd)
             except OSError as error:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.chunks import Bytes
     from zrpc.transport.endpoint import Endpoint, OnLost
     from zrpc.transport.inbox import Work
+    from zrpc.transport.slab import Pins
     from zrpc.transport.slabs import SharedMemory
-    from zrpc.wire.envelope import Buffer
+    from zrpc.wire.envelope import Arriving, Buffer
 
     OnEnvelope = Callable[[Incarnation, Envelope], Work | None]
 
@@ -92,6 +94,22 @@ class Carrier:
                 self._take_back(peer, descriptor)
             raise
 
+    def serve_devices(self, make: Callable[[int], Bytes], pins: Pins) -> Callable[[Buffer], None]:
+        """What comes is brought to devices.
+
+        Args:
+            make: makes memory for what comes through sockets.
+            pins: pins memory that is shared with other workers.
+
+        Returns:
+            Pins the memory that a received buffer lies in, if it is shared.
+        """
+        self._transfers.buffers.make = make
+        shared_memory = self._shared_memory
+        if shared_memory is None:
+            return _nothing_to_pin
+        return lambda buffer: shared_memory.pin(buffer, pins)
+
     def queued_nbytes(self, peer: Incarnation) -> int:
         """How much waits here because `peer` has not read what was sent before, in bytes."""
         return self._lanes.queued_nbytes(peer)
@@ -110,12 +128,12 @@ class Carrier:
         if self._shared_memory is not None:
             self._shared_memory.close()
 
-    def _placing(self, peer: Incarnation, placed: list[list[Any]]) -> Callable[[Buffer], list[Any] | None]:
+    def _placing(self, peer: Incarnation, placed: list[list[Any]]) -> Callable[[Buffer | Arriving], list[Any] | None]:
         """Puts large buffers on their way ahead of their envelope, and notes in `placed` what it did."""
         share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
         place = share or partial(self._transfers.place, peer)
 
-        def place_and_note(buffer: Buffer) -> list[Any] | None:
+        def place_and_note(buffer: Buffer | Arriving) -> list[Any] | None:
             descriptor = place(buffer)
             if descriptor is not None:
                 placed.append(descriptor)
@@ -148,3 +166,7 @@ class Carrier:
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
             return self._shared_memory.fetch(source, descriptor)
         return self._transfers.fetch(source, descriptor)
+
+
+def _nothing_to_pin(_: Buffer) -> None:
+    """No memory is shared."""

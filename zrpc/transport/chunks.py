@@ -16,7 +16,7 @@ import struct
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.ids import Incarnation
-from zrpc.wire.envelope import Buffer
+from zrpc.wire.envelope import Arriving, Buffer
 
 MAGIC = 0xC1
 MIN_NBYTES = 8 << 20
@@ -57,10 +57,19 @@ def keep_freed_memory() -> None:
     np.empty(_KEPT_BLOCK_NBYTES, np.uint8)
 
 
+def _plain(nbytes: int) -> Bytes:
+    return np.empty(nbytes, np.uint8)
+
+
 class WarmBuffers:
-    """Destination buffers, handed out and taken back when nobody sees them any more. The table is owned by the lock."""
+    """Destination buffers, handed out and taken back when nobody sees them any more. The table is owned by the lock.
+
+    Attributes:
+        make: makes fresh memory of so many bytes.
+    """
 
     def __init__(self, kept_max_nbytes: int = KEPT_MAX_NBYTES) -> None:
+        self.make: Callable[[int], Bytes] = _plain
         self._lock = threading.RLock()  # a loan may die, and come back, while this thread is in here
         self._kept: defaultdict[int, list[Bytes]] = defaultdict(list)
         self._kept_nbytes = 0
@@ -75,7 +84,7 @@ class WarmBuffers:
             if memory is not None:
                 self._kept_nbytes -= nbytes
         if memory is None:
-            memory = np.empty(nbytes, np.uint8)
+            memory = self.make(nbytes)
         loan: Bytes = np.frombuffer(memory.data, np.uint8)  # views of it keep it alive, and not `memory`
         whole = memory
 
@@ -107,6 +116,7 @@ class Transfers:
 
     Attributes:
         num_placed: how many buffers were sent in chunks so far.
+        buffers: where what comes in is put together.
     """
 
     def __init__(self, send: Send) -> None:
@@ -114,26 +124,28 @@ class Transfers:
         self.num_placed = 0
         self._send = send
         self._numbers = itertools.count(1)
-        self._buffers = WarmBuffers()
+        self.buffers = WarmBuffers()
         self._incoming: dict[tuple[Incarnation, int], _Incoming] = {}
 
-    def place(self, peer: Incarnation, buffer: Buffer) -> Descriptor | None:
+    def place(self, peer: Incarnation, buffer: Buffer | Arriving) -> Descriptor | None:
         """Send `buffer` to `peer` in chunks; None where it should travel as one frame.
 
-        Its memory must stay unchanged until the message it belongs to was answered.
+        Its memory must stay unchanged until the message it belongs to was answered. What arrives in pieces leaves in
+        the same ones, each as soon as it is there.
 
         Raises:
             PeerLostError: the peer is gone.
+            DeviceError: the buffer does not come.
         """
         nbytes = len(buffer)
-        if nbytes < MIN_NBYTES:
+        if nbytes < (CHUNK_NBYTES if isinstance(buffer, Arriving) else MIN_NBYTES):
             return None
         number = next(self._numbers)
-        view = memoryview(buffer)
         try:
-            for offset in range(0, nbytes, CHUNK_NBYTES):
-                header = _HEADER.pack(MAGIC, number, offset, nbytes)
-                self._send(peer, (header, view[offset : offset + CHUNK_NBYTES]))
+            offset = 0
+            for chunk in buffer.pieces() if isinstance(buffer, Arriving) else _cut(memoryview(buffer)):
+                self._send(peer, (_HEADER.pack(MAGIC, number, offset, nbytes), chunk))
+                offset += len(chunk)
         except BaseException:
             self.take_back(peer, [number, nbytes])
             raise
@@ -166,7 +178,7 @@ class Transfers:
             return
         transfer = self._incoming.get((source, number))
         if transfer is None:
-            transfer = self._incoming[source, number] = _Incoming(self._buffers.lend(nbytes), nbytes)
+            transfer = self._incoming[source, number] = _Incoming(self.buffers.lend(nbytes), nbytes)
         if nbytes != transfer.loan.nbytes:
             raise ProtocolError(f"a chunk of transfer {number} says {nbytes} bytes, another {transfer.loan.nbytes}")
         np.copyto(transfer.loan[offset : offset + chunk.nbytes], chunk)
@@ -192,3 +204,8 @@ class Transfers:
         """`source` is gone: drop what it has begun to send."""
         for key in [key for key in list(self._incoming) if key[0] == source]:
             self._incoming.pop(key, None)
+
+
+def _cut(view: memoryview) -> Iterator[memoryview]:
+    for offset in range(0, len(view), CHUNK_NBYTES):
+        yield view[offset : offset + CHUNK_NBYTES]

@@ -7,11 +7,12 @@ written by two at once.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -38,13 +39,24 @@ def size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
+class Pins(Protocol):
+    """Pins memory for devices. No call may be made while a device copies from that memory."""
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """Pin memory, in whole pages; false where that does not work."""
+
+    def unregister(self, address: int) -> None:
+        """Undo it. The memory must still be there."""
+
+
 class SlabMemory:
     """A slab as it is mapped into this process, by its owner or by who received it."""
 
-    __slots__ = ("_mapped",)
+    __slots__ = ("_is_pinned", "_mapped")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
+        self._is_pinned: bool | None = None  # None: that was not tried
 
     @property
     def number(self) -> int:
@@ -79,6 +91,26 @@ class SlabMemory:
     def retire(self) -> None:
         """Its owner has let go of it. For its owner."""
         self._mapped[_RETIRED] = 1
+
+    @property
+    def was_pinned(self) -> bool:
+        """Whether to pin it was tried."""
+        return self._is_pinned is not None
+
+    def pin(self, pins: Pins) -> None:
+        """Pin it, unless that was tried before. The attachments' lock owns whether it is."""
+        if self._is_pinned is None:
+            self._is_pinned = pins.register(self._address, len(self._mapped))
+
+    def unpin(self, pins: Pins) -> None:
+        """Undo it; it is not pinned again."""
+        if self._is_pinned:
+            pins.unregister(self._address)
+        self._is_pinned = False
+
+    @property
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_ubyte.from_buffer(self._mapped))
 
     def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Its first `nbytes`, writable, not copied; they stay mapped as long as anybody sees them."""

@@ -42,11 +42,15 @@ from zrpc.transport.copying import Copier
 from zrpc.transport.headroom import available_nbytes
 from zrpc.transport.probe import Probe
 from zrpc.transport.slab import Descriptor, Slab, size_class
+from zrpc.wire.envelope import Arriving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import numpy.typing as npt
+
     from zrpc.ids import Incarnation
+    from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
 log = logging.getLogger("zrpc")
@@ -141,7 +145,7 @@ class SlabPool:
         self._copier = Copier()
         self._pid = os.getpid()
 
-    def place(self, holder: Incarnation, buffer: Buffer) -> Descriptor | None:
+    def place(self, holder: Incarnation, buffer: Buffer | Arriving) -> Descriptor | None:
         """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
@@ -160,11 +164,21 @@ class SlabPool:
             self._shelves[slab.room].placed.append(slab)
             self._num_placed += 1
         try:
-            self._copier.copy(slab.memory.view(nbytes), np.frombuffer(buffer, np.uint8))
-        except BaseException:  # of a signal handler: half of it may still be copied
+            self._fill(slab.memory.view(nbytes), buffer)
+        except BaseException:  # of a signal handler, or of a device: half of it may still be copied
             self._give_up(slab)
             raise
         return [self._pid, slab.fd, slab.number, nbytes]
+
+    def _fill(self, target: npt.NDArray[np.uint8], buffer: Buffer | Arriving) -> None:
+        if not isinstance(buffer, Arriving):
+            self._copier.copy(target, np.frombuffer(buffer, np.uint8))
+            return
+        start = 0
+        for piece in buffer.pieces():
+            stop = start + len(piece)
+            np.copyto(target[start:stop], np.frombuffer(piece, np.uint8))
+            start = stop
 
     def take_back(self, descriptor: Descriptor) -> None:
         """Nobody was told of `descriptor` after all: its slab is free."""
@@ -315,7 +329,7 @@ class SharedMemory:
         """Tell `peer`, whose card said `card` of its memory, that it can be opened here, if it can."""
         self._nonces[peer] = self._probe.visit(card)
 
-    def placing(self, peer: Incarnation) -> Callable[[Buffer], Descriptor | None] | None:
+    def placing(self, peer: Incarnation) -> Callable[[Buffer | Arriving], Descriptor | None] | None:
         """`SlabPool.place` for that peer; None where it cannot open, or has not yet tried to open, what is here."""
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
@@ -327,6 +341,10 @@ class SharedMemory:
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """See `Attachments.fetch`."""
         return self._attachments.fetch(source, descriptor)
+
+    def pin(self, buffer: Buffer, pins: Pins) -> None:
+        """See `Attachments.pin`."""
+        self._attachments.pin(buffer, pins)
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""

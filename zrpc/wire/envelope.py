@@ -20,13 +20,42 @@ from zrpc.errors import ProtocolError
 from zrpc.wire.messages import FIELD_GETTERS, PROTOCOL_VERSION, Message, make_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Buffer = bytes | bytearray | memoryview
 """Anything with the buffer interface that frames are made of and buffers arrive as."""
 
 INLINE_MAX_NBYTES = 4096
 """Buffers up to this size ride inside frame 0: a copy of 4 KiB costs less than a frame of its own."""
+
+
+class Arriving:
+    """A buffer whose bytes are still on their way into the memory of this process, from a device for example.
+
+    It is read once, by the thread that sends it.
+
+    Attributes:
+        nbytes: its length.
+    """
+
+    nbytes: int
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes in order, each piece as soon as it is there; a piece stays as it is while anybody sees it.
+
+        Raises:
+            DeviceError: the rest will not come.
+        """
+        raise NotImplementedError
+
+    def whole(self) -> Buffer:
+        """All of it, once it is there."""
+        pieces = list(self.pieces())
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
 
 _packers: list[msgpack.Packer] = []
 """Packers that nobody uses now. Taking one out and putting it back are atomic. One packer must not be shared: packing
@@ -48,6 +77,7 @@ class Envelope:
         table: an entry a tensor of `data` (`zrpc.wire.tensors` says what).
         buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
         damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
+        is_arriving: some of `buffers` is `Arriving`: to send it takes a while.
     """
 
     message: Message
@@ -55,16 +85,17 @@ class Envelope:
     extras: dict[str, Any] | None = None
     data: Buffer = b""
     table: Sequence[Any] = ()
-    buffers: Sequence[Buffer] = field(default_factory=list)
+    buffers: Sequence[Buffer | Arriving] = field(default_factory=list)
     damage: ProtocolError | None = None
+    is_arriving: bool = False
 
 
-def nbytes_of(buffers: Sequence[Buffer]) -> int:
+def nbytes_of(buffers: Sequence[Buffer | Arriving]) -> int:
     """What `buffers` take together, in bytes."""
     return sum(buffer.nbytes if isinstance(buffer, memoryview) else len(buffer) for buffer in buffers)
 
 
-def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | None = None) -> list[Buffer]:
+def encode(envelope: Envelope, place: Callable[[Buffer | Arriving], list[Any] | None] | None = None) -> list[Buffer]:
     """The frames of `envelope`. Large buffers are not copied: they must stay unchanged until the frames are sent.
 
     Args:
@@ -80,6 +111,8 @@ def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | Non
     for buffer in envelope.buffers:
         nbytes = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
         if nbytes <= INLINE_MAX_NBYTES:
+            if isinstance(buffer, Arriving):
+                buffer = buffer.whole()
             inline.append(buffer if type(buffer) is bytes else bytes(buffer))
             continue
         descriptor = place(buffer) if place is not None else None
@@ -87,7 +120,7 @@ def encode(envelope: Envelope, place: Callable[[Buffer], list[Any] | None] | Non
             inline.append(descriptor)
         else:
             inline.append(nbytes)
-            frames.append(buffer)
+            frames.append(buffer.whole() if isinstance(buffer, Arriving) else buffer)
     try:
         frames[0] = _pack(
             (

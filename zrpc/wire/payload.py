@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zrpc.wire import placed as placed_codec
 from zrpc.wire import tensors as tensor_codec
-from zrpc.wire.envelope import Buffer, Envelope
+from zrpc.wire.envelope import Arriving, Buffer, Envelope
+from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from zrpc.wire.messages import Message
+    from zrpc.wire.route import Stager
 
 
 class Passenger(Protocol):
@@ -51,33 +54,41 @@ def seal(
     call_id: int,
     payload: Payload | None,
     extras: dict[str, Any] | None,
-    device_map: tensor_codec.DeviceNames,
+    route: Route = CPU_ONLY,
 ) -> Envelope:
-    """The envelope that carries `message` and `payload`.
-
-    `device_map` says on which device there a tensor of each device here arrives.
+    """The envelope that carries `message` and `payload` along `route`.
 
     Raises:
         SerializationError: a tensor is of a kind that cannot travel, or on a device that is not mapped.
+        DeviceError: a device does not take the work.
     """
     if payload is None:
         return Envelope(message, call_id, extras)
     if not payload.tensors:
         return Envelope(message, call_id, extras, payload.data, (), payload.buffers)
-    buffers: list[Buffer] = list(payload.buffers)
-    table = tensor_codec.pack(payload.tensors, buffers, device_map)
-    return Envelope(message, call_id, extras, payload.data, table, buffers)
+    buffers: list[Buffer | Arriving] = list(payload.buffers)
+    if not route.devices:
+        table = tensor_codec.pack(payload.tensors, buffers, route)
+        return Envelope(message, call_id, extras, payload.data, table, buffers)
+    table = placed_codec.pack(payload.tensors, buffers, route)
+    is_arriving = any(isinstance(buffer, Arriving) for buffer in buffers)
+    return Envelope(message, call_id, extras, payload.data, table, buffers, is_arriving=is_arriving)
 
 
-def open_payload(envelope: Envelope) -> Payload:
+def open_payload(envelope: Envelope, stager: Stager | None = None) -> Payload:
     """The payload of a received envelope: its tensors are made, its stream is not yet read.
+
+    Args:
+        envelope: what came.
+        stager: brings tensors to devices that arrive there.
 
     Raises:
         ProtocolError: the tensor table does not fit the buffers, or some of them could not be opened.
+        DeviceError: a tensor that should arrive on a device cannot.
     """
     if envelope.damage is not None:
         raise envelope.damage
+    buffers: Any = envelope.buffers  # of a received envelope: all of them are here
     if not envelope.table:
-        return Payload(envelope.data, [], envelope.buffers)
-    made = tensor_codec.unpack(envelope.table, envelope.buffers)
-    return Payload(envelope.data, made, envelope.buffers)
+        return Payload(envelope.data, [], buffers)
+    return Payload(envelope.data, tensor_codec.unpack(envelope.table, buffers, stager), buffers)

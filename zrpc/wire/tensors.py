@@ -8,7 +8,7 @@ An entry is a msgpack list that begins with its kind:
     [COMPRESSED, layout, shape, requires_grad, compressed, plain, values]            the last three are entries
     [QUANTIZED,  dtype, shape, scheme, parameters..., integers]
     [META,       dtype, shape, requires_grad, strides]
-    [PLACED,     device, entry]                                            to be moved to `device` of the receiver
+    [PLACED,     device, entry]                                            to arrive on `device` of the receiver
 
 `buffer` is an index into the envelope's buffers, or -1 where there is not one byte. Tensors of one message that share
 a storage share one buffer and are views of one storage again on arrival. Of a storage, only the span that is
@@ -23,16 +23,19 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc.errors import ProtocolError, SerializationError
-from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
+from zrpc.errors import ProtocolError, SerializationError, ZrpcError
+from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer
+from zrpc.wire.route import CPU_ONLY, Route, Stager
 
-DeviceNames = Mapping[str, str]
-"""Device here -> device there, as `str(torch.device)`."""
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Outgoing = list[Buffer | Arriving]
+"""The buffers of a message that is packed."""
 
 DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED = range(7)
 
@@ -47,13 +50,13 @@ DTYPES = {
     for name in sorted(dir(torch))
     if isinstance(dtype := getattr(torch, name), torch.dtype)
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COMPRESSED_LAYOUTS = {
     str(layout): layout for layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 }
 _ROW_LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
 
-_Span = tuple[int, int]
+Span = tuple[int, int]
 
 GATHER_MIN_NBYTES = 8192
 GATHER_MIN_RATIO = 2
@@ -61,17 +64,17 @@ GATHER_MIN_RATIO = 2
 needs. Programs rely on smaller ones to arrive with their strides, as they do over torch's transport."""
 
 
-def pack(tensors: Sequence[torch.Tensor], buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
+def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> list[Any]:
     """The table entries of `tensors`; their memory is appended to `buffers` (large memory as views, not copies).
 
     Raises:
         SerializationError: a tensor cannot travel; the message says which and what to do.
     """
     if len(tensors) == 1:
-        return [_pack_one(tensors[0], buffers, devices)]
-    shared = _shared_storages(tensors)
+        return [_pack_one(tensors[0], buffers, route)]
+    shared = shared_storages(tensors)
     if not shared:
-        return [_pack_one(tensor, buffers, devices) for tensor in tensors]
+        return [_pack_one(tensor, buffers, route) for tensor in tensors]
     placed: dict[int, tuple[int, int]] = {}
     table = []
     for tensor in tensors:
@@ -79,21 +82,24 @@ def pack(tensors: Sequence[torch.Tensor], buffers: list[Buffer], devices: Device
         if key in shared and tensor.numel():
             if key not in placed:
                 placed[key] = (_add_span(tensor.untyped_storage(), shared[key], buffers), shared[key][0])
-            table.append(_strided_entry(tensor, *placed[key]))
+            table.append(strided_entry(tensor, *placed[key]))
         else:
-            table.append(_pack_one(tensor, buffers, devices))
+            table.append(_pack_one(tensor, buffers, route))
     return table
 
 
-def unpack(table: Sequence[Any], buffers: Sequence[Buffer]) -> list[torch.Tensor]:
-    """The tensors that `table` and `buffers` describe.
+def unpack(table: Sequence[Any], buffers: Sequence[Buffer], stager: Stager | None = None) -> list[torch.Tensor]:
+    """The tensors that `table` and `buffers` describe; `stager` brings those to devices that arrive there.
 
     Raises:
         ProtocolError: an entry is malformed or names a buffer that is not there.
+        DeviceError: what should arrive on a device cannot.
     """
-    memory = _Memory(buffers, is_shared=len(table) > 1)
+    memory = _Memory(buffers, stager, is_shared=len(table) > 1)
     try:
         return [_UNPACKERS[entry[0]](entry, memory) for entry in table]
+    except ZrpcError:
+        raise
     except Exception as error:
         raise ProtocolError(f"a tensor table cannot be read: {error}") from error
 
@@ -101,29 +107,27 @@ def unpack(table: Sequence[Any], buffers: Sequence[Buffer]) -> list[torch.Tensor
 # ---- sending ---------------------------------------------------------------------------------------------------
 
 
-def _pack_one(tensor: torch.Tensor, buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
+def _pack_one(tensor: torch.Tensor, buffers: Outgoing, route: Route) -> list[Any]:
     device = tensor.device
     if device.type == "cpu":
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            return _pack_special(tensor, buffers, devices)
+            return pack_special(tensor, lambda part: _pack_one(part.detach(), buffers, route))
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             return _dense_entry(tensor, buffers)
         return _pack_strided(tensor, buffers)
     if device.type == "meta":
-        return [META, _NAMES[tensor.dtype], list(tensor.shape), tensor.requires_grad, list(tensor.stride())]
-    target = devices.get(str(device))
-    if target is None:
-        raise SerializationError(
-            f"a tensor on {device} cannot be sent: the device map for this peer does not say where {device} is there. "
-            "Call set_device_map(peer, {...}) on the options before init_rpc, or send tensor.cpu()"
-        )
-    entry = _pack_one(tensor.cpu(), buffers, devices)
-    return entry if target == "cpu" else [PLACED, target, entry]
+        return pack_meta(tensor)
+    raise route.unmapped(str(device))
 
 
-def _dense_entry(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
+def pack_meta(tensor: torch.Tensor) -> list[Any]:
+    """The entry of a tensor without memory."""
+    return [META, NAMES[tensor.dtype], list(tensor.shape), tensor.requires_grad, list(tensor.stride())]
+
+
+def _dense_entry(tensor: torch.Tensor, buffers: Outgoing) -> list[Any]:
     nbytes = tensor.nbytes
-    entry = [DENSE, _NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, len(buffers) if nbytes else -1]
+    entry = [DENSE, NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, len(buffers) if nbytes else -1]
     if not nbytes:
         return entry
     if nbytes <= INLINE_MAX_NBYTES:
@@ -133,26 +137,38 @@ def _dense_entry(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
         buffers.append(ctypes.string_at(address, nbytes))
     else:
         start = int(tensor.storage_offset()) * tensor.element_size()
-        buffers.append(_view(tensor.untyped_storage(), start, nbytes))
+        buffers.append(raw_view(tensor.untyped_storage(), start, nbytes).numpy().data)
     return entry
 
 
-def _pack_strided(tensor: torch.Tensor, buffers: list[Buffer]) -> list[Any]:
-    start, stop = _span(tensor)
-    if stop - start >= max(GATHER_MIN_NBYTES, GATHER_MIN_RATIO * tensor.nbytes):
-        return _pack_one(tensor.detach().contiguous().requires_grad_(tensor.requires_grad), buffers, {})
-    return _strided_entry(tensor, _add_span(tensor.untyped_storage(), (start, stop), buffers), start)
+def _pack_strided(tensor: torch.Tensor, buffers: Outgoing) -> list[Any]:
+    span = span_of(tensor)
+    if is_gathered(tensor, span):
+        return _pack_one(gathered(tensor), buffers, CPU_ONLY)
+    return strided_entry(tensor, _add_span(tensor.untyped_storage(), span, buffers), span[0])
 
 
-def _strided_entry(tensor: torch.Tensor, buffer: int, span_start: int) -> list[Any]:
+def is_gathered(tensor: torch.Tensor, span: Span) -> bool:
+    """Whether `tensor`, which sees `span` of its storage, is made contiguous before it is sent."""
+    start, stop = span
+    return stop - start >= max(GATHER_MIN_NBYTES, GATHER_MIN_RATIO * tensor.nbytes)
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of `tensor`, a leaf."""
+    return tensor.detach().contiguous().requires_grad_(tensor.requires_grad)
+
+
+def strided_entry(tensor: torch.Tensor, buffer: int, span_start: int) -> list[Any]:
+    """The entry of a view whose storage's bytes from `span_start` on are in `buffer`."""
     offset = tensor.storage_offset() - span_start // tensor.element_size()
     return [
-        STRIDED, _NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, buffer,
+        STRIDED, NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, buffer,
         tensor.stride(), offset, tensor.is_conj(), tensor.is_neg(),
     ]  # fmt: skip
 
 
-def _span(tensor: torch.Tensor) -> _Span:
+def span_of(tensor: torch.Tensor) -> Span:
     """First byte and end of what `tensor` sees of its storage."""
     size = tensor.element_size()
     start = int(tensor.storage_offset()) * size
@@ -162,28 +178,31 @@ def _span(tensor: torch.Tensor) -> _Span:
     return start, start + (last + 1) * size
 
 
-def _add_span(storage: torch.UntypedStorage, span: _Span, buffers: list[Buffer]) -> int:
+def _add_span(storage: torch.UntypedStorage, span: Span, buffers: Outgoing) -> int:
     start, stop = span
     if start == stop:
         return -1
     small = stop - start <= INLINE_MAX_NBYTES and stop <= storage.nbytes()
     buffers.append(
-        ctypes.string_at(storage.data_ptr() + start, stop - start) if small else _view(storage, start, stop - start)
+        ctypes.string_at(storage.data_ptr() + start, stop - start)
+        if small
+        else raw_view(storage, start, stop - start).numpy().data
     )
     return len(buffers) - 1
 
 
-def _view(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
-    """The bytes of `storage`, not copied; the view keeps the storage alive.
+def raw_view(
+    storage: torch.UntypedStorage, start: int, nbytes: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """The bytes of `storage`, not copied; the view keeps the storage alive. `device`: where it is, if not on the CPU.
 
     Raises:
         SerializationError: the storage has been shrunk under its tensors, and has no such bytes.
     """
     if start + nbytes > storage.nbytes():  # `set_` would make the sender's own storage larger
         raise _without_memory()
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))  # type: ignore[call-overload]
-    view: memoryview = raw.numpy().data
-    return view
+    raw = torch.empty(0, dtype=torch.uint8, device=device)
+    return raw.set_(storage, start, (nbytes,))  # type: ignore[call-overload,no-any-return]
 
 
 def _without_memory() -> SerializationError:
@@ -200,7 +219,9 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return key
 
 
-def _shared_storages(tensors: Sequence[torch.Tensor]) -> dict[int, _Span]:
+def shared_storages(
+    tensors: Sequence[torch.Tensor], storage_key: Callable[[torch.Tensor], int] = _storage_key
+) -> dict[int, Span]:
     """The storages that more than one of `tensors` sees, each with the span they see together.
 
     The span begins on a multiple of the largest element, so that every view keeps its alignment.
@@ -208,21 +229,27 @@ def _shared_storages(tensors: Sequence[torch.Tensor]) -> dict[int, _Span]:
     seen: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.numel():
-            seen[_storage_key(tensor)].append(tensor)
+            seen[storage_key(tensor)].append(tensor)
     shared = {}
     for key, views in seen.items():
         if key and len(views) > 1:
-            spans = [_span(view) for view in views]
+            spans = [span_of(view) for view in views]
             widest = max(view.element_size() for view in views)
             start = min(start for start, _ in spans) // widest * widest
             shared[key] = (start, max(stop for _, stop in spans))
     return shared
 
 
-def _pack_special(tensor: torch.Tensor, buffers: list[Buffer], devices: DeviceNames) -> list[Any]:
-    def part(piece: torch.Tensor) -> list[Any]:
-        return _pack_one(piece.detach(), buffers, devices)
+def pack_special(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
+    """The entry of a tensor that is sent in parts.
 
+    Args:
+        tensor: sparse or quantized.
+        part: packs one of them.
+
+    Raises:
+        SerializationError: it is of a kind that cannot travel.
+    """
     if tensor.is_nested:  # it has no shape
         raise _unsendable("nested")
     shape, grad = list(tensor.shape), tensor.requires_grad
@@ -244,7 +271,7 @@ def _unsendable(layout: object) -> SerializationError:
 
 
 def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
-    head = [QUANTIZED, _NAMES[tensor.dtype], list(tensor.shape)]
+    head = [QUANTIZED, NAMES[tensor.dtype], list(tensor.shape)]
     integers = part(tensor.int_repr())
     if tensor.qscheme() is torch.per_tensor_affine:
         return [*head, "tensor", tensor.q_scale(), tensor.q_zero_point(), 0, integers]
@@ -262,15 +289,18 @@ class _Memory:
 
     Args:
         buffers: what came.
+        stager: brings them to devices.
         is_shared: whether more than one tensor may see the same buffer.
     """
 
-    __slots__ = ("_buffers", "_is_shared", "_storages")
+    __slots__ = ("_buffers", "_is_shared", "_placed", "_stager", "_storages")
 
-    def __init__(self, buffers: Sequence[Buffer], is_shared: bool) -> None:
+    def __init__(self, buffers: Sequence[Buffer], stager: Stager | None, is_shared: bool) -> None:
         self._buffers = buffers
+        self._stager = stager
         self._is_shared = is_shared
         self._storages: dict[int, torch.UntypedStorage] = {}
+        self._placed: dict[tuple[str, int], torch.UntypedStorage] | None = None
 
     def small(self, index: int) -> bytes | None:
         """The bytes of a small buffer that only one tensor sees: to copy them into a fresh tensor is quicker."""
@@ -292,6 +322,18 @@ class _Memory:
         if storage is None:
             storage = torch.frombuffer(self.own(index), dtype=torch.uint8).untyped_storage()
             self._storages[index] = storage
+        return storage
+
+    def placed(self, index: int, device: str) -> torch.UntypedStorage:
+        """The same on a device; one for all the views there of this message."""
+        if self._stager is None:
+            raise ProtocolError(f"a tensor for {device} came, and this worker uses no such device")
+        if self._placed is None:
+            self._placed = {}
+        storage = self._placed.get((device, index))
+        if storage is None:
+            buffer = self._buffers[index] if index >= 0 else b""
+            storage = self._placed[device, index] = self._stager.deliver(buffer, device).untyped_storage()
         return storage
 
 
@@ -335,6 +377,32 @@ def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
     return tensor.requires_grad_() if requires_grad else tensor
 
 
+def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, device, inner = entry
+    if device == "cpu":
+        return _unpack_entry(inner, memory)
+    if inner[0] not in (DENSE, STRIDED):
+        raise ProtocolError(f"an entry of kind {inner[0]} is placed as a whole, and not its parts")
+    _, dtype, shape, requires_grad, buffer, *view = inner
+    strides, offset, conj, neg = view or (_contiguous(shape), 0, False, False)
+    storage = memory.placed(buffer, device)
+    tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
+    tensor.set_(storage, offset, shape, strides)
+    if conj:
+        tensor = tensor.conj()
+    if neg:
+        tensor = torch._neg_view(tensor)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _contiguous(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return strides[::-1]
+
+
 def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, shape, requires_grad, coalesced, _, indices, values = entry
     tensor = torch.sparse_coo_tensor(
@@ -375,12 +443,6 @@ def _unpack_meta(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, dtype, shape, requires_grad, strides = entry
     tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="meta")
     return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, device, inner = entry
-    tensor = _unpack_entry(inner, memory)
-    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
 
 def _unpack_entry(entry: list[Any], memory: _Memory) -> torch.Tensor:

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from tests.unit.staging.fake import FakeAccelerator
 from tests.unit.wire.travel import received
 from zrpc.agent.agent import Agent
 from zrpc.config import RpcBackendOptions
 from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
 from zrpc.membership.group import Member
+from zrpc.transport.chunks import MAGIC
 from zrpc.wire.envelope import Buffer, decode
 
 if TYPE_CHECKING:
@@ -88,7 +90,8 @@ class MemoryEndpoint:
         target = self._network.endpoints.get(to)
         if target is None or to in self._gone:
             raise PeerLostError("gone")
-        if not self._network.loses(decode(frames).message):
+        is_chunk = frames[0][:1] == bytes([MAGIC])
+        if is_chunk or not self._network.loses(decode(frames).message):
             target.deliver(self.incarnation, received(frames))
 
     def deliver(self, source: Incarnation, frames: list[Buffer]) -> None:
@@ -122,6 +125,7 @@ class MemoryGroup:
         newcomers: who is found by the next `refresh`.
         refreshes: how often was looked for newcomers.
         left: whether this worker has said goodbye.
+        lingered: whether it has waited for the others before that.
     """
 
     on_joined: OnJoined
@@ -132,6 +136,7 @@ class MemoryGroup:
         self.newcomers: list[Member] = []
         self.refreshes = 0
         self.left = False
+        self.lingered = False
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
         self.on_joined, self.on_left = on_joined, on_left
@@ -153,6 +158,9 @@ class MemoryGroup:
         for member in newcomers:
             self.on_joined(member)
 
+    def linger(self, timeout_s: float) -> None:
+        self.lingered = True
+
     def leave(self, timeout_s: float) -> None:
         self.left = True
 
@@ -167,9 +175,11 @@ class Worker:
         self.info = WorkerInfo(name, rank)
         self.connected: list[Member] = []
         self.disconnected: list[Incarnation] = []
+        self.accelerator = FakeAccelerator(rank)
         self.agent = Agent(
-            self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append
-        )
+            self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append,
+            open_accelerator=lambda: self.accelerator,
+        )  # fmt: skip
 
     def member(self, **card: Any) -> Member:
         return Member(self.info, self.endpoint.incarnation, card)

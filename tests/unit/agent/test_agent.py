@@ -821,14 +821,34 @@ def test_functions_that_return_a_future_are_answered_when_it_is_done(caplog: pyt
 
 
 def test_device_maps_hold_both_ways() -> None:
-    with workers("a") as (a,):
-        a.options.device_maps = {"b": {torch.device("cuda:0"): torch.device("cuda:1")}}
-        a.group.on_joined(Member(WorkerInfo("b", 1), new_incarnation(), {"device_maps": {"a": {"cuda:5": "cuda:6"}}}))
-        a.group.on_joined(Member(WorkerInfo("c", 2), new_incarnation(), {"device_maps": {"a": {"cuda:3": "cuda:4"}}}))
-        a.group.on_joined(Member(WorkerInfo("d", 3), new_incarnation(), {"device_maps": {"b": {"cuda:3": "cuda:4"}}}))
-        peers = [WorkerInfo(name, rank) for rank, name in enumerate("bcde", start=1)]
-        names = [a.agent._peers.device_names(peer) for peer in peers]
-        assert names == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}, {}]
+    worker = Worker(Network(), "a", 0)
+    try:
+        worker.join([worker.member(device_count=8, device_maps={"b": {"cuda:0": "cuda:1"}})], None)
+        join = worker.group.on_joined
+        join(Member(WorkerInfo("b", 1), new_incarnation(), {"device_maps": {"a": {"cuda:5": "cuda:6"}}}))
+        join(Member(WorkerInfo("c", 2), new_incarnation(), {"device_maps": {"a": {"cuda:3": "cuda:4"}}}))
+        routes = [worker.agent._peers.routes(WorkerInfo(name, rank)) for rank, name in enumerate("bcd", start=1)]
+        assert [route.requests.devices for route in routes] == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}]
+        assert [route.replies.devices for route in routes] == [{"cuda:6": "cuda:5"}, {"cuda:4": "cuda:3"}, {}]
+        assert worker.agent.staging.devices == ("cuda:0", "cuda:4", "cuda:6"), "as maps of newcomers name them"
+        join(Member(WorkerInfo("c", 2), new_incarnation(), {}))
+        assert worker.agent._peers.routes(WorkerInfo("c", 2)).requests.devices == {}, "a new life has maps of its own"
+    finally:
+        worker.agent.close(0.0)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_device_maps_that_do_not_fit_are_refused(size: int | None) -> None:
+    worker = Worker(Network(), "a", 0)
+    try:
+        with pytest.raises(
+            ConfigError,
+            match=r"Node a has (source devices with invalid indices|invalid target node names) in its device map",
+        ):
+            worker.join([worker.member(device_count=1, device_maps={"b": {"cuda:1": "cuda:0"}})], size)
+        assert worker.group.lingered == bool(size), "the others of a static group are to find out themselves"
+    finally:
+        worker.agent.close(0.0)
 
 
 def test_options_are_taken_over() -> None:

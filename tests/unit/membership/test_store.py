@@ -300,3 +300,24 @@ def test_a_store_that_fails_later_is_told_by_a_look_and_not_by_a_goodbye() -> No
 def test_leaving_before_joining_is_nothing() -> None:
     StoreGroup(BrokenStore()).leave(1.0)
     StoreGroup(BrokenStore()).refresh()
+
+
+def test_who_ends_at_once_waits_until_the_others_do() -> None:
+    shared = cast("Store", dist.HashStore())
+    seats = [Seat(shared, name, rank) for rank, name in enumerate("ab")]
+    join_all(seats, 2, 2)
+    first = threading.Thread(target=seats[0].group.linger, args=(WAIT_S,))
+    first.start()
+    first.join(0.05)
+    assert first.is_alive()
+    seats[1].group.linger(WAIT_S)
+    first.join(WAIT_S)
+    assert not first.is_alive()
+
+
+def test_nobody_waits_for_ever_for_others_to_end() -> None:
+    shared = cast("Store", dist.HashStore())
+    seats = [Seat(shared, name, rank) for rank, name in enumerate("ab")]
+    join_all(seats, 2, 2)
+    seats[0].group.linger(0.01)
+    assert shared.add("lingering", 0) == 1

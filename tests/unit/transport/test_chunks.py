@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from zrpc.errors import OverloadedError, ProtocolError
+from zrpc.errors import DeviceError, OverloadedError, ProtocolError
 from zrpc.transport import chunks
 from zrpc.transport.chunks import CHUNK_NBYTES, MIN_NBYTES, Transfers, WarmBuffers
+from zrpc.wire.envelope import Arriving
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
@@ -54,6 +55,45 @@ def test_smaller_buffers_are_left_to_travel_as_one_frame() -> None:
     wire = Wire()
     assert Transfers(wire.send).place(B, bytes(MIN_NBYTES - 1)) is None
     assert not wire.messages
+
+
+class InPieces(Arriving):
+    """A buffer that comes in three pieces, after each of which `on_piece` is called."""
+
+    def __init__(self, on_piece: Callable[[], None], error: Exception | None = None) -> None:
+        self.parts = [bytes([number]) * CHUNK_NBYTES for number in range(3)]
+        self.nbytes = sum(map(len, self.parts))
+        self._on_piece = on_piece
+        self._error = error
+
+    def pieces(self) -> Iterator[memoryview]:
+        for part in self.parts:
+            yield memoryview(part)
+            self._on_piece()
+        if self._error is not None:
+            raise self._error
+
+
+def test_pieces_of_a_buffer_that_arrives_leave_one_by_one() -> None:
+    wire, sent = Wire(), []
+    sender, receiver = Transfers(wire.send), Transfers(wire.send)
+    buffer = InPieces(lambda: sent.append(len(wire.messages)))
+    descriptor = sender.place(B, buffer)
+    assert sent == [1, 2, 3]
+    assert descriptor is not None
+    for _, frames in wire.messages:
+        receiver.receive(A, frames)
+    assert receiver.fetch(A, descriptor) == b"".join(buffer.parts)
+
+
+def test_a_buffer_that_does_not_arrive_is_taken_back() -> None:
+    wire = Wire()
+    sender, receiver = Transfers(wire.send), Transfers(wire.send)
+    with pytest.raises(DeviceError, match="it failed"):
+        sender.place(B, InPieces(lambda: None, DeviceError("it failed")))
+    for _, frames in wire.messages:
+        receiver.receive(A, frames)
+    assert not receiver._incoming
 
 
 def test_transfers_of_several_senders_may_mix() -> None:
@@ -181,3 +221,17 @@ def test_no_more_memory_is_kept_than_allowed() -> None:
     assert buffers._kept_nbytes == 2000
     assert len(buffers._kept[1000]) == 2
     assert not buffers._loans
+
+
+def test_destination_buffers_are_made_as_the_worker_says() -> None:
+    made: list[int] = []
+
+    def make(nbytes: int) -> chunks.Bytes:
+        made.append(nbytes)
+        return np.zeros(nbytes, np.uint8)
+
+    buffers = WarmBuffers()
+    buffers.make = make
+    assert buffers.lend(100).nbytes == 100
+    assert buffers.lend(100).nbytes == 100
+    assert made == [100], "the second is the first one again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import resource
 from contextlib import contextmanager
@@ -15,14 +16,14 @@ import torch
 from hypothesis import given
 
 from tests.unit.wire.travel import travel
-from zrpc.errors import ProtocolError
+from zrpc.errors import DeviceError, ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.slab import size_class
 from zrpc.transport.slabs import MIN_NBYTES, SharedMemory, SlabPool
 from zrpc.wire import pickling
-from zrpc.wire.envelope import decode, encode
+from zrpc.wire.envelope import Arriving, decode, encode
 from zrpc.wire.messages import Reply
 from zrpc.wire.payload import open_payload, seal
 
@@ -104,7 +105,7 @@ def test_tensors_live_in_slabs_and_give_them_back() -> None:
             "small": [1, 2],
         }
         payload = pickling.dumps(value)
-        frames = encode(seal(Reply(), 1, payload, None, {}), lambda raw: sender.place(B, raw))
+        frames = encode(seal(Reply(), 1, payload, None), lambda raw: sender.place(B, raw))
         assert len(frames) == 1
         after = pickling.loads(open_payload(decode(frames, lambda descriptor: attachments.fetch(A, descriptor))))
         assert torch.equal(after["weights"], value["weights"])
@@ -363,3 +364,94 @@ def test_without_a_probe_there_is_no_shared_memory(
     monkeypatch.setattr(os, "memfd_create", fail)
     assert SharedMemory.make() is None
     assert "shared memory is not used, sockets are: [Errno 24] Too many open files" in caplog.text
+
+
+# ---- devices -------------------------------------------------------------------------------------------------------
+
+
+class InPieces(Arriving):
+    """A buffer that comes in pieces of 1,000 bytes, and may fail in the end."""
+
+    def __init__(self, content: memoryview, error: Exception | None = None) -> None:
+        self.nbytes = len(content)
+        self._content = content
+        self._error = error
+
+    def pieces(self) -> Iterator[memoryview]:
+        for start in range(0, self.nbytes, 1000):
+            yield self._content[start : start + 1000]
+        if self._error is not None:
+            raise self._error
+
+
+def test_a_buffer_that_arrives_in_pieces_is_placed(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor = sender.place(B, InPieces(buffer(100_500)))
+        assert descriptor is not None
+        assert attachments.fetch(A, descriptor) == buffer(100_500)
+
+
+def test_a_buffer_that_does_not_arrive_leaves_no_slab_behind() -> None:
+    with pool() as sender:
+        with pytest.raises(DeviceError, match="it failed"):
+            sender.place(B, InPieces(buffer(100_500), DeviceError("it failed")))
+        assert sender.counts()["held"] == 0
+
+
+class Pins:
+    """Notes what is pinned."""
+
+    def __init__(self, works: bool = True) -> None:
+        self.pinned: dict[int, int] = {}
+        self.tried = 0
+        self._works = works
+
+    def register(self, address: int, nbytes: int) -> bool:
+        self.tried += 1
+        if self._works:
+            self.pinned[address] = nbytes
+        return self._works
+
+    def unregister(self, address: int) -> None:
+        del self.pinned[address]
+
+
+def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachments: Attachments) -> None:
+    pins = Pins()
+    with pool() as sender:
+        for seed in range(3):
+            received: Any = attachments.fetch(A, place(sender, buffer(100_000, seed)))
+            attachments.pin(received, pins)
+            assert received == buffer(100_000, seed)
+            del received
+            gc.collect()
+        assert pins.tried == 1
+        ((address, nbytes),) = pins.pinned.items()
+        assert (address % mmap.PAGESIZE, nbytes) == (0, mmap.PAGESIZE + size_class(100_000))
+        kept = attachments.fetch(A, place(sender, buffer(100_000)))
+        attachments.forget(A)
+        assert not pins.pinned
+        attachments.pin(kept, pins)
+        assert not pins.pinned, "nobody would unpin it"
+
+
+def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> None:
+    pins = Pins(works=False)
+    with pool() as sender:
+        received = attachments.fetch(A, place(sender, buffer(100_000)))
+        attachments.pin(received, pins)
+        attachments.pin(received, pins)
+        attachments.pin(memoryview(bytearray(10)), pins)
+        attachments.pin(b"bytes", pins)
+        assert pins.tried == 1
+        attachments.close()
+
+
+def test_pinned_slabs_are_unpinned_at_the_end() -> None:
+    pins, attachments = Pins(), Attachments()
+    with pool() as sender:
+        received = attachments.fetch(A, place(sender, buffer(100_000)))
+        attachments.pin(received, pins)
+        assert pins.pinned
+        attachments.close()
+        assert not pins.pinned

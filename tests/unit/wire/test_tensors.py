@@ -410,23 +410,6 @@ def test_what_cannot_travel_is_refused_with_advice() -> None:
         sent(Payload(tensors=[floats]))
 
 
-# ---- devices -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_tensors_on_a_mapped_device_arrive_there_and_others_are_refused() -> None:
-    tensor = torch.randn(300, 50, device="cuda:0").t().requires_grad_()
-    with pytest.raises(SerializationError, match="set_device_map"):
-        sent(Payload(tensors=[tensor]))
-    (moved,) = travel(Payload(tensors=[tensor]), {"cuda:0": "cuda:0"}).tensors
-    assert moved.device == tensor.device
-    assert moved.requires_grad
-    assert torch.equal(moved, tensor)
-    (home,) = travel(Payload(tensors=[tensor]), {"cuda:0": "cpu"}).tensors
-    assert home.device.type == "cpu"
-    assert torch.equal(home, tensor.cpu())
-
-
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 numbers = st.integers(-3, 1 << 70) | st.just(1 << 40)

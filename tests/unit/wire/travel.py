@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer, decode, encode
 from zrpc.wire.messages import Reply
 from zrpc.wire.payload import Payload, open_payload, seal
+from zrpc.wire.route import Route
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ def received(frames: Sequence[Buffer]) -> list[Buffer]:
 
 def sent(payload: Payload, devices: Mapping[str, str] | None = None) -> list[Buffer]:
     """The frames of `payload`."""
-    return encode(seal(Reply(), 1, payload, None, devices or {}))
+    return encode(seal(Reply(), 1, payload, None, Route(devices or {})))
 
 
 def travel(payload: Payload, devices: Mapping[str, str] | None = None) -> Payload:
