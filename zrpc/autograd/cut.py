@@ -2,8 +2,8 @@
 
 torch's engine runs a cut with all its hooks. A Python function computes all its outputs whatever follows, and a
 post-hook sees them. A C++ node leaves out what nothing needs, so it is called once more by itself, with the gradients
-it was run on; what the engine computed of it is then nothing, and post-hooks that others put on it are kept back until
-the outputs are there.
+it was run on, and post-hooks that others put on it are kept back until those outputs are there. So the engine hands on
+nothing of a cut, not even where it runs what the cut leads to (a leaf that other nodes of the segment lead to as well).
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Cut:
                     grad_inputs = _as_tuple(replaced)
         return grad_inputs
 
-    def _see(self, grad_inputs: Gradients, grad_outputs: Gradients) -> None:
+    def _see(self, grad_inputs: Gradients, grad_outputs: Gradients) -> Gradients:
         self._grad_inputs, self._grad_outputs = grad_inputs, grad_outputs
+        return (None,) * len(grad_inputs)
 
     def _hooks(self) -> dict[int, _PostHook]:
         hooks: dict[int, _PostHook] | None = self._handle.hooks_dict_ref()

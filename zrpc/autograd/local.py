@@ -180,8 +180,7 @@ class LocalPass:
     def _hand_on(self, segment: Segment, outputs: Mapping[int, Gradients], taken: list[Taken]) -> None:
         """Give the outputs of the cuts of `segment` to the nodes they lead to. Call it under the lock.
 
-        Splittable nodes have no hooks, so they need no run: theirs are added to `taken`, unless torch's engine ran
-        them.
+        Splittable nodes have no hooks, so they need no run: theirs are added to `taken`.
         """
         for number in segment.cuts:
             values = self._arrived.pop(number) if number in self._arrived else outputs[number]
@@ -191,7 +190,7 @@ class LocalPass:
                 fitting = None if gradient is None else fit(gradient, self._graph.nodes[child], slot)
                 if child not in self._splittable:
                     self._handed.setdefault(child, []).append((slot, fitting))
-                elif fitting is not None and (child not in segment.ends or self._graph.nodes[number] is None):
+                elif fitting is not None:
                     taken.append((self._graph.leaf(child), fitting))
 
     def _open_taps(self, is_left_alone: Callable[[torch.Tensor], bool]) -> frozenset[int]:

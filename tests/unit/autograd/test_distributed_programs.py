@@ -156,3 +156,15 @@ def test_fast_with_one_handler_thread() -> None:
 
 def test_smart() -> None:
     check_all(smart=True, threads=2, max_examples=150)
+
+
+def test_a_hooked_cut_that_leads_to_a_leaf_of_its_segment() -> None:
+    """What torch's engine computes of the cut is without its hook, and must not get to the leaf by way of another."""
+    plain = Step("add", 0, 0, None)
+    steps = (plain, plain, Step("add", 0, 12, "post"), plain, plain, Step("add", 2, 5, None))
+    placed = Placed(Program(3, frozenset({0}), steps), (1, 0, 1), (0, 0, 1, 0, 0, 1), frozenset(), passes=1, seed=0)
+    cluster = Cluster(N_WORKERS, threads=3)
+    try:
+        check(cluster, placed, smart=False)
+    finally:
+        cluster.close()
