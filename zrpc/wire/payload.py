@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc.wire import placed as placed_codec
-from zrpc.wire import tensors as tensor_codec
+from zrpc.wire import received, tensors
 from zrpc.wire.envelope import Arriving, Buffer, Envelope
 from zrpc.wire.route import CPU_ONLY, Route
 
@@ -68,7 +68,7 @@ def seal(
         return Envelope(message, call_id, extras, payload.data, (), payload.buffers)
     buffers: list[Buffer | Arriving] = list(payload.buffers)
     if not route.devices:
-        table = tensor_codec.pack(payload.tensors, buffers, route)
+        table = tensors.pack(payload.tensors, buffers, route)
         return Envelope(message, call_id, extras, payload.data, table, buffers)
     table = placed_codec.pack(payload.tensors, buffers, route)
     is_arriving = any(isinstance(buffer, Arriving) for buffer in buffers)
@@ -91,4 +91,4 @@ def open_payload(envelope: Envelope, stager: Stager | None = None) -> Payload:
     buffers: Any = envelope.buffers  # of a received envelope: all of them are here
     if not envelope.table:
         return Payload(envelope.data, [], buffers)
-    return Payload(envelope.data, tensor_codec.unpack(envelope.table, buffers, stager), buffers)
+    return Payload(envelope.data, received.unpack(envelope.table, buffers, stager), buffers)

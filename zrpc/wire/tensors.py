@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc.errors import ProtocolError, SerializationError, ZrpcError
+from zrpc.errors import SerializationError
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer
-from zrpc.wire.route import CPU_ONLY, Route, Stager
+from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,19 +39,13 @@ Outgoing = list[Buffer | Arriving]
 
 DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED = range(7)
 
-COPY_MAX_NBYTES = 16_384
-"""Received buffers up to this size are copied: a view would keep the whole receive batch of ZeroMQ alive."""
-
-ALIGNMENT = 8
-"""A received buffer that does not begin on this boundary is copied: kernels may expect aligned elements."""
-
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for name in sorted(dir(torch))
     if isinstance(dtype := getattr(torch, name), torch.dtype)
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_COMPRESSED_LAYOUTS = {
+COMPRESSED_LAYOUTS = {
     str(layout): layout for layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 }
 _ROW_LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
@@ -86,25 +80,6 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
         else:
             table.append(_pack_one(tensor, buffers, route))
     return table
-
-
-def unpack(table: Sequence[Any], buffers: Sequence[Buffer], stager: Stager | None = None) -> list[torch.Tensor]:
-    """The tensors that `table` and `buffers` describe; `stager` brings those to devices that arrive there.
-
-    Raises:
-        ProtocolError: an entry is malformed or names a buffer that is not there.
-        DeviceError: what should arrive on a device cannot.
-    """
-    memory = _Memory(buffers, stager, is_shared=len(table) > 1)
-    try:
-        return [_UNPACKERS[entry[0]](entry, memory) for entry in table]
-    except ZrpcError:
-        raise
-    except Exception as error:
-        raise ProtocolError(f"a tensor table cannot be read: {error}") from error
-
-
-# ---- sending ---------------------------------------------------------------------------------------------------
 
 
 def _pack_one(tensor: torch.Tensor, buffers: Outgoing, route: Route) -> list[Any]:
@@ -256,7 +231,7 @@ def pack_special(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]
     if tensor.layout is torch.sparse_coo:
         dense_dim = tensor.dense_dim()
         return [COO, shape, grad, tensor.is_coalesced(), dense_dim, part(tensor._indices()), part(tensor._values())]
-    if str(tensor.layout) in _COMPRESSED_LAYOUTS:
+    if str(tensor.layout) in COMPRESSED_LAYOUTS:
         by_row = tensor.layout in _ROW_LAYOUTS
         compressed = tensor.crow_indices() if by_row else tensor.ccol_indices()
         plain = tensor.col_indices() if by_row else tensor.row_indices()
@@ -279,182 +254,3 @@ def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[An
         scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
         return [*head, "channel", part(scales), part(zero_points), tensor.q_per_channel_axis(), integers]
     raise SerializationError(f"a tensor quantized by {tensor.qscheme()} cannot be sent: send tensor.dequantize()")
-
-
-# ---- receiving -------------------------------------------------------------------------------------------------
-
-
-class _Memory:
-    """The buffers of one message, each turned into writable memory of our own at most once.
-
-    Args:
-        buffers: what came.
-        stager: brings them to devices.
-        is_shared: whether more than one tensor may see the same buffer.
-    """
-
-    __slots__ = ("_buffers", "_is_shared", "_placed", "_stager", "_storages")
-
-    def __init__(self, buffers: Sequence[Buffer], stager: Stager | None, is_shared: bool) -> None:
-        self._buffers = buffers
-        self._stager = stager
-        self._is_shared = is_shared
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._placed: dict[tuple[str, int], torch.UntypedStorage] | None = None
-
-    def small(self, index: int) -> bytes | None:
-        """The bytes of a small buffer that only one tensor sees: to copy them into a fresh tensor is quicker."""
-        buffer = None if self._is_shared else self._buffers[index]
-        return buffer if type(buffer) is bytes else None
-
-    def own(self, index: int) -> Buffer:
-        """Writable bytes that nobody else sees."""
-        buffer = self._buffers[index]
-        if type(buffer) is bytes or len(buffer) <= COPY_MAX_NBYTES or not _can_be_taken_over(buffer):
-            return bytearray(buffer)
-        return buffer
-
-    def storage(self, index: int) -> torch.UntypedStorage:
-        """The same as a storage, one for all the views of this message."""
-        if index < 0:
-            return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
-        storage = self._storages.get(index)
-        if storage is None:
-            storage = torch.frombuffer(self.own(index), dtype=torch.uint8).untyped_storage()
-            self._storages[index] = storage
-        return storage
-
-    def placed(self, index: int, device: str) -> torch.UntypedStorage:
-        """The same on a device; one for all the views there of this message."""
-        if self._stager is None:
-            raise ProtocolError(f"a tensor for {device} came, and this worker uses no such device")
-        if self._placed is None:
-            self._placed = {}
-        storage = self._placed.get((device, index))
-        if storage is None:
-            buffer = self._buffers[index] if index >= 0 else b""
-            storage = self._placed[device, index] = self._stager.deliver(buffer, device).untyped_storage()
-        return storage
-
-
-def _can_be_taken_over(buffer: Buffer) -> bool:
-    if memoryview(buffer).readonly:
-        return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT == 0
-
-
-def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, dtype, shape, requires_grad, buffer = entry
-    raw = memory.small(buffer) if buffer >= 0 else b""
-    if raw is not None:
-        tensor = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
-        _fill(tensor, raw, tensor.nbytes)
-    else:
-        tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype]).view(shape)
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _fill(tensor: torch.Tensor, raw: bytes, nbytes: int) -> None:
-    """Give a fresh tensor, whose memory has `nbytes`, its bytes."""
-    if nbytes != len(raw):
-        raise ProtocolError(f"{len(raw)} bytes came for a tensor of {nbytes}")
-    ctypes.memmove(tensor.data_ptr(), raw, nbytes)
-
-
-def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, dtype, shape, requires_grad, buffer, strides, offset, conj, neg = entry
-    raw = memory.small(buffer) if buffer >= 0 and not offset else None
-    if raw is not None:
-        tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="cpu")
-        _fill(tensor, raw, tensor.untyped_storage().nbytes())
-    else:
-        tensor = torch.empty(0, dtype=DTYPES[dtype], device="cpu")
-        tensor.set_(memory.storage(buffer), offset, shape, strides)
-    if conj:
-        tensor = tensor.conj()
-    if neg:
-        tensor = torch._neg_view(tensor)
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, device, inner = entry
-    if device == "cpu":
-        return _unpack_entry(inner, memory)
-    if inner[0] not in (DENSE, STRIDED):
-        raise ProtocolError(f"an entry of kind {inner[0]} is placed as a whole, and not its parts")
-    _, dtype, shape, requires_grad, buffer, *view = inner
-    strides, offset, conj, neg = view or (_contiguous(shape), 0, False, False)
-    storage = memory.placed(buffer, device)
-    tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
-    tensor.set_(storage, offset, shape, strides)
-    if conj:
-        tensor = tensor.conj()
-    if neg:
-        tensor = torch._neg_view(tensor)
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _contiguous(shape: Sequence[int]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return strides[::-1]
-
-
-def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, shape, requires_grad, coalesced, _, indices, values = entry
-    tensor = torch.sparse_coo_tensor(
-        _unpack_entry(indices, memory),
-        _unpack_entry(values, memory),
-        shape,
-        is_coalesced=coalesced,
-        check_invariants=False,
-    )
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _unpack_compressed(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, layout, shape, requires_grad, compressed, plain, values = entry
-    tensor = torch.sparse_compressed_tensor(
-        _unpack_entry(compressed, memory),
-        _unpack_entry(plain, memory),
-        _unpack_entry(values, memory),
-        shape,
-        layout=_COMPRESSED_LAYOUTS[layout],
-        check_invariants=False,
-    )
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _unpack_quantized(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, _, shape, scheme, scale, zero_point, axis, integers = entry
-    raw = _unpack_entry(integers, memory).view(shape)
-    if scheme == "tensor":
-        return torch._make_per_tensor_quantized_tensor(raw, scale, zero_point)
-    return torch._make_per_channel_quantized_tensor(
-        raw, _unpack_entry(scale, memory), _unpack_entry(zero_point, memory), axis
-    )
-
-
-def _unpack_meta(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    del memory
-    _, dtype, shape, requires_grad, strides = entry
-    tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="meta")
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _unpack_entry(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    return _UNPACKERS[entry[0]](entry, memory)
-
-
-_UNPACKERS: dict[int, Callable[[list[Any], _Memory], torch.Tensor]] = {
-    DENSE: _unpack_dense,
-    STRIDED: _unpack_strided,
-    COO: _unpack_coo,
-    COMPRESSED: _unpack_compressed,
-    QUANTIZED: _unpack_quantized,
-    META: _unpack_meta,
-    PLACED: _unpack_placed,
-}

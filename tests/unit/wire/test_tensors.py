@@ -18,7 +18,8 @@ from tests.unit.wire.travel import received, sent, travel, travel_tensors
 from zrpc.errors import ProtocolError, SerializationError
 from zrpc.wire.envelope import decode
 from zrpc.wire.payload import Payload, open_payload
-from zrpc.wire.tensors import DTYPES, unpack
+from zrpc.wire.received import unpack
+from zrpc.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
