@@ -150,7 +150,7 @@ def keep_and_drop(rank: int, path: str) -> dict[str, int]:
     all_gather(None)
     carrier = current_agent()._carrier
     gc.collect()
-    until(lambda: not carrier._transfers._buffers._loans, "all destination buffers are back")
+    until(lambda: not carrier._transfers.buffers._loans, "all destination buffers are back")
     memory = carrier._shared_memory
     until(lambda: memory is None or memory.counts()["held"] == 0, "all slabs are back")
     return {SLAB: memory.counts()["placed"] if memory else 0, CHUNKS: carrier._transfers.num_placed}
