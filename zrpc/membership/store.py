@@ -20,6 +20,8 @@ from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.group import Member, OnJoined, OnLeft
 
 POLL_MIN_S = 0.005
+ANNOUNCE_WAIT_S = 1.0
+"""How long a look waits, at most, for what other threads have found to be told of."""
 POLL_MAX_S = 0.5
 POLL_SHARE = 0.1
 """Who waits for the others looks at the store each time that it has waited a tenth longer: a hundred workers that look
@@ -46,6 +48,8 @@ class StoreGroup:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
+        self._announced = threading.Condition(self._lock)
+        self._announcing = 0  # looks whose findings are just being told of
         self._on_joined: OnJoined = _ignore
         self._on_left: OnLeft = _ignore
         self._dynamic = False
@@ -89,12 +93,19 @@ class StoreGroup:
                 gone = [index for index in self._seen if self._store.check([f"left/{index}"])]
                 left = [self._seen.pop(index) for index in gone]
                 joined = self._read_newcomers()
+                self._announcing += 1
         except RuntimeError as error:
             raise RendezvousError(f"the store of the group failed: {error}. Check that its host is up") from error
-        for incarnation in left:  # first: a newcomer may have the name of one who left
-            self._on_left(incarnation, False, "it left the group")
-        for member in joined:
-            self._on_joined(member)
+        try:
+            for incarnation in left:  # first: a newcomer may have the name of one who left
+                self._on_left(incarnation, False, "it left the group")
+            for member in joined:
+                self._on_joined(member)
+        finally:
+            with self._announced:  # who looks for somebody must not miss whom another thread is just announcing
+                self._announcing -= 1
+                self._announced.notify_all()
+                self._announced.wait_for(lambda: not self._announcing, ANNOUNCE_WAIT_S)
 
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The store may end with this process, and others may not have read who is here."""

@@ -273,6 +273,29 @@ def test_threads_may_look_at_once(store: Store) -> None:
 # ---- stores that fail --------------------------------------------------------------------------------------------
 
 
+def test_a_look_does_not_end_before_what_another_has_found_is_told_of() -> None:
+    store = cast("Store", dist.HashStore())
+    here, there = Seat(store, "a", 0), Seat(store, "b", 1)
+    here.join(None)
+    telling, go_on = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def on_joined(member: Member) -> None:
+        telling.set()
+        assert go_on.wait(WAIT_S)
+        told.append(member.info.name)
+
+    here.group.watch(on_joined, here._on_left)
+    there.join(None)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(here.group.refresh)
+        assert telling.wait(WAIT_S)
+        second = pool.submit(lambda: (here.group.refresh(), list(told))[1])
+        go_on.set()
+        assert second.result(WAIT_S) == ["b"]
+        first.result(WAIT_S)
+
+
 class BrokenStore:
     """A store whose host is gone."""
 
