@@ -153,10 +153,7 @@ class Server:
             log.error("the answer to %s was not sent: %s", request.source, full)
         finally:
             if sent:
-                with self._idle:
-                    self._serving -= 1
-                    if not self._serving:
-                        self._idle.notify_all()
+                self._end()
 
     def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> bool:
         """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason.
@@ -205,10 +202,14 @@ class Server:
         except (PeerLostError, AgentClosedError) as gone:
             log.debug("the answer to %s was not sent: %s", to, gone)
         finally:
-            with self._idle:
-                self._serving -= 1
-                if not self._serving:
-                    self._idle.notify_all()
+            self._end()
+
+    def _end(self) -> None:
+        """A request is answered, or never will be."""
+        with self._idle:
+            self._serving -= 1
+            if not self._serving:
+                self._idle.notify_all()
 
 
 def _run(handler: Handler, request: Request[Any]) -> Work | None:
