@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.agent.call import Call
+from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
-from zrpc.agent.deadlines import Deadlines
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.gate import Gates, Standing
 from zrpc.agent.hooks import Hooks
@@ -108,13 +108,12 @@ class Agent:
             self.staging, self._stagers.submit,
         )  # fmt: skip
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
-        self._calls: dict[int, Call] = {}  # each entry is taken out by one dict.pop, which is atomic
+        self._calls = Calls(self._gates, self._carrier.interrupt, self._on_late)
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
         self.staging.on_streams = self._run_on
-        self._deadlines = Deadlines(self._expire)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
@@ -175,9 +174,7 @@ class Agent:
         self._stagers.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._carrier.close(flush_s)
-        self._deadlines.close()
-        for call_id in list(self._calls):
-            self._finish(call_id, None, AgentClosedError("this worker shut down while the call was under way"))
+        self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
         self.staging.drain()
         if self.staging.streams is not None:
@@ -275,23 +272,23 @@ class Agent:
         except ZrpcError as error:
             call.complete(None, error)
             return call
-        self._calls[call_id] = call
+        self._calls.add(call)
         if envelope.is_arriving and not waited:
             self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
         else:
             try:
                 self._peers.send(to, envelope)
             except Exception as error:
-                self._finish(call_id, None, error)
+                self._calls.finish(call_id, None, error)
                 return call
             if payload is not None and payload.passengers:
                 payload.has_left()
         if not waited:
             self._carrier.inbox.num_sent += 1
             if limit_s:
-                self._deadlines.add(call_id, left_s)
+                self._calls.limit(call_id, left_s)
         if self._closed:  # the sweep of close() may have passed by
-            self._finish(call_id, None, AgentClosedError("this worker has shut down"))
+            self._calls.finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call
 
     def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
@@ -301,7 +298,7 @@ class Agent:
         try:
             self._peers.send(call.peer, envelope)
         except Exception as error:
-            self._finish(call.call_id, None, error)
+            self._calls.finish(call.call_id, None, error)
             return
         if payload is not None:
             payload.has_left()
@@ -339,7 +336,7 @@ class Agent:
 
     def abandon(self, call_id: int) -> bool:
         """See `CallOwner.abandon`."""
-        return self._calls.pop(call_id, None) is not None
+        return self._calls.abandon(call_id)
 
     def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""
@@ -361,7 +358,7 @@ class Agent:
 
     def _on_envelope(self, source: Incarnation, envelope: Envelope) -> Work | None:
         if isinstance(envelope.message, Reply | Failure):
-            self._finish(envelope.call_id, envelope, None)
+            self._calls.finish(envelope.call_id, envelope, None)
             return None
         return self._server.serve(source, envelope)
 
@@ -372,24 +369,10 @@ class Agent:
             return Standing.NEEDED
         return Standing.SERVING if inbox.is_reader_here or self._server.pool.is_here() else Standing.FREE
 
-    def _finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
-        call = self._calls.pop(call_id, None)
-        if call is None:  # it timed out, or its peer was declared lost
-            self._gates.leave(call_id)
-            if answer is not None and answer.extras and self.hooks.passengers is not None:
-                self.submit(partial(self.hooks.discard_answer, answer.extras))
-            return
-        self._gates[call.peer.id].leave(call_id)
-        call.complete(answer, error)
-        if error is not None and call.is_read_for:
-            self._carrier.interrupt()
-
-    def _expire(self, call_id: int) -> None:
-        call = self._calls.pop(call_id, None)
-        if call is not None:
-            call.expire()
-            if call.is_read_for:
-                self._carrier.interrupt()
+    def _on_late(self, answer: Envelope) -> None:
+        """An answer came that nobody waits for any more: its passengers must be let go."""
+        if answer.extras and self.hooks.passengers is not None:
+            self.submit(partial(self.hooks.discard_answer, answer.extras))
 
     # ---- members ---------------------------------------------------------------------------------------------------
 
@@ -410,9 +393,7 @@ class Agent:
             return
         self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
         error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
-        for call_id, call in list(self._calls.items()):
-            if call.peer.id == worker.id:
-                self._finish(call_id, None, error)
+        self._calls.lose(worker.id, error)
         for listener in self._lost_listeners:
             self.submit(partial(listener, worker, reason))
 

@@ -274,7 +274,7 @@ def test_without_a_limit_no_deadline_is_kept() -> None:
         call = a.agent.request(b.info, FETCH, timeout_s=0)
         call.wait()
         assert call.timeout_s == 0
-        assert a.agent._deadlines._thread is None
+        assert a.agent._calls._deadlines._thread is None
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""The calls under way of one worker: each is ended once, by whoever takes it out of the table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zrpc.agent.deadlines import Deadlines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.agent.call import Call
+    from zrpc.agent.gate import Gates
+    from zrpc.wire.envelope import Envelope
+
+
+class Calls:
+    """Any thread may use it: each entry is taken out by one dict.pop, which is atomic.
+
+    Args:
+        gates: are told of calls that ended.
+        interrupt: lets the thread that reads look whether its call is done; needed where no message ended it.
+        on_late: is given answers that nobody waits for any more.
+    """
+
+    def __init__(self, gates: Gates, interrupt: Callable[[], None], on_late: Callable[[Envelope], None]) -> None:
+        self._gates = gates
+        self._interrupt = interrupt
+        self._on_late = on_late
+        self._under_way: dict[int, Call] = {}
+        self._deadlines = Deadlines(self._expire)
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def add(self, call: Call) -> None:
+        """A call begins."""
+        self._under_way[call.call_id] = call
+
+    def limit(self, call_id: int, after_s: float) -> None:
+        """End a call that no thread waits for in `after_s` seconds, unless it is done by then."""
+        self._deadlines.add(call_id, after_s)
+
+    def finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
+        """A call is answered, or will not be. Nothing happens if it is not under way any more."""
+        call = self._under_way.pop(call_id, None)
+        if call is None:  # it timed out, or its peer was declared lost
+            self._gates.leave(call_id)
+            if answer is not None:
+                self._on_late(answer)
+            return
+        self._gates[call.peer.id].leave(call_id)
+        call.complete(answer, error)
+        if error is not None and call.is_read_for:
+            self._interrupt()
+
+    def abandon(self, call_id: int) -> bool:
+        """Take a call out, which its caller ends; false if it is done already. It still counts at its gate."""
+        return self._under_way.pop(call_id, None) is not None
+
+    def lose(self, rank: int, error: BaseException) -> None:
+        """End the calls to the worker of `rank`."""
+        for call_id, call in list(self._under_way.items()):
+            if call.peer.id == rank:
+                self.finish(call_id, None, error)
+
+    def close(self, make_error: Callable[[], BaseException]) -> None:
+        """End all calls, each with an error of its own. Idempotent."""
+        self._deadlines.close()
+        for call_id in list(self._under_way):
+            self.finish(call_id, None, make_error())
+
+    def _expire(self, call_id: int) -> None:
+        call = self._under_way.pop(call_id, None)
+        if call is not None:
+            call.expire()
+            if call.is_read_for:
+                self._interrupt()
