@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Worker = str | int | WorkerInfo
 
-_pickle_call: Callable[[tuple[Any, ...]], Payload] = pickling.dumps
+_pickle_call: Callable[[tuple[Any, ...]], Payload] = pickling.dumps_call
 
 
 def set_call_pickler(dumps: Callable[[tuple[Any, ...]], Payload] | None) -> None:
@@ -37,7 +37,7 @@ def set_call_pickler(dumps: Callable[[tuple[Any, ...]], Payload] | None) -> None
     What it makes must be readable by `zrpc.wire.pickling.loads`.
     """
     global _pickle_call
-    _pickle_call = dumps or pickling.dumps
+    _pickle_call = dumps or pickling.dumps_call
 
 
 def rpc_sync(

@@ -16,7 +16,8 @@ from zrpc.errors import ProtocolError
 from zrpc.wire.payload import Payload
 
 MAGIC = 0xC1
-_PREFIX = bytes([MAGIC, 1])
+VALUES = bytes([MAGIC, 1])
+"""What packed values begin with, unless they are something more special."""
 
 _TENSOR, _TUPLE, _COMPLEX, _DTYPE, _DEVICE, _LAYOUT, _MEMORY_FORMAT, _SIZE = range(8)
 _NAMED: dict[type, int] = {torch.dtype: _DTYPE, torch.layout: _LAYOUT, torch.memory_format: _MEMORY_FORMAT}
@@ -26,29 +27,29 @@ class UnpackableError(TypeError):
     """The value is not one that this module carries; pickle may."""
 
 
-def pack(value: Any) -> Payload:
-    """Take `value` apart without pickle. Tensors are not copied.
+def pack(value: Any, prefix: bytes = VALUES) -> Payload:
+    """Take `value` apart without pickle, into a stream that begins with `prefix`. Tensors are not copied.
 
     Raises:
         UnpackableError: something in it is none of the types above.
     """
     packing = _Packing()
     try:
-        return Payload(_PREFIX + packing.encode(value), packing.tensors)
+        return Payload(prefix + packing.encode(value), packing.tensors)
     except (OverflowError, ValueError, RecursionError) as error:
         raise UnpackableError(str(error)) from error
 
 
-def unpack(payload: Payload) -> Any:
-    """Put a value together again that `pack` took apart.
+def unpack(payload: Payload, prefix: bytes = VALUES) -> Any:
+    """Put a value together again that `pack` took apart with the same `prefix`.
 
     Raises:
         ProtocolError: the stream is damaged.
     """
     try:
-        if payload.data[: len(_PREFIX)] != _PREFIX:
+        if payload.data[: len(prefix)] != prefix:
             raise ProtocolError(f"packed values begin with {bytes(payload.data[:2])!r}")
-        return _Unpacking(payload.tensors).decode(memoryview(payload.data)[len(_PREFIX) :])
+        return _Unpacking(payload.tensors).decode(memoryview(payload.data)[len(prefix) :])
     except ProtocolError:
         raise
     except Exception as error:

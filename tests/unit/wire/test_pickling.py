@@ -10,7 +10,7 @@ import threading
 import types
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -24,6 +24,9 @@ from zrpc.errors import ProtocolError, SerializationError
 from zrpc.ids import WorkerInfo
 from zrpc.wire import pickling
 from zrpc.wire.payload import Payload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def roundtrip(value: Any) -> Any:
@@ -77,6 +80,80 @@ def test_nothing_and_one_tensor_are_not_pickled() -> None:
     assert payload.tensors[0] is tensor
     assert roundtrip(None) is None
     assert torch.equal(roundtrip(tensor), tensor)
+
+
+@pytest.mark.parametrize("value", [True, 0, -(2**63), 2**64 - 1, -0.0, float("inf"), "", "ä", b"\0", b"x" * 100_000])
+def test_plain_results_are_not_pickled(value: Any) -> None:
+    payload = pickling.dumps(value)
+    assert payload.data[:2] == b"\xc1\x01"
+    after = pickling.loads(travel(payload))
+    assert (type(after), repr(after)) == (type(value), repr(value))
+
+
+def test_what_msgpack_cannot_hold_is_pickled() -> None:
+    for value in (2**64, -(2**63) - 1, "\ud800"):
+        assert pickling.dumps(value).data[:1] == b"\x80"
+        assert roundtrip(value) == value
+        call = pickling.dumps_call((twice, (value,), {}))
+        assert call.data[:1] == b"\x80"
+        assert pickling.loads(travel(call)) == (twice, (value,), {})
+
+
+@given(st.lists(scalars), st.dictionaries(st.text(), scalars))
+def test_calls_with_plain_arguments_come_back(args: list[Any], kwargs: dict[str, Any]) -> None:
+    call = (twice, tuple(args), kwargs)
+    assert pickling.loads(travel(pickling.dumps_call(call))) == call
+
+
+def test_a_call_of_a_named_function_with_tensors_is_not_pickled() -> None:
+    tensor = torch.randn(3)
+    payload = pickling.dumps_call((twice, (tensor, 2, tensor), {"x": tensor[1:]}))
+    assert payload.data[:2] == b"\xc1\x02"
+    function, args, kwargs = pickling.loads(travel(payload))
+    assert function is twice
+    assert args[0] is args[2], "the same one arrives as one"
+    assert torch.equal(args[0], tensor)
+    args[0].zero_()
+    assert not kwargs["x"].any(), "views of one storage arrive as views of one storage"
+
+
+class Text(str):
+    """Not a plain string."""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (twice, ([1],), {}),
+        (twice, (), {"x": (1, 2)}),
+        (twice, (Text("x"),), {}),
+        (twice, (nn.Parameter(torch.ones(1)),), {}),
+        (Nested, (1,), {}),
+        (len, ((),), {}),
+        (torch.nn.functional.relu, ([],), {}),
+        (nn.Linear(1, 1), (torch.ones(1),), {}),
+    ],
+)
+def test_other_calls_are_pickled(call: Any) -> None:
+    payload = pickling.dumps_call(call)
+    assert payload.data[:1] == b"\x80"
+    after = pickling.loads(travel(payload))
+    assert [type(part) for part in (*after[1], *after[2].values())] == [
+        type(part) for part in (*call[1], *call[2].values())
+    ]
+
+
+def test_a_function_that_its_module_does_not_name_so_is_refused_by_pickle() -> None:
+    impostor = types.FunctionType(twice.__code__, globals(), "twice")
+    for function in (impostor, lambda: None):
+        with pytest.raises(SerializationError, match="cannot be pickled"):
+            pickling.dumps_call((function, (), {}))
+
+
+@pytest.mark.parametrize("data", [b"\xc1\x02", b"\xc1\x02\x90", b"\xc1\x02\x94\x01\x02\x03\x04", b"\xc1\x02\xc0"])
+def test_a_damaged_call_is_refused(data: bytes) -> None:
+    with pytest.raises((ProtocolError, SerializationError)):
+        pickling.loads(Payload(data))
 
 
 def test_a_whole_stream_holds_everything_but_the_tensors() -> None:
@@ -289,11 +366,12 @@ def passing_module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module
 
 
+@pytest.mark.parametrize("dumps", [pickling.dumps, pickling.dumps_call])
 @pytest.mark.parametrize("name", ["function", "Class"])
 def test_a_function_or_class_that_is_missing_here_is_named(
-    passing_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+    passing_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, dumps: Callable[[Any], Payload]
 ) -> None:
-    payload = travel(pickling.dumps((getattr(passing_module, name), (), {})))
+    payload = travel(dumps((getattr(passing_module, name), (), {})))
     assert pickling.loads(payload)[0] is getattr(passing_module, name)
     with monkeypatch.context() as without:
         without.delattr(passing_module, name)
