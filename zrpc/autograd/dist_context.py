@@ -6,6 +6,7 @@ The lock owns everything that changes. It is never held while user code, torch's
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from zrpc.autograd.backward_pass import BackwardPass
-    from zrpc.autograd.functions import RecvFunction, SendFunction
+    from zrpc.autograd.functions import SendFunction
     from zrpc.ids import GlobalId
     from zrpc.staging.streams import Mark
 
@@ -37,7 +38,7 @@ class DistAutogradContext:
         self.context_id = context_id
         self._lock = threading.Lock()
         self._sends: dict[GlobalId, SendFunction] = {}
-        self._recvs: dict[GlobalId, RecvFunction] = {}
+        self._recvs: dict[GlobalId, weakref.ref[Node]] = {}
         self._known_workers: set[int] = set()
         self._sums: dict[torch.Tensor, Sum] = {}
         self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
@@ -54,10 +55,10 @@ class DistAutogradContext:
         with self._lock:
             self._sends[message_id] = function
 
-    def add_recv(self, message_id: GlobalId, function: RecvFunction) -> None:
-        """Tensors that require grad came with a message."""
+    def add_recv(self, message_id: GlobalId, function: Node) -> None:
+        """Tensors that require grad came with a message. The graph keeps `function` as long as it leads there."""
         with self._lock:
-            self._recvs[message_id] = function
+            self._recvs[message_id] = weakref.ref(function)
 
     def add_known_worker(self, rank: int) -> None:
         """The worker of `rank` was told of this context."""
@@ -172,7 +173,7 @@ class DistAutogradContext:
 
     def _recv_functions(self) -> dict[GlobalId, Node]:
         with self._lock:
-            return {message_id: function.node for message_id, function in self._recvs.items()}
+            return {message_id: node for message_id, ref in self._recvs.items() if (node := ref()) is not None}
 
     def _known_worker_ids(self) -> set[int]:
         return set(self.known_workers())

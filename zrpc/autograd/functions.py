@@ -6,7 +6,7 @@ function has the received tensors as outputs; it is a sink: its backward gives t
 them. It is a `torch.autograd.Function`, under the name of torch's C++ node.
 
 A node must not hold what holds it: torch's C++ part of a Python node is kept alive by an output tensor, or by a C++
-node that leads to it. `RecvFunction` and `SendFunction` hold such, and the node itself knows only ids.
+node that leads to it. `SendFunction` holds such, nobody holds a receive function, and the node itself knows only ids.
 
 Which run a node or hook is executed for is found in thread-local state. It is kept where torch's engine carries it over
 to the threads it runs CUDA nodes on.
@@ -97,7 +97,7 @@ def _recv_forward(ctx: Any, anchor: torch.Tensor, info: RecvInfo, tensors: Seque
     del anchor
     ctx.info = info
     ctx.set_materialize_grads(False)
-    return (*tensors, torch.empty(0))
+    return tuple(tensors)
 
 
 def _recv_backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
@@ -107,7 +107,7 @@ def _recv_backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, Non
             f"local autograd reached a tensor that was received from the worker of rank {ctx.info.source}: use "
             "zrpc.autograd.backward(context_id, roots), which goes on from there"
         )
-    run.deliver(ctx.info, gradients[:-1])
+    run.deliver(ctx.info, gradients)
     return None, None, None
 
 
@@ -150,18 +150,6 @@ class SendFunction:
         return SEND_NAME
 
 
-class RecvFunction(NamedTuple):
-    """Attributes:
-    node: the node in the graph.
-    output: its empty extra output, which keeps it alive.
-    info: where the tensors came from.
-    """
-
-    node: Node
-    output: torch.Tensor
-    info: RecvInfo
-
-
 def record_send(tensors: Sequence[torch.Tensor], to: int) -> SendFunction:
     """Note where in the graph `tensors` are, all of which require grad. They are not kept."""
     edges: list[Edge] = []
@@ -185,19 +173,20 @@ def _owner(tensor: torch.Tensor) -> tuple[object, Node]:
     return (alias.grad_fn if strided else alias), node
 
 
-def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[RecvFunction, list[torch.Tensor]]:
-    """Put a receive function before `tensors`.
+def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[Node, Sequence[torch.Tensor]]:
+    """Put a receive function before `tensors`, which are leaves, fresh and not empty in number.
 
     Returns:
-        The function, and the tensors that have it as `grad_fn`. They alias `tensors`.
+        The function, which lives as long as one of the tensors or what was made of them; and tensors that have it as
+        `grad_fn`: the same, or aliases where they are views, which could not be written to after.
     """
-    arguments = (_anchor, info, [tensor.detach() for tensor in tensors])
+    arguments = (_anchor, info, [one.detach() if one._is_view() else one.requires_grad_(False) for one in tensors])
     if torch.is_grad_enabled():
-        *outputs, extra = _apply_recv(*arguments)
+        outputs = _apply_recv(*arguments)
     else:
         with torch.enable_grad():
-            *outputs, extra = _apply_recv(*arguments)
-    return RecvFunction(extra.grad_fn, extra, info), outputs
+            outputs = _apply_recv(*arguments)
+    return outputs[0].grad_fn, outputs
 
 
 def recv_info(node: Node) -> RecvInfo | None:

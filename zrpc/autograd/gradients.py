@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import torch
+
 from zrpc.errors import ProtocolError
 from zrpc.ids import GlobalId
 from zrpc.wire import values
+from zrpc.wire.envelope import INLINE_MAX_NBYTES
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from zrpc.autograd.functions import Gradients
 
@@ -68,7 +69,14 @@ def _presence(gradients: Gradients) -> bytes:
 
 
 def _tensors(gradients: Gradients) -> list[torch.Tensor]:
-    return [gradient for gradient in gradients if gradient is not None]
+    return [_plain(gradient) for gradient in gradients if gradient is not None]
+
+
+def _plain(gradient: torch.Tensor) -> torch.Tensor:
+    """A small gradient as contiguous memory: that of a `sum()` is one element, expanded, which takes longer to tell."""
+    if gradient.layout is torch.strided and gradient.nbytes <= INLINE_MAX_NBYTES:
+        return gradient.contiguous()
+    return gradient
 
 
 def _take(wanted: int, payload: Payload) -> deque[torch.Tensor]:

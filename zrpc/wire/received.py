@@ -110,12 +110,12 @@ def _can_be_taken_over(buffer: Buffer) -> bool:
 
 def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
     _, dtype, shape, requires_grad, buffer = entry
-    raw = memory.small(buffer) if buffer >= 0 else b""
-    if raw is not None:
+    if buffer < 0:
         tensor = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
-        _fill(tensor, raw, tensor.nbytes)
     else:
-        tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype]).view(shape)
+        tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype])
+        if len(shape) != 1 or shape[0] != tensor.shape[0]:
+            tensor = tensor.view(*shape) if shape else tensor.view(())  # a list takes twice as long
     return tensor.requires_grad_() if requires_grad else tensor
 
 

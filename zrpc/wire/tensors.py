@@ -83,16 +83,15 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
 
 
 def _pack_one(tensor: torch.Tensor, buffers: Outgoing, route: Route) -> list[Any]:
-    device = tensor.device
-    if device.type == "cpu":
+    if tensor.is_cpu:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return pack_special(tensor, lambda part: _pack_one(part.detach(), buffers, route))
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             return _dense_entry(tensor, buffers)
         return _pack_strided(tensor, buffers)
-    if device.type == "meta":
+    if tensor.is_meta:
         return pack_meta(tensor)
-    raise route.unmapped(str(device))
+    raise route.unmapped(str(tensor.device))
 
 
 def pack_meta(tensor: torch.Tensor) -> list[Any]:

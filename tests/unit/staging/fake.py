@@ -32,6 +32,10 @@ class FakeCuda(torch.Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cuda:0")
 
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return False
+
 
 def on_device(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a view of it, as one of `cuda:0`."""
