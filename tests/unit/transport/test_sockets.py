@@ -114,6 +114,23 @@ def test_off_the_loopback_interface_it_warns(make: Make, address: str) -> None:
         sockets.bind(make(zmq.ROUTER), address)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_loopback_connections_have_small_buffers(make: Make, host: str) -> None:
+    receiver, sender = make(zmq.ROUTER), make(zmq.DEALER)
+    bound = sockets.bind(receiver, f"tcp://{host}:0")
+    sockets.connect(sender, bound)
+    assert [sock.getsockopt(zmq.SNDBUF) for sock in (receiver, sender)] == [sockets.LOOPBACK_BUFFER_NBYTES] * 2
+
+
+def test_other_connections_have_those_of_the_kernel(make: Make) -> None:
+    receiver, sender, neighbour = make(zmq.ROUTER), make(zmq.DEALER), make(zmq.DEALER)
+    with pytest.warns(UserWarning, match="off the loopback interface"):
+        sockets.bind(receiver, "tcp://0.0.0.0:0")
+    sockets.connect(sender, "tcp://192.0.2.1:9")
+    sockets.connect(neighbour, "ipc://@zrpc-test-nobody")
+    assert [sock.getsockopt(zmq.SNDBUF) for sock in (receiver, sender, neighbour)] == [-1] * 3
+
+
 def test_ipv6_works_where_the_host_has_it(make: Make) -> None:
     with pysocket.socket(pysocket.AF_INET6) as probe:
         try:
