@@ -219,13 +219,15 @@ class Inbox:
     def _hand_on(self) -> Work | None:
         """Take one message and hand it on: small frames as bytes, large ones as views. Call it under the lock."""
         begun = self._begun
+        if not begun:
+            begun.append(self._sock.recv())  # the source, which is short, and never alone
         while True:
             part = self._sock.recv(copy=False)
             begun.append(part.bytes if len(part) <= INLINE_MAX_NBYTES else part.buffer)
             if not part.more:
                 break
         self._begun = []
-        return self._take(begun.pop(0), begun)  # type: ignore[arg-type]  # a source is short: bytes
+        return self._take(begun.pop(0), begun)  # type: ignore[arg-type]  # a source is bytes
 
     def _all_served(self) -> bool:
         """Whether all that threads are blocked for has come."""
