@@ -29,7 +29,7 @@ def room_for(nbytes: int) -> int:
 
 
 class ExportSlab:
-    """Owned by the lock of its `PeerExports`, but for what its note says.
+    """Owned by the lock of its `PeerExports` or, in hand, by the thread that has it; but for what its note says.
 
     Attributes:
         device: where it is.
@@ -38,9 +38,10 @@ class ExportSlab:
         ticket: what the peer needs to open it.
         note: the peer holds the slab while he holds the note.
         filled: behind the last copy into it; None: there was none.
+        hands: each `SlabExport` that has it and has not left, by its id; single operations of a set are atomic.
     """
 
-    __slots__ = ("device", "filled", "memory", "note", "target", "ticket")
+    __slots__ = ("device", "filled", "hands", "memory", "note", "target", "ticket")
 
     def __init__(self, device: str, target: str, memory: torch.Tensor, ticket: list[Any], note: Note) -> None:
         self.device = device
@@ -49,6 +50,7 @@ class ExportSlab:
         self.ticket = ticket
         self.note = note
         self.filled: Event | None = None
+        self.hands: set[int] = set()
 
     @property
     def room(self) -> int:
@@ -64,16 +66,20 @@ class ExportSlab:
         """Whether bytes of `device` that go to the peer's `target` may go through it."""
         return self.device == device and self.target == target
 
-    def is_filling(self) -> bool:
-        """Whether a copy into it is under way. Until it is not, the slab must be kept, held or not."""
-        try:
-            return self.filled is not None and not self.filled.query()
-        except RuntimeError:  # the device has failed: it copies nothing any more
-            return False
+    def is_idle(self, is_lost: bool = False) -> bool:
+        """Whether it may be let go of: nobody holds it, and no copy into it is under way (of a message not sent).
 
-    def is_idle(self) -> bool:
-        """Whether nobody holds it and no copy into it is under way (of a message that did not leave)."""
-        return self.note.is_free() and not self.is_filling()
+        torch does not keep memory that was exported until a stream is done with it, so that must be waited for.
+
+        Args:
+            is_lost: nobody else can hold it: the peer's process has ended.
+        """
+        if self.hands or not (is_lost or self.note.is_free()):
+            return False
+        try:
+            return self.filled is None or self.filled.query()
+        except RuntimeError:  # the device has failed: it copies nothing any more
+            return True
 
     def await_filled(self) -> None:
         """Wait until no copy into it is under way."""
@@ -110,6 +116,7 @@ class SlabExport(Exported):
         self._slab = slab
         self._waiting = waiting
         self._has_left = False
+        slab.hands.add(id(self))
 
     def descriptor(self) -> list[Any]:
         """See `Exported.descriptor`."""
@@ -125,7 +132,9 @@ class SlabExport(Exported):
     def has_left(self) -> None:
         """See `Exported.has_left`."""
         self._has_left = True
+        self._slab.hands.discard(id(self))
 
     def __del__(self) -> None:
         if not self._has_left:
+            self._slab.hands.discard(id(self))
             self._slab.note.free()

@@ -104,7 +104,7 @@ class PeerExports:
                 return None if slab is None else SlabExport(slab, 0, of.waiting)
             of.tally.tensors += 1
             of.tally.nbytes += nbytes
-        exported = SlabExport(slab, nbytes, of.waiting)
+            exported = SlabExport(slab, nbytes, of.waiting)
         try:
             slab.fill(of.accelerator(), source)
         except RuntimeError as error:
@@ -125,7 +125,7 @@ class PeerExports:
         if self._is_over:
             has_ended = self._process is not None and self._process.has_ended()
             for slab in list(self._slabs):
-                if not slab.is_filling() and (has_ended or slab.note.is_free()):
+                if slab.is_idle(has_ended):
                     self._drop(slab)
             if has_ended:
                 for ticket in self._tickets:
@@ -144,8 +144,11 @@ class PeerExports:
             process.has_ended(within_s)
 
     def abandon(self) -> None:
-        """Let go of all slabs, though the peer may hold some. Call it under the lock."""
-        for slab in list(self._slabs):
+        """Let go of all slabs, though the peer may hold some, but not of what a thread here is about to send.
+
+        Call it under the lock.
+        """
+        for slab in [slab for slab in self._slabs if not slab.hands]:
             slab.await_filled()
             self._drop(slab)
 
@@ -200,7 +203,7 @@ class PeerExports:
     def _make(self, nbytes: int, device: str, target: str) -> ExportSlab | None:
         """A fresh slab, for which idle ones may have to go; None where there can be none."""
         room = room_for(nbytes)
-        if room > PEER_MAX_NBYTES or not self._make_way(room) or not self._may_ask():
+        if room > PEER_MAX_NBYTES or not self._may_ask() or not self._make_way(room):
             return None
         try:
             if self._process is None:

@@ -34,8 +34,10 @@ ALIGNMENT = 8
 """A received buffer that does not begin on this boundary is copied: kernels may expect aligned elements."""
 
 
-def unpack(table: Sequence[Any], buffers: Sequence[Buffer], stager: Stager | None = None) -> list[torch.Tensor]:
+def unpack(table: Sequence[Any], buffers: list[Buffer], stager: Stager | None = None) -> list[torch.Tensor]:
     """The tensors that `table` and `buffers` describe; `stager` brings those to devices that arrive there.
+
+    What was brought there is taken out of `buffers`: it should be held no longer than the stager holds it.
 
     Raises:
         ProtocolError: an entry is malformed or names a buffer that is not there.
@@ -61,7 +63,7 @@ class _Memory:
 
     __slots__ = ("_buffers", "_is_shared", "_placed", "_stager", "_storages")
 
-    def __init__(self, buffers: Sequence[Buffer], stager: Stager | None, is_shared: bool) -> None:
+    def __init__(self, buffers: list[Buffer], stager: Stager | None, is_shared: bool) -> None:
         self._buffers = buffers
         self._stager = stager
         self._is_shared = is_shared
@@ -109,11 +111,14 @@ class _Memory:
             else:
                 tensor = stager.deliver_exported(buffer, exported_nbytes, device)
             storage = self._placed[device, index] = tensor.untyped_storage()
+            if index >= 0:
+                self._buffers[index] = b""
         return storage
 
     def try_import(self, index: int, device: str) -> None:
         """See whether what the note in that buffer tells of can be opened here."""
         self._stager_of(device).try_import(self._buffers[index], device)
+        self._buffers[index] = b""
 
     def _stager_of(self, device: str) -> Stager:
         if self._stager is None:
