@@ -60,6 +60,9 @@ class RpcBackendOptions:
         pinned_pool_nbytes: how much memory of the host may be pinned, through which tensors travel to and from CUDA
             devices. It is taken as it is needed, and only by workers that use devices. What does not fit goes through
             memory that is pinned for the moment.
+        cuda_ipc: let tensors go from device to device, without the host between, to workers of this host that allow it
+            too (`docs/cuda.md`). Off by default, as it has never run on a device. It takes up to 512 MiB of a device's
+            memory for each such worker; `shared_memory` must be allowed.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -80,8 +83,9 @@ class RpcBackendOptions:
         max_in_flight_calls: int = DEFAULT_MAX_IN_FLIGHT_CALLS,
         busy_poll_s: float = DEFAULT_BUSY_POLL_S,
         pinned_pool_nbytes: int = DEFAULT_PINNED_POOL_NBYTES,
+        cuda_ipc: bool = False,
     ) -> None:
-        _check_kinds(shared_memory, bind)
+        _check_kinds(shared_memory, cuda_ipc, bind)
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
@@ -92,6 +96,7 @@ class RpcBackendOptions:
         self.device_maps: dict[str, DeviceMap] = {}
         self.devices: list[torch.device] = []
         self.shared_memory = shared_memory
+        self.cuda_ipc = cuda_ipc
         self.bind = bind
         for worker, device_map in (device_maps or {}).items():
             self.set_device_map(worker, device_map)
@@ -159,9 +164,10 @@ def _whole(value: Any, what: str, least: int) -> int:
     return int(value)
 
 
-def _check_kinds(shared_memory: Any, bind: Any) -> None:
-    if not isinstance(shared_memory, bool):
-        raise ConfigError(f"shared_memory must be True or False, not {shared_memory!r}")
+def _check_kinds(shared_memory: Any, cuda_ipc: Any, bind: Any) -> None:
+    for name, value in (("shared_memory", shared_memory), ("cuda_ipc", cuda_ipc)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, not {value!r}")
     if not isinstance(bind, str) or not bind.startswith("tcp://"):
         raise ConfigError(f"bind must be an address such as 'tcp://127.0.0.1:0', not {bind!r}")
 

@@ -148,6 +148,7 @@ def at_rank_one(rank: int, init_method: str) -> tuple[str, str]:
         ({"rpc_timeout": -1}, "0 \\(no limit\\) or more"),
         ({"init_method": "carrier-pigeon://x"}, "init_method must be"),
         ({"shared_memory": "yes"}, "shared_memory must be True or False"),
+        ({"cuda_ipc": "yes"}, "cuda_ipc must be True or False"),
         ({"bind": "localhost"}, "bind must be an address"),
     ],
 )

@@ -98,8 +98,11 @@ class Agent:
         self._carrier = Carrier(endpoint, shared_memory)
         self._group = group
         self._stagers = HandlerPool(1, "zrpc-stager")  # one more where all wait for devices
-        self.staging = Staging(open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking)
+        self.staging = Staging(
+            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking, options.cuda_ipc
+        )
         self.staging.pin = self._carrier.serve_devices(self.staging.receive_memory, self.staging)
+        self.staging.imports.beside = self._carrier.beside
         self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone)
         self.members = self._peers.registry
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
@@ -176,7 +179,7 @@ class Agent:
         self._carrier.close(flush_s)
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
-        self.staging.drain()
+        self.staging.close(flush_s)
         if self.staging.streams is not None:
             handover.order_by(None)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from zrpc.errors import DeviceError
+from zrpc.errors import DeviceError, ProtocolError
 from zrpc.staging import handover
+from zrpc.staging.exports import Exports
 from zrpc.staging.held import Held
+from zrpc.staging.imports import Imports
 from zrpc.staging.outgoing import Outgoing
 from zrpc.staging.pinned import PinnedPool
 from zrpc.staging.streams import Streams
@@ -21,8 +24,12 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from zrpc.ids import Incarnation
     from zrpc.staging.accelerator import Accelerator, Event, Stream
+    from zrpc.staging.note import MakeNote
+    from zrpc.staging.process import Process
     from zrpc.wire.envelope import Buffer
+    from zrpc.wire.route import Exporter
 
 SMALL_MAX_NBYTES = 65_536
 """Received buffers up to this size are copied into pinned memory first; larger ones are copied from where they lie."""
@@ -40,12 +47,14 @@ class Staging:
         pinned_pool_nbytes: how much memory of the host may be pinned.
         submit: runs a task on another thread, unless the worker is closed.
         waiting: entered while a thread waits for a device.
+        cuda_ipc: export memory of devices to workers of this host (`zrpc.staging.exports`).
 
     Attributes:
         devices: the devices that the worker uses.
         streams: the streams of its requests; None: it uses no device.
         pin: may pin the memory that a received buffer lies in, which then is copied from faster.
         on_streams: is told of `streams` when `use` changes them.
+        imports: memory of other workers' devices.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Staging:
         pinned_pool_nbytes: int,
         submit: Callable[[Callable[[], None]], None],
         waiting: Callable[[], AbstractContextManager[None]],
+        cuda_ipc: bool = False,
     ) -> None:
         self._open_accelerator = open_accelerator
         self._pool_nbytes = pinned_pool_nbytes
@@ -62,6 +72,8 @@ class Staging:
         self._accelerator: Accelerator | None = None
         self._pool: PinnedPool
         self._held = Held(submit, waiting)
+        self._exports = Exports(lambda: self.accelerator, submit, waiting) if cuda_ipc else None
+        self.imports = Imports(lambda: self.accelerator, submit)
         self._inward: dict[str, Stream] = {}
         self.devices: Sequence[str] = ()
         self.streams: Streams | None = None
@@ -110,13 +122,43 @@ class Staging:
 
     def deliver(self, buffer: Buffer, device: str) -> torch.Tensor:
         """See `zrpc.wire.route.Stager.deliver`. `buffer` is held until it is copied."""
+        return self._deliver(len(buffer), device, partial(self._bring, buffer))
+
+    def try_import(self, note: Buffer, device: str) -> None:
+        """See `zrpc.wire.route.Stager.try_import`."""
+        self.imports.try_to_open(note, device)
+
+    def deliver_exported(self, note: Buffer, nbytes: int, device: str) -> torch.Tensor:
+        """See `zrpc.wire.route.Stager.deliver_exported`. `note`, and with it the memory, is held until it is copied."""
+        opened = self.imports.open(note, device)
+        if not 0 < nbytes <= opened.memory.numel():
+            raise ProtocolError(f"{nbytes} bytes were sent in {opened.memory.numel()} bytes of device memory")
+
+        def bring(target: torch.Tensor, stream: Stream) -> None:
+            self._held.until(self._copy(target, opened.memory[:nbytes], stream), (note, opened))
+
+        return self._deliver(nbytes, device, bring)
+
+    def exporter(
+        self, peer: Incarnation, name: str, make_note: MakeNote, open_process: Callable[[], Process]
+    ) -> Exporter | None:
+        """What puts bytes where `peer` can copy them from; None where that was not asked for. See `PeerExports`."""
+        return None if self._exports is None else self._exports.to(peer, name, make_note, open_process)
+
+    def forget(self, peer: Incarnation) -> None:
+        """`peer` is gone."""
+        self.imports.tidy_soon()
+        if self._exports is not None:
+            self._exports.forget(peer)
+
+    def _deliver(self, nbytes: int, device: str, bring: Callable[[torch.Tensor, Stream], None]) -> torch.Tensor:
+        """Fresh memory of `device` that `bring` fills on a stream, there for the current stream."""
         accelerator = self.accelerator
-        nbytes = len(buffer)
         try:
             stream = self._inward_stream(device)
             target = accelerator.empty(nbytes, device, stream)
             if nbytes:
-                self._bring(target, buffer, stream)
+                bring(target, stream)
                 consumer = accelerator.current_stream(device)
                 accelerator.wait(consumer, accelerator.record(stream))
                 accelerator.keep(target, consumer)
@@ -145,13 +187,21 @@ class Staging:
         """Wait until devices copy from no received memory any more."""
         self._held.drain()
 
+    def close(self, timeout_s: float) -> None:
+        """Wait for what devices do, and let go of what other workers may hold, after `timeout_s` at any rate."""
+        self.drain()
+        self.imports.tidy()
+        if self._exports is not None:
+            self._exports.close(timeout_s)
+
     def counts(self) -> dict[str, int]:
-        """See `PinnedPool.counts`; and how many received buffers are held."""
+        """See `PinnedPool.counts`; how many received buffers are held; and, where that is in use, `Exports.counts`."""
         if self._accelerator is None:
             return {}
-        return {**self._pool.counts(), "staged_buffers_held": len(self._held)}
+        exports = {} if self._exports is None else self._exports.counts()
+        return {**self._pool.counts(), "staged_buffers_held": len(self._held), **exports}
 
-    def _bring(self, target: torch.Tensor, buffer: Buffer, stream: Stream) -> None:
+    def _bring(self, buffer: Buffer, target: torch.Tensor, stream: Stream) -> None:
         """Have `stream` copy `buffer` to `target`."""
         if len(buffer) <= SMALL_MAX_NBYTES:
             loan = self._pool.borrow(len(buffer))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from zrpc.errors import ProtocolError
 from zrpc.transport.slab import Descriptor, Pins, SlabMemory, open_slab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
+
+T = TypeVar("T")
 
 
 class _Loan(NamedTuple):
@@ -68,6 +70,21 @@ class Attachments:
             self._pins = pins
             if any(memory is loan.memory for memory in self._mapped.values()):  # else nobody would unpin it
                 loan.memory.pin(pins)
+
+    def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
+        """What `make` made when it was first called for the slab that `buffer` lies in; it goes with the mapping.
+
+        The mapping goes when its owner has let go of the slab or is gone, but not while anybody sees `buffer`.
+
+        Raises:
+            ProtocolError: `buffer` is not one that `fetch` has handed out.
+        """
+        loan = self._loans.get(id(buffer.obj)) if isinstance(buffer, memoryview) else None
+        if loan is None:
+            raise ProtocolError("a note of device memory does not lie in shared memory")
+        if loan.memory.beside is None:  # a slab is one message's at a time, so nobody else asks now
+            loan.memory.beside = make()
+        return cast("T", loan.memory.beside)
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""

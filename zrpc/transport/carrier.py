@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from zrpc.errors import PeerLostError
+from zrpc.errors import PeerLostError, ProtocolError
 from zrpc.transport.chunks import Transfers
 from zrpc.transport.lanes import Lanes
-from zrpc.wire.envelope import Envelope, decode, encode
+from zrpc.wire.envelope import Envelope, Exported, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zrpc.transport.chunks import Bytes
     from zrpc.transport.endpoint import Endpoint, OnLost
     from zrpc.transport.inbox import Work
+    from zrpc.transport.note import Note
     from zrpc.transport.slab import Pins
     from zrpc.transport.slabs import SharedMemory
     from zrpc.wire.envelope import Arriving, Buffer
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     OnEnvelope = Callable[[Incarnation, Envelope], Work | None]
 
 log = logging.getLogger("zrpc")
+
+T = TypeVar("T")
 
 _SLAB_DESCRIPTOR_LENGTH = 4
 
@@ -93,6 +96,10 @@ class Carrier:
             for descriptor in placed:
                 self._take_back(peer, descriptor)
             raise
+        if envelope.is_arriving:
+            for buffer in envelope.buffers:
+                if isinstance(buffer, Exported):
+                    buffer.has_left()
 
     def serve_devices(self, make: Callable[[int], Bytes], pins: Pins) -> Callable[[Buffer], None]:
         """What comes is brought to devices.
@@ -109,6 +116,20 @@ class Carrier:
         if shared_memory is None:
             return _nothing_to_pin
         return lambda buffer: shared_memory.pin(buffer, pins)
+
+    def note(self, peer: Incarnation, nbytes: int) -> Note | None:
+        """See `SharedMemory.note`; None also where this worker shares no memory."""
+        return None if self._shared_memory is None else self._shared_memory.note(peer, nbytes)
+
+    def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
+        """See `Attachments.beside`.
+
+        Raises:
+            ProtocolError: `buffer` does not lie in memory that is shared with another worker.
+        """
+        if self._shared_memory is None:
+            raise ProtocolError("a note of device memory came, and this worker shares no memory")
+        return self._shared_memory.beside(buffer, make)
 
     def queued_nbytes(self, peer: Incarnation) -> int:
         """How much waits here because `peer` has not read what was sent before, in bytes."""

@@ -50,12 +50,17 @@ class Pins(Protocol):
 
 
 class SlabMemory:
-    """A slab as it is mapped into this process, by its owner or by who received it."""
+    """A slab as it is mapped into this process, by its owner or by who received it.
 
-    __slots__ = ("_is_pinned", "_mapped")
+    Attributes:
+        beside: what was made here of what the slab says; it goes with the mapping.
+    """
+
+    __slots__ = ("_is_pinned", "_mapped", "beside")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
+        self.beside: object = None
         self._is_pinned: bool | None = None  # None: that was not tried
 
     @property

@@ -33,13 +33,14 @@ import threading
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.headroom import available_nbytes
+from zrpc.transport.note import Note
 from zrpc.transport.probe import Probe
 from zrpc.transport.slab import Descriptor, Slab, size_class
 from zrpc.wire.envelope import Arriving
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
 
 log = logging.getLogger("zrpc")
+
+T = TypeVar("T")
 
 MIN_NBYTES = 65_536
 """Smaller buffers travel as frames: below this, sockets are as fast."""
@@ -345,6 +348,18 @@ class SharedMemory:
     def pin(self, buffer: Buffer, pins: Pins) -> None:
         """See `Attachments.pin`."""
         self._attachments.pin(buffer, pins)
+
+    def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
+        """See `Attachments.beside`."""
+        return self._attachments.beside(buffer, make)
+
+    def note(self, peer: Incarnation, nbytes: int) -> Note | None:
+        """A fresh note for that peer; None where it cannot open, or has not yet tried to open, what is here.
+
+        Raises:
+            OSError: there is not enough memory, or too many files are open.
+        """
+        return Note(nbytes) if self.placing(peer) is not None else None
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""

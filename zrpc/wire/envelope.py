@@ -57,6 +57,33 @@ class Arriving:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+class Exported:
+    """Bytes that stay where they are, in memory of a device: what travels is a note that says where.
+
+    It is sent once at most. One that dies before it has left is nobody's: its memory is used again.
+
+    Attributes:
+        nbytes: how many bytes.
+    """
+
+    nbytes: int
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def descriptor(self) -> list[Any]:
+        """The descriptor of the note, once the bytes are there.
+
+        Raises:
+            DeviceError: they will not come.
+        """
+        raise NotImplementedError
+
+    def has_left(self) -> None:
+        """The receiver is told of it."""
+        raise NotImplementedError
+
+
 _packers: list[msgpack.Packer] = []
 """Packers that nobody uses now. Taking one out and putting it back are atomic. One packer must not be shared: packing
 allocates, so garbage collection may run in its midst, and with it other threads that send."""
@@ -77,7 +104,7 @@ class Envelope:
         table: an entry a tensor of `data` (`zrpc.wire.tensors` says what).
         buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
         damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
-        is_arriving: some of `buffers` is `Arriving`: to send it takes a while.
+        is_arriving: some of `buffers` is `Arriving` or `Exported`: to send it takes a while.
     """
 
     message: Message
@@ -85,12 +112,12 @@ class Envelope:
     extras: dict[str, Any] | None = None
     data: Buffer = b""
     table: Sequence[Any] = ()
-    buffers: Sequence[Buffer | Arriving] = field(default_factory=list)
+    buffers: Sequence[Buffer | Arriving | Exported] = field(default_factory=list)
     damage: ProtocolError | None = None
     is_arriving: bool = False
 
 
-def nbytes_of(buffers: Sequence[Buffer | Arriving]) -> int:
+def nbytes_of(buffers: Sequence[Buffer | Arriving | Exported]) -> int:
     """What `buffers` take together, in bytes."""
     return sum(buffer.nbytes if isinstance(buffer, memoryview) else len(buffer) for buffer in buffers)
 
@@ -104,11 +131,15 @@ def encode(envelope: Envelope, place: Callable[[Buffer | Arriving], list[Any] | 
 
     Raises:
         ProtocolError: a field or an extra is not something that msgpack can carry.
+        DeviceError: what is still on its way from a device will not come.
     """
     message = envelope.message
     inline: list[Any] = []
     frames: list[Buffer] = [b""]
     for buffer in envelope.buffers:
+        if isinstance(buffer, Exported):
+            inline.append(buffer.descriptor())
+            continue
         nbytes = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
         if nbytes <= INLINE_MAX_NBYTES:
             if isinstance(buffer, Arriving):

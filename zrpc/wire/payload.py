@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc.wire import placed as placed_codec
 from zrpc.wire import received, tensors
-from zrpc.wire.envelope import Arriving, Buffer, Envelope
+from zrpc.wire.envelope import Arriving, Buffer, Envelope, Exported
 from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def seal(
         return Envelope(message, call_id, extras)
     if not payload.tensors:
         return Envelope(message, call_id, extras, payload.data, (), payload.buffers)
-    buffers: list[Buffer | Arriving] = list(payload.buffers)
+    buffers: list[Buffer | Arriving | Exported] = list(payload.buffers)
     if not route.devices:
         table = tensors.pack(payload.tensors, buffers, route)
         return Envelope(message, call_id, extras, payload.data, table, buffers)
     table = placed_codec.pack(payload.tensors, buffers, route)
-    is_arriving = any(isinstance(buffer, Arriving) for buffer in buffers)
+    is_arriving = any(isinstance(buffer, Arriving | Exported) for buffer in buffers)
     return Envelope(message, call_id, extras, payload.data, table, buffers, is_arriving=is_arriving)
 
 

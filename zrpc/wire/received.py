@@ -14,6 +14,7 @@ from zrpc.wire.tensors import (
     COO,
     DENSE,
     DTYPES,
+    EXPORTED,
     META,
     PLACED,
     QUANTIZED,
@@ -33,8 +34,10 @@ ALIGNMENT = 8
 """A received buffer that does not begin on this boundary is copied: kernels may expect aligned elements."""
 
 
-def unpack(table: Sequence[Any], buffers: Sequence[Buffer], stager: Stager | None = None) -> list[torch.Tensor]:
+def unpack(table: Sequence[Any], buffers: list[Buffer], stager: Stager | None = None) -> list[torch.Tensor]:
     """The tensors that `table` and `buffers` describe; `stager` brings those to devices that arrive there.
+
+    What was brought there is taken out of `buffers`: it should be held no longer than the stager holds it.
 
     Raises:
         ProtocolError: an entry is malformed or names a buffer that is not there.
@@ -60,7 +63,7 @@ class _Memory:
 
     __slots__ = ("_buffers", "_is_shared", "_placed", "_stager", "_storages")
 
-    def __init__(self, buffers: Sequence[Buffer], stager: Stager | None, is_shared: bool) -> None:
+    def __init__(self, buffers: list[Buffer], stager: Stager | None, is_shared: bool) -> None:
         self._buffers = buffers
         self._stager = stager
         self._is_shared = is_shared
@@ -89,17 +92,38 @@ class _Memory:
             self._storages[index] = storage
         return storage
 
-    def placed(self, index: int, device: str) -> torch.UntypedStorage:
-        """The same on a device; one for all the views there of this message."""
-        if self._stager is None:
-            raise ProtocolError(f"a tensor for {device} came, and this worker uses no such device")
+    def placed(self, index: int, device: str, exported_nbytes: int | None = None) -> torch.UntypedStorage:
+        """The same on a device; one for all the views there of this message.
+
+        Args:
+            index: of the buffer.
+            device: where to.
+            exported_nbytes: the buffer is a note, and so many bytes are where it says; None: it is the bytes.
+        """
+        stager = self._stager_of(device)
         if self._placed is None:
             self._placed = {}
         storage = self._placed.get((device, index))
         if storage is None:
             buffer = self._buffers[index] if index >= 0 else b""
-            storage = self._placed[device, index] = self._stager.deliver(buffer, device).untyped_storage()
+            if exported_nbytes is None:
+                tensor = stager.deliver(buffer, device)
+            else:
+                tensor = stager.deliver_exported(buffer, exported_nbytes, device)
+            storage = self._placed[device, index] = tensor.untyped_storage()
+            if index >= 0:
+                self._buffers[index] = b""
         return storage
+
+    def try_import(self, index: int, device: str) -> None:
+        """See whether what the note in that buffer tells of can be opened here."""
+        self._stager_of(device).try_import(self._buffers[index], device)
+        self._buffers[index] = b""
+
+    def _stager_of(self, device: str) -> Stager:
+        if self._stager is None:
+            raise ProtocolError(f"a tensor for {device} came, and this worker uses no such device")
+        return self._stager
 
 
 def _can_be_taken_over(buffer: Buffer) -> bool:
@@ -143,14 +167,25 @@ def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
 
 
 def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, device, inner = entry
+    _, device, inner, *notes = entry
     if device == "cpu":
         return _unpack_entry(inner, memory)
+    for note in notes:
+        memory.try_import(note, device)
+    return _unpack_there(inner, memory, device, None)
+
+
+def _unpack_exported(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, device, inner, nbytes = entry
+    return _unpack_there(inner, memory, device, nbytes)
+
+
+def _unpack_there(inner: list[Any], memory: _Memory, device: str, exported_nbytes: int | None) -> torch.Tensor:
     if inner[0] not in (DENSE, STRIDED):
         raise ProtocolError(f"an entry of kind {inner[0]} is placed as a whole, and not its parts")
     _, dtype, shape, requires_grad, buffer, *view = inner
     strides, offset, conj, neg = view or (_contiguous(shape), 0, False, False)
-    storage = memory.placed(buffer, device)
+    storage = memory.placed(buffer, device, exported_nbytes)
     tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
     tensor.set_(storage, offset, shape, strides)
     if conj:
@@ -222,4 +257,5 @@ _UNPACKERS: dict[int, Callable[[list[Any], _Memory], torch.Tensor]] = {
     QUANTIZED: _unpack_quantized,
     META: _unpack_meta,
     PLACED: _unpack_placed,
+    EXPORTED: _unpack_exported,
 }

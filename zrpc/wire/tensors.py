@@ -9,6 +9,8 @@ An entry is a msgpack list that begins with its kind:
     [QUANTIZED,  dtype, shape, scheme, parameters..., integers]
     [META,       dtype, shape, requires_grad, strides]
     [PLACED,     device, entry]                                            to arrive on `device` of the receiver
+    [PLACED,     device, entry, note]                                      the same; `note`: see `zrpc.wire.placed`
+    [EXPORTED,   device, entry, nbytes]                                    to be copied there from the sender's device
 
 `buffer` is an index into the envelope's buffers, or -1 where there is not one byte. Tensors of one message that share
 a storage share one buffer and are views of one storage again on arrival. Of a storage, only the span that is
@@ -28,16 +30,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zrpc.errors import SerializationError
-from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer
+from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer, Exported
 from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Outgoing = list[Buffer | Arriving]
+Outgoing = list[Buffer | Arriving | Exported]
 """The buffers of a message that is packed."""
 
-DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED = range(7)
+DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED, EXPORTED = range(8)
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

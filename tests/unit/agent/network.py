@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import OnJoined, OnLeft
     from zrpc.transport.endpoint import OnFrames, OnLost
+    from zrpc.transport.slabs import SharedMemory
     from zrpc.wire.messages import Message
 
 WAIT_S = 20.0
@@ -91,7 +92,7 @@ class MemoryEndpoint:
         if target is None or to in self._gone:
             raise PeerLostError("gone")
         is_chunk = frames[0][:1] == bytes([MAGIC])
-        if is_chunk or not self._network.loses(decode(frames).message):
+        if is_chunk or not self._network.loses(decode(frames, lambda descriptor: b"").message):
             target.deliver(self.incarnation, received(frames))
 
     def deliver(self, source: Incarnation, frames: list[Buffer]) -> None:
@@ -168,7 +169,14 @@ class MemoryGroup:
 class Worker:
     """An agent with its fake transport and membership."""
 
-    def __init__(self, network: Network, name: str, rank: int, options: RpcBackendOptions | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        name: str,
+        rank: int,
+        options: RpcBackendOptions | None = None,
+        shared_memory: SharedMemory | None = None,
+    ) -> None:
         self.options = options or RpcBackendOptions(num_worker_threads=4)
         self.endpoint = MemoryEndpoint(network)
         self.group = MemoryGroup([])
@@ -178,7 +186,7 @@ class Worker:
         self.accelerator = FakeAccelerator(rank)
         self.agent = Agent(
             self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append,
-            open_accelerator=lambda: self.accelerator,
+            shared_memory, open_accelerator=lambda: self.accelerator,
         )  # fmt: skip
 
     def member(self, **card: Any) -> Member:
