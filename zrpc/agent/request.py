@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from zrpc.wire.messages import Message
 from zrpc.wire.payload import Payload, open_payload
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zrpc.wire.route import Stager
 
 M = TypeVar("M", bound=Message)
+
+_nothing = nullcontext()
 
 
 class CallHook(Protocol):
@@ -88,17 +90,24 @@ class Request(Generic[M]):
             self._envelope = None
         return self._payload
 
-    @contextmanager
-    def context(self) -> Iterator[None]:
+    def context(self) -> AbstractContextManager[None]:
         """What the caller's hooks ask for while this request is served. Enter it once, before the payload is loaded."""
         if not self.extras:
-            yield
-            return
+            return _nothing
+        hooks = self._answerer.hooks
+        asked = [(hooks[key], meta) for key, meta in self.extras.items() if key in hooks]
+        if not asked:
+            return _nothing
+        if len(asked) > 1:
+            return self._contexts(asked)
+        hook, meta = asked[0]
+        return hook.receive(self.source, meta, self.payload, False)
+
+    @contextmanager
+    def _contexts(self, asked: list[tuple[CallHook, Any]]) -> Iterator[None]:
         with ExitStack() as stack:
-            for key, meta in self.extras.items():
-                hook = self._answerer.hooks.get(key)
-                if hook is not None:
-                    stack.enter_context(hook.receive(self.source, meta, self.payload, False))
+            for hook, meta in asked:
+                stack.enter_context(hook.receive(self.source, meta, self.payload, False))
             yield
 
     def reply(self, payload: Payload | None = None) -> None:

@@ -206,7 +206,7 @@ class Server:
 
     def _end(self) -> None:
         """A request is answered, or never will be."""
-        with self._idle:
+        with self._lock:
             self._serving -= 1
             if not self._serving:
                 self._idle.notify_all()

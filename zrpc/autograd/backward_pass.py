@@ -94,7 +94,7 @@ class Peers(Protocol):
 
 
 class BackwardPass:
-    """The pass `pass_id`. The condition's lock owns all that changes.
+    """The pass `pass_id`. The lock owns all that changes.
 
     Args:
         peers: this worker.
@@ -113,7 +113,8 @@ class BackwardPass:
         self.context = context
         self._peers = peers
         self._marking: Marking | None = None
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed: threading.Condition | None = None  # made by the first who waits without reading
         self._asked: Asked | None = None
         self._local: LocalPass | None = None
         self._whole: WholeLeaves | None = None
@@ -130,7 +131,7 @@ class BackwardPass:
     @property
     def marking(self) -> Marking:
         """What SMART mode finds out for this pass; asked for in that mode only."""
-        with self._changed:
+        with self._lock:
             if self._marking is None:
                 self._marking = Marking()
             return self._marking
@@ -155,7 +156,7 @@ class BackwardPass:
 
     def answer_to(self, asked: Asked) -> bool:
         """Let `asked` wait for the end of this pass; False if another request does, or nobody has to."""
-        with self._changed:
+        with self._lock:
             if self.began_here or self._asked is not None or self._over:
                 return False
             self._asked = asked
@@ -167,15 +168,17 @@ class BackwardPass:
 
     def block(self, deadline: float | None) -> None:
         """Wait for it while another thread reads. See `Awaited`."""
-        with self._changed:
+        with self._lock:
             self._waiter = 0
+            if self._changed is None:
+                self._changed = threading.Condition(self._lock)
             self._changed.wait_for(self.done, None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def enqueue(self, arrived: Arrived) -> None:
         """Gradients came, on the worker where the pass began: they are for the thread in `drive`."""
-        with self._changed:
+        with self._lock:
             self._arrived.append(arrived)
-            self._changed.notify_all()
+            self._notify()
         self._wake_waiter()
 
     def run_arrived(self, arrived: Arrived) -> None:
@@ -185,13 +188,13 @@ class BackwardPass:
 
     def fail(self, error: BaseException) -> None:
         """End the pass with `error`, unless it is over."""
-        with self._changed:
+        with self._lock:
             if self._over:
                 return
             self._over, self._error = True, error
             asked = self._asked
             self._homeward.clear()
-            self._changed.notify_all()
+            self._notify()
         self._wake_waiter()
         self.context.end_pass(self.pass_id)
         if asked is not None:
@@ -204,7 +207,7 @@ class BackwardPass:
 
     def lose(self, rank: int, text: str) -> None:
         """The worker of `rank` is gone: fail if gradients were to come from there."""
-        with self._changed:
+        with self._lock:
             local = self._local
         if local is not None and rank in local.awaited():
             self.fail(PeerLostError(f"gradients were to come from {text}"))
@@ -217,7 +220,7 @@ class BackwardPass:
             self._step(lambda: local.run_send(arrived.message_id, arrived.gradients()), self._fail_here)
 
     def _prepare(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._local is None:
                 self._built((), self.context.sends() if self._marking is None else self._marking.marked())
 
@@ -233,7 +236,7 @@ class BackwardPass:
 
     def _step(self, work: Callable[[], object], on_error: Callable[[BaseException], None]) -> None:
         """Do `work`, unless the pass is over; then see whether that was all."""
-        with self._changed:
+        with self._lock:
             if self._over:
                 return
             self._running += 1
@@ -242,7 +245,7 @@ class BackwardPass:
         except BaseException as error:
             on_error(error)
         finally:
-            with self._changed:
+            with self._lock:
                 self._running -= 1
         self._settle()
 
@@ -253,11 +256,16 @@ class BackwardPass:
             if not self.done():
                 self._peers.wait_for(self)
             self._waiter = 0
-            with self._changed:
+            with self._lock:
                 if self._over:
                     return None
                 if self._arrived:
                     return self._arrived.popleft()
+
+    def _notify(self) -> None:
+        """Wake who waits in `block`. Call it under the lock."""
+        if self._changed is not None:
+            self._changed.notify_all()
 
     def _wake_waiter(self) -> None:
         if self._waiter not in (0, threading.get_ident()):
@@ -278,7 +286,7 @@ class BackwardPass:
 
     def _send(self, info: RecvInfo, gradients: Gradients) -> None:
         """A receive function got gradients. Runs inside torch's engine, on one of its threads."""
-        with self._changed:
+        with self._lock:
             if self._over:
                 raise AutogradError(f"the backward pass was called off: {self._error}")
             goes_home = self._asked is not None and info.source == self._asked.rank
@@ -295,12 +303,12 @@ class BackwardPass:
         try:
             self._peers.send_gradients(self, info, gradients, self._on_answer)
         except BaseException:
-            with self._changed:
+            with self._lock:
                 self._unanswered -= 1
             raise
 
     def _on_answer(self, error: BaseException | None) -> None:
-        with self._changed:
+        with self._lock:
             self._unanswered -= 1
         if error is None:
             self._settle()
@@ -311,7 +319,7 @@ class BackwardPass:
 
     def _settle(self) -> None:
         """End the pass if everything is done, and clean up once nothing runs any more."""
-        with self._changed:
+        with self._lock:
             local = self._local
             done = not (self._over or self._running or self._unanswered) and local is not None and local.finished
             close = (done or self._over) and not self._running and not self._closed
@@ -333,8 +341,8 @@ class BackwardPass:
         self.context.end_pass(self.pass_id)
         if self._asked is not None:
             self._asked.reply([(info.message_id, gradients) for info, gradients in homeward])
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            self._notify()
         self._wake_waiter()
 
     def _send_home(self, homeward: list[tuple[RecvInfo, Gradients]]) -> None:
@@ -343,7 +351,7 @@ class BackwardPass:
             try:
                 self._send_counted(info, gradients)
             except BaseException as error:
-                with self._changed:
+                with self._lock:
                     self._unanswered -= len(homeward) - place - 1
                 self._fail_here(error)
                 return

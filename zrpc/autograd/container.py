@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from zrpc.autograd.dist_context import DistAutogradContext
 from zrpc.errors import AutogradError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 RANK_SHIFT = 48
 """A context id has its creator's rank in the upper 16 bits and a counter in the lower 48, as torch's."""
@@ -122,17 +122,28 @@ class ContextContainer:
         context_id = self._here.context_id
         return None if context_id is None else self._contexts.get(context_id)
 
-    @contextmanager
-    def activate(self, context: DistAutogradContext) -> Iterator[None]:
+    def activate(self, context: DistAutogradContext) -> AbstractContextManager[None]:
         """Make `context` current on this thread while the body runs."""
-        outer, self._here.context_id = self._here.context_id, context.context_id
-        try:
-            yield
-        finally:
-            self._here.context_id = outer
+        return _Active(self._here, context.context_id)
 
 
 class _Here(threading.local):
     """What is current on this thread."""
 
     context_id: int | None = None
+
+
+class _Active:
+    """See `ContextContainer.activate`. It is entered for each call, which a generator makes dearer."""
+
+    __slots__ = ("_context_id", "_here", "_outer")
+
+    def __init__(self, here: _Here, context_id: int) -> None:
+        self._here = here
+        self._context_id = context_id
+
+    def __enter__(self) -> None:
+        self._outer, self._here.context_id = self._here.context_id, self._context_id
+
+    def __exit__(self, *_: object) -> None:
+        self._here.context_id = self._outer

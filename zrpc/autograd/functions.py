@@ -15,6 +15,7 @@ to the threads it runs CUDA nodes on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -165,8 +166,8 @@ def record_send(tensors: Sequence[torch.Tensor], to: int) -> SendFunction:
 
 def _owner(tensor: torch.Tensor) -> tuple[object, Node]:
     """The node of a leaf, or of an output of a Python node, behind something that keeps it alive."""
-    with torch.enable_grad():
-        strided = tensor.layout is torch.strided
+    strided = tensor.layout is torch.strided
+    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
         alias: torch.Tensor = tensor.view_as(tensor) if strided else _Alias.apply(tensor)
     assert alias.grad_fn is not None
     node: Any = alias.grad_fn.next_functions[0][0]
@@ -181,11 +182,8 @@ def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[Node, 
         `grad_fn`: the same, or aliases where they are views, which could not be written to after.
     """
     arguments = (_anchor, info, [one.detach() if one._is_view() else one.requires_grad_(False) for one in tensors])
-    if torch.is_grad_enabled():
+    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():  # to enter it takes longer than to ask
         outputs = _apply_recv(*arguments)
-    else:
-        with torch.enable_grad():
-            outputs = _apply_recv(*arguments)
     return outputs[0].grad_fn, outputs
 
 

@@ -64,7 +64,7 @@ class AutogradHook:
             return nullcontext()
         if message_id is not None:
             _receive_tensors(context, RecvInfo(source.id, message_id, is_reply), payload)
-        return container.activate(context)
+        return nullcontext() if is_reply else container.activate(context)
 
     def _context_of(self, request_meta: object | None) -> DistAutogradContext | None:
         container = self._container()
