@@ -139,8 +139,20 @@ def _unpack_dense(entry: list[Any], memory: _Memory) -> torch.Tensor:
     else:
         tensor = torch.frombuffer(memory.own(buffer), dtype=DTYPES[dtype])
         if len(shape) != 1 or shape[0] != tensor.shape[0]:
-            tensor = tensor.view(*shape) if shape else tensor.view(())  # a list takes twice as long
+            _reshape(tensor, shape)
     return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _reshape(tensor: torch.Tensor, shape: list[int]) -> None:
+    """Give a fresh tensor another shape of as many elements. A view would not do: one that is made in no_grad mode must
+    not be written to in grad mode."""
+    nbytes = tensor.nbytes
+    if shape:
+        tensor.resize_(*shape)  # a list takes half as long again
+    else:
+        tensor.resize_(())
+    if tensor.nbytes != nbytes:
+        raise ProtocolError(f"{nbytes} bytes came for a tensor of {tensor.nbytes}")
 
 
 def _fill(tensor: torch.Tensor, raw: bytes, nbytes: int) -> None:
@@ -160,9 +172,9 @@ def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
         tensor = torch.empty(0, dtype=DTYPES[dtype], device="cpu")
         tensor.set_(memory.storage(buffer), offset, shape, strides)
     if conj:
-        tensor = tensor.conj()
+        tensor = tensor.conj().detach()  # see `_reshape`
     if neg:
-        tensor = torch._neg_view(tensor)
+        tensor = torch._neg_view(tensor).detach()
     return tensor.requires_grad_() if requires_grad else tensor
 
 
@@ -189,9 +201,9 @@ def _unpack_there(inner: list[Any], memory: _Memory, device: str, exported_nbyte
     tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
     tensor.set_(storage, offset, shape, strides)
     if conj:
-        tensor = tensor.conj()
+        tensor = tensor.conj().detach()  # see `_reshape`
     if neg:
-        tensor = torch._neg_view(tensor)
+        tensor = torch._neg_view(tensor).detach()
     return tensor.requires_grad_() if requires_grad else tensor
 
 

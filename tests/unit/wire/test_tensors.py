@@ -187,6 +187,25 @@ def test_requires_grad_arrives_and_the_graph_does_not(nbytes: int) -> None:
     assert torch.equal(alone, slices)
 
 
+@pytest.mark.parametrize("nbytes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_arrives_in_no_grad_mode_may_be_written_to_in_grad_mode(view: str, nbytes: int) -> None:
+    before = VIEWS[view](make(torch.complex64, nbytes))
+    weight = torch.ones((), requires_grad=True)
+    for tensor in (before, before.conj(), torch._neg_view(before)):
+        with torch.no_grad():
+            (after,) = travel_tensors(tensor)
+        after = after.clone() if view in ("expanded", "overlapping") else after  # several elements in one place
+        after.mul_(weight)
+        assert after.grad_fn is not None
+
+
+@pytest.mark.parametrize("shape", [[5], [7], [], [2, 2], [4, 2], [-1, 2], [2, 3, 0]])
+def test_bytes_for_another_shape_are_refused(shape: list[int]) -> None:
+    with pytest.raises(ProtocolError):
+        unpack([[0, "float32", shape, False, 0]], [bytes(24)])
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_meta_tensors_arrive_without_bytes(requires_grad: bool) -> None:
     tensor = torch.empty(1 << 20, 3, dtype=torch.bfloat16, device="meta", requires_grad=requires_grad)
