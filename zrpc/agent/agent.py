@@ -20,7 +20,7 @@ from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.gate import Gates, Standing
-from zrpc.agent.hooks import Hooks
+from zrpc.agent.hooks import CallHook, Hooks
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from zrpc.agent.request import CallHook, Request
+    from zrpc.agent.request import Request
     from zrpc.membership.group import Group, Member
     from zrpc.staging.accelerator import Accelerator
     from zrpc.staging.streams import Streams

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from zrpc.agent.request import CallHook, PassengerHook
+    from contextlib import AbstractContextManager
+
     from zrpc.ids import WorkerInfo
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
 
 
-class Hooks(dict[str, "CallHook"]):
+class CallHook(Protocol):
+    """Something that rides on calls: autograd, profiling. Its metadata travels in the envelope under its key."""
+
+    key: str
+
+    def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
+        """A hooked request (`request_meta` None), or the answer to one that came with `request_meta`, is to be sent.
+
+        May replace tensors of `payload`. Returns metadata that msgpack can carry, or None.
+        """
+
+    def receive(
+        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
+    ) -> AbstractContextManager[None]:
+        """Metadata came with a request or an answer. Replaces tensors of `payload` before it is read.
+
+        The context returned is entered around the serving of a request; for an answer it is not.
+        """
+
+
+class PassengerHook(CallHook, Protocol):
+    """The hook of the passengers: it is also asked for answers to requests that came without its metadata."""
+
+    def discard(self, meta: object) -> None:
+        """Metadata came with an answer that nobody waits for any more. Runs on a handler thread."""
+
+
+class Hooks(dict[str, CallHook]):
     """The hooks by their keys. Filled before the worker joins its group, and not changed after.
 
     Attributes:

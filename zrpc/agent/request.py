@@ -11,7 +11,7 @@ from zrpc.wire.payload import Payload, open_payload
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zrpc.agent.hooks import Hooks
+    from zrpc.agent.hooks import CallHook, Hooks
     from zrpc.ids import WorkerInfo
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.route import Stager
@@ -19,33 +19,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Message)
 
 _nothing = nullcontext()
-
-
-class CallHook(Protocol):
-    """Something that rides on calls: autograd, profiling. Its metadata travels in the envelope under its key."""
-
-    key: str
-
-    def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
-        """A hooked request (`request_meta` None), or the answer to one that came with `request_meta`, is to be sent.
-
-        May replace tensors of `payload`. Returns metadata that msgpack can carry, or None.
-        """
-
-    def receive(
-        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
-    ) -> AbstractContextManager[None]:
-        """Metadata came with a request or an answer. Replaces tensors of `payload` before it is read.
-
-        The context returned is entered around the serving of a request; for an answer it is not.
-        """
-
-
-class PassengerHook(CallHook, Protocol):
-    """The hook of the passengers: it is also asked for answers to requests that came without its metadata."""
-
-    def discard(self, meta: object) -> None:
-        """Metadata came with an answer that nobody waits for any more. Runs on a handler thread."""
 
 
 class Answerer(Protocol):
