@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.current import current_agent
+from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RpcTimeoutError
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
@@ -89,7 +90,7 @@ class Gatherings:
                 self.contribute(key, me, obj)
             else:
                 self._tell_leader(key, gathering, obj, call_timeout_s)
-            with self._agent.blocking():
+            with blocking():
                 if not gathering.complete.wait(wait_timeout_s):
                     self._fail(gathering, f"not all of {', '.join(names)} came within {wait_timeout_s:g} s")
             if me == leader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -195,12 +196,13 @@ def test_the_death_of_the_broker_loses_everybody(broker: Broker) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a way to make a process hang")
-def test_a_hanging_broker_is_noticed() -> None:
+def test_a_hanging_broker_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     with running_broker("--heartbeat-interval", "0.05") as broker, workers(broker.address, "a", "b") as (a, b):
         broker.process.send_signal(signal.SIGSTOP)
         a.seen.wait(lambda: b.incarnation in {peer for peer, _ in a.seen.lost}, timeout_s=5.0)
         b.seen.wait(lambda: a.incarnation in {peer for peer, _ in b.seen.lost}, timeout_s=5.0)
         assert "has said nothing" in a.seen.lost[0][1]
+    assert re.search(r"nothing came .*; here (zrpc-reader-\d|nobody) reads, \d of 2 readers are parked", caplog.text)
 
 
 def test_an_unreachable_broker_is_said_within_the_timeout() -> None:

@@ -43,7 +43,6 @@ from zrpc.wire.payload import Payload, open_payload, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from zrpc.agent.request import Request
     from zrpc.membership.group import Group, Member
@@ -216,10 +215,6 @@ class Agent:
     def memory_card(self) -> list[Any] | None:
         """What the membership card says of this worker's shared memory."""
         return self._carrier.card()
-
-    def blocking(self) -> AbstractContextManager[None]:
-        """While the body waits, this thread does not count against the handler pool."""
-        return blocking()
 
     def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
         """The worker that `to` names; in a dynamic group newcomers are looked for.

@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from zrpc.agent.pool import blocking
 from zrpc.autograd import gradients as codec
 from zrpc.autograd.backward_pass import Arrived, BackwardPass, Homeward
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
@@ -139,7 +140,7 @@ class AutogradService:
 
     def wait_for(self, backward: BackwardPass) -> None:
         """See `Peers.wait_for`."""
-        with self._agent.blocking():
+        with blocking():
             self._agent.wait_for(backward, None)
             backward.block(None)  # if this worker shuts down, nobody reads
 
@@ -286,7 +287,7 @@ class AutogradService:
             marked.set()
 
         self._mark_further(backward, backward.marking.begin(roots), done)
-        with self._agent.blocking():
+        with blocking():
             marked.wait()
         if errors:
             raise errors[0]

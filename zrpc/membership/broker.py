@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -32,6 +33,8 @@ from zrpc.wire.messages import (
 
 if TYPE_CHECKING:
     from zrpc.transport.brokered import BrokeredEndpoint
+
+log = logging.getLogger("zrpc")
 
 GROUP_VARIABLE = "ZRPC_GROUP"
 DEFAULT_GROUP = "default"
@@ -225,6 +228,7 @@ class BrokerGroup:
         while self._wait_interval():
             silent_s = time.monotonic() - endpoint.heard_at
             if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
+                log.warning("nothing came from the broker for %.0f s; here %s", silent_s, endpoint.inbox.describe())
                 endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
                 return
             with self._changed, contextlib.suppress(ZrpcError):

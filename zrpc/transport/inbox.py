@@ -120,6 +120,14 @@ class Inbox:
         """Whether this thread holds the read lock."""
         return self._reader == threading.get_ident()
 
+    def describe(self) -> str:
+        """Who reads and who does not, for the log."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return (
+            f"{names.get(self._reader, 'nobody')} reads, {len(self._parked)} of {len(self._readers)} readers are parked"
+            f"{' and keep watch' if self._is_watched else ''}, {len(self._blocked)} callers are blocked"
+        )
+
     def run(self) -> None:
         """Be a reader, until `is_over`."""
         self._readers.add(threading.get_ident())
