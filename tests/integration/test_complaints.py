@@ -88,12 +88,15 @@ def test_a_failed_init_leaves_nothing_that_hangs(cluster_in_each_mode: Cluster) 
 
 
 LEAVER = """
-import sys, time, torch, zrpc
+import os, sys, time, torch, zrpc
 rank, method = int(sys.argv[1]), sys.argv[2]
 options = zrpc.RpcBackendOptions(init_method=method)
 zrpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
 kept = zrpc.remote(1 - rank, torch.add, args=(torch.ones(3), 1))
 print(kept.to_here().tolist())
+open(f"{method.removeprefix('file://')}.{rank}", "x").close()
+while not os.path.exists(f"{method.removeprefix('file://')}.{1 - rank}"):  # who ends takes the other's value with it
+    time.sleep(0.01)
 under_way = zrpc.rpc_async(1 - rank, time.sleep, args=(60,))
 print(f"end={time.time()}", flush=True)
 """

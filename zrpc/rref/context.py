@@ -239,12 +239,12 @@ class RRefContext(Ledger):
             refused = self._closed or self._table.value_wanted(rref_id, fork_id, asker) is Availability.REFUSED
             cell = None if refused else self._cells.setdefault(rref_id, Cell())
         if cell is None:
-            request.fail(
-                RRefError(
-                    f"The value of {rref_id} is gone: its user {fork_id} was deleted before, or those who handed it on "
-                    "died before the owner counted it"
-                )
+            why = (
+                f"its owner {self.agent.info} has shut down"
+                if self._closed
+                else f"its user {fork_id} was deleted before, or those who handed it on died before the owner counted it"
             )
+            request.fail(RRefError(f"The value of {rref_id} is gone: {why}"))
         return cell
 
     def _living(self, source: WorkerInfo) -> int:

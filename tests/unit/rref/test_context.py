@@ -536,3 +536,14 @@ def test_profiling_future_and_creation_future(monkeypatch: pytest.MonkeyPatch) -
         done: torch.futures.Future[int] = torch.futures.Future()
         rref._set_profiling_future(done)
         assert rref._get_profiling_future() is done
+
+
+def test_a_value_whose_owner_has_shut_down_is_gone_for_that_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        rref = a.remote(o, make, 7)
+        with a:
+            assert rref.to_here() == 7
+        o.rrefs.destroy(ignore_leak=True)  # before its agent ends
+        with a, pytest.raises(RRefError, match=r"is gone: its owner .*worker1.* has shut down"):
+            rref.to_here()
