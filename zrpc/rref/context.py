@@ -242,7 +242,7 @@ class RRefContext(Ledger):
             why = (
                 f"its owner {self.agent.info} has shut down"
                 if self._closed
-                else f"its user {fork_id} was deleted before, or those who handed it on died before the owner counted it"
+                else f"its user {fork_id} was deleted before, or who handed it on died before the owner counted it"
             )
             request.fail(RRefError(f"The value of {rref_id} is gone: {why}"))
         return cell
