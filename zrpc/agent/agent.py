@@ -19,7 +19,7 @@ from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
 from zrpc.agent.execution import serve_builtin, serve_python
-from zrpc.agent.gate import Gates, Standing
+from zrpc.agent.gate import Gates, Standing, needed
 from zrpc.agent.hooks import CallHook, Hooks
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
@@ -266,7 +266,7 @@ class Agent:
         envelope = seal(message, call_id, payload, extras, route)
         call = Call(self, call_id, to, message, limit_s)
         try:
-            left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else _needed)
+            left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
         except ZrpcError as error:
             call.complete(None, error)
             return call
@@ -394,8 +394,3 @@ class Agent:
         self._calls.lose(worker.id, error)
         for listener in self._lost_listeners:
             self.submit(partial(listener, worker, reason))
-
-
-def _needed() -> Standing:
-    """Control messages do not wait for room."""
-    return Standing.NEEDED

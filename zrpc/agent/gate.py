@@ -41,6 +41,11 @@ class Standing(Enum):
     NEEDED = "it reads messages or completes futures: it must not wait"
 
 
+def needed() -> Standing:
+    """For control messages, which do not wait for room."""
+    return Standing.NEEDED
+
+
 class _Ahead(threading.local):
     """The last call that this thread made without room."""
 
