@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -88,15 +89,14 @@ def test_a_failed_init_leaves_nothing_that_hangs(cluster_in_each_mode: Cluster) 
 
 
 LEAVER = """
-import os, sys, time, torch, zrpc
+import sys, time, torch, zrpc
 rank, method = int(sys.argv[1]), sys.argv[2]
 options = zrpc.RpcBackendOptions(init_method=method)
 zrpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
 kept = zrpc.remote(1 - rank, torch.add, args=(torch.ones(3), 1))
 print(kept.to_here().tolist())
-open(f"{method.removeprefix('file://')}.{rank}", "x").close()
-while not os.path.exists(f"{method.removeprefix('file://')}.{1 - rank}"):  # who ends takes the other's value with it
-    time.sleep(0.01)
+sys.stdout.flush()
+sys.stdin.readline()  # until both are here: who ends takes the other's value with it
 under_way = zrpc.rpc_async(1 - rank, time.sleep, args=(60,))
 print(f"end={time.time()}", flush=True)
 """
@@ -108,6 +108,7 @@ def test_exit_without_shutdown_is_clean_and_prompt(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [*command, str(rank), f"file://{tmp_path}/store"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -115,11 +116,17 @@ def test_exit_without_shutdown_is_clean_and_prompt(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
+        values = [process.stdout.readline() for process in processes if process.stdout]
+        for process in processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it has failed, and said why
+                print("go on", file=process.stdin, flush=True)
         said = [process.communicate(timeout=60) for process in processes]
     finally:
         for process in processes:
             process.kill()
     ended = time.time()
+    assert values == ["[2.0, 2.0, 2.0]\n"] * 2, said
     for process, (out, err) in zip(processes, said, strict=True):
         assert process.returncode == 0, err
         assert not any(word in err for word in ("core dumped", "Aborted", "Fatal", "terminate called")), err

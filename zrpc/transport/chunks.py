@@ -3,7 +3,8 @@
 A frame of 256 MiB is received into fresh pages, and touching those is what bounds it (about 1 GB/s here). Chunks of
 `CHUNK_NBYTES` pass through memory that the allocator uses again, and are copied into destination buffers that are
 kept and used again too. While one chunk is copied the next is on its way. Up to `MIN_NBYTES` the allocator keeps even
-the memory of whole frames warm, and the copy is saved: 16 MiB as one frame are 10 to 40 % faster over loopback.
+the memory of whole frames warm, and the copy is saved: over loopback, on a quiet machine, 16 MiB as one frame were a
+quarter to a half faster.
 
 A chunk is a message of two frames: a header that begins with `MAGIC` (no envelope does) and names the transfer, and
 the bytes. The envelope follows the last chunk on the same connection, which keeps their order, and names its
