@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +13,7 @@ import zrpc as rpc
 from tests.gpu.maps import BOTH, DEVICE, TIMEOUT_S
 from tests.gpu.test_calls import count_different, echo, keep, send_all_kinds
 from tests.gpu.test_streams import ROUNDS, run_clients
+from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.errors import PeerLostError
 
@@ -94,9 +94,7 @@ def outlive_the_receiver(rank: int, init_method: str) -> int:
     warm_up()
     with pytest.raises(PeerLostError):
         rpc.rpc_sync("worker1", die)
-    deadline = time.monotonic() + PATIENCE_S
-    while ipc_counts()["ipc_slabs"] and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: not ipc_counts()["ipc_slabs"], "the slabs for the dead worker are let go of", ipc_counts)
     left = ipc_counts()["ipc_slabs_nbytes"]
     torch.cuda.empty_cache()
     allocated = torch.cuda.memory_allocated()

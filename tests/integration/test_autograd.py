@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,12 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import zrpc as rpc
+from tests.waiting import until
 from zrpc import autograd
 from zrpc.errors import AutogradError
 from zrpc.optim import DistributedOptimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tests.integration.harness import Cluster
@@ -49,14 +48,6 @@ def parameters(stage: rpc.RRef[nn.Module]) -> list[rpc.RRef[torch.Tensor]]:
 
 def values(stage: rpc.RRef[nn.Module]) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in stage.local_value().parameters()]
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    """Wait for what other workers are told of."""
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def train_here() -> list[torch.Tensor]:
@@ -124,7 +115,10 @@ def contexts_end(rank: int) -> None:
         loss = rpc.rpc_sync("worker1", torch.add, args=(x, x)).sum()
         autograd.backward(context_id, [loss])
         assert rpc.rpc_sync("worker1", autograd._get_debug_info)["num_autograd_contexts"] == 1
-    eventually(lambda: rpc.rpc_sync("worker1", autograd._get_debug_info)["num_autograd_contexts"] == 0)
+    until(
+        lambda: rpc.rpc_sync("worker1", autograd._get_debug_info)["num_autograd_contexts"] == 0,
+        "worker1 has released the context",
+    )
 
 
 def test_contexts_end_everywhere(cluster: Cluster) -> None:

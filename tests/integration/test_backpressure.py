@@ -16,6 +16,7 @@ import torch
 
 import zrpc as rpc
 from tests.integration.harness import Cluster
+from tests.waiting import until
 from zrpc import errors
 from zrpc.transport.brokered import BrokeredEndpoint
 
@@ -225,10 +226,7 @@ def test_a_lost_callee_ends_the_wait(cluster_in_each_mode: Cluster, tmp_path: Pa
 
 def until_there(path: Path) -> None:
     """Until a worker process has made that file, which sends no event."""
-    deadline = time.monotonic() + WAIT_S
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} does not come"
-        time.sleep(0.01)
+    until(path.exists, f"{path.name} is made", within_s=WAIT_S)
 
 
 # ---- a worker that does not read -----------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ import torch
 
 import zrpc as rpc
 from tests.integration.harness import Cluster
+from tests.waiting import until
 from zrpc import errors
 from zrpc.gather import all_gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 PATIENCE_S = 20.0
@@ -39,14 +39,6 @@ def broker_cluster(tmp_path: Path) -> Any:
     started = Cluster("broker", tmp_path)
     yield started
     started.close()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that no event tells of."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.01)
 
 
 def double(n: int) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 import zrpc as rpc
+from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
 from zrpc.rref import ledger
@@ -164,22 +165,13 @@ def drop_many(rank: int) -> tuple[int, int]:
     if rank == 0:
         make_and_drop(RREFS)
     all_gather("warm")
-    until_nothing_is_kept()
+    until(lambda: not num_kept(), "no RRef is kept", num_kept)
     before = settled()
     if rank == 0:
         make_and_drop(2 * RREFS)
     all_gather("dropped")
-    until_nothing_is_kept()
+    until(lambda: not num_kept(), "no RRef is kept", num_kept)
     return before, settled()
-
-
-def until_nothing_is_kept() -> None:
-    pause = threading.Event()
-    for _ in range(int(WAIT_S * 100)):
-        if not num_kept():
-            return
-        pause.wait(0.01)  # that an owner keeps nothing any more sends no event
-    raise AssertionError(f"{num_kept()} RRefs are kept")
 
 
 def test_rrefs_that_were_dropped_leave_nothing_behind(cluster: Cluster) -> None:

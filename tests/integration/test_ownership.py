@@ -11,7 +11,6 @@ import gc
 import os
 import random
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import zrpc as rpc
+from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
 from zrpc.transport import chunks
@@ -164,14 +164,6 @@ def meet(rank: int, path: str) -> None:
     assert member is not None
     until(lambda: path != SLAB or (memory and memory.placing(member.incarnation)), "memory is shared")
     all_gather(None)
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    """Wait for something that no event tells of."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)

@@ -17,13 +17,14 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import zrpc as rpc
 from tests.integration import harness
+from tests.waiting import until
 from zrpc import errors
 from zrpc.agent.current import current_agent
 
@@ -45,17 +46,9 @@ THREADS = 3
 SURVIVORS = ("worker0", "worker1")
 
 
-def until(condition: Any, what: str) -> None:
-    """Wait for something that no event tells of."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never came true: {what}; {census()}"
-        time.sleep(0.005)
-
-
 def join(name: str, rank: int, method: str) -> None:
     rpc.init_rpc(name, rank=rank, world_size=None, rpc_backend_options=rpc.RpcBackendOptions(init_method=method))
-    until(lambda: all(is_member(survivor) for survivor in SURVIVORS), "both survivors are there")
+    until(lambda: all(is_member(survivor) for survivor in SURVIVORS), "both survivors are there", census)
 
 
 def is_member(name: str) -> bool:
@@ -144,7 +137,7 @@ def settle() -> None:
     assert all(is_intact(tensor, seed) for tensor, seed in _kept), "what the dead sent has changed"
     _kept.clear()
     gc.collect()
-    until(lambda: shared_memory().counts()["held"] == 0, "no slab is held")
+    until(lambda: shared_memory().counts()["held"] == 0, "no slab is held", census)
 
 
 def shared_memory() -> SharedMemory:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.waiting import until
 from zrpc.agent.gate import Gate, Gates, Standing, payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError
@@ -46,10 +47,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def until_waiting(gate: Gate, count: int) -> None:
-    """Until so many wait at `gate`; getting into line sends no event."""
-    pause = threading.Event()
-    while gate._window.num_waiting < count:
-        pause.wait(0.001)
+    until(lambda: gate._window.num_waiting >= count, f"{count} calls wait at the gate")
 
 
 def test_the_size_of_an_envelope_is_that_of_its_payload() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch.autograd import Function
 
 from tests.unit.autograd.cluster import Cluster, Worker
+from tests.waiting import until
 from zrpc.autograd.leaves import _taps
 from zrpc.errors import AgentClosedError, AutogradError, PeerLostError
 from zrpc.ids import GlobalId
@@ -18,7 +18,7 @@ from zrpc.wire.messages import BuiltinCall, PythonCall
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -27,14 +27,6 @@ def cluster() -> Iterator[Cluster]:
     yield made
     made.close()
     assert not _taps
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    """Wait for what notifications bring about; nothing tells the test of it."""
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def idle(cluster: Cluster) -> bool:
@@ -194,7 +186,7 @@ def test_fast_waits_for_it_until_the_context_ends(cluster: Cluster) -> None:
         here.call(there, multiply, a, a)
         thread = threading.Thread(target=run, args=(context_id,))
         thread.start()
-        eventually(lambda: here.service.debug_info()["num_current_backward_passes"] == 1)
+        until(lambda: here.service.debug_info()["num_current_backward_passes"] == 1, "the pass has begun")
         thread.join(0.1)
         assert thread.is_alive()
     thread.join()
@@ -216,14 +208,17 @@ def test_a_context_ends_everywhere(cluster: Cluster) -> None:
         assert first.service.contexts.get(context_id)._known_worker_ids() == {1}
     with pytest.raises(AutogradError, match=f"Could not find autograd context with id: {context_id}"):
         first.service.contexts.get(context_id)
-    eventually(lambda: all(worker.service.debug_info()["num_autograd_contexts"] == 0 for worker in cluster.workers))
+    until(
+        lambda: all(worker.service.debug_info()["num_autograd_contexts"] == 0 for worker in cluster.workers),
+        "the contexts are released",
+    )
 
 
 def test_a_late_message_does_not_bring_a_context_back(cluster: Cluster) -> None:
     first, second, _ = cluster.workers
     with first.context() as context_id:
         first.call(second, lambda _: None)
-    eventually(lambda: second.service.contexts.find(context_id) is None)
+    until(lambda: second.service.contexts.find(context_id) is None, "the context is released")
     hook = second.agent.hooks["autograd"]
     tensor = ones()
     payload = Payload(tensors=[tensor])
@@ -330,7 +325,7 @@ def test_an_error_on_another_worker_names_it(cluster: Cluster) -> None:
         loss = here.call(there, raising, a).sum()
         with pytest.raises(AutogradError, match=r"^Error on Node 1: raised on purpose$"):
             here.backward(context_id, loss)
-        eventually(lambda: idle(cluster))
+        until(lambda: idle(cluster), "no pass is under way")
 
 
 def test_an_error_that_comes_home_names_this_worker(cluster: Cluster) -> None:
@@ -340,7 +335,7 @@ def test_an_error_that_comes_home_names_this_worker(cluster: Cluster) -> None:
         loss = here.call(there, multiply, raising(here, a), a).sum()
         with pytest.raises(AutogradError, match=r"^Error on Node 0: raised on purpose$"):
             here.backward(context_id, loss)
-        eventually(lambda: idle(cluster))
+        until(lambda: idle(cluster), "no pass is under way")
 
 
 def test_an_error_of_the_first_run_is_raised_as_it_is(cluster: Cluster) -> None:
@@ -377,7 +372,7 @@ def test_an_error_frees_those_who_wait_for_gradients(cluster: Cluster) -> None:
         loss = first.call(second, middle, a).sum()
         with pytest.raises(AutogradError, match="Error on Node 1: raised on purpose"):
             first.backward(context_id, loss)
-        eventually(lambda: idle(cluster))
+        until(lambda: idle(cluster), "no pass is under way")
 
 
 @pytest.mark.parametrize("smart", [False, True])
@@ -397,7 +392,7 @@ def test_a_worker_that_dies_during_backward(cluster: Cluster, smart: bool) -> No
         with pytest.raises((PeerLostError, AutogradError), match="worker2"):
             first.backward(context_id, loss, smart=smart)
         killer.join()
-        eventually(lambda: idle(cluster))
+        until(lambda: idle(cluster), "no pass is under way")
 
 
 def test_a_worker_that_dies_before_it_sends_gradients(cluster: Cluster) -> None:
@@ -415,7 +410,7 @@ def test_a_worker_that_dies_before_it_sends_gradients(cluster: Cluster) -> None:
         first.call(second, multiply, a, a)  # its gradients never come
         thread = threading.Thread(target=run, args=(context_id,))
         thread.start()
-        eventually(lambda: first.service.debug_info()["num_current_backward_passes"] == 1)
+        until(lambda: first.service.debug_info()["num_current_backward_passes"] == 1, "the pass has begun")
         cluster.kill(second)
         thread.join()
         assert "worker1" in str(errors[0])
@@ -436,7 +431,7 @@ def test_a_pass_that_waits_ends_when_its_worker_shuts_down(cluster: Cluster) -> 
         here.call(there, multiply, a, a)  # its gradients never come
         thread = threading.Thread(target=run, args=(context_id,))
         thread.start()
-        eventually(lambda: here.service.debug_info()["num_current_backward_passes"] == 1)
+        until(lambda: here.service.debug_info()["num_current_backward_passes"] == 1, "the pass has begun")
         here.service.close()
         thread.join()
     assert errors
@@ -448,7 +443,10 @@ def test_contexts_of_a_dead_worker_are_dropped(cluster: Cluster) -> None:
     first.call(second, lambda worker: worker.call(third, lambda _: None))
     assert third.service.debug_info()["num_autograd_contexts"] == 1
     cluster.kill(first)
-    eventually(lambda: not any(w.service.debug_info()["num_autograd_contexts"] for w in (second, third)))
+    until(
+        lambda: not any(w.service.debug_info()["num_autograd_contexts"] for w in (second, third)),
+        "the contexts are released",
+    )
 
 
 def test_a_new_pass_takes_the_place_of_one_that_failed_elsewhere(cluster: Cluster) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import zrpc as rpc
 from tests.integration.harness import Cluster
+from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.functions import async_execution
 from zrpc.gather import all_gather
@@ -63,23 +64,23 @@ def info() -> dict[str, str]:
 
 
 def flush() -> None:
-    deadline = time.monotonic() + 20
-    while True:
+    def is_flushed() -> bool:
         now = info()
-        if now["num_pending_users"] == now["num_pending_futures"] == "0":
-            return
-        assert time.monotonic() < deadline, now
-        time.sleep(0.01)
+        return now["num_pending_users"] == now["num_pending_futures"] == "0"
+
+    until(is_flushed, "nothing is pending", info)
 
 
 def wait_counts(rank: int, owners: int, forks: int) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        now = rpc.rpc_sync(name(rank), info)
-        if (now["num_owner_rrefs"], now["num_forks"]) == (str(owners), str(forks)):
-            return
-        assert time.monotonic() < deadline, now
-        time.sleep(0.01)
+    def there() -> dict[str, str]:
+        found: dict[str, str] = rpc.rpc_sync(name(rank), info)
+        return found
+
+    def is_so() -> bool:
+        now = there()
+        return (now["num_owner_rrefs"], now["num_forks"]) == (str(owners), str(forks))
+
+    until(is_so, f"{owners} owners, {forks} forks", there)
 
 
 def add_rref(rref: RRef[Any], value: Any) -> Any:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import zmq
 
 from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Peer, peers
+from tests.waiting import until
 from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLostError
 from zrpc.ids import new_incarnation
 from zrpc.transport import outbox, sockets
 from zrpc.transport.peer import PeerEndpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def numbered(number: int) -> list[bytes]:
@@ -228,14 +225,6 @@ def test_lost_peers_leave_no_files_open() -> None:
                 until(lambda: not a.endpoint._watch._watched, "the first monitor is closed")
                 open_before = len(os.listdir("/proc/self/fd"))
         until(lambda: len(os.listdir("/proc/self/fd")) <= open_before, "the sockets of the lost are closed")
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for what a thread of ZeroMQ's does, or the watcher, who tell nobody."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.005)
 
 
 def test_what_was_sent_before_a_goodbye_still_leaves() -> None:
