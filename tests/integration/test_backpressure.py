@@ -18,6 +18,7 @@ import zrpc as rpc
 from tests.integration.harness import Cluster
 from tests.waiting import until
 from zrpc import errors
+from zrpc.agent.current import current_agent
 from zrpc.transport.brokered import BrokeredEndpoint
 
 if TYPE_CHECKING:
@@ -299,12 +300,13 @@ def settled(pid: int) -> int:
 def ask_and_stand_still(rank: int, folder: Path, calls: int, nbytes: int) -> int:
     """worker1 asks for more than it reads, because it is stopped; how many answers were dropped."""
     if rank == 0:
+        until(lambda: num_serving() == calls, "all calls have come", num_serving, WAIT_S)
+        (folder / "ready").touch()
         until_there(folder / "over")
         return 0
     assert rpc.rpc_sync("worker0", produce, args=(MB,)).numel() == MB
     stopped = str(folder / "stopped")
     futures = [rpc.rpc_async("worker0", produce_when, args=(nbytes, calls, stopped)) for _ in range(calls)]
-    (folder / "ready").touch()
     dropped = 0
     for future in futures:
         try:
@@ -331,6 +333,10 @@ def produce_when(nbytes: int, calls: int, stopped: str) -> torch.Tensor:
         if _answered == calls:
             Path(stopped).with_name("answered").touch()
         return fresh(nbytes) if nbytes <= MB else _same.setdefault(nbytes, fresh(nbytes))
+
+
+def num_serving() -> int:
+    return current_agent().counts()["server_active_calls"]
 
 
 @dataclass
