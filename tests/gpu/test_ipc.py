@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tests.integration.harness import Cluster
 
 LARGE = 8 << 20
-PATIENCE_S = 30.0
 
 
 def ipc_counts() -> dict[str, int]:

@@ -39,7 +39,6 @@ ROUNDS = int(os.environ.get("ZRPC_ROUNDS", "400"))
 THREADS = 3
 KEPT_MAX = 60
 SEED = int(os.environ.get("ZRPC_SEED", "3"))
-PATIENCE_S = 20.0
 
 
 def filled(seed: int, nbytes: int) -> Tensor:
