@@ -122,6 +122,7 @@ class BackwardPass:
         self._homeward: list[tuple[RecvInfo, Gradients]] = []
         self._marks: list[Mark] = []  # in the streams of torch's engine that made them
         self._waiter = 0  # the thread in `drive` that waits
+        self._has_looked = False
         self._running = 0
         self._unanswered = 0
         self._over = False
@@ -149,6 +150,7 @@ class BackwardPass:
             PeerLostError: somebody needed is gone.
         """
         self._step(lambda: self._built(roots, sends).run_roots(), self.fail)
+        self._look_ahead()
         while (arrived := self._next()) is not None:
             self._run_send(arrived)
         if self._error is not None:
@@ -185,6 +187,7 @@ class BackwardPass:
         """Gradients came, on another worker: run what is ready now."""
         self._step(self._prepare, self._fail_here)
         self._run_send(arrived)
+        self._look_ahead()
 
     def fail(self, error: BaseException) -> None:
         """End the pass with `error`, unless it is over."""
@@ -229,10 +232,19 @@ class BackwardPass:
         self._local = LocalPass(
             roots, sends, self.retain_graph, self._send, self.context.add_gradients, self._whole.__contains__
         )
-        if len(sends) + bool(roots) > 1:  # else nothing is waited for that is not here
-            for rank in self._local.awaited():
-                self._peers.watch(rank)
         return self._local
+
+    def _look_ahead(self) -> None:
+        """Do what need not be done before gradients are on their way."""
+        local = self._local
+        if local is not None and not self._has_looked:
+            self._has_looked = True
+            self._step(lambda: self._watch(local), self._fail_here)
+
+    def _watch(self, local: LocalPass) -> None:
+        for rank in local.awaited():
+            self._peers.watch(rank)
+        local.look_ahead()
 
     def _step(self, work: Callable[[], object], on_error: Callable[[BaseException], None]) -> None:
         """Do `work`, unless the pass is over; then see whether that was all."""

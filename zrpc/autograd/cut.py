@@ -77,5 +77,12 @@ def fit(gradient: torch.Tensor, node: Any, slot: int) -> torch.Tensor:
         return gradient if gradient.dtype == wanted.dtype else gradient.to(wanted.dtype)
 
 
+def fit_leaf(gradient: torch.Tensor, node: Any, slot: int) -> torch.Tensor:
+    """The same for the node of a leaf, which mostly needs nothing. To look there is quicker than to ask the node."""
+    leaf: torch.Tensor = node.variable
+    fits = gradient.shape == leaf.shape and gradient.dtype is leaf.dtype
+    return gradient if fits else fit(gradient, node, slot)
+
+
 def _as_tuple(value: Gradients | torch.Tensor | None) -> Gradients:
     return tuple(value) if isinstance(value, tuple | list) else (value,)

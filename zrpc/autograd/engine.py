@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from zrpc.autograd.cut import Cut, Gradients
 from zrpc.autograd.functions import Run, executing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
 """What `torch.autograd.backward` ends in. Its checks of shapes and dtypes take as long as a small graph, and here the
@@ -41,6 +44,14 @@ class Job:
         """Begin at input `slot` of `node`, among others."""
         self.edges.append(GradientEdge(node, slot))
         self.gradients.append(gradient)
+
+    def begin_with(self, node: Any, handed: Sequence[tuple[int, torch.Tensor | None]], *, even_absent: bool) -> None:
+        """Begin at `node`, some of whose inputs have gradients. `even_absent`: it is to run even if none has."""
+        defined = [(slot, gradient) for slot, gradient in handed if gradient is not None]
+        for slot, gradient in defined:
+            self.begin_at(node, slot, gradient)
+        if even_absent and not defined:
+            self.absent.append((node, handed[0][0]))
 
 
 def execute(job: Job, run: Run) -> dict[int, Gradients]:

@@ -29,6 +29,11 @@ def edges_of(roots: Sequence[torch.Tensor]) -> list[tuple[Node, int]]:
     return [(root.grad_fn, root.output_nr) for root in roots]  # type: ignore[misc]
 
 
+def is_leaf(node: Node) -> bool:
+    """Whether it is the node of a leaf tensor."""
+    return type(node) is _AccumulateGrad
+
+
 class Graph:
     """All nodes that can be reached from some sources: the roots, and send functions. Receive functions are its ends.
 
@@ -86,7 +91,7 @@ class Graph:
                 self.received.append(info)
                 self.edges.append([])
                 continue
-            if type(node) is _AccumulateGrad:
+            if is_leaf(node):
                 self.leaves.append(number)
             self.edges.append(
                 [

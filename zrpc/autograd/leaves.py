@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from zrpc.autograd.functions import current_run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch.autograd.graph import Node
 
@@ -47,6 +49,40 @@ class _Tap:
     def remove(self) -> None:
         """Take the tap off."""
         self._handle.remove()
+
+
+class Taps:
+    """The taps that one pass has opened. Not thread-safe.
+
+    Args:
+        is_left_alone: leaves that it is true of get none.
+    """
+
+    def __init__(self, is_left_alone: Callable[[torch.Tensor], bool]) -> None:
+        self._is_left_alone = is_left_alone
+        self._splittable: dict[Any, bool] = {}
+        self._tapped: list[Any] = []
+
+    def open(self, node: Any) -> bool:
+        """Tap the node of a leaf, unless it is done.
+
+        Returns:
+            Whether it may run on parts of its gradient, and need not run at all, since nobody would see it.
+        """
+        splittable = self._splittable.get(node)
+        if splittable is None:
+            splittable = False
+            if not self._is_left_alone(node.variable):
+                self._tapped.append(node)
+                splittable = not open_tap(node)
+            self._splittable[node] = splittable
+        return splittable
+
+    def close(self) -> None:
+        """Take them off. For when nothing of the pass runs any more."""
+        tapped, self._tapped = self._tapped, []
+        for node in tapped:
+            close_tap(node)
 
 
 def open_tap(node: Node) -> bool:

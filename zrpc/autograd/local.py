@@ -1,7 +1,8 @@
 """The local part of a backward pass: a graph, its scheduler, and torch's engine to run segments.
 
 The class knows nothing of other workers: gradients that receive functions got go to a callback, and so do those of
-leaves. With one source, the usual case, all of it is one plain engine call.
+leaves. With one source, the usual case, all of it is one plain engine call. Sources that lead to leaves alone are none
+that the scheduler must know of (`zrpc.autograd.lone_sends`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.profiler import record_function
 
-from zrpc.autograd.cut import fit
+from zrpc.autograd.cut import fit, fit_leaf
 from zrpc.autograd.engine import Job, execute
 from zrpc.autograd.functions import SEND_NAME, Gradients, RecvInfo, SendFunction
 from zrpc.autograd.graph import Graph, edges_of
-from zrpc.autograd.leaves import close_tap, open_tap
+from zrpc.autograd.leaves import Taps
+from zrpc.autograd.lone_sends import LoneSends
 from zrpc.autograd.scheduler import NO_NODE, Scheduler, Segment
 from zrpc.errors import AutogradError
 from zrpc.staging import handover
@@ -71,11 +73,18 @@ class LocalPass:
         ] = []  # in the streams of threads that brought or made gradients; the next to run joins them
         self._graph = Graph()
         self._root = self._graph.add_source(edges_of(roots)) if roots else NO_NODE
+        self._lone = LoneSends(self._sends)
         self._numbers = {
-            message_id: self._graph.add_source(send.next_functions) for message_id, send in self._sends.items()
+            message_id: self._graph.add_source(send.next_functions)
+            for message_id, send in self._sends.items()
+            if message_id not in self._lone
         }
-        self._tapped: list[Any] = []
-        self._splittable = self._open_taps(is_left_alone)
+        for message_id, send in self._lone.part_with(self._graph.numbers).items():
+            self._numbers[message_id] = self._graph.add_source(send.next_functions)
+        self._taps = Taps(is_left_alone)
+        self._splittable = frozenset(
+            number for number in self._graph.leaves if self._taps.open(self._graph.nodes[number])
+        )
         sources = [*self._numbers.values(), *([self._root] if roots else [])]
         self._scheduler = Scheduler(self._graph.children(), sources, self._splittable)
 
@@ -83,17 +92,27 @@ class LocalPass:
     def finished(self) -> bool:
         """Whether every node has run."""
         with self._lock:
-            return self._scheduler.finished
+            return self._scheduler.finished and not self._lone
 
     def awaited(self) -> set[int]:
         """The ranks from which gradients are still to come."""
         with self._lock:
             numbers = self._scheduler.awaited
-        return {send.to for message_id, send in self._sends.items() if self._numbers[message_id] in numbers}
+            lone = self._lone.ranks()
+        return lone | {self._sends[message_id].to for message_id, number in self._numbers.items() if number in numbers}
+
+    def look_ahead(self) -> None:
+        """Do now, while gradients are on their way, what `run_send` need not do then."""
+        with self._lock:
+            for node in self._lone.nodes():
+                self._taps.open(node)
 
     def run_roots(self) -> None:
         """Run what the roots lead to, as far as it needs no other source."""
-        self._run(self._arrive(self._root, [_ones(root) for root in self._roots]))
+        ones = [_ones(root) for root in self._roots]
+        with self._lock:
+            segment = self._arrive(self._root, ones)
+        self._run(segment)
 
     def run_send(self, message_id: GlobalId, gradients: Gradients) -> None:
         """The gradients of a send function are here: run what is ready now.
@@ -101,19 +120,27 @@ class LocalPass:
         Raises:
             AutogradError: it takes no part in this pass, or has had its gradients; or there are too few or too many.
         """
-        number = self._numbers.get(message_id, NO_NODE)
-        if number != NO_NODE and len(gradients) != len(self._graph.edges[number]):
-            raise AutogradError(f"{len(gradients)} gradients came for {len(self._graph.edges[number])} tensors")
-        with record_function(SEND_NAME) if _profiler_enabled() else nullcontext():
-            segment = self._arrive(number, gradients)
+        job = Job(self._retain_graph)
+        taken: list[Taken] = []
+        segment: Segment | None = None
+        with record_function(SEND_NAME) if _profiler_enabled() else nullcontext(), self._lock:
+            lone = self._lone.take(message_id)
+            if lone is None:
+                segment = self._arrive(self._numbers.get(message_id, NO_NODE), gradients)
+            else:
+                self._begin_at_leaves(job, taken, lone, gradients)
         del gradients  # one that nobody else holds need not be copied
-        self._run(segment)
+        if lone is None:
+            self._run(segment)
+        else:
+            run = _SegmentRun(self, job, taken)
+            execute(job, run)
+            if run.taken:
+                self._on_leaves(run.taken)
 
     def close(self) -> None:
         """Take the taps off the leaves. For when nothing runs any more."""
-        tapped, self._tapped = self._tapped, []
-        for node in tapped:
-            close_tap(node)
+        self._taps.close()
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -122,12 +149,16 @@ class LocalPass:
         self._on_received(info, gradients)
 
     def _arrive(self, source: int, gradients: Gradients) -> Segment:
-        """A source has its gradients. If there is none for some edge, its gradients are handed on by hand."""
-        with self._lock:
-            segment = self._scheduler.arrive(source, by_hand=any(gradient is None for gradient in gradients))
-            self._arrived[source] = gradients
-            if handover.streams is not None:
-                self._marks.append(handover.streams.mark())
+        """A source has its gradients: what to run now. If there is none for some edge, they are handed on by hand.
+
+        Call it under the lock.
+        """
+        if source != NO_NODE:
+            _check_count(gradients, self._graph.edges[source])
+        segment = self._scheduler.arrive(source, by_hand=any(gradient is None for gradient in gradients))
+        self._arrived[source] = gradients
+        if handover.streams is not None:
+            self._marks.append(handover.streams.mark())
         return segment
 
     def _run(self, segment: Segment | None) -> None:
@@ -155,12 +186,7 @@ class LocalPass:
             if number in self._arrived and number not in segment.cuts:
                 self._begin(job, taken, number)
         for number in segment.nodes & self._handed.keys():
-            handed = self._handed.pop(number)
-            defined = [(slot, gradient) for slot, gradient in handed if gradient is not None]
-            for slot, gradient in defined:
-                job.begin_at(nodes[number], slot, gradient)
-            if not defined and number in segment.starts:
-                job.absent.append((nodes[number], handed[0][0]))
+            job.begin_with(nodes[number], self._handed.pop(number), even_absent=number in segment.starts)
         job.cuts = {number: nodes[number] for number in segment.cuts if nodes[number] is not None}
         if job.cuts:
             job.ends = [nodes[number] for number in segment.ends]
@@ -171,11 +197,22 @@ class LocalPass:
         for (child, slot), gradient in zip(self._graph.edges[source], self._arrived.pop(source), strict=True):
             assert gradient is not None  # else the source is a cut
             if child in self._splittable:
-                leaf = self._graph.leaf(child)
-                fits = gradient.shape == leaf.shape and gradient.dtype is leaf.dtype  # nodes are slow to tell
-                taken.append((leaf, gradient if fits else fit(gradient, self._graph.nodes[child], slot)))
+                taken.append((self._graph.leaf(child), fit_leaf(gradient, self._graph.nodes[child], slot)))
             else:
                 job.begin_at(self._graph.nodes[child], slot, gradient)
+
+    def _begin_at_leaves(self, job: Job, taken: list[Taken], send: SendFunction, gradients: Gradients) -> None:
+        """The same for a send function that leads to lone leaves. Call it under the lock."""
+        _check_count(gradients, send.next_functions)
+        hooked: dict[Any, list[tuple[int, torch.Tensor | None]]] = {}
+        for (node, slot), gradient in zip(send.next_functions, gradients, strict=True):
+            if not self._taps.open(node):
+                hooked.setdefault(node, []).append((slot, gradient))
+            elif gradient is not None:
+                leaf: Any = node
+                taken.append((leaf.variable, fit_leaf(gradient, node, slot)))
+        for node, handed in hooked.items():
+            job.begin_with(node, handed, even_absent=True)
 
     def _hand_on(self, segment: Segment, outputs: Mapping[int, Gradients], taken: list[Taken]) -> None:
         """Give the outputs of the cuts of `segment` to the nodes they lead to. Call it under the lock.
@@ -193,18 +230,6 @@ class LocalPass:
                 elif fitting is not None:
                     taken.append((self._graph.leaf(child), fitting))
 
-    def _open_taps(self, is_left_alone: Callable[[torch.Tensor], bool]) -> frozenset[int]:
-        """Tap the leaves; returns those that may run on parts of their gradient."""
-        splittable = []
-        for number in self._graph.leaves:
-            if is_left_alone(self._graph.leaf(number)):
-                continue
-            node = self._graph.nodes[number]
-            self._tapped.append(node)
-            if not open_tap(node):  # type: ignore[arg-type]  # only sources have none
-                splittable.append(number)
-        return frozenset(splittable)
-
 
 class _SegmentRun:
     """One engine call of a `LocalPass`, as nodes and hooks see it."""
@@ -218,6 +243,11 @@ class _SegmentRun:
         """See `Run.take`. Appending is atomic: CUDA nodes run on threads of their own."""
         if not any(leaf is one for one in self._without):  # what hooks make of no gradient is none
             self.taken.append((leaf, gradient))
+
+
+def _check_count(gradients: Gradients, edges: Sequence[object]) -> None:
+    if len(gradients) != len(edges):
+        raise AutogradError(f"{len(gradients)} gradients came for {len(edges)} tensors")
 
 
 def _ones(root: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,60 @@
+"""Send functions that a pass need not plan for: they lead to leaves alone, and nothing else in the pass leads there.
+
+That is the usual case on the worker where a pass begins: it sends parameters or inputs, and their gradients come home
+last. Such a leaf gets its whole gradient at once, whenever that is, so neither the graph nor the scheduler has to know
+of it; and what there is to find out about it can wait until gradients are on their way to somebody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zrpc.autograd.graph import is_leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
+
+    from torch.autograd.graph import Node
+
+    from zrpc.autograd.functions import SendFunction
+    from zrpc.ids import GlobalId
+
+
+class LoneSends:
+    """Those of `sends` that lead to leaves alone, without those that `part_with` returned. Not thread-safe."""
+
+    def __init__(self, sends: Mapping[GlobalId, SendFunction]) -> None:
+        self._sends = {
+            message_id: send
+            for message_id, send in sends.items()
+            if all(is_leaf(node) for node, _ in send.next_functions)
+        }
+
+    def __contains__(self, message_id: object) -> bool:
+        return message_id in self._sends
+
+    def __len__(self) -> int:
+        return len(self._sends)
+
+    def part_with(self, reached: Container[Node]) -> dict[GlobalId, SendFunction]:
+        """Take out those with a leaf that is among `reached`, or that another of them leads to as well."""
+        first: dict[Node, GlobalId] = {}
+        parted: dict[GlobalId, None] = {}
+        for message_id, send in self._sends.items():
+            for node, _ in send.next_functions:
+                other = first.setdefault(node, message_id)
+                if node in reached or other != message_id:
+                    parted |= {other: None, message_id: None}
+        return {message_id: self._sends.pop(message_id) for message_id in parted}
+
+    def nodes(self) -> list[Node]:
+        """The nodes of the leaves for which gradients are still to come."""
+        return [node for send in self._sends.values() for node, _ in send.next_functions]
+
+    def ranks(self) -> set[int]:
+        """From where they are to come."""
+        return {send.to for send in self._sends.values()}
+
+    def take(self, message_id: GlobalId) -> SendFunction | None:
+        """Gradients came for that send function, which is returned if it is one of these, for once."""
+        return self._sends.pop(message_id, None)
