@@ -281,6 +281,8 @@ class Agent:
                 return call
             if payload is not None and payload.passengers:
                 payload.has_left()
+        if payload is not None and payload.after is not None:
+            payload.after()
         if not waited:
             self._carrier.inbox.num_sent += 1
             if limit_s:

@@ -175,16 +175,19 @@ class Server:
                 self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
             if envelope.is_arriving:
                 self._send_soon(partial(self._send_arriving, request, envelope, payload))
-                return False
-            self._peers.send(to, envelope)
-            if payload is not None and payload.passengers:
-                payload.has_left()
+            else:
+                self._peers.send(to, envelope)
+                if payload is not None and payload.passengers:
+                    payload.has_left()
         except (PeerLostError, AgentClosedError):
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error)
             self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None))
-        return True
+            return True
+        if payload is not None and payload.after is not None:
+            payload.after()
+        return not envelope.is_arriving
 
     def _send_arriving(self, request: Request[Message], envelope: Envelope, payload: Payload | None) -> None:
         """Send an answer as its tensors come from their devices. Runs on a stager thread."""

@@ -132,27 +132,44 @@ SEND_NAME = "torch::distributed::autograd::SendRpcBackward"
 
 
 class SendFunction:
-    """Where the gradients go that come for a message.
+    """Where the gradients go that come for a message. Any thread may use it.
 
-    Attributes:
-        next_functions: the edges into the graph, one a tensor that was sent.
-        to: the rank that the tensors went to.
+    Args:
+        tensors: what was sent, all of which require grad. They are kept until `locate` only.
+        to: the rank that they went to.
     """
 
-    __slots__ = ("_owners", "next_functions", "to")
+    __slots__ = ("_found", "to")
 
-    def __init__(self, edges: Sequence[Edge], owners: Sequence[object], to: int) -> None:
-        self.next_functions = tuple(edges)
+    def __init__(self, tensors: Sequence[torch.Tensor], to: int) -> None:
         self.to = to
-        self._owners = owners  # they keep alive what the edges lead to
+        self._found: Sequence[torch.Tensor] | _Found = tensors
+
+    @property
+    def next_functions(self) -> tuple[Edge, ...]:
+        """The edges into the graph, one a tensor that was sent."""
+        return self.locate().edges
+
+    def locate(self) -> _Found:
+        """Find the edges, unless it is done. It takes a while, so it is put off until the message is on its way."""
+        found = self._found
+        if not isinstance(found, _Found):  # two threads may find the same at once
+            found = self._found = _locate(found)
+        return found
 
     def name(self) -> str:
         """The name that torch's has."""
         return SEND_NAME
 
 
-def record_send(tensors: Sequence[torch.Tensor], to: int) -> SendFunction:
-    """Note where in the graph `tensors` are, all of which require grad. They are not kept."""
+class _Found(NamedTuple):
+    """Where in the graph some tensors are; `owners` keep alive what the edges lead to."""
+
+    edges: tuple[Edge, ...]
+    owners: Sequence[object]
+
+
+def _locate(tensors: Sequence[torch.Tensor]) -> _Found:
     edges: list[Edge] = []
     owners: list[object] = []
     for tensor in tensors:
@@ -161,7 +178,7 @@ def record_send(tensors: Sequence[torch.Tensor], to: int) -> SendFunction:
             owner, node = _owner(tensor)
             owners.append(owner)
         edges.append((node, tensor.output_nr))
-    return SendFunction(edges, owners, to)
+    return _Found(tuple(edges), owners)
 
 
 def _owner(tensor: torch.Tensor) -> tuple[object, Node]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc.autograd.functions import RecvInfo, record_recv, record_send
+from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
 from zrpc.ids import GlobalId, WorkerInfo
 from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Message
 
@@ -50,7 +50,9 @@ class AutogradHook:
         if not tensors:
             return [context.context_id, None]
         message_id = self._next_id()
-        context.add_send(message_id, record_send(tensors, to.id))
+        function = SendFunction(tensors, to.id)
+        context.add_send(message_id, function)
+        payload.after = function.locate
         return [context.context_id, message_id]
 
     def receive(

@@ -11,7 +11,7 @@ from zrpc.wire.envelope import Arriving, Buffer, Envelope, Exported
 from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -36,12 +36,15 @@ class Payload:
         buffers: memory of PEP 574 objects (numpy arrays among them), in the order in which `data` names them.
         passengers: each `Passenger` or, in a payload that came, what is there for it before it is read; by the bytes
             that stand for it in `data`. None: there are none.
+        after: what a call hook has put off until the payload is on its way, or handed over to be sent; never called
+            if it cannot be sent.
     """
 
     data: Buffer = b""
     tensors: list[torch.Tensor] = field(default_factory=list)
     buffers: Sequence[Buffer] = ()
     passengers: dict[bytes, Any] | None = None
+    after: Callable[[], object] | None = None
 
     def has_left(self) -> None:
         """Tell its passengers that it is on its way."""

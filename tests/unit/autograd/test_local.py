@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.autograd.programs import SIZE, Given, Program, Trace, begin, programs, same
 from zrpc.autograd.accumulate import Sum, Taken, add_all
-from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction, record_recv, record_send
+from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction, record_recv
 from zrpc.autograd.leaves import _taps
 from zrpc.autograd.local import LocalPass
 from zrpc.errors import AutogradError
@@ -93,7 +93,7 @@ def test_whatever_comes_when_the_gradients_are_those_of_one_call(program: Progra
 
     trace, received = trace_of(program, traffic, receive=True)
     sends = {
-        GlobalId(0, number): record_send(tensors, to=1)
+        GlobalId(0, number): SendFunction(tensors, to=1)
         for number, message in enumerate(traffic.sent)
         if (tensors := picked(trace, message))
     }
@@ -196,7 +196,7 @@ def test_received_tensors_may_be_changed_in_place() -> None:
 
 def test_as_many_gradients_as_tensors_must_come() -> None:
     leaf = torch.ones(2, requires_grad=True)
-    sends = {GlobalId(0, 0): record_send([leaf, leaf * 2], to=1)}
+    sends = {GlobalId(0, 0): SendFunction([leaf, leaf * 2], to=1)}
     local = LocalPass([], sends, False, lambda info, gradients: None, lambda taken: None)
     with pytest.raises(AutogradError, match="1 gradients came for 2 tensors"):
         local.run_send(GlobalId(0, 0), [torch.ones(2)])
@@ -208,7 +208,8 @@ def test_a_sent_tensor_is_not_kept_and_its_graph_is() -> None:
     _, (received,) = record_recv(RecvInfo(3, GlobalId(3, 0)), [torch.ones(2, requires_grad=True)])
     doubled = leaf * 2
     alive = [weakref.ref(doubled), weakref.ref(received)]
-    sends = {GlobalId(0, 0): record_send([doubled, received, leaf], to=1)}
+    sends = {GlobalId(0, 0): SendFunction([doubled, received, leaf], to=1)}
+    sends[GlobalId(0, 0)].locate()
     del doubled, received
     assert [one() for one in alive] == [None, None]
     delivered: list[Gradients] = []
@@ -224,7 +225,7 @@ def test_a_sent_tensor_is_not_kept_and_its_graph_is() -> None:
 
 def test_sparse_tensors_have_edges_too() -> None:
     leaf = torch.eye(2).to_sparse().requires_grad_()
-    sends = {GlobalId(0, 0): record_send([leaf], to=1)}
+    sends = {GlobalId(0, 0): SendFunction([leaf], to=1)}
     sums: dict[torch.Tensor, Sum] = {}
     local = LocalPass([], sends, False, lambda info, gradients: None, lambda taken: add_all(sums, taken))
     local.run_send(GlobalId(0, 0), [torch.eye(2).to_sparse()])
@@ -233,6 +234,6 @@ def test_sparse_tensors_have_edges_too() -> None:
 
 
 def test_send_functions_look_like_torchs() -> None:
-    send = record_send([torch.ones(2, requires_grad=True)], to=1)
+    send = SendFunction([torch.ones(2, requires_grad=True)], to=1)
     assert send.name() == "torch::distributed::autograd::SendRpcBackward"
     assert [(node.name(), slot) for node, slot in send.next_functions] == [("torch::autograd::AccumulateGrad", 0)]
