@@ -130,7 +130,7 @@ class Agent:
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
         self._carrier.inbox.on_callers_left = self.completions.catch_up
-        self._carrier.inbox.busy_poll_s = self.options.busy_poll_s
+        self._carrier.inbox.polling.busy_poll_s = self.options.busy_poll_s
         self._carrier.start(self._on_envelope, self._peers.lose)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info

@@ -17,10 +17,7 @@ within `STREAK_S` of the last, with nobody else blocked. It keeps watch then. Ca
 since who sends many calls reads their answers after, but for at most `UNREAD_MAX_S` without a read. A caller that is
 done calls a reader if another caller is blocked, so an answer that a thread is blocked for never lies unread.
 
-Who reads polls, and yields its processor in between, for up to `busy_poll_s` before it blocks, if the last message came
-that soon. A processor that goes idle between two messages takes longer to wake up than the message to travel, and its
-caches are cold then: on two cores a bare round trip over loopback TCP takes 140 µs if both ends block, and 60-85 if one
-does not; a call of an operator 390 µs, and 290 if neither blocks. Where messages are further apart nobody polls.
+How whoever reads waits for the next message is a matter of its own (`zrpc.transport.polling`).
 """
 
 from __future__ import annotations
@@ -33,11 +30,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 import zmq
-from zmq.backend import zmq_poll
 
+from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
+    from zrpc.transport.io_threads import IoThreads
     from zrpc.transport.sockets import Socket
 
 log = logging.getLogger("zrpc")
@@ -75,28 +73,27 @@ class Inbox:
         take: is given each message, by whichever thread reads, under the read lock.
         is_over: whether reading has come to an end. Looked at after each message: to end reading, make it true and
             send the socket a message.
+        io_threads: those that bring the messages.
 
     Attributes:
         on_callers_left: called by a reader when callers that read may have left something to do.
         is_read_by_caller: whether the thread that reads now waits for an answer of its own.
-        busy_poll_s: how long to poll before to sleep, in seconds.
+        polling: how to wait for the next message.
         num_sent: callers that send count it up; being only a hint, it may miss some.
     """
 
-    def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool]) -> None:
+    def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool], io_threads: IoThreads) -> None:
         self.on_callers_left: Callable[[], None] = _nothing
         self.is_read_by_caller = False
-        self.busy_poll_s = 0.0
+        self.polling = Polling(sock, io_threads)
         self.num_sent = 0
         self._sock = sock
         self._take = take
         self._is_over = is_over
-        self._ready = [(sock, int(zmq.POLLIN))]
         self._lock = threading.Lock()
         self._readers: set[int] = set()  # each reader adds itself
         self._reader = 0  # the thread that holds the lock to read
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
-        self._last_wait_s = 0.0
         self._calls = SimpleQueue[bool]()  # to the parked readers: true, read now; false, keep watch
         self._parked: set[int] = set()  # each reader changes its own entry
         self._is_watched = False
@@ -155,7 +152,7 @@ class Inbox:
         try:
             self.on_callers_left()
             while not self._is_over():
-                self._wait(None)
+                self.polling.wait(None)
                 work = self._hand_on()
                 if work is not None:
                     return work
@@ -185,7 +182,7 @@ class Inbox:
         try:
             self.is_read_by_caller = True
             self._activity += 1
-            while not wanted.done() and not self._is_over() and self._wait(deadline):
+            while not wanted.done() and not self._is_over() and self.polling.wait(deadline):
                 self._hand_on()
                 if deadline is not None and time.monotonic() >= deadline:
                     break
@@ -204,25 +201,6 @@ class Inbox:
             return
         self._lock.acquire(timeout=CLOSE_WAIT_S)  # in vain if Ctrl-C struck where a caller had just taken it
         self._sock.close()
-
-    def _wait(self, deadline: float | None) -> bool:
-        """Wait for a message; false if the deadline has passed. Call it under the lock."""
-        if zmq_poll(self._ready, 0):
-            self._last_wait_s = 0.0
-            return True
-        began = now = time.monotonic()
-        limit_s = self.busy_poll_s
-        if self._last_wait_s < limit_s:
-            while now - began < limit_s:
-                _yield()
-                now = time.monotonic()
-                if zmq_poll(self._ready, 0):
-                    self._last_wait_s = now - began
-                    return True
-        timeout_ms = -1 if deadline is None else max(0, int((deadline - now) * 1000) + 1)
-        came = bool(zmq_poll(self._ready, timeout_ms))
-        self._last_wait_s = time.monotonic() - began
-        return came
 
     def _hand_on(self) -> Work | None:
         """Take one message and hand it on: small frames as bytes, large ones as views. Call it under the lock."""
@@ -306,17 +284,3 @@ def send_frames(sock: Socket, frames: list[Buffer]) -> None:
 
 def _nothing() -> None:
     """Nobody is interested."""
-
-
-def _make_yield() -> Callable[[], object]:
-    """What gives up the processor, and lets go of the interpreter's lock meanwhile (`os.sched_yield` does not)."""
-    try:
-        import ctypes
-
-        yield_: Callable[[], object] = ctypes.CDLL(None).sched_yield
-    except (OSError, TypeError, AttributeError):  # not a POSIX system
-        return lambda: time.sleep(0)
-    return yield_
-
-
-_yield = _make_yield()

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from zrpc.transport.inbox import READERS, Inbox, send_frames
+from zrpc.transport.io_threads import IoThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +50,7 @@ class Office:
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.SNDHWM, 0)
         self._dealer.connect(f"tcp://127.0.0.1:{port}")
-        self.inbox = Inbox(router, self._take, lambda: self._over)
+        self.inbox = Inbox(router, self._take, lambda: self._over, IoThreads("nobody"))
         self._over = False
         self.work: dict[bytes, Work] = {}
         self.wanted: dict[bytes, Wanted] = {}
@@ -113,7 +114,7 @@ def in_thread(name: str, work: Work) -> threading.Thread:
 @pytest.mark.parametrize("busy_poll_s", [0.0, 0.001])
 def test_a_caller_reads_for_itself_and_hands_on_the_rest(busy_poll_s: float) -> None:
     with office(start=False) as here:
-        here.inbox.busy_poll_s = busy_poll_s
+        here.inbox.polling.busy_poll_s = busy_poll_s
         wanted = here.wanted[b"mine"] = Wanted()
         for name in (b"a", b"b", b"mine", b"c"):
             here.send(name)

@@ -1,0 +1,90 @@
+"""ZeroMQ's I/O threads of one endpoint, and how the kernel schedules them.
+
+An endpoint has two: one for what goes out, one for what comes in. So a message is carried by the sender's outbound and
+the receiver's inbound thread, and the kernel, which leaves threads where they were, may keep the two of them together
+beside the one that sends.
+
+A thread that the kernel wakes up interrupts what runs on its processor, if it can. On a virtual machine the interrupt
+costs the sender 20 µs where that is another processor than its own. And mostly it is for nothing: what runs there is a
+thread that polls for messages, which gives the processor away by itself within a microsecond. So while threads poll,
+I/O threads are of the policy SCHED_BATCH, which waits instead of interrupting. It must not stay so where the
+processors are busy with something else (`zrpc.transport.polling` finds that out): an I/O thread would wait for
+milliseconds, until the other's time is over.
+
+Measured on two processors, calls in a row: no-op 104 -> 76 µs, built-in operator 170 -> 117 µs, and 1.5 times as many
+asynchronous calls a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+
+import zmq
+
+from zrpc.transport import sockets
+
+log = logging.getLogger("zrpc")
+
+OUTBOUND, INBOUND = 1, 2
+"""Which of the two is to see to a socket: values of `zmq.AFFINITY`."""
+COUNT = 2
+
+_numbers = itertools.count(1)
+
+
+def make_context() -> tuple[sockets.Context, IoThreads]:
+    """A ZeroMQ context for one endpoint, and its I/O threads, which begin with its first socket.
+
+    Raises:
+        LimitError: this process may not open the files that an endpoint needs.
+    """
+    context = sockets.make_context()
+    number = next(_numbers)
+    context.set(zmq.IO_THREADS, COUNT)
+    context.set(zmq.THREAD_NAME_PREFIX, number)
+    return context, IoThreads(f"{number}/ZMQbg/IO/")
+
+
+class IoThreads:
+    """The threads of this process whose names begin with `prefix`. Not thread-safe."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._ids: list[int] | None = None
+        self.is_polite = False
+
+    def be_polite(self, is_polite: bool) -> None:
+        """Let them wait for a processor that is given away, or else interrupt what runs there.
+
+        Nothing happens where that is not the kernel's way, or not allowed.
+        """
+        if is_polite == self.is_polite:
+            return
+        self.is_polite = is_polite
+        if self._ids is None:
+            self._ids = self._find()
+        try:
+            for thread_id in self._ids:
+                os.sched_setscheduler(thread_id, os.SCHED_BATCH if is_polite else os.SCHED_OTHER, os.sched_param(0))
+        except OSError as error:  # they have ended, or a container forbids it
+            log.debug("the policy of ZeroMQ's threads stays as it is: %s", error)
+            self._ids = []
+
+    def _find(self) -> list[int]:
+        """Their ids; none if they are not of the usual policy, which somebody must have wanted."""
+        try:
+            ids = [int(entry) for entry in os.listdir("/proc/self/task") if _name(entry).startswith(self._prefix)]
+            usual = all(os.sched_getscheduler(thread_id) == os.SCHED_OTHER for thread_id in ids)
+        except (OSError, AttributeError):  # not Linux
+            return []
+        return ids if usual else []
+
+
+def _name(entry: str) -> str:
+    try:
+        with open(f"/proc/self/task/{entry}/comm") as comm:
+            return comm.read()
+    except OSError:  # it has just ended
+        return ""

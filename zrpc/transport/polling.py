@@ -1,0 +1,119 @@
+"""How a thread waits for the next message on a socket: it polls while that pays, and sleeps else.
+
+A processor that goes idle between two messages takes longer to wake up than the message to travel, and its caches are
+cold then: on two cores a bare round trip over loopback TCP takes 140 µs if both ends sleep, and 60-85 if one does not.
+So who waits polls, and yields its processor in between, for up to `busy_poll_s`, if the last message came that soon.
+Where messages are further apart nobody polls.
+
+Nor does anybody where processors are short: who yields then comes back after the others have had their time, which is
+milliseconds, while the kernel lets one that wakes up go first. A yield that takes `TAKEN_S` tells that somebody else
+wants the processor, or the interpreter's lock; after `TAKEN_MAX` in a row nobody polls here for `CALM_S`. Measured with
+two processes that compute on two processors: a no-op call takes 1,000-1,600 µs if its ends poll, and 140-170 if they
+sleep.
+
+Who sends gives way too, once for each message that it has polled for: ZeroMQ's I/O thread, which does not interrupt it
+(`zrpc.transport.io_threads`), can then begin at once. In a series of messages that would only be in the way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+from zmq.backend import zmq_poll
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.transport.io_threads import IoThreads
+    from zrpc.transport.sockets import Socket
+
+TAKEN_S = 0.0005
+"""I/O threads take the processor for up to 0.1 ms at a time, but for large messages over TCP."""
+TAKEN_MAX = 3
+CALM_S = 1.0
+
+
+class Polling:
+    """Waits for messages on `sock`. Belongs to whoever reads the socket, but for `give_way`, which any thread may call.
+
+    Attributes:
+        busy_poll_s: how long to poll before to sleep, in seconds; 0: never poll.
+    """
+
+    def __init__(self, sock: Socket, io_threads: IoThreads) -> None:
+        self.busy_poll_s = 0.0
+        self._ready = [(sock, int(zmq.POLLIN))]
+        self._io_threads = io_threads
+        self._last_wait_s = 0.0
+        self._calm_at = 0.0
+        self._num_taken = 0
+        self._owes_way = False
+
+    def wait(self, deadline: float | None) -> bool:
+        """Wait for a message; false if the deadline (`time.monotonic`) has passed."""
+        if zmq_poll(self._ready, 0):
+            self._last_wait_s = 0.0
+            return True
+        began = time.monotonic()
+        pays = self._last_wait_s < self.busy_poll_s and began > self._calm_at
+        came = (pays and self._poll(began)) or self._sleep(deadline)
+        self._last_wait_s = time.monotonic() - began
+        return came
+
+    def give_way(self) -> None:
+        """A message was sent: let the thread that carries it have the processor, where that pays."""
+        if self._owes_way:
+            self._owes_way = False
+            _yield_here()
+
+    def _poll(self, began: float) -> bool:
+        self._io_threads.be_polite(True)
+        now = began
+        while now - began < self.busy_poll_s:
+            _yield()
+            last, now = now, time.monotonic()
+            came = bool(zmq_poll(self._ready, 0))
+            if now - last > TAKEN_S:
+                self._note_taken(now)
+                return came
+            if came:
+                self._num_taken = 0
+                self._owes_way = True
+                return True
+        return False
+
+    def _note_taken(self, now: float) -> None:
+        self._num_taken += 1
+        if self._num_taken >= TAKEN_MAX:
+            self._num_taken = 0
+            self._calm_at = now + CALM_S
+
+    def _sleep(self, deadline: float | None) -> bool:
+        self._io_threads.be_polite(False)
+        timeout_ms = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
+        return bool(zmq_poll(self._ready, timeout_ms))
+
+
+def _nothing() -> None:
+    """This system cannot yield."""
+
+
+_yield_here: Any = getattr(os, "sched_yield", _nothing)
+"""Gives up the processor, and keeps the interpreter's lock: for a moment in the middle of something."""
+
+
+def _make_yield() -> Callable[[], object]:
+    """The same, but it lets go of the interpreter's lock meanwhile."""
+    try:
+        import ctypes
+
+        yield_: Callable[[], object] = ctypes.CDLL(None).sched_yield
+    except (OSError, TypeError, AttributeError):  # not a POSIX system
+        return lambda: time.sleep(0)
+    return yield_
+
+
+_yield = _make_yield()
