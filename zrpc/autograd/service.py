@@ -239,7 +239,7 @@ class AutogradService:
         context = self.contexts.remove(context_id)
         if context is None:
             return
-        if context.known_workers():
+        if self._told(context, told_by):
             self._tell_soon(context, told_by)
         run(context.release)
 
