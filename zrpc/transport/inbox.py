@@ -10,8 +10,9 @@ To hand a message to another thread takes longer than all the rest of a small ca
 The socket belongs to whoever holds the read lock; messages are handed on under it, so they keep their order. The
 other readers are parked. One of them keeps watch, looking up every `PARK_S`, while there is activity: if nobody reads,
 and nobody has come to since it last looked, it reads. So when work turns out to take long, or callers stop to read,
-messages lie for `PARK_S`, once. Each look takes the interpreter's lock from whoever is at work: as long as all goes
-well it looks half as often each time, down to every `PARK_MAX_S`. [Measured: autograd steps take 7 % less.] When all is quiet, one reader is blocked in the socket and the others sleep.
+messages lie for `PARK_S`, once. Each look takes the interpreter's lock from whoever is at work, so as long as all goes
+well it looks half as often each time, down to every `PARK_MAX_S` (measured: autograd steps take 7 % less). When all is
+quiet, one reader is blocked in the socket and the others sleep.
 
 A reader leaves the socket to callers after it has read for `STREAK` of them that would have read for themselves, each
 within `STREAK_S` of the last, with nobody else blocked. It keeps watch then. Callers that send count as activity too,

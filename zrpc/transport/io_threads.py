@@ -51,7 +51,7 @@ class IoThreads:
     """The threads of this process whose names begin with `prefix`. Not thread-safe."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._ids: list[int] | None = None
         self.is_polite = False
 
@@ -75,7 +75,7 @@ class IoThreads:
     def _find(self) -> list[int]:
         """Their ids; none if they are not of the usual policy, which somebody must have wanted."""
         try:
-            ids = [int(entry) for entry in os.listdir("/proc/self/task") if _name(entry).startswith(self._prefix)]
+            ids = [int(entry) for entry in os.listdir("/proc/self/task") if _name(entry).startswith(self.prefix)]
             usual = all(os.sched_getscheduler(thread_id) == os.SCHED_OTHER for thread_id in ids)
         except (OSError, AttributeError):  # not Linux
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tests.unit.staging.fake import FakeAccelerator
@@ -53,6 +54,7 @@ class ReadElsewhere:
 
     def __init__(self) -> None:
         self.on_callers_left: Callable[[], None] | None = None
+        self.polling = SimpleNamespace(busy_poll_s=0.0)
 
     def wait_for(self, wanted: Any, deadline: float | None) -> None:
         wanted.block(deadline)

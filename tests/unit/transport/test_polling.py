@@ -1,0 +1,172 @@
+"""Waiting for messages: polling, giving up on it, and giving way. Real sockets; what a yield does is made up."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import zmq
+
+from zrpc.transport import polling
+from zrpc.transport.polling import TAKEN_MAX, TAKEN_S, Polling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from zrpc.transport.io_threads import IoThreads
+
+LONG_S = 5.0
+"""So long is polled at most where a test wants it to find the message."""
+
+
+class Recorded:
+    """In place of the I/O threads: how they were last told to be."""
+
+    is_polite = False
+
+    def be_polite(self, is_polite: bool) -> None:
+        self.is_polite = is_polite
+
+
+class Post:
+    """A polling socket, and what happens when its reader yields."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], threads: IoThreads) -> None:
+        self.inbound = context.socket(zmq.PAIR)
+        self.inbound.bind("inproc://post")
+        self._outbound = context.socket(zmq.PAIR)
+        self._outbound.connect("inproc://post")
+        self.polling = Polling(self.inbound, threads)
+        self.polling.busy_poll_s = LONG_S
+        self.num_yields = 0
+        self.num_ways = 0
+        self.on_yield: Callable[[], object] = self.send
+
+    def send(self) -> None:
+        self._outbound.send(b"x")
+
+    def receive(self) -> None:
+        assert self.polling.wait(time.monotonic() + 10)
+        self.inbound.recv()
+
+    def yield_(self) -> None:
+        self.num_yields += 1
+        self.on_yield()
+
+    def give_way(self) -> None:
+        self.num_ways += 1
+
+    def close(self) -> None:
+        self.inbound.close()
+        self._outbound.close()
+
+
+@pytest.fixture
+def threads() -> Recorded:
+    return Recorded()
+
+
+@pytest.fixture
+def post(threads: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = Post(context, threads)  # type: ignore[arg-type]
+    monkeypatch.setattr(polling, "_yield", made.yield_)
+    monkeypatch.setattr(polling, "_yield_here", made.give_way)
+    yield made
+    made.close()
+    context.term()
+
+
+def test_who_polls_yields_and_io_threads_are_polite_meanwhile(post: Post, threads: Recorded) -> None:
+    seen = []
+
+    def look() -> None:
+        seen.append(threads.is_polite)
+        if len(seen) == 3:
+            post.send()
+
+    post.on_yield = look
+    post.receive()
+    assert seen == [True, True, True]
+
+
+def test_who_sleeps_wants_io_threads_that_interrupt(post: Post, threads: Recorded) -> None:
+    post.receive()
+    assert threads.is_polite
+    post.polling.busy_poll_s = 0.0
+    assert not post.polling.wait(time.monotonic() + 0.01)
+    assert not threads.is_polite
+    assert post.num_yields == 1
+
+
+def test_a_message_that_is_there_is_not_waited_for(post: Post) -> None:
+    post.send()
+    post.receive()
+    assert not post.num_yields
+
+
+def test_without_time_to_poll_nobody_does(post: Post) -> None:
+    post.polling.busy_poll_s = 0.0
+    assert not post.polling.wait(time.monotonic() + 0.01)
+    assert not post.num_yields
+
+
+def test_after_a_message_that_took_longer_nobody_polls_for_the_next(post: Post) -> None:
+    post.polling.busy_poll_s = 1e-9
+    post.on_yield = lambda: None
+    assert not post.polling.wait(time.monotonic() + 0.01)
+    assert post.num_yields == 1
+    assert not post.polling.wait(time.monotonic() + 0.01)
+    assert post.num_yields == 1
+
+
+def take_long(post: Post) -> None:
+    """What a yield is where others want the processor."""
+    post.send()
+    time.sleep(2 * TAKEN_S)
+
+
+def test_where_yields_take_long_nobody_polls_any_more(post: Post, threads: Recorded) -> None:
+    post.on_yield = lambda: take_long(post)
+    for _ in range(TAKEN_MAX):
+        post.receive()
+    assert post.num_yields == TAKEN_MAX
+    assert not post.polling.wait(time.monotonic() + 0.01)
+    assert post.num_yields == TAKEN_MAX
+    assert not threads.is_polite
+
+
+def test_and_polls_again_after_a_while(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polling, "CALM_S", 0.0)
+    post.on_yield = lambda: take_long(post)
+    for _ in range(2 * TAKEN_MAX):
+        post.receive()
+    assert post.num_yields == 2 * TAKEN_MAX
+
+
+def test_a_long_yield_now_and_then_tells_nothing(post: Post) -> None:
+    for number in range(4 * TAKEN_MAX):
+        post.on_yield = post.send if number % TAKEN_MAX == 0 else lambda: take_long(post)
+        post.receive()
+    assert post.num_yields == 4 * TAKEN_MAX
+
+
+def test_one_way_is_given_for_each_message_that_was_polled_for(post: Post) -> None:
+    post.polling.give_way()
+    assert not post.num_ways
+    post.receive()
+    post.polling.give_way()
+    post.polling.give_way()
+    assert post.num_ways == 1
+    post.send()
+    post.receive()  # it was there: messages come in a series
+    post.polling.give_way()
+    assert post.num_ways == 1
+
+
+def test_no_way_is_given_where_processors_are_short(post: Post) -> None:
+    post.on_yield = lambda: take_long(post)
+    post.receive()
+    post.polling.give_way()
+    assert not post.num_ways
