@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 
 import zmq
 
@@ -30,6 +31,8 @@ log = logging.getLogger("zrpc")
 OUTBOUND, INBOUND = 1, 2
 """Which of the two is to see to a socket: values of `zmq.AFFINITY`."""
 COUNT = 2
+_THREAD_CPU_CLOCK = 6
+"""Of this kind is the clock that a thread's id stands for (clock_getcpuclockid(3), and Linux's posix-timers.h)."""
 
 _numbers = itertools.count(1)
 
@@ -63,23 +66,32 @@ class IoThreads:
         if is_polite == self.is_polite:
             return
         self.is_polite = is_polite
-        if self._ids is None:
-            self._ids = self._find()
         try:
-            for thread_id in self._ids:
+            for thread_id in self._known():
                 os.sched_setscheduler(thread_id, os.SCHED_BATCH if is_polite else os.SCHED_OTHER, os.sched_param(0))
         except OSError as error:  # they have ended, or a container forbids it
             log.debug("the policy of ZeroMQ's threads stays as it is: %s", error)
             self._ids = []
 
-    def _find(self) -> list[int]:
-        """Their ids; none if they are not of the usual policy, which somebody must have wanted."""
+    def cpu_s(self) -> float:
+        """For how long they have run so far, in seconds; 0.0 where that is not known."""
         try:
-            ids = [int(entry) for entry in os.listdir("/proc/self/task") if _name(entry).startswith(self.prefix)]
-            usual = all(os.sched_getscheduler(thread_id) == os.SCHED_OTHER for thread_id in ids)
-        except (OSError, AttributeError):  # not Linux
-            return []
-        return ids if usual else []
+            return sum(time.clock_gettime(~thread_id << 3 | _THREAD_CPU_CLOCK) for thread_id in self._known())
+        except OSError:  # they have ended
+            return 0.0
+
+    def _known(self) -> list[int]:
+        """Their ids; none where they cannot be told, or are of a policy that somebody must have wanted."""
+        if self._ids is None:
+            try:
+                ids = [int(entry) for entry in os.listdir("/proc/self/task") if _name(entry).startswith(self.prefix)]
+                usual = all(os.sched_getscheduler(thread_id) == os.SCHED_OTHER for thread_id in ids)
+            except (OSError, AttributeError):  # not Linux
+                ids, usual = [], False
+            if usual and len(ids) < COUNT:  # they name themselves once they run
+                return ids
+            self._ids = ids if usual else []
+        return self._ids
 
 
 def _name(entry: str) -> str:

@@ -7,9 +7,9 @@ Where messages are further apart nobody polls.
 
 Nor does anybody where processors are short: who yields then comes back after the others have had their time, which is
 milliseconds, while the kernel lets one that wakes up go first. A yield that takes `TAKEN_S` tells that somebody else
-wants the processor, or the interpreter's lock; after `TAKEN_MAX` in a row nobody polls here for `CALM_S`. Measured with
-two processes that compute on two processors: a no-op call takes 1,000-1,600 µs if its ends poll, and 140-170 if they
-sleep.
+wants the processor, or the interpreter's lock; after `TAKEN_MAX` in a row nobody polls here for `CALM_S`, unless it was
+ZeroMQ's threads, with large messages, for `OWN_SHARE` of the time. Measured with two processes that compute on two
+processors: a no-op call takes 1,000-1,600 µs if its ends poll, and 140-170 if they sleep.
 
 Who sends gives way too, once for each message that it has polled for: ZeroMQ's I/O thread, which does not interrupt it
 (`zrpc.transport.io_threads`), can then begin at once. In a series of messages that would only be in the way.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TAKEN_S = 0.0005
 """I/O threads take the processor for up to 0.1 ms at a time, but for large messages over TCP."""
 TAKEN_MAX = 3
+OWN_SHARE = 0.1
 CALM_S = 1.0
 
 
@@ -50,6 +51,8 @@ class Polling:
         self._last_wait_s = 0.0
         self._calm_at = 0.0
         self._num_taken = 0
+        self._io_cpu_s = 0.0
+        self._taken_at = 0.0
         self._owes_way = False
 
     def wait(self, deadline: float | None) -> bool:
@@ -86,8 +89,12 @@ class Polling:
         return False
 
     def _note_taken(self, now: float) -> None:
-        self._num_taken += 1
-        if self._num_taken >= TAKEN_MAX:
+        """A yield took long: was it for somebody else, and one time too many?"""
+        io_cpu_s = self._io_threads.cpu_s()
+        was_own = io_cpu_s - self._io_cpu_s > OWN_SHARE * (now - self._taken_at)
+        self._io_cpu_s, self._taken_at = io_cpu_s, now
+        self._num_taken = 0 if was_own else self._num_taken + 1
+        if self._num_taken == TAKEN_MAX:
             self._num_taken = 0
             self._calm_at = now + CALM_S
 

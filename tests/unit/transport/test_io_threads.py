@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import zmq
 
+from tests.waiting import until
 from zrpc.transport import io_threads, sockets
 from zrpc.transport.io_threads import COUNT, INBOUND, OUTBOUND, IoThreads
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from zrpc.transport.sockets import Context
 
+PLAIN = "ZMQbg/IO/"
+"""What I/O threads are called in a context that gives them no prefix."""
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="policies are Linux's")
 
 
@@ -24,9 +28,15 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="po
 def begun() -> Iterator[tuple[Context, IoThreads]]:
     context, threads = io_threads.make_context()
     sock = sockets.make_socket(context, zmq.DEALER, io_thread=OUTBOUND)
+    wait_named(threads)
     yield context, threads
     sock.close()
     context.term()
+
+
+def wait_named(threads: IoThreads) -> None:
+    """Until they run: they name themselves then."""
+    until(lambda: len(policies().get(threads.prefix, ())) == COUNT, "the I/O threads run", policies)
 
 
 def policies() -> dict[str, list[int]]:
@@ -52,9 +62,12 @@ def test_polite_threads_are_batch_threads_until_they_are_not(begun: tuple[Contex
 
 def test_those_of_other_contexts_stay_as_they_are(begun: tuple[Context, IoThreads]) -> None:
     _, threads = begun
+    num_plain = len(policies().get(PLAIN, ()))
     other, others = io_threads.make_context()
     users: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socks = [other.socket(zmq.DEALER), users.socket(zmq.DEALER)]
+    wait_named(others)
+    until(lambda: len(policies().get(PLAIN, ())) > num_plain, "a user's I/O thread runs", policies)
     before = policies()
     assert {threads.prefix, others.prefix, "ZMQbg/IO/"} <= before.keys()
     others.be_polite(True)
@@ -91,6 +104,21 @@ def test_where_it_is_forbidden_all_goes_on(begun: tuple[Context, IoThreads], mon
     threads.be_polite(False)
     threads.be_polite(True)
     assert len(asked) == 1
+
+
+def test_what_they_run_is_counted(begun: tuple[Context, IoThreads]) -> None:
+    context, threads = begun
+    before = threads.cpu_s()
+    assert before > 0
+    there, here = (sockets.make_socket(context, kind, io_thread=OUTBOUND) for kind in (zmq.ROUTER, zmq.DEALER))
+    here.connect(f"tcp://127.0.0.1:{there.bind_to_random_port('tcp://127.0.0.1')}")
+    here.send(bytes(64 << 20))
+    there.recv_multipart()
+    carried = threads.cpu_s()
+    assert carried - before > 0.001  # a copy into the kernel, and one out of it
+    for sock in (there, here):
+        sock.close()
+    assert IoThreads("nobody").cpu_s() == 0.0
 
 
 def test_each_direction_has_a_thread_of_its_own(begun: tuple[Context, IoThreads]) -> None:

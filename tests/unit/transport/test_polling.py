@@ -21,12 +21,16 @@ LONG_S = 5.0
 
 
 class Recorded:
-    """In place of the I/O threads: how they were last told to be."""
+    """In place of the I/O threads: how they were last told to be, and how long they ran."""
 
     is_polite = False
+    ran_s = 0.0
 
     def be_polite(self, is_polite: bool) -> None:
         self.is_polite = is_polite
+
+    def cpu_s(self) -> float:
+        return self.ran_s
 
 
 class Post:
@@ -135,6 +139,17 @@ def test_where_yields_take_long_nobody_polls_any_more(post: Post, threads: Recor
     assert not post.polling.wait(time.monotonic() + 0.01)
     assert post.num_yields == TAKEN_MAX
     assert not threads.is_polite
+
+
+def test_where_io_threads_were_at_work_polling_goes_on(post: Post, threads: Recorded) -> None:
+    def carry() -> None:
+        threads.ran_s += 1.0  # more than all the time that passes here
+        take_long(post)
+
+    post.on_yield = carry
+    for _ in range(4 * TAKEN_MAX):
+        post.receive()
+    assert post.num_yields == 4 * TAKEN_MAX
 
 
 def test_and_polls_again_after_a_while(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
