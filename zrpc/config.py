@@ -55,8 +55,8 @@ class RpcBackendOptions:
             up to 4 KiB are not counted here.
         max_in_flight_calls: how many calls to one worker may be unanswered, in the same way; 0: no limit.
         busy_poll_s: for how many seconds a thread that reads messages polls, yielding its processor in between, before
-            it sleeps, where messages follow each other as fast; 0: not at all, which costs a small call half as much
-            again, and takes less of the processor.
+            it sleeps, where messages follow each other as fast and processors are not short; 0: not at all, which
+            makes a small call take two to three times as long, and takes less of the processor.
         pinned_pool_nbytes: how much memory of the host may be pinned, through which tensors travel to and from CUDA
             devices. It is taken as it is needed, and only by workers that use devices. What does not fit goes through
             memory that is pinned for the moment.

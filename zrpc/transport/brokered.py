@@ -24,7 +24,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.threads import join
-from zrpc.transport import io_threads, sockets
+from zrpc.transport import io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
@@ -72,17 +72,17 @@ class BrokeredEndpoint:
         self.on_control: OnControl = _ignore
         self.on_broker_lost: Callable[[str], None] = _ignore
         self.heard_at = time.monotonic()
-        self._context, threads = io_threads.make_context()
+        self._context, carrier = io_thread.make_context()
         try:
-            sender, self._sender_monitor = self._connect(SENDER + incarnation, io_threads.OUTBOUND)
-            receiver, self._receiver_monitor = self._connect(RECEIVER + incarnation, io_threads.INBOUND)
+            sender, self._sender_monitor = self._connect(SENDER + incarnation)
+            receiver, self._receiver_monitor = self._connect(RECEIVER + incarnation)
         except BaseException:
             self._context.destroy(linger=0)
             raise
         receiver.send(b"")
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
-        self.inbox = Inbox(receiver, self._take, self._is_over, threads)
+        self.inbox = Inbox(receiver, self._take, self._is_over, carrier)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
@@ -204,9 +204,9 @@ class BrokeredEndpoint:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _connect(self, identity: bytes, io_thread: int) -> tuple[sockets.Socket, sockets.Socket]:
+    def _connect(self, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
         """A DEALER connected to the broker, and its monitor."""
-        sock = sockets.make_socket(self._context, zmq.DEALER, identity, io_thread)
+        sock = sockets.make_socket(self._context, zmq.DEALER, identity=identity)
         monitor = sockets.make_monitor(self._context, sock, EVENTS)
         sockets.connect(sock, self.address)
         return sock, monitor

@@ -37,7 +37,7 @@ from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
-    from zrpc.transport.io_threads import IoThreads
+    from zrpc.transport.io_thread import IoThread
     from zrpc.transport.sockets import Socket
 
 log = logging.getLogger("zrpc")
@@ -75,7 +75,7 @@ class Inbox:
         take: is given each message, by whichever thread reads, under the read lock.
         is_over: whether reading has come to an end. Looked at after each message: to end reading, make it true and
             send the socket a message.
-        io_threads: those that bring the messages.
+        io_thread: brings the messages.
 
     Attributes:
         on_callers_left: called by a reader when callers that read may have left something to do.
@@ -84,10 +84,10 @@ class Inbox:
         num_sent: callers that send count it up; being only a hint, it may miss some.
     """
 
-    def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool], io_threads: IoThreads) -> None:
+    def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool], io_thread: IoThread) -> None:
         self.on_callers_left: Callable[[], None] = _nothing
         self.is_read_by_caller = False
-        self.polling = Polling(sock, io_threads)
+        self.polling = Polling(sock, io_thread)
         self.num_sent = 0
         self._sock = sock
         self._take = take

@@ -23,7 +23,7 @@ import zmq
 
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
 from zrpc.threads import join
-from zrpc.transport import io_threads, sockets
+from zrpc.transport import io_thread, sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
 from zrpc.transport.watch import EVENTS, ConnectionWatch
@@ -58,8 +58,8 @@ class PeerEndpoint:
 
     def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False) -> None:
         self.incarnation = incarnation
-        self._context, threads = io_threads.make_context()
-        router = sockets.make_socket(self._context, zmq.ROUTER, io_thread=io_threads.INBOUND)
+        self._context, carrier = io_thread.make_context()
+        router = sockets.make_socket(self._context, zmq.ROUTER)
         try:
             self.address = sockets.bind(router, bind)
             if local and sys.platform.startswith("linux"):
@@ -69,7 +69,7 @@ class PeerEndpoint:
             self._context.term()
             raise
         router.bind("inproc://wake-reader")
-        self.inbox = Inbox(router, self._take, lambda: self._closed, threads)
+        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier)
         self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
         watcher_end = self._context.socket(zmq.PAIR)
         watcher_end.bind("inproc://wake-watcher")
@@ -189,7 +189,7 @@ class PeerEndpoint:
             address = self._addresses.get(peer)
             if self._closed or peer in self._lost or address is None:
                 raise self._gone(peer)
-            sock = sockets.make_socket(self._context, zmq.DEALER, self.incarnation, io_threads.OUTBOUND)
+            sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation)
             try:
                 monitor = sockets.make_monitor(self._context, sock, EVENTS)
             except zmq.ZMQError:

@@ -8,11 +8,11 @@ Where messages are further apart nobody polls.
 Nor does anybody where processors are short: who yields then comes back after the others have had their time, which is
 milliseconds, while the kernel lets one that wakes up go first. A yield that takes `TAKEN_S` tells that somebody else
 wants the processor, or the interpreter's lock; after `TAKEN_MAX` in a row nobody polls here for `CALM_S`, unless it was
-ZeroMQ's threads, with large messages, for `OWN_SHARE` of the time. Measured with two processes that compute on two
+ZeroMQ's thread, with large messages, for `OWN_SHARE` of the time. Measured with two processes that compute on two
 processors: a no-op call takes 1,000-1,600 µs if its ends poll, and 140-170 if they sleep.
 
 Who sends gives way too, once for each message that it has polled for: ZeroMQ's I/O thread, which does not interrupt it
-(`zrpc.transport.io_threads`), can then begin at once. In a series of messages that would only be in the way.
+(`zrpc.transport.io_thread`), can then begin at once. In a series of messages that would only be in the way.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from zmq.backend import zmq_poll
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zrpc.transport.io_threads import IoThreads
+    from zrpc.transport.io_thread import IoThread
     from zrpc.transport.sockets import Socket
 
 TAKEN_S = 0.0005
-"""I/O threads take the processor for up to 0.1 ms at a time, but for large messages over TCP."""
+"""An I/O thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP."""
 TAKEN_MAX = 3
 OWN_SHARE = 0.1
 CALM_S = 1.0
@@ -44,10 +44,10 @@ class Polling:
         busy_poll_s: how long to poll before to sleep, in seconds; 0: never poll.
     """
 
-    def __init__(self, sock: Socket, io_threads: IoThreads) -> None:
+    def __init__(self, sock: Socket, io_thread: IoThread) -> None:
         self.busy_poll_s = 0.0
         self._ready = [(sock, int(zmq.POLLIN))]
-        self._io_threads = io_threads
+        self._io_thread = io_thread
         self._last_wait_s = 0.0
         self._calm_at = 0.0
         self._num_taken = 0
@@ -73,7 +73,7 @@ class Polling:
             _yield_here()
 
     def _poll(self, began: float) -> bool:
-        self._io_threads.be_polite(True)
+        self._io_thread.be_polite(True)
         now = began
         while now - began < self.busy_poll_s:
             _yield()
@@ -90,7 +90,7 @@ class Polling:
 
     def _note_taken(self, now: float) -> None:
         """A yield took long: was it for somebody else, and one time too many?"""
-        io_cpu_s = self._io_threads.cpu_s()
+        io_cpu_s = self._io_thread.cpu_s()
         was_own = io_cpu_s - self._io_cpu_s > OWN_SHARE * (now - self._taken_at)
         self._io_cpu_s, self._taken_at = io_cpu_s, now
         self._num_taken = 0 if was_own else self._num_taken + 1
@@ -99,7 +99,7 @@ class Polling:
             self._calm_at = now + CALM_S
 
     def _sleep(self, deadline: float | None) -> bool:
-        self._io_threads.be_polite(False)
+        self._io_thread.be_polite(False)
         timeout_ms = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
         return bool(zmq_poll(self._ready, timeout_ms))
 

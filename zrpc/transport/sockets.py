@@ -54,14 +54,8 @@ def make_context() -> Context:
     return context
 
 
-def make_socket(context: Context, kind: int, identity: bytes | None = None, io_thread: int = 0) -> Socket:
+def make_socket(context: Context, kind: int, identity: bytes | None = None) -> Socket:
     """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has.
-
-    Args:
-        context: whose it is.
-        kind: its type.
-        identity: its routing id.
-        io_thread: which of the context's threads sees to it, as a value of `zmq.AFFINITY`; 0: any.
 
     Raises:
         LimitError: this process may not open the files that the socket, its monitor and its connection need.
@@ -69,7 +63,6 @@ def make_socket(context: Context, kind: int, identity: bytes | None = None, io_t
     descriptors.check_room(descriptors.PER_PEER)
     sock: Socket = context.socket(kind)
     sock.setsockopt(zmq.LINGER, 0)
-    sock.setsockopt(zmq.AFFINITY, io_thread)
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)

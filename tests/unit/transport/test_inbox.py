@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from zrpc.transport.inbox import READERS, Inbox, send_frames
-from zrpc.transport.io_threads import IoThreads
+from zrpc.transport.io_thread import IoThread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Office:
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.SNDHWM, 0)
         self._dealer.connect(f"tcp://127.0.0.1:{port}")
-        self.inbox = Inbox(router, self._take, lambda: self._over, IoThreads("nobody"))
+        self.inbox = Inbox(router, self._take, lambda: self._over, IoThread("nobody"))
         self._over = False
         self.work: dict[bytes, Work] = {}
         self.wanted: dict[bytes, Wanted] = {}

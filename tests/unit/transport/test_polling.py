@@ -14,14 +14,14 @@ from zrpc.transport.polling import TAKEN_MAX, TAKEN_S, Polling
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zrpc.transport.io_threads import IoThreads
+    from zrpc.transport.io_thread import IoThread
 
 LONG_S = 5.0
 """So long is polled at most where a test wants it to find the message."""
 
 
 class Recorded:
-    """In place of the I/O threads: how they were last told to be, and how long they ran."""
+    """In place of the I/O thread: how it was last told to be, and how long it ran."""
 
     is_polite = False
     ran_s = 0.0
@@ -36,12 +36,12 @@ class Recorded:
 class Post:
     """A polling socket, and what happens when its reader yields."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], threads: IoThreads) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], carrier: IoThread) -> None:
         self.inbound = context.socket(zmq.PAIR)
         self.inbound.bind("inproc://post")
         self._outbound = context.socket(zmq.PAIR)
         self._outbound.connect("inproc://post")
-        self.polling = Polling(self.inbound, threads)
+        self.polling = Polling(self.inbound, carrier)
         self.polling.busy_poll_s = LONG_S
         self.num_yields = 0
         self.num_ways = 0
@@ -67,14 +67,14 @@ class Post:
 
 
 @pytest.fixture
-def threads() -> Recorded:
+def carrier() -> Recorded:
     return Recorded()
 
 
 @pytest.fixture
-def post(threads: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
+def post(carrier: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    made = Post(context, threads)  # type: ignore[arg-type]
+    made = Post(context, carrier)  # type: ignore[arg-type]
     monkeypatch.setattr(polling, "_yield", made.yield_)
     monkeypatch.setattr(polling, "_yield_here", made.give_way)
     yield made
@@ -82,11 +82,11 @@ def post(threads: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
     context.term()
 
 
-def test_who_polls_yields_and_io_threads_are_polite_meanwhile(post: Post, threads: Recorded) -> None:
+def test_who_polls_yields_and_the_io_thread_is_polite_meanwhile(post: Post, carrier: Recorded) -> None:
     seen = []
 
     def look() -> None:
-        seen.append(threads.is_polite)
+        seen.append(carrier.is_polite)
         if len(seen) == 3:
             post.send()
 
@@ -95,12 +95,12 @@ def test_who_polls_yields_and_io_threads_are_polite_meanwhile(post: Post, thread
     assert seen == [True, True, True]
 
 
-def test_who_sleeps_wants_io_threads_that_interrupt(post: Post, threads: Recorded) -> None:
+def test_who_sleeps_wants_an_io_thread_that_interrupts(post: Post, carrier: Recorded) -> None:
     post.receive()
-    assert threads.is_polite
+    assert carrier.is_polite
     post.polling.busy_poll_s = 0.0
     assert not post.polling.wait(time.monotonic() + 0.01)
-    assert not threads.is_polite
+    assert not carrier.is_polite
     assert post.num_yields == 1
 
 
@@ -131,19 +131,19 @@ def take_long(post: Post) -> None:
     time.sleep(2 * TAKEN_S)
 
 
-def test_where_yields_take_long_nobody_polls_any_more(post: Post, threads: Recorded) -> None:
+def test_where_yields_take_long_nobody_polls_any_more(post: Post, carrier: Recorded) -> None:
     post.on_yield = lambda: take_long(post)
     for _ in range(TAKEN_MAX):
         post.receive()
     assert post.num_yields == TAKEN_MAX
     assert not post.polling.wait(time.monotonic() + 0.01)
     assert post.num_yields == TAKEN_MAX
-    assert not threads.is_polite
+    assert not carrier.is_polite
 
 
-def test_where_io_threads_were_at_work_polling_goes_on(post: Post, threads: Recorded) -> None:
+def test_where_the_io_thread_was_at_work_polling_goes_on(post: Post, carrier: Recorded) -> None:
     def carry() -> None:
-        threads.ran_s += 1.0  # more than all the time that passes here
+        carrier.ran_s += 1.0  # more than all the time that passes here
         take_long(post)
 
     post.on_yield = carry
