@@ -7,9 +7,11 @@ Where messages are further apart nobody polls.
 
 Nor does anybody where processors are short: who yields then comes back after the others have had their time, which is
 milliseconds, while the kernel lets one that wakes up go first. A yield that takes `TAKEN_S` tells that somebody else
-wants the processor, or the interpreter's lock; after `TAKEN_MAX` in a row nobody polls here for `CALM_S`, unless it was
-ZeroMQ's thread, with large messages, for `OWN_SHARE` of the time. Measured with two processes that compute on two
-processors: a no-op call takes 160-1,500 µs if its ends poll, and 130 if they sleep.
+wants the processor, or the interpreter's lock. Where such yields take more than `TAKEN_MAX_S` within `WINDOW_S` nobody
+polls here for `CALM_S`, unless it was ZeroMQ's thread, with large messages, for `OWN_SHARE` of the time. Measured with
+two processes that compute on two processors: yields of 3 ms, which take 40-70 % of the time; a no-op call takes
+160-1,500 µs if its ends poll, and 130 if they sleep. A few shorter ones in a row, up to 5 ms within 20, come where both
+ends of a call were put on one processor, and the kernel soon parts them.
 
 Who sends gives way too, once for each message that it has polled for: ZeroMQ's I/O thread, which does not interrupt it
 (`zrpc.transport.io_thread`), can then begin at once. In a series of messages that would only be in the way.
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 TAKEN_S = 0.0005
 """An I/O thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP."""
-TAKEN_MAX = 3
+TAKEN_MAX_S = 0.012
+WINDOW_S = 0.05
 OWN_SHARE = 0.1
 CALM_S = 1.0
 
@@ -50,7 +53,8 @@ class Polling:
         self._io_thread = io_thread
         self._last_wait_s = 0.0
         self._no_poll_until = 0.0
-        self._num_taken = 0
+        self._taken_s = 0.0
+        self._window_began = 0.0
         self._io_cpu_s = 0.0
         self._taken_at = 0.0
         self._owes_way = False
@@ -80,23 +84,24 @@ class Polling:
             last, now = now, time.monotonic()
             came = bool(zmq_poll(self._ready, 0))
             if now - last > TAKEN_S:
-                self._note_taken(now)
+                self._note_taken(now - last, now)
                 return came
             if came:
-                self._num_taken = 0
                 self._owes_way = True
                 return True
         return False
 
-    def _note_taken(self, now: float) -> None:
-        """A yield took long: was it for somebody else, and one time too many?"""
+    def _note_taken(self, took_s: float, now: float) -> None:
+        """A yield took long: was it for somebody else, and are such yields too much by now?"""
         io_cpu_s = self._io_thread.cpu_s()
         was_own = io_cpu_s - self._io_cpu_s > OWN_SHARE * (now - self._taken_at)
         self._io_cpu_s, self._taken_at = io_cpu_s, now
-        self._num_taken = 0 if was_own else self._num_taken + 1
-        if self._num_taken == TAKEN_MAX:
-            self._num_taken = 0
-            self._no_poll_until = now + CALM_S
+        if now - self._window_began > WINDOW_S:
+            self._window_began, self._taken_s = now, 0.0
+        if not was_own:
+            self._taken_s += took_s
+        if self._taken_s > TAKEN_MAX_S:
+            self._window_began, self._no_poll_until = 0.0, now + CALM_S
 
     def _sleep(self, deadline: float | None) -> bool:
         self._io_thread.be_polite(False)

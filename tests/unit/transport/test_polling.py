@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from zrpc.transport import polling
-from zrpc.transport.polling import TAKEN_MAX, TAKEN_S, Polling
+from zrpc.transport.polling import CALM_S, TAKEN_MAX_S, TAKEN_S, WINDOW_S, Polling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +31,16 @@ class Recorded:
 
     def cpu_s(self) -> float:
         return self.ran_s
+
+
+class Clock:
+    """In place of the module `time`: it goes on only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 class Post:
@@ -125,46 +135,67 @@ def test_after_a_message_that_took_longer_nobody_polls_for_the_next(post: Post) 
     assert post.num_yields == 1
 
 
-def take_long(post: Post) -> None:
-    """What a yield is where others want the processor."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(polling, "time", made)
+    return made
+
+
+def take(post: Post, clock: Clock, took_s: float) -> None:
+    """What a yield is where somebody else has the processor for so long."""
+    clock.now += took_s
     post.send()
-    time.sleep(2 * TAKEN_S)
 
 
-def test_where_yields_take_long_nobody_polls_any_more(post: Post, carrier: Recorded) -> None:
-    post.on_yield = lambda: take_long(post)
-    for _ in range(TAKEN_MAX):
+def wait_in_vain(post: Post, clock: Clock) -> int:
+    """How often it is yielded while no message comes."""
+    before = post.num_yields
+    assert not post.polling.wait(clock.now + 0.01)
+    return post.num_yields - before
+
+
+def test_where_yields_take_long_nobody_polls_any_more(post: Post, carrier: Recorded, clock: Clock) -> None:
+    post.on_yield = lambda: take(post, clock, 0.4 * TAKEN_MAX_S)
+    for _ in range(3):
         post.receive()
-    assert post.num_yields == TAKEN_MAX
-    assert not post.polling.wait(time.monotonic() + 0.01)
-    assert post.num_yields == TAKEN_MAX
+    assert post.num_yields == 3
+    assert wait_in_vain(post, clock) == 0
     assert not carrier.is_polite
 
 
-def test_where_the_io_thread_was_at_work_polling_goes_on(post: Post, carrier: Recorded) -> None:
+def test_and_polls_again_after_a_while(post: Post, clock: Clock) -> None:
+    post.on_yield = lambda: take(post, clock, 2 * TAKEN_MAX_S)
+    post.receive()
+    assert wait_in_vain(post, clock) == 0
+    clock.now += 1.1 * CALM_S
+    post.on_yield = lambda: take(post, clock, TAKEN_S)
+    post.receive()
+    assert post.num_yields == 2
+
+
+def test_where_the_io_thread_was_at_work_polling_goes_on(post: Post, carrier: Recorded, clock: Clock) -> None:
     def carry() -> None:
-        carrier.ran_s += 1.0  # more than all the time that passes here
-        take_long(post)
+        carrier.ran_s += clock.now  # more than all the time that passes here
+        take(post, clock, TAKEN_MAX_S)
 
     post.on_yield = carry
-    for _ in range(4 * TAKEN_MAX):
+    for _ in range(10):
         post.receive()
-    assert post.num_yields == 4 * TAKEN_MAX
+    assert post.num_yields == 10
 
 
-def test_and_polls_again_after_a_while(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polling, "CALM_S", 0.0)
-    post.on_yield = lambda: take_long(post)
-    for _ in range(2 * TAKEN_MAX):
-        post.receive()
-    assert post.num_yields == 2 * TAKEN_MAX
-
-
-def test_a_long_yield_now_and_then_tells_nothing(post: Post) -> None:
-    for number in range(4 * TAKEN_MAX):
-        post.on_yield = post.send if number % TAKEN_MAX == 0 else lambda: take_long(post)
-        post.receive()
-    assert post.num_yields == 4 * TAKEN_MAX
+def test_a_few_long_yields_tell_nothing(post: Post, clock: Clock) -> None:
+    for _ in range(10):
+        post.on_yield = lambda: take(post, clock, 0.3 * TAKEN_MAX_S)
+        for _ in range(3):
+            post.receive()
+        post.on_yield = lambda: take(post, clock, 0.5 * TAKEN_S)
+        for _ in range(int(WINDOW_S / TAKEN_S) * 2):
+            post.receive()
+    polled = post.num_yields
+    post.receive()
+    assert post.num_yields == polled + 1
 
 
 def test_one_way_is_given_for_each_message_that_was_polled_for(post: Post) -> None:
@@ -180,8 +211,8 @@ def test_one_way_is_given_for_each_message_that_was_polled_for(post: Post) -> No
     assert post.num_ways == 1
 
 
-def test_no_way_is_given_where_processors_are_short(post: Post) -> None:
-    post.on_yield = lambda: take_long(post)
+def test_no_way_is_given_where_processors_are_short(post: Post, clock: Clock) -> None:
+    post.on_yield = lambda: take(post, clock, 2 * TAKEN_S)
     post.receive()
     post.polling.give_way()
     assert not post.num_ways
