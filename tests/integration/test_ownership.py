@@ -22,7 +22,7 @@ import zrpc as rpc
 from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
-from zrpc.transport import chunks
+from zrpc.transport import chunks, inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 INLINE, FRAME, SLAB, CHUNKS = "inline", "frame", "slab", "chunks"
 RANGES = {INLINE: (8, 4_096), FRAME: (4_104, 60_000), SLAB: (65_536, 400_000), CHUNKS: (100_000, 500_000)}
 """Sizes in bytes that take a path."""
-CHUNK_MIN_NBYTES, CHUNK_NBYTES = 100_000, 70_000
-"""Chunks of less than 64 KiB would be copied when they are sent; those of the usual size are not."""
+CHUNK_MIN_NBYTES, CHUNK_NBYTES, COPY_MAX_NBYTES = 100_000, 70_000, 65_536
+"""Of smaller sizes than usual, and sent without a copy as usual."""
 ROUNDS = int(os.environ.get("ZRPC_ROUNDS", "400"))
 """Messages a thread."""
 THREADS = 3
@@ -78,6 +78,7 @@ class Keeper:
     def __init__(self, seed: int) -> None:
         self.faults: list[str] = []
         self.num_checked = 0
+        self.num_sent_back = 0
         self._chance = random.Random(seed)
         self._lock = threading.Lock()
         self._kept: list[tuple[Any, int, str]] = []
@@ -85,7 +86,7 @@ class Keeper:
     def keep(self, arrived: Any, seed: int) -> None:
         """Look at what arrived; keep a part of it, perhaps one that is written to."""
         tensor = torch.from_numpy(arrived) if isinstance(arrived, np.ndarray) else arrived
-        self._check(tensor, seed, "what arrived")
+        self.check(tensor, seed, "what arrived")
         with self._lock:
             chance = random.Random(self._chance.random())
         kind = chance.choice(list(PARTS))
@@ -99,15 +100,15 @@ class Keeper:
             while len(self._kept) > KEPT_MAX * self._chance.random():
                 dropped.append(self._kept.pop(self._chance.randrange(len(self._kept))))
         for part, seed, kind in dropped:
-            self._check(part, seed, kind)
+            self.check(part, seed, kind)
 
     def drop_all(self) -> None:
         with self._lock:
             dropped, self._kept = self._kept, []
         for part, seed, kind in dropped:
-            self._check(part, seed, kind)
+            self.check(part, seed, kind)
 
-    def _check(self, part: Any, seed: int, kind: str) -> None:
+    def check(self, part: Any, seed: int, kind: str) -> None:
         self.num_checked += 1
         found = numbers(part)
         if not np.all(found == seed):
@@ -124,18 +125,40 @@ def swap(arrived: Any, seed: int, nbytes: int) -> Any:
     return [filled(seed + 1, nbytes), filled(seed + 2, nbytes).numpy()][seed % 2]
 
 
+_bounced: dict[int, tuple[Any, int]] = {}
+"""What each thread of the caller's sent last, if it was kept, and what is in it."""
+
+
+def bounce(arrived: Any, seed: int, thread: int, keeps: bool) -> Any:
+    """Send what came back, changed. Kept, it is written to once the caller has it, and calls again."""
+    if thread in _bounced:
+        earlier, its_seed = _bounced.pop(thread)
+        _keeper.check(earlier, its_seed, "what was sent back")
+        numbers(earlier)[...] = -1
+    arrived += 1
+    if keeps:
+        _bounced[thread] = arrived, seed + 1
+        _keeper.num_sent_back += 1
+    return arrived
+
+
 def talk(to: str, path: str, thread: int) -> None:
     chance = random.Random(f"{SEED} {path} {thread} {to}")
     low, high = RANGES[path]
     for number in range(1, ROUNDS + 1):
         seed = number * 1000 + thread * 10
         value = filled(seed, chance.randint(low, high))
-        result = rpc.rpc_sync(to, swap, args=([value, value.numpy()][number % 2], seed, chance.randint(low, high)))
+        sent = [value, value.numpy()][number % 2]
+        result = rpc.rpc_sync(to, swap, args=(sent, seed, chance.randint(low, high)))
         _keeper.keep(result, seed + 1 + seed % 2)
+        del result  # part of it may be kept
+        result = rpc.rpc_sync(to, bounce, args=(sent, seed, thread, chance.random() < 0.3))
+        _keeper.keep(result, seed + 1)
+        assert np.all(numbers(sent) == seed), "the callee writes to what the caller has"
 
 
 def keep_and_drop(rank: int, path: str) -> dict[str, int]:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
+    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, inbox.COPY_MAX_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES, COPY_MAX_NBYTES
     meet(rank, path)
     threads = [threading.Thread(target=talk, args=(f"worker{1 - rank}", path, n)) for n in range(THREADS)]
     for thread in threads:
@@ -144,15 +167,19 @@ def keep_and_drop(rank: int, path: str) -> dict[str, int]:
         thread.join()
     all_gather(None)
     _keeper.drop_all()
+    while _bounced:
+        _keeper.check(*_bounced.popitem()[1], "what was sent back")
     assert not _keeper.faults, _keeper.faults[:10]
-    assert _keeper.num_checked == 2 * 2 * ROUNDS * THREADS, "what arrived, and what was kept of it"
+    expected = 3 * 2 * ROUNDS * THREADS + _keeper.num_sent_back
+    assert _keeper.num_checked == expected, "what arrived, what was kept of it, and what was sent back"
     all_gather(None)
     carrier = current_agent()._carrier
     gc.collect()
     until(lambda: not carrier._transfers.buffers._loans, "all destination buffers are back")
     memory = carrier._shared_memory
     until(lambda: memory is None or memory.counts()["held"] == 0, "all slabs are back")
-    return {SLAB: memory.counts()["placed"] if memory else 0, CHUNKS: carrier._transfers.num_placed}
+    placed = memory.counts()["placed"] if memory else 0
+    return {SLAB: placed, CHUNKS: carrier._transfers.num_placed, "kept": _keeper.num_sent_back}
 
 
 def meet(rank: int, path: str) -> None:
@@ -169,10 +196,11 @@ def meet(rank: int, path: str) -> None:
 @pytest.mark.parametrize("path", [INLINE, FRAME, SLAB, CHUNKS])
 def test_what_is_kept_stays_as_it_is(cluster_in_each_mode: Cluster, path: str) -> None:
     counts = cluster_in_each_mode.run(keep_and_drop, 2, args=(path,), shared_memory=path in (INLINE, SLAB))
-    sent = 2 * ROUNDS * THREADS
+    sent = 3 * ROUNDS * THREADS
     for count in counts:
         assert (count[SLAB] >= sent) == (path == SLAB), count
         assert (count[CHUNKS] >= sent) == (path == CHUNKS), count
+        assert count[SLAB] <= sent + count["kept"], "what was sent back and not kept took a slab"
 
 
 # ---- aliases ---------------------------------------------------------------------------------------------------------
@@ -223,7 +251,7 @@ def is_untouched(kind: str, nbytes: int) -> bool:
 
 
 def write_to_all(rank: int, path: str) -> None:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
+    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, inbox.COPY_MAX_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES, COPY_MAX_NBYTES
     meet(rank, path)
     nbytes = RANGES[path][0] + 24_000 // 8 * 8 * (path == CHUNKS)
     me, other = f"worker{rank}", f"worker{1 - rank}"

@@ -81,15 +81,23 @@ def exchange(tensor: torch.Tensor, seed: int) -> torch.Tensor:
     return tensor_of(seed + 1)
 
 
+def send_back(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """Its slab goes back with it, but for some that are kept."""
+    exchange(tensor, seed)
+    return tensor
+
+
 def talk(to: str, first_seed: int) -> None:
     """Exchange tensors with `to` until it is lost."""
     seed = first_seed
     while True:
         try:
             answer = rpc.rpc_sync(to, exchange, args=(tensor_of(seed), seed))
+            back = rpc.rpc_sync(to, send_back, args=(tensor_of(seed), seed))
         except errors.PeerLostError:
             return
         assert is_intact(answer, seed + 1)
+        assert is_intact(back, seed)
         seed += 1
 
 

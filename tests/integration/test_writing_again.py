@@ -21,10 +21,20 @@ import torch
 from torch import Tensor
 
 import zrpc as rpc
-from tests.integration.test_ownership import CHUNK_MIN_NBYTES, CHUNK_NBYTES, CHUNKS, FRAME, INLINE, SLAB, meet, until
+from tests.integration.test_ownership import (
+    CHUNK_MIN_NBYTES,
+    CHUNK_NBYTES,
+    CHUNKS,
+    COPY_MAX_NBYTES,
+    FRAME,
+    INLINE,
+    SLAB,
+    meet,
+    until,
+)  # fmt: skip
 from zrpc import errors
 from zrpc.gather import all_gather
-from zrpc.transport import chunks
+from zrpc.transport import chunks, inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +157,7 @@ SENDERS: list[Callable[[str, int], None]] = [
 def write_again(rank: int, path: str, nbytes: int) -> None:
     if path == CHUNKS:
         chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
+        inbox.COPY_MAX_NBYTES = COPY_MAX_NBYTES
     meet(rank, path)
     failed: list[str] = []
 

@@ -53,6 +53,7 @@ def execute_python(payload: Payload) -> Any:
         Exception: whatever the function raises.
     """
     func, args, kwargs = pickling.loads(payload)
+    payload.let_go()
     try:
         return _run(func, args, kwargs)
     except torch.jit.Error as error:
@@ -69,6 +70,7 @@ def execute_builtin(op: str, payload: Payload) -> Any:
         RuntimeError: the arguments fit none of its schemas, or what it raises itself.
     """
     args, kwargs = pickling.loads(payload)
+    payload.let_go()
     function = _function(op)
     if function is not None:
         try:
@@ -140,12 +142,11 @@ def serve_python(request: Request[PythonCall]) -> None:
     """Handle a `PythonCall`. Runs on a handler thread."""
     try:
         with request.context():
-            result = execute_python(request.payload)
             if not request.message.async_execution:
-                request.reply(pickling.dumps(result))
+                request.reply(pickling.dumps(execute_python(request.payload)))
                 return
             when_done(
-                result,
+                execute_python(request.payload),
                 "this one",
                 lambda value: _reply(request, value),
                 request.fail,

@@ -7,7 +7,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from zrpc.errors import ProtocolError
-from zrpc.transport.slab import Descriptor, Pins, SlabMemory, open_slab
+from zrpc.transport.slab import Descriptor, Pins, SlabMemory, address_of, open_slab, size_class
+from zrpc.wire.envelope import Exported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -19,10 +20,26 @@ T = TypeVar("T")
 
 
 class _Loan(NamedTuple):
-    """What `fetch` has handed out, and where it lies."""
+    """What `lend` has handed out, where it lies, and whose that is by which descriptor."""
 
     reference: weakref.ref[Any]
     memory: SlabMemory
+    owner: Incarnation
+    descriptor: Descriptor
+
+
+class _HandedBack(Exported):
+    """A buffer that lies in a slab of the receiver's."""
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self._descriptor = descriptor
+        self.nbytes = descriptor[-1]
+
+    def descriptor(self) -> Descriptor:
+        return self._descriptor
+
+    def has_left(self) -> None:
+        """It is the receiver's business now."""
 
 
 class Attachments:
@@ -35,7 +52,7 @@ class Attachments:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mapped: dict[tuple[Incarnation, int], SlabMemory] = {}
-        self._loans: dict[int, _Loan] = {}
+        self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
         self._pins: Pins | None = None
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
@@ -50,20 +67,63 @@ class Attachments:
         memory = self._map(source, pid, fd, number)
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
-        loan = memory.view(nbytes)
+        return self.lend(memory, source, descriptor)
 
-        key = id(loan)  # nobody else's while it lives
+    def lend(self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor) -> memoryview:
+        """What `descriptor` of `owner` says of the slab `memory`, which is held; free again once nobody sees it."""
+        loan = memory.view(descriptor[-1])
+        address = memory.address
 
         def give_back(_: weakref.ref[Any]) -> None:
-            self._loans.pop(key, None)
-            memory.free()
+            if self._loans.pop(address, None) is not None:
+                memory.free()
 
-        self._loans[key] = _Loan(weakref.ref(loan, give_back), memory)
+        self._loans[address] = _Loan(weakref.ref(loan, give_back), memory, owner, descriptor)
         return loan.data
+
+    def hand_back(self, owner: Incarnation, buffers: list[Any]) -> list[Descriptor]:
+        """Give slabs of `owner` back, held, with a message to it.
+
+        Args:
+            owner: of the slabs, and who gets the message.
+            buffers: of the message. Those that fill a slab of `owner`, and that nobody else sees, become `Exported`.
+
+        Returns:
+            The descriptors of these slabs.
+        """
+        handed: list[Descriptor] = []
+        for index in range(len(buffers)):
+            if isinstance(buffers[index], memoryview):
+                loan = self._loans.get(address_of(buffers[index]))
+                if loan is not None and loan.owner == owner and self._hand_back(loan, buffers, index):
+                    handed.append(buffers[index].descriptor())
+        return handed
+
+    def _hand_back(self, loan: _Loan, buffers: list[Any], index: int) -> bool:
+        """Nobody else sees it if it dies with the message's own reference."""
+        nbytes = buffers[index].nbytes
+        memory = loan.memory
+        if size_class(nbytes) != memory.room or memory.is_retired():
+            return False
+        del self._loans[memory.address]  # so it stays held
+        buffers[index] = _HandedBack([*loan.descriptor[:-1], nbytes])
+        seen = loan.reference()
+        if seen is None:
+            return True
+        self._loans[memory.address] = loan
+        buffers[index] = seen.data[:nbytes]
+        return False
+
+    def take_back(self, owner: Incarnation, descriptor: Descriptor) -> None:
+        """`owner` was not told, after all, that the slab that `descriptor` tells of is its own again: it is free."""
+        with self._lock:
+            memory = self._mapped.get((owner, descriptor[2]))
+        if memory is not None:
+            memory.free()
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:
         """Have `pins` pin the slab that `buffer` lies in, if it is one that `fetch` has handed out. Once a slab."""
-        loan = self._loans.get(id(buffer.obj)) if isinstance(buffer, memoryview) else None
+        loan = self._loans.get(address_of(buffer))
         if loan is None or loan.memory.was_pinned:
             return
         with self._lock:
@@ -79,7 +139,7 @@ class Attachments:
         Raises:
             ProtocolError: `buffer` is not one that `fetch` has handed out.
         """
-        loan = self._loans.get(id(buffer.obj)) if isinstance(buffer, memoryview) else None
+        loan = self._loans.get(address_of(buffer))
         if loan is None:
             raise ProtocolError("a note of device memory does not lie in shared memory")
         if loan.memory.beside is None:  # a slab is one message's at a time, so nobody else asks now

@@ -88,6 +88,9 @@ class Carrier:
         """
         placed: list[list[Any]] = []
         try:
+            if envelope.is_last_use and self._shared_memory is not None:
+                envelope.buffers = buffers = list(envelope.buffers)
+                placed += self._shared_memory.hand_back(peer, buffers)
             self._lanes.send(peer, encode(envelope, self._placing(peer, placed) if envelope.buffers else None))
         except PeerLostError:
             self.forget(peer)
@@ -165,7 +168,7 @@ class Carrier:
     def _take_back(self, peer: Incarnation, descriptor: list[Any]) -> None:
         """The envelope that was to name `descriptor` could not be sent."""
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            self._shared_memory.take_back(descriptor)
+            self._shared_memory.take_back(peer, descriptor)
         else:
             self._transfers.take_back(peer, descriptor)
 

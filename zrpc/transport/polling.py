@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from zrpc.transport.sockets import Socket
 
 TAKEN_S = 0.001
-"""An I/O thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP; a peer that copies 16 MiB
-on two threads, for 0.6."""
+"""An I/O thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP; a peer that copies
+16 MiB on two threads, for 0.6."""
 TAKEN_MAX_S = 0.012
 WINDOW_S = 0.05
 OWN_SHARE = 0.1

@@ -7,7 +7,6 @@ written by two at once.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from zrpc.ids import Incarnation
+    from zrpc.wire.envelope import Buffer
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
@@ -39,6 +39,12 @@ def size_class(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
+def address_of(buffer: Buffer) -> int:
+    """Where `buffer` begins in the memory of this process."""
+    address: int = np.frombuffer(buffer, np.uint8).ctypes.data
+    return address
+
+
 class Pins(Protocol):
     """Pins memory for devices. No call may be made while a device copies from that memory."""
 
@@ -53,13 +59,15 @@ class SlabMemory:
     """A slab as it is mapped into this process, by its owner or by who received it.
 
     Attributes:
+        address: where its room begins.
         beside: what was made here of what the slab says; it goes with the mapping.
     """
 
-    __slots__ = ("_is_pinned", "_mapped", "beside")
+    __slots__ = ("_is_pinned", "_mapped", "address", "beside")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
+        self.address = address_of(mapped) + HEADER_NBYTES
         self.beside: object = None
         self._is_pinned: bool | None = None  # None: that was not tried
 
@@ -105,17 +113,13 @@ class SlabMemory:
     def pin(self, pins: Pins) -> None:
         """Pin it, unless that was tried before. The attachments' lock owns whether it is."""
         if self._is_pinned is None:
-            self._is_pinned = pins.register(self._address, len(self._mapped))
+            self._is_pinned = pins.register(self.address - HEADER_NBYTES, len(self._mapped))
 
     def unpin(self, pins: Pins) -> None:
         """Undo it; it is not pinned again."""
         if self._is_pinned:
-            pins.unregister(self._address)
+            pins.unregister(self.address - HEADER_NBYTES)
         self._is_pinned = False
-
-    @property
-    def _address(self) -> int:
-        return ctypes.addressof(ctypes.c_ubyte.from_buffer(self._mapped))
 
     def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Its first `nbytes`, writable, not copied; they stay mapped as long as anybody sees them."""

@@ -10,6 +10,9 @@ Invariants:
 
 - A slab is written by the sender only while FREE, and read or written by one receiver only while HELD. So a received
   tensor is its owner's alone, and the sender may write to what it sent as soon as `place` has returned.
+- A receiver that answers with what it received, and keeps nothing of it, hands the slab back as it is: its owner makes
+  a tensor of it, and it stays HELD until that one dies. Whether the receiver keeps nothing is tried: it lets go of what
+  it is about to send, and looks whether anybody sees that memory yet.
 - A slab whose holder is lost is never filled again: it is RETIRED and let go of. Should the holder live after all,
   what it maps stays as it is.
 - There are no names: a slab is gone with the last process that has it open or mapped, however that process ends.
@@ -37,6 +40,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from zrpc.errors import ProtocolError
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.headroom import available_nbytes
@@ -51,7 +55,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from zrpc.ids import Incarnation
-    from zrpc.transport.slab import Pins
+    from zrpc.transport.slab import Pins, SlabMemory
     from zrpc.wire.envelope import Buffer
 
 log = logging.getLogger("zrpc")
@@ -77,6 +81,8 @@ ALLOWANCE_NBYTES = 64 << 20
 REFUSALS = 64
 """So many more slabs are refused, once there was not enough memory, before it is asked again."""
 _SWEEP = 16
+_NOBODY = b""
+"""In place of a worker: the slab is with its owner."""
 
 
 def is_supported() -> bool:
@@ -184,12 +190,32 @@ class SlabPool:
             start = stop
 
     def take_back(self, descriptor: Descriptor) -> None:
-        """Nobody was told of `descriptor` after all: its slab is free."""
-        _, _, number, nbytes = descriptor
+        """Nobody was told of `descriptor` after all: its slab, if it is one of these, is free."""
         with self._lock:
-            for slab in self._shelves[size_class(nbytes)].placed:
-                if slab.number == number:
-                    slab.memory.free()
+            slab = self._find(descriptor)
+            if slab is not None:
+                slab.memory.free()
+
+    def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory | None:
+        """The memory of a slab that `holder` has handed back: it is held here now. None: it is no slab of this pool.
+
+        Raises:
+            ProtocolError: the slab is not with `holder`.
+        """
+        with self._lock:
+            slab = self._find(descriptor)
+            if slab is None:
+                return None
+            if slab.holder != holder or slab.memory.is_free():
+                raise ProtocolError("a slab came back from a worker that does not hold it")
+            slab.holder = _NOBODY
+            return slab.memory
+
+    def _find(self, descriptor: Descriptor) -> Slab | None:
+        """The slab here that `descriptor` tells of, if it is with somebody. Call it under the lock."""
+        pid, _, number, nbytes = descriptor
+        shelf = self._shelves.get(size_class(nbytes)) if pid == self._pid and type(nbytes) is int else None
+        return next((slab for slab in reversed(shelf.placed) if slab.number == number), None) if shelf else None
 
     def reclaim(self, holder: Incarnation) -> None:
         """`holder` is lost: let go of what it held."""
@@ -337,12 +363,24 @@ class SharedMemory:
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
 
-    def take_back(self, descriptor: Descriptor) -> None:
-        """See `SlabPool.take_back`."""
+    def take_back(self, peer: Incarnation, descriptor: Descriptor) -> None:
+        """`peer` was not told of `descriptor` after all."""
         self._pool.take_back(descriptor)
+        self._attachments.take_back(peer, descriptor)
+
+    def hand_back(self, peer: Incarnation, buffers: list[Any]) -> list[Descriptor]:
+        """See `Attachments.hand_back`."""
+        return self._attachments.hand_back(peer, buffers)
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
-        """See `Attachments.fetch`."""
+        """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
+
+        Raises:
+            ProtocolError: the slab is not there, or it is smaller, or `source` has handed back what it does not hold.
+        """
+        own = self._pool.take_home(source, descriptor)
+        if own is not None:
+            return self._attachments.lend(own, _NOBODY, descriptor)
         return self._attachments.fetch(source, descriptor)
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:

@@ -58,9 +58,9 @@ class Arriving:
 
 
 class Exported:
-    """Bytes that stay where they are, in memory of a device: what travels is a note that says where.
+    """Bytes that stay where they are, in memory of a device or of the receiver: what travels says where that is.
 
-    It is sent once at most. One that dies before it has left is nobody's: its memory is used again.
+    It is sent once at most. One in memory of a device that dies before it has left is nobody's: that is used again.
 
     Attributes:
         nbytes: how many bytes.
@@ -72,7 +72,7 @@ class Exported:
         return self.nbytes
 
     def descriptor(self) -> list[Any]:
-        """The descriptor of the note, once the bytes are there.
+        """Where they are, once they are there.
 
         Raises:
             DeviceError: they will not come.
@@ -105,6 +105,7 @@ class Envelope:
         buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
         damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
         is_arriving: some of `buffers` is `Arriving` or `Exported`: to send it takes a while.
+        is_last_use: its sender needs nothing of `buffers` any more.
     """
 
     message: Message
@@ -115,6 +116,7 @@ class Envelope:
     buffers: Sequence[Buffer | Arriving | Exported] = field(default_factory=list)
     damage: ProtocolError | None = None
     is_arriving: bool = False
+    is_last_use: bool = False
 
 
 def nbytes_of(buffers: Sequence[Buffer | Arriving | Exported]) -> int:

@@ -46,6 +46,10 @@ class Payload:
     passengers: dict[bytes, Any] | None = None
     after: Callable[[], object] | None = None
 
+    def let_go(self) -> None:
+        """It was read or sealed: keep nothing of its memory, which what was made of it may be the last to see."""
+        self.tensors, self.buffers = [], ()
+
     def has_left(self) -> None:
         """Tell its passengers that it is on its way."""
         for passenger in (self.passengers or {}).values():

@@ -23,7 +23,7 @@ from zrpc.transport.copying import Copier
 from zrpc.transport.slab import size_class
 from zrpc.transport.slabs import MIN_NBYTES, SharedMemory, SlabPool
 from zrpc.wire import pickling
-from zrpc.wire.envelope import Arriving, decode, encode
+from zrpc.wire.envelope import Arriving, Exported, decode, encode
 from zrpc.wire.messages import Reply
 from zrpc.wire.payload import open_payload, seal
 
@@ -274,6 +274,130 @@ def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None
         assert sender.counts()["held"] == 0
         assert attachments.fetch(A, place(sender, buffer(100_000, 1))) == buffer(100_000, 1)
         assert sender.counts()["slabs"] == 1
+
+
+# ---- handed back -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def pair() -> Iterator[tuple[SharedMemory, SharedMemory]]:
+    """The shared memory of A and that of B, which have met."""
+    a, b = SharedMemory(), SharedMemory()
+    try:
+        for _ in range(2):
+            a.meet(B, b.card())
+            b.meet(A, a.card())
+        yield a, b
+    finally:
+        a.close()
+        b.close()
+
+
+def send(sender: SharedMemory, to: bytes, raw: memoryview) -> list[Any]:
+    placing = sender.placing(to)
+    assert placing is not None
+    descriptor = placing(raw)
+    assert descriptor is not None
+    return descriptor
+
+
+def returned(memory: SharedMemory, to: bytes, buffers: list[Any]) -> list[Any] | None:
+    """The descriptor by which the one buffer is handed back to `to`, if it is."""
+    handed = memory.hand_back(to, buffers)
+    assert len(handed) == isinstance(buffers[0], Exported)
+    return handed[0] if handed else None
+
+
+def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
+    with pair() as (a, b):
+        descriptor = send(a, B, buffer(100_000))
+        received = b.fetch(A, descriptor)
+        received[0] = 77
+        buffers = [received]
+        del received
+        back = returned(b, A, buffers)
+        assert back == descriptor
+        assert isinstance(buffers[0], Exported)
+        home = a.fetch(B, back)
+        assert home[0] == 77
+        assert home[1:] == buffer(100_000)[1:]
+        assert a.counts()["held"] == 1
+        a.forget(B)
+        assert a.counts()["held"] == 1, "it is with A, whatever becomes of B"
+        other = send(b, A, buffer(100_000, 1))
+        del home
+        assert a.counts()["held"] == 0
+        assert b.counts() | {"nbytes": 0} == {"slabs": 1, "held": 1, "nbytes": 0, "placed": 1}
+        assert a.fetch(B, other) == buffer(100_000, 1)
+
+
+@pytest.mark.parametrize("kept", [slice(None), slice(5, 6)])
+def test_what_somebody_sees_yet_stays(kept: slice) -> None:
+    with pair() as (a, b):
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        part = buffers[0][kept]
+        assert returned(b, A, buffers) is None
+        assert buffers[0] == buffer(100_000)
+        buffers.clear()
+        assert a.counts()["held"] == 1
+        assert part == buffer(100_000)[kept]
+        del part
+        assert a.counts()["held"] == 0
+
+
+def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
+    with pair() as (a, b):
+        tensor = torch.frombuffer(b.fetch(A, send(a, B, buffer(100_000))), dtype=torch.uint8)
+        alias = tensor.view(100, 1000).t()
+        buffers = [tensor.numpy().data]
+        del tensor
+        assert returned(b, A, buffers) is None
+        del alias
+        assert returned(b, A, buffers) is not None
+
+
+def test_only_its_owner_gets_a_slab_back() -> None:
+    with pair() as (a, b):
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        assert returned(b, b"C" * 8, buffers) is None
+        own: list[Any] = [buffer(100_000)]
+        assert returned(b, A, own) is None
+        assert own == [buffer(100_000)]
+        home = a.fetch(B, returned(b, A, buffers) or [])
+        assert returned(a, A, [home]) is None, "it is with its owner already"
+        assert returned(a, B, [home]) is None
+
+
+def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
+    with pair() as (a, b):
+        buffers = [b.fetch(A, send(a, B, buffer(1_000_000)))[:100_000]]
+        assert returned(b, A, buffers) is None
+        buffers.clear()
+        assert a.counts()["held"] == 0
+
+
+def test_what_is_handed_back_and_not_sent_is_free() -> None:
+    with pair() as (a, b):
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        back = returned(b, A, buffers)
+        assert back is not None
+        assert a.counts()["held"] == 1
+        b.take_back(A, back)
+        assert a.counts()["held"] == 0
+
+
+def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:
+    with pair() as (a, b):
+        descriptor = send(a, B, buffer(100_000))
+        with pytest.raises(ProtocolError, match="does not hold it"):
+            a.fetch(b"C" * 8, descriptor)
+        home = a.fetch(B, descriptor)
+        with pytest.raises(ProtocolError, match="does not hold it"):
+            a.fetch(B, descriptor)
+        del home
+        with pytest.raises(ProtocolError, match="does not hold it"):
+            a.fetch(B, descriptor)
+        assert b.counts()["placed"] == 0
 
 
 def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
