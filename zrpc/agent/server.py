@@ -171,13 +171,14 @@ class Server:
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
-            if payload is not None and envelope.buffers:
-                payload.let_go()  # where nobody else sees that memory either, it may go along
-                envelope.is_last_use = True
+            if envelope.buffers:
                 self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
             if envelope.is_arriving:
                 self._send_soon(partial(self._send_arriving, request, envelope, payload))
             else:
+                if payload is not None and envelope.buffers:
+                    payload.let_go()  # where nobody else sees that memory either, it may go along
+                    envelope.is_last_use = True
                 self._peers.send(to, envelope)
                 if payload is not None and payload.passengers:
                     payload.has_left()

@@ -105,7 +105,8 @@ class Attachments:
         memory = loan.memory
         if size_class(nbytes) != memory.room or memory.is_retired():
             return False
-        del self._loans[memory.address]  # so it stays held
+        if self._loans.pop(memory.address, None) is None:  # so it stays held; or another message sees it and tries now
+            return False
         buffers[index] = _HandedBack([*loan.descriptor[:-1], nbytes])
         seen = loan.reference()
         if seen is None:

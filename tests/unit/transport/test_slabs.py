@@ -6,6 +6,8 @@ import gc
 import mmap
 import os
 import resource
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from zrpc.wire.messages import Reply
 from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
@@ -366,6 +368,56 @@ def test_only_its_owner_gets_a_slab_back() -> None:
         home = a.fetch(B, returned(b, A, buffers) or [])
         assert returned(a, A, [home]) is None, "it is with its owner already"
         assert returned(a, B, [home]) is None
+
+
+class Interrupted(list[Any]):
+    """The one buffer of a message: `looked()` is called after each look at it, `let_go()` once it was let go of."""
+
+    def __init__(self, buffer: memoryview, looked: Callable[[], object], let_go: Callable[[], object]) -> None:
+        super().__init__([buffer])
+        self._looked = looked
+        self._let_go = let_go
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self._looked()
+        return found
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        self._let_go()
+
+
+def test_of_two_messages_at_once_none_hands_back_what_the_other_sees() -> None:
+    with pair() as (a, b), ThreadPoolExecutor(1) as thread:
+        received = b.fetch(A, send(a, B, buffer(100_000)))
+        has_let_go, may_go_on = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            has_let_go.set()
+            assert may_go_on.wait(10)
+
+        other = Interrupted(received, bool, wait)
+        looks: list[Future[list[Any]]] = []
+
+        def meanwhile() -> None:
+            if len(looks) == 2:  # the third look: it is found to be a loan, and not yet let go of
+                looks.append(thread.submit(b.hand_back, A, other))
+                assert has_let_go.wait(10)
+            else:
+                looks.append(Future())
+
+        buffers = Interrupted(received, meanwhile, bool)
+        del received
+        assert b.hand_back(A, buffers) == []
+        assert len(looks) >= 3
+        may_go_on.set()
+        assert looks[2].result(10) == []
+        assert buffers[0] == other[0] == buffer(100_000)
+        buffers.clear()
+        assert a.counts()["held"] == 1
+        other.clear()
+        assert a.counts()["held"] == 0
 
 
 def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
