@@ -157,7 +157,7 @@ SENDERS: list[Callable[[str, int], None]] = [
 def write_again(rank: int, path: str, nbytes: int) -> None:
     if path == CHUNKS:
         chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
-        inbox.COPY_MAX_NBYTES = COPY_MAX_NBYTES
+        inbox.SEND_COPY_MAX_NBYTES = COPY_MAX_NBYTES
     meet(rank, path)
     failed: list[str] = []
 

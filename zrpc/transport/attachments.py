@@ -1,4 +1,4 @@
-"""The slabs of other workers that this one has mapped, and the loans made of them."""
+"""The slabs of other workers that this one has mapped, and the loans made of them and of own slabs that came home."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from zrpc.errors import ProtocolError
-from zrpc.transport.slab import Descriptor, Pins, SlabMemory, address_of, open_slab, size_class
+from zrpc.transport.slab import NOBODY, Descriptor, SlabMemory, address_of, open_slab, size_class
 from zrpc.wire.envelope import Exported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
 T = TypeVar("T")
@@ -46,14 +47,15 @@ class Attachments:
     """What `fetch` hands out is a loan: its slab is free again when nobody sees it any more.
 
     The table of slabs is owned by the lock. Loans are entered and taken out by single dict operations, which are
-    atomic: one may die anywhere, inside a garbage collection too.
+    atomic: one may die anywhere, inside a garbage collection too. `hand_back` takes one out that its message holds, and
+    puts it in again if it did not die then. Of a death it may be told late, when the slab is lent anew already: so each
+    takes out itself alone.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mapped: dict[tuple[Incarnation, int], SlabMemory] = {}
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
-        self._pins: Pins | None = None
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
@@ -74,46 +76,44 @@ class Attachments:
         loan = memory.view(descriptor[-1])
         address = memory.address
 
-        def give_back(_: weakref.ref[Any]) -> None:
-            if self._loans.pop(address, None) is not None:
+        def give_back(reference: weakref.ref[Any]) -> None:
+            known = self._loans.get(address)
+            if known is not None and known.reference is reference:
+                del self._loans[address]
                 memory.free()
 
         self._loans[address] = _Loan(weakref.ref(loan, give_back), memory, owner, descriptor)
         return loan.data
 
-    def hand_back(self, owner: Incarnation, buffers: list[Any]) -> list[Descriptor]:
+    def hand_back(self, owner: Incarnation, buffers: list[Any], handed: list[Descriptor]) -> None:
         """Give slabs of `owner` back, held, with a message to it.
 
         Args:
             owner: of the slabs, and who gets the message.
             buffers: of the message. Those that fill a slab of `owner`, and that nobody else sees, become `Exported`.
-
-        Returns:
-            The descriptors of these slabs.
+            handed: gets the descriptors of these slabs.
         """
-        handed: list[Descriptor] = []
         for index in range(len(buffers)):
             if isinstance(buffers[index], memoryview):
                 loan = self._loans.get(address_of(buffers[index]))
-                if loan is not None and loan.owner == owner and self._hand_back(loan, buffers, index):
-                    handed.append(buffers[index].descriptor())
-        return handed
+                if loan is not None and loan.owner == owner:
+                    self._hand_back(loan, buffers, index, handed)
 
-    def _hand_back(self, loan: _Loan, buffers: list[Any], index: int) -> bool:
+    def _hand_back(self, loan: _Loan, buffers: list[Any], index: int, handed: list[Descriptor]) -> None:
         """Nobody else sees it if it dies with the message's own reference."""
-        nbytes = buffers[index].nbytes
-        memory = loan.memory
-        if size_class(nbytes) != memory.room or memory.is_retired():
-            return False
+        memory, descriptor = loan.memory, [*loan.descriptor[:-1], buffers[index].nbytes]
+        is_known = self._mapped.get((loan.owner, memory.number)) is memory  # else its owner is lost to this worker
+        if not is_known or memory.is_retired() or size_class(descriptor[-1]) != memory.room:
+            return
         if self._loans.pop(memory.address, None) is None:  # so it stays held; or another message sees it and tries now
-            return False
-        buffers[index] = _HandedBack([*loan.descriptor[:-1], nbytes])
+            return
+        buffers[index] = _HandedBack(descriptor)
         seen = loan.reference()
         if seen is None:
-            return True
-        self._loans[memory.address] = loan
-        buffers[index] = seen.data[:nbytes]
-        return False
+            handed.append(descriptor)
+        else:
+            self._loans[memory.address] = loan
+            buffers[index] = seen.data[: descriptor[-1]]
 
     def take_back(self, owner: Incarnation, descriptor: Descriptor) -> None:
         """`owner` was not told, after all, that the slab that `descriptor` tells of is its own again: it is free."""
@@ -123,13 +123,13 @@ class Attachments:
             memory.free()
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:
-        """Have `pins` pin the slab that `buffer` lies in, if it is one that `fetch` has handed out. Once a slab."""
+        """Have `pins` pin the slab that `buffer` lies in, if it is one that `lend` has handed out. Once a slab."""
         loan = self._loans.get(address_of(buffer))
         if loan is None or loan.memory.was_pinned:
             return
         with self._lock:
-            self._pins = pins
-            if any(memory is loan.memory for memory in self._mapped.values()):  # else nobody would unpin it
+            is_home = loan.owner == NOBODY and not loan.memory.is_retired()
+            if is_home or any(memory is loan.memory for memory in self._mapped.values()):  # else nobody would unpin it
                 loan.memory.pin(pins)
 
     def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
@@ -138,7 +138,7 @@ class Attachments:
         The mapping goes when its owner has let go of the slab or is gone, but not while anybody sees `buffer`.
 
         Raises:
-            ProtocolError: `buffer` is not one that `fetch` has handed out.
+            ProtocolError: `buffer` is not one that `lend` has handed out.
         """
         loan = self._loans.get(address_of(buffer))
         if loan is None:
@@ -160,9 +160,7 @@ class Attachments:
     def _let_go(self, keys: Iterable[tuple[Incarnation, int]]) -> None:
         """Keep these no longer. Call it under the lock."""
         for key in keys:
-            memory = self._mapped.pop(key)
-            if self._pins is not None:
-                memory.unpin(self._pins)
+            self._mapped.pop(key).unpin()
 
     def _map(self, source: Incarnation, pid: int, fd: int, number: int) -> SlabMemory:
         with self._lock:

@@ -81,6 +81,8 @@ class Carrier:
     def send(self, peer: Incarnation, envelope: Envelope) -> None:
         """Send `envelope`; buffers that go through sockets must stay unchanged until the message was answered.
 
+        It gives up those that nobody else sees, where it is their last use.
+
         Raises:
             PeerLostError: the worker is not connected, or known to be lost.
             AgentClosedError: this end is closed.
@@ -88,10 +90,7 @@ class Carrier:
         """
         placed: list[list[Any]] = []
         try:
-            if envelope.is_last_use and self._shared_memory is not None:
-                envelope.buffers = buffers = list(envelope.buffers)
-                placed += self._shared_memory.hand_back(peer, buffers)
-            self._lanes.send(peer, encode(envelope, self._placing(peer, placed) if envelope.buffers else None))
+            self._lanes.send(peer, self._encoded(peer, envelope, placed))
         except PeerLostError:
             self.forget(peer)
             raise
@@ -103,6 +102,26 @@ class Carrier:
             for buffer in envelope.buffers:
                 if isinstance(buffer, Exported):
                     buffer.has_left()
+
+    def _encoded(self, peer: Incarnation, envelope: Envelope, placed: list[list[Any]]) -> list[Buffer]:
+        """Its frames. `placed` gets the descriptors of what goes ahead of it.
+
+        What is handed back is taken back only if nothing was sent: else `peer` may hold it already.
+        """
+        if not envelope.buffers:
+            return encode(envelope)
+        memory = self._shared_memory
+        if memory is None or not envelope.is_last_use:
+            return encode(envelope, self._placing(peer, placed))
+        handed: list[list[Any]] = []
+        envelope.buffers = buffers = list(envelope.buffers)
+        try:
+            memory.hand_back(peer, buffers, handed)
+            return encode(envelope, self._placing(peer, placed))
+        except BaseException:
+            for descriptor in handed:
+                memory.take_handed_back(peer, descriptor)
+            raise
 
     def serve_devices(self, make: Callable[[int], Bytes], pins: Pins) -> Callable[[Buffer], None]:
         """What comes is brought to devices.
@@ -168,7 +187,7 @@ class Carrier:
     def _take_back(self, peer: Incarnation, descriptor: list[Any]) -> None:
         """The envelope that was to name `descriptor` could not be sent."""
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            self._shared_memory.take_back(peer, descriptor)
+            self._shared_memory.take_back(descriptor)
         else:
             self._transfers.take_back(peer, descriptor)
 

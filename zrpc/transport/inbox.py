@@ -48,7 +48,7 @@ STREAK_S = 0.01
 UNREAD_MAX_S = 0.02
 STREAK = 3
 CLOSE_WAIT_S = 5.0
-COPY_MAX_NBYTES = 512 << 10
+SEND_COPY_MAX_NBYTES = 512 << 10
 """Larger frames are sent without a copy. That costs a change of threads: pyzmq has a thread that lets go of the memory,
 and it wants the interpreter's lock. Echoes over loopback TCP, without and with the copy: 330 and 250 µs of 100 KiB, 530
 and 350 of 512 KiB; from 1 MiB on no difference shows, and series of large ones are a quarter slower with it."""
@@ -278,7 +278,7 @@ class Inbox:
 
 
 def send_frames(sock: Socket, frames: list[Buffer]) -> None:
-    """Send one message without blocking; the memory of frames over `COPY_MAX_NBYTES` must stay as it is until it left.
+    """Send one message without blocking. Until it has left, the memory of large frames must stay as it is.
 
     Raises:
         zmq.Again: the high-water mark is reached; nothing was sent.
@@ -287,7 +287,7 @@ def send_frames(sock: Socket, frames: list[Buffer]) -> None:
     last = len(frames) - 1
     for index, frame in enumerate(frames):
         flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-        sock.send(frame, flags, copy=len(frame) <= COPY_MAX_NBYTES)
+        sock.send(frame, flags, copy=len(frame) <= SEND_COPY_MAX_NBYTES)
 
 
 def _nothing() -> None:

@@ -10,7 +10,8 @@ milliseconds, while the kernel lets one that wakes up go first. A yield that tak
 wants the processor, or the interpreter's lock. Where such yields take more than `TAKEN_MAX_S` within `WINDOW_S` nobody
 polls here for `CALM_S`, unless it was ZeroMQ's thread, with large messages, for `OWN_SHARE` of the time. Measured with
 two processes that compute on two processors: yields of 3 ms, which take 40-70 % of the time; a no-op call takes
-160-1,500 µs if its ends poll, and 130 if they sleep. A few shorter ones in a row, up to 5 ms within 20, come where both
+160-1,500 µs if its ends poll, and 130 if they sleep. No three yields are enough, however long they take: a library that
+keeps the interpreter's lock for once tells nothing. A few shorter ones in a row, up to 5 ms within 20, come where both
 ends of a call were put on one processor, and the kernel soon parts them.
 
 Who sends gives way too, once for each message that it has polled for: ZeroMQ's I/O thread, which does not interrupt it
@@ -100,7 +101,7 @@ class Polling:
         if now - self._window_began > WINDOW_S:
             self._window_began, self._taken_s = now, 0.0
         if not was_own:
-            self._taken_s += took_s
+            self._taken_s += min(took_s, TAKEN_MAX_S / 3)
         if self._taken_s > TAKEN_MAX_S:
             self._window_began, self._no_poll_until = 0.0, now + CALM_S
 

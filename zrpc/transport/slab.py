@@ -29,6 +29,9 @@ _STATE, _RETIRED = 0, 1
 _NUMBER = slice(8, 16)
 """Where the slab's number stands: a random one, so that no other file can be taken for it."""
 
+NOBODY = b""
+"""In place of the worker that holds a slab, or owns it: it came home."""
+
 Descriptor = list[Any]
 """`[pid, fd, number, nbytes]`: where to find a slab, its number, and how much of it is filled."""
 
@@ -61,15 +64,17 @@ class SlabMemory:
     Attributes:
         address: where its room begins.
         beside: what was made here of what the slab says; it goes with the mapping.
+        was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_is_pinned", "_mapped", "address", "beside")
+    __slots__ = ("_mapped", "_pins", "address", "beside", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
         self.address = address_of(mapped) + HEADER_NBYTES
         self.beside: object = None
-        self._is_pinned: bool | None = None  # None: that was not tried
+        self.was_pinned = False
+        self._pins: Pins | None = None  # of who has pinned it
 
     @property
     def number(self) -> int:
@@ -105,21 +110,18 @@ class SlabMemory:
         """Its owner has let go of it. For its owner."""
         self._mapped[_RETIRED] = 1
 
-    @property
-    def was_pinned(self) -> bool:
-        """Whether to pin it was tried."""
-        return self._is_pinned is not None
-
     def pin(self, pins: Pins) -> None:
-        """Pin it, unless that was tried before. The attachments' lock owns whether it is."""
-        if self._is_pinned is None:
-            self._is_pinned = pins.register(self.address - HEADER_NBYTES, len(self._mapped))
+        """Pin it, unless that was tried before. For attachments, under their lock."""
+        if not self.was_pinned:
+            self.was_pinned = True
+            self._pins = pins if pins.register(self.address - HEADER_NBYTES, len(self._mapped)) else None
 
-    def unpin(self, pins: Pins) -> None:
+    def unpin(self) -> None:
         """Undo it; it is not pinned again."""
-        if self._is_pinned:
+        self.was_pinned = True
+        pins, self._pins = self._pins, None
+        if pins is not None:
             pins.unregister(self.address - HEADER_NBYTES)
-        self._is_pinned = False
 
     def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Its first `nbytes`, writable, not copied; they stay mapped as long as anybody sees them."""
@@ -157,6 +159,7 @@ class Slab:
     def retire(self) -> None:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
         self.memory.retire()
+        self.memory.unpin()
         os.close(self.fd)
 
 

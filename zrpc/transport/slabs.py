@@ -46,7 +46,7 @@ from zrpc.transport.copying import Copier
 from zrpc.transport.headroom import available_nbytes
 from zrpc.transport.note import Note
 from zrpc.transport.probe import Probe
-from zrpc.transport.slab import Descriptor, Slab, size_class
+from zrpc.transport.slab import NOBODY, Descriptor, Slab, size_class
 from zrpc.wire.envelope import Arriving
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ ALLOWANCE_NBYTES = 64 << 20
 REFUSALS = 64
 """So many more slabs are refused, once there was not enough memory, before it is asked again."""
 _SWEEP = 16
-_NOBODY = b""
-"""In place of a worker: the slab is with its owner."""
 
 
 def is_supported() -> bool:
@@ -208,7 +206,7 @@ class SlabPool:
                 return None
             if slab.holder != holder or slab.memory.is_free():
                 raise ProtocolError("a slab came back from a worker that does not hold it")
-            slab.holder = _NOBODY
+            slab.holder = NOBODY
             return slab.memory
 
     def _find(self, descriptor: Descriptor) -> Slab | None:
@@ -253,7 +251,7 @@ class SlabPool:
         if self._may_grow(room):
             return self._make(room)
         self._warn(
-            f"receivers hold {self._count} slabs of {self._nbytes >> 20} MiB in all, "
+            f"{self._count} slabs of {self._nbytes >> 20} MiB in all are held, "
             f"and there may be {self._max_count} of {self._max_nbytes >> 20} MiB"
         )
         return None
@@ -363,14 +361,17 @@ class SharedMemory:
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
 
-    def take_back(self, peer: Incarnation, descriptor: Descriptor) -> None:
-        """`peer` was not told of `descriptor` after all."""
+    def take_back(self, descriptor: Descriptor) -> None:
+        """See `SlabPool.take_back`."""
         self._pool.take_back(descriptor)
-        self._attachments.take_back(peer, descriptor)
 
-    def hand_back(self, peer: Incarnation, buffers: list[Any]) -> list[Descriptor]:
+    def hand_back(self, peer: Incarnation, buffers: list[Any], handed: list[Descriptor]) -> None:
         """See `Attachments.hand_back`."""
-        return self._attachments.hand_back(peer, buffers)
+        self._attachments.hand_back(peer, buffers, handed)
+
+    def take_handed_back(self, peer: Incarnation, descriptor: Descriptor) -> None:
+        """See `Attachments.take_back`."""
+        self._attachments.take_back(peer, descriptor)
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
@@ -380,7 +381,7 @@ class SharedMemory:
         """
         own = self._pool.take_home(source, descriptor)
         if own is not None:
-            return self._attachments.lend(own, _NOBODY, descriptor)
+            return self._attachments.lend(own, NOBODY, descriptor)
         return self._attachments.fetch(source, descriptor)
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:

@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import resource
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
@@ -305,7 +307,8 @@ def send(sender: SharedMemory, to: bytes, raw: memoryview) -> list[Any]:
 
 def returned(memory: SharedMemory, to: bytes, buffers: list[Any]) -> list[Any] | None:
     """The descriptor by which the one buffer is handed back to `to`, if it is."""
-    handed = memory.hand_back(to, buffers)
+    handed: list[Any] = []
+    memory.hand_back(to, buffers, handed)
     assert len(handed) == isinstance(buffers[0], Exported)
     return handed[0] if handed else None
 
@@ -398,25 +401,83 @@ def test_of_two_messages_at_once_none_hands_back_what_the_other_sees() -> None:
             assert may_go_on.wait(10)
 
         other = Interrupted(received, bool, wait)
-        looks: list[Future[list[Any]]] = []
+        handed: list[Any] = []
+        looks: list[Future[None]] = []
 
         def meanwhile() -> None:
             if len(looks) == 2:  # the third look: it is found to be a loan, and not yet let go of
-                looks.append(thread.submit(b.hand_back, A, other))
+                looks.append(thread.submit(b.hand_back, A, other, handed))
                 assert has_let_go.wait(10)
             else:
                 looks.append(Future())
 
         buffers = Interrupted(received, meanwhile, bool)
         del received
-        assert b.hand_back(A, buffers) == []
+        b.hand_back(A, buffers, handed)
         assert len(looks) >= 3
         may_go_on.set()
-        assert looks[2].result(10) == []
+        looks[2].result(10)
+        assert not handed
         assert buffers[0] == other[0] == buffer(100_000)
         buffers.clear()
         assert a.counts()["held"] == 1
         other.clear()
+        assert a.counts()["held"] == 0
+
+
+class Late:
+    """Stops the thread that it traces where a loan is to be given back."""
+
+    def __init__(self) -> None:
+        self.arrived, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        del event, argument
+        if frame.f_code.co_name == "give_back":
+            self.arrived.set()
+            assert self.go_on.wait(10)
+
+
+def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> None:
+    with pair() as (a, b):
+        descriptor = send(a, B, buffer(100_000))
+        received = b.fetch(A, descriptor)
+        part = [received[5:6]]
+        late, is_let_go_of = Late(), threading.Event()
+
+        def drop() -> None:
+            assert is_let_go_of.wait(10)
+            sys.settrace(late)
+            part.clear()
+            sys.settrace(None)
+
+        def let_go() -> None:
+            is_let_go_of.set()
+            assert late.arrived.wait(10)
+
+        thread = threading.Thread(target=drop)
+        thread.start()
+        buffers = Interrupted(received, bool, let_go)
+        del received
+        back = returned(b, A, buffers)
+        assert back == descriptor
+        a.fetch(B, back)
+        again = send(a, B, buffer(100_000, 1))
+        assert again[2] == descriptor[2]
+        received = b.fetch(A, again)
+        late.go_on.set()
+        thread.join()
+        assert a.counts()["held"] == 1
+        send(a, B, buffer(100_000, 2))
+        assert received == buffer(100_000, 1)
+
+
+def test_nothing_is_handed_back_to_a_worker_that_is_lost() -> None:
+    with pair() as (a, b):
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        b.forget(A)
+        assert returned(b, A, buffers) is None
+        buffers.clear()
         assert a.counts()["held"] == 0
 
 
@@ -434,7 +495,7 @@ def test_what_is_handed_back_and_not_sent_is_free() -> None:
         back = returned(b, A, buffers)
         assert back is not None
         assert a.counts()["held"] == 1
-        b.take_back(A, back)
+        b.take_handed_back(A, back)
         assert a.counts()["held"] == 0
 
 
@@ -609,6 +670,20 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
         assert not pins.pinned
         attachments.pin(kept, pins)
         assert not pins.pinned, "nobody would unpin it"
+
+
+def test_a_slab_that_came_home_is_pinned_until_it_is_let_go_of() -> None:
+    pins = Pins()
+    with pair() as (a, b):
+        for seed in range(3):
+            home = a.fetch(B, returned(b, A, [b.fetch(A, send(a, B, buffer(100_000, seed)))]) or [])
+            a.pin(home, pins)
+            assert home == buffer(100_000, seed)
+            del home
+        assert pins.tried == 1
+        assert pins.pinned
+        a.close()
+        assert not pins.pinned
 
 
 def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> None:

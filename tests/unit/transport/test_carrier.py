@@ -1,0 +1,97 @@
+"""Sending: what becomes of memory that both sides share where a message cannot be sent."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.unit.transport.test_slabs import A, B, buffer, pair, send
+from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
+from zrpc.transport import slabs
+from zrpc.transport.carrier import Carrier
+from zrpc.wire.envelope import Envelope, decode
+from zrpc.wire.messages import Reply
+
+if TYPE_CHECKING:
+    from zrpc.transport.slabs import SharedMemory
+    from zrpc.wire.envelope import Buffer
+
+pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
+
+
+class Wire:
+    """In place of sockets: keeps what is sent, and then raises `error`, if there is one."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Buffer]] = []
+        self.error: Exception | None = None
+
+    def send(self, peer: bytes, frames: list[Buffer]) -> None:
+        assert peer == A
+        if not isinstance(self.error, PeerLostError):
+            self.sent.append(list(frames))
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def wire() -> Wire:
+    return Wire()
+
+
+def carrier(wire: Wire, memory: SharedMemory) -> Carrier:
+    endpoint: Any = SimpleNamespace(send=wire.send, credit_nbytes=1 << 30, inbox=None, interrupt=None, incarnation=B)
+    return Carrier(endpoint, memory)
+
+
+def answer(a: SharedMemory, b: SharedMemory, extras: dict[str, Any] | None = None) -> Envelope:
+    """What B answers A with: what A has sent."""
+    came = b.fetch(A, send(a, B, buffer(100_000)))
+    return Envelope(Reply(), 1, extras, b"", (), [came], is_last_use=True)
+
+
+def test_what_is_sent_back_is_handed_back(wire: Wire) -> None:
+    with pair() as (a, b):
+        carrier(wire, b).send(A, answer(a, b))
+        assert b.counts()["placed"] == 0
+        assert a.counts()["held"] == 1
+        arrived = decode(wire.sent[0], partial(a.fetch, B))
+        assert arrived.buffers[0] == buffer(100_000)
+        del arrived
+        assert a.counts()["held"] == 0
+
+
+def test_where_the_message_cannot_be_packed_the_slab_is_free(wire: Wire) -> None:
+    with pair() as (a, b):
+        with pytest.raises(ProtocolError, match="cannot be packed"):
+            carrier(wire, b).send(A, answer(a, b, {"unpackable": object()}))
+        assert not wire.sent
+        assert a.counts()["held"] == 0
+
+
+def test_where_the_message_may_have_left_the_slab_stays(wire: Wire) -> None:
+    with pair() as (a, b):
+        wire.error = AgentClosedError("too late")
+        with pytest.raises(AgentClosedError):
+            carrier(wire, b).send(A, answer(a, b))
+        other = b.fetch(A, send(a, B, buffer(100_000, 1)))
+        arrived = decode(wire.sent[0], partial(a.fetch, B))
+        assert arrived.buffers[0] == buffer(100_000)
+        assert other == buffer(100_000, 1)
+        assert a.counts()["held"] == 2
+
+
+def test_to_a_peer_that_is_lost_nothing_is_handed_back(wire: Wire) -> None:
+    with pair() as (a, b):
+        end = carrier(wire, b)
+        late = [answer(a, b)]
+        wire.error = PeerLostError("it is gone")
+        with pytest.raises(PeerLostError):
+            end.send(A, Envelope(Reply(), 2))
+        with pytest.raises(PeerLostError):
+            end.send(A, late.pop())
+        wire.error = None  # its traceback holds what it passed
+        assert a.counts()["held"] == 0
