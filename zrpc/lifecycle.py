@@ -26,7 +26,8 @@ from zrpc.rref.context import RRefContext
 from zrpc.rref.context import install as install_rrefs
 from zrpc.transport import descriptors
 from zrpc.transport.peer import PeerEndpoint
-from zrpc.transport.slabs import SharedMemory, is_supported
+from zrpc.transport.shared_memory import SharedMemory
+from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
 
 if TYPE_CHECKING:

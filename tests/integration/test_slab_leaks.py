@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from tests.integration.harness import Cluster
-    from zrpc.transport.slabs import SharedMemory
+    from zrpc.transport.shared_memory import SharedMemory
 
 KILLS = int(os.environ.get("ZRPC_KILLS", "10"))
 SEED = int(os.environ.get("ZRPC_SEED", "7"))

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from zrpc.staging.streams import Streams
     from zrpc.transport.endpoint import Endpoint
     from zrpc.transport.inbox import Awaited, Work
-    from zrpc.transport.slabs import SharedMemory
+    from zrpc.transport.shared_memory import SharedMemory
     from zrpc.wire.envelope import Envelope
 
 log = logging.getLogger("zrpc")

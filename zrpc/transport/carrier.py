@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from zrpc.transport.endpoint import Endpoint, OnLost
     from zrpc.transport.inbox import Work
     from zrpc.transport.note import Note
+    from zrpc.transport.shared_memory import SharedMemory
     from zrpc.transport.slab import Pins
-    from zrpc.transport.slabs import SharedMemory
     from zrpc.wire.envelope import Arriving, Buffer
 
     OnEnvelope = Callable[[Incarnation, Envelope], Work | None]

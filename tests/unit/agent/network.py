@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import OnJoined, OnLeft
     from zrpc.transport.endpoint import OnFrames, OnLost
-    from zrpc.transport.slabs import SharedMemory
+    from zrpc.transport.shared_memory import SharedMemory
     from zrpc.wire.messages import Message
 
 WAIT_S = 20.0

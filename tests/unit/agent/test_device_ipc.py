@@ -17,7 +17,7 @@ from zrpc.config import RpcBackendOptions
 from zrpc.errors import PeerLostError
 from zrpc.staging import handover
 from zrpc.transport import slabs
-from zrpc.transport.slabs import SharedMemory
+from zrpc.transport.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

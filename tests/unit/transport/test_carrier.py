@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.transport.test_slabs import A, B, buffer, pair, send
+from tests.unit.transport.test_shared_memory import pair, send
+from tests.unit.transport.test_slabs import A, B, buffer
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.carrier import Carrier
@@ -16,7 +17,7 @@ from zrpc.wire.envelope import Envelope, decode
 from zrpc.wire.messages import Reply
 
 if TYPE_CHECKING:
-    from zrpc.transport.slabs import SharedMemory
+    from zrpc.transport.shared_memory import SharedMemory
     from zrpc.wire.envelope import Buffer
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")

@@ -11,7 +11,7 @@ from zrpc.errors import ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.note import Note
-from zrpc.transport.slabs import SharedMemory
+from zrpc.transport.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

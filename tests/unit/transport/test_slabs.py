@@ -6,9 +6,6 @@ import gc
 import mmap
 import os
 import resource
-import sys
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +21,14 @@ from zrpc.transport import slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.slab import size_class
-from zrpc.transport.slabs import MIN_NBYTES, SharedMemory, SlabPool
+from zrpc.transport.slabs import MIN_NBYTES, SlabPool
 from zrpc.wire import pickling
-from zrpc.wire.envelope import Arriving, Exported, decode, encode
+from zrpc.wire.envelope import Arriving, decode, encode
 from zrpc.wire.messages import Reply
 from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
@@ -280,239 +276,6 @@ def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None
         assert sender.counts()["slabs"] == 1
 
 
-# ---- handed back -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def pair() -> Iterator[tuple[SharedMemory, SharedMemory]]:
-    """The shared memory of A and that of B, which have met."""
-    a, b = SharedMemory(), SharedMemory()
-    try:
-        for _ in range(2):
-            a.meet(B, b.card())
-            b.meet(A, a.card())
-        yield a, b
-    finally:
-        a.close()
-        b.close()
-
-
-def send(sender: SharedMemory, to: bytes, raw: memoryview) -> list[Any]:
-    placing = sender.placing(to)
-    assert placing is not None
-    descriptor = placing(raw)
-    assert descriptor is not None
-    return descriptor
-
-
-def returned(memory: SharedMemory, to: bytes, buffers: list[Any]) -> list[Any] | None:
-    """The descriptor by which the one buffer is handed back to `to`, if it is."""
-    handed: list[Any] = []
-    memory.hand_back(to, buffers, handed)
-    assert len(handed) == isinstance(buffers[0], Exported)
-    return handed[0] if handed else None
-
-
-def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
-    with pair() as (a, b):
-        descriptor = send(a, B, buffer(100_000))
-        received = b.fetch(A, descriptor)
-        received[0] = 77
-        buffers = [received]
-        del received
-        back = returned(b, A, buffers)
-        assert back == descriptor
-        assert isinstance(buffers[0], Exported)
-        home = a.fetch(B, back)
-        assert home[0] == 77
-        assert home[1:] == buffer(100_000)[1:]
-        assert a.counts()["held"] == 1
-        a.forget(B)
-        assert a.counts()["held"] == 1, "it is with A, whatever becomes of B"
-        other = send(b, A, buffer(100_000, 1))
-        del home
-        assert a.counts()["held"] == 0
-        assert b.counts() | {"nbytes": 0} == {"slabs": 1, "held": 1, "nbytes": 0, "placed": 1}
-        assert a.fetch(B, other) == buffer(100_000, 1)
-
-
-@pytest.mark.parametrize("kept", [slice(None), slice(5, 6)])
-def test_what_somebody_sees_yet_stays(kept: slice) -> None:
-    with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
-        part = buffers[0][kept]
-        assert returned(b, A, buffers) is None
-        assert buffers[0] == buffer(100_000)
-        buffers.clear()
-        assert a.counts()["held"] == 1
-        assert part == buffer(100_000)[kept]
-        del part
-        assert a.counts()["held"] == 0
-
-
-def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
-    with pair() as (a, b):
-        tensor = torch.frombuffer(b.fetch(A, send(a, B, buffer(100_000))), dtype=torch.uint8)
-        alias = tensor.view(100, 1000).t()
-        buffers = [tensor.numpy().data]
-        del tensor
-        assert returned(b, A, buffers) is None
-        del alias
-        assert returned(b, A, buffers) is not None
-
-
-def test_only_its_owner_gets_a_slab_back() -> None:
-    with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
-        assert returned(b, b"C" * 8, buffers) is None
-        own: list[Any] = [buffer(100_000)]
-        assert returned(b, A, own) is None
-        assert own == [buffer(100_000)]
-        home = a.fetch(B, returned(b, A, buffers) or [])
-        assert returned(a, A, [home]) is None, "it is with its owner already"
-        assert returned(a, B, [home]) is None
-
-
-class Interrupted(list[Any]):
-    """The one buffer of a message: `looked()` is called after each look at it, `let_go()` once it was let go of."""
-
-    def __init__(self, buffer: memoryview, looked: Callable[[], object], let_go: Callable[[], object]) -> None:
-        super().__init__([buffer])
-        self._looked = looked
-        self._let_go = let_go
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        self._looked()
-        return found
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        super().__setitem__(index, value)
-        self._let_go()
-
-
-def test_of_two_messages_at_once_none_hands_back_what_the_other_sees() -> None:
-    with pair() as (a, b), ThreadPoolExecutor(1) as thread:
-        received = b.fetch(A, send(a, B, buffer(100_000)))
-        has_let_go, may_go_on = threading.Event(), threading.Event()
-
-        def wait() -> None:
-            has_let_go.set()
-            assert may_go_on.wait(10)
-
-        other = Interrupted(received, bool, wait)
-        handed: list[Any] = []
-        looks: list[Future[None]] = []
-
-        def meanwhile() -> None:
-            if len(looks) == 2:  # the third look: it is found to be a loan, and not yet let go of
-                looks.append(thread.submit(b.hand_back, A, other, handed))
-                assert has_let_go.wait(10)
-            else:
-                looks.append(Future())
-
-        buffers = Interrupted(received, meanwhile, bool)
-        del received
-        b.hand_back(A, buffers, handed)
-        assert len(looks) >= 3
-        may_go_on.set()
-        looks[2].result(10)
-        assert not handed
-        assert buffers[0] == other[0] == buffer(100_000)
-        buffers.clear()
-        assert a.counts()["held"] == 1
-        other.clear()
-        assert a.counts()["held"] == 0
-
-
-class Late:
-    """Stops the thread that it traces where a loan is to be given back."""
-
-    def __init__(self) -> None:
-        self.arrived, self.go_on = threading.Event(), threading.Event()
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        del event, argument
-        if frame.f_code.co_name == "give_back":
-            self.arrived.set()
-            assert self.go_on.wait(10)
-
-
-def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> None:
-    with pair() as (a, b):
-        descriptor = send(a, B, buffer(100_000))
-        received = b.fetch(A, descriptor)
-        part = [received[5:6]]
-        late, is_let_go_of = Late(), threading.Event()
-
-        def drop() -> None:
-            assert is_let_go_of.wait(10)
-            sys.settrace(late)
-            part.clear()
-            sys.settrace(None)
-
-        def let_go() -> None:
-            is_let_go_of.set()
-            assert late.arrived.wait(10)
-
-        thread = threading.Thread(target=drop)
-        thread.start()
-        buffers = Interrupted(received, bool, let_go)
-        del received
-        back = returned(b, A, buffers)
-        assert back == descriptor
-        a.fetch(B, back)
-        again = send(a, B, buffer(100_000, 1))
-        assert again[2] == descriptor[2]
-        received = b.fetch(A, again)
-        late.go_on.set()
-        thread.join()
-        assert a.counts()["held"] == 1
-        send(a, B, buffer(100_000, 2))
-        assert received == buffer(100_000, 1)
-
-
-def test_nothing_is_handed_back_to_a_worker_that_is_lost() -> None:
-    with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
-        b.forget(A)
-        assert returned(b, A, buffers) is None
-        buffers.clear()
-        assert a.counts()["held"] == 0
-
-
-def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
-    with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(1_000_000)))[:100_000]]
-        assert returned(b, A, buffers) is None
-        buffers.clear()
-        assert a.counts()["held"] == 0
-
-
-def test_what_is_handed_back_and_not_sent_is_free() -> None:
-    with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
-        back = returned(b, A, buffers)
-        assert back is not None
-        assert a.counts()["held"] == 1
-        b.take_handed_back(A, back)
-        assert a.counts()["held"] == 0
-
-
-def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:
-    with pair() as (a, b):
-        descriptor = send(a, B, buffer(100_000))
-        with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(b"C" * 8, descriptor)
-        home = a.fetch(B, descriptor)
-        with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(B, descriptor)
-        del home
-        with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(B, descriptor)
-        assert b.counts()["placed"] == 0
-
-
 def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -567,40 +330,6 @@ def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monk
     assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
     with pool() as sender:
         assert sender.place(B, bytes(600_000)) is not None
-
-
-def test_memory_is_shared_with_whom_it_can_be() -> None:
-    ours, theirs, stranger = SharedMemory(), SharedMemory(), SharedMemory()
-    try:
-        assert ours.placing(B) is None, "not met yet"
-        ours.meet(B, theirs.card())
-        assert ours.placing(B) is None, "it has not tried yet whether it can open what is here"
-        assert theirs.placing(A) is None
-        theirs.meet(A, ours.card())
-        placing = ours.placing(B)
-        assert placing is not None
-        assert theirs.placing(A) is not None
-        descriptor = placing(buffer(100_000))
-        assert descriptor is not None
-        assert theirs.fetch(A, descriptor) == buffer(100_000)
-        ours.meet(b"C" * 8, stranger.card())
-        assert ours.placing(b"C" * 8) is None
-        ours.forget(B)
-        assert ours.placing(B) is None
-    finally:
-        for memory in (ours, theirs, stranger):
-            memory.close()
-
-
-def test_without_a_probe_there_is_no_shared_memory(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> int:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(os, "memfd_create", fail)
-    assert SharedMemory.make() is None
-    assert "shared memory is not used, sockets are: [Errno 24] Too many open files" in caplog.text
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------
@@ -670,20 +399,6 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
         assert not pins.pinned
         attachments.pin(kept, pins)
         assert not pins.pinned, "nobody would unpin it"
-
-
-def test_a_slab_that_came_home_is_pinned_until_it_is_let_go_of() -> None:
-    pins = Pins()
-    with pair() as (a, b):
-        for seed in range(3):
-            home = a.fetch(B, returned(b, A, [b.fetch(A, send(a, B, buffer(100_000, seed)))]) or [])
-            a.pin(home, pins)
-            assert home == buffer(100_000, seed)
-            del home
-        assert pins.tried == 1
-        assert pins.pinned
-        a.close()
-        assert not pins.pinned
 
 
 def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> None:
