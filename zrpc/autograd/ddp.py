@@ -8,6 +8,10 @@ old `.grad` back.
 
 Which models are concerned is noted when their `forward` runs in a context. There is no public hook for that, so
 `watch_models` wraps the method.
+
+The process groups of these models are kept until the process ends. torch's hang for ever if they are destroyed before
+their thread has let go of its last work: the destructor waits for that thread with the interpreter's lock, and the
+thread wants the lock. A model that is the last to hold its group, and dies right after a pass, would run into that.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 _Model: Any = DistributedDataParallel
 _FORWARD = _Model.forward
 
+_groups: set[Any] = set()
+"""The process groups. Adding to it is atomic."""
+
 
 def watch_models(current: Callable[[], DistAutogradContext | None]) -> None:
     """From now on note, in the context that `current` returns, which DistributedDataParallel models run in it."""
@@ -36,6 +43,7 @@ def watch_models(current: Callable[[], DistAutogradContext | None]) -> None:
         context = current()
         if context is not None:
             context.whole_models.add(model)
+            _groups.add(model.process_group)
         return _FORWARD(model, *args, **kwargs)
 
     _Model.forward = forward
