@@ -65,6 +65,7 @@ class Server:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._serving = 0
+        self._is_awaited = False
         self._early: list[tuple[Incarnation, Envelope]] | None = []
 
     @property
@@ -86,6 +87,7 @@ class Server:
     def wait(self, timeout_s: float) -> None:
         """Wait until the last request is answered, or somebody sees to it that none is, up to `timeout_s`."""
         with self._idle:
+            self._is_awaited = True
             self._idle.wait(timeout_s)
 
     # ---- requests in -----------------------------------------------------------------------------------------------
@@ -171,8 +173,8 @@ class Server:
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
-            if envelope.buffers:
-                self._gates[to.id].check_answer(self._peers.queued_nbytes(to), self._peers.me, to)
+            if envelope.buffers and (waiting_nbytes := self._peers.queued_nbytes(to)):
+                self._gates[to.id].check_answer(waiting_nbytes, self._peers.me, to)
             if envelope.is_arriving:
                 self._send_soon(partial(self._send_arriving, request, envelope, payload))
             else:
@@ -214,7 +216,7 @@ class Server:
         """A request is answered, or never will be."""
         with self._lock:
             self._serving -= 1
-            if not self._serving:
+            if self._is_awaited and not self._serving:
                 self._idle.notify_all()
 
 

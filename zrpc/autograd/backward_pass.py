@@ -185,8 +185,7 @@ class BackwardPass:
 
     def run_arrived(self, arrived: Arrived) -> None:
         """Gradients came, on another worker: run what is ready now."""
-        self._step(self._prepare, self._fail_here)
-        self._run_send(arrived)
+        self._step(lambda: self._prepared().run_send(arrived.message_id, arrived.gradients()), self._fail_here)
         self._look_ahead()
 
     def fail(self, error: BaseException) -> None:
@@ -222,10 +221,12 @@ class BackwardPass:
         if local is not None:
             self._step(lambda: local.run_send(arrived.message_id, arrived.gradients()), self._fail_here)
 
-    def _prepare(self) -> None:
+    def _prepared(self) -> LocalPass:
+        """The local part, on another worker than the first. It stays as long as a step that uses it runs."""
         with self._lock:
             if self._local is None:
-                self._built((), self.context.sends() if self._marking is None else self._marking.marked())
+                return self._built((), self.context.sends() if self._marking is None else self._marking.marked())
+            return self._local
 
     def _built(self, roots: Sequence[torch.Tensor], sends: Mapping[GlobalId, SendFunction]) -> LocalPass:
         self._whole = WholeLeaves(self.context)

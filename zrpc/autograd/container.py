@@ -25,11 +25,11 @@ class ContextContainer:
     """The contexts of one worker. Any thread may use it; the lock owns the tables.
 
     Args:
-        rank: the worker's.
+        rank: tells the worker's, which is not known before it joins.
         on_foreign: is called with the rank of another worker when a context of that one is first heard of.
     """
 
-    def __init__(self, rank: int, on_foreign: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, rank: Callable[[], int], on_foreign: Callable[[int], None] = lambda _: None) -> None:
         self._rank = rank
         self._on_foreign = on_foreign
         self._counter = itertools.count()
@@ -41,7 +41,7 @@ class ContextContainer:
     @property
     def max_id(self) -> int:
         """The largest id that a context of this worker can have."""
-        return self._rank << RANK_SHIFT | (1 << RANK_SHIFT) - 1
+        return self._rank() << RANK_SHIFT | (1 << RANK_SHIFT) - 1
 
     def new(self) -> DistAutogradContext:
         """A context of this worker, current on this thread.
@@ -51,7 +51,7 @@ class ContextContainer:
         """
         if self._here.context_id is not None:
             raise AutogradError(f"Already have an autograd context id for this thread: {self._here.context_id}")
-        context = DistAutogradContext(self._rank << RANK_SHIFT | next(self._counter))
+        context = DistAutogradContext(self._rank() << RANK_SHIFT | next(self._counter))
         with self._lock:
             self._contexts[context.context_id] = context
         self._here.context_id = context.context_id
@@ -76,7 +76,7 @@ class ContextContainer:
         """The context `context_id` of whatever worker, made if it is new here; None if it is released."""
         context = self._contexts.get(context_id)
         creator = context_id >> RANK_SHIFT
-        if context is not None or creator == self._rank:
+        if context is not None or creator == self._rank():
             return context
         with self._lock:
             if context_id in self._released:
@@ -91,7 +91,7 @@ class ContextContainer:
             self._here.context_id = None
         with self._lock:
             context = self._contexts.pop(context_id, None)
-            if context_id >> RANK_SHIFT != self._rank:
+            if context_id >> RANK_SHIFT != self._rank():
                 self._released[context_id] = None
                 if len(self._released) > MAX_RELEASED:
                     self._released.popitem(last=False)

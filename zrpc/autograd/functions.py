@@ -33,6 +33,7 @@ Gradients = Sequence[torch.Tensor | None]
 Edge = tuple["Node", int]
 """A node, and which of its inputs."""
 
+_nothing = nullcontext()
 _RUN_KEY = "zrpc.autograd.run"
 _tls: Any = torch._C  # its functions for thread-local objects are untyped
 
@@ -184,7 +185,7 @@ def _locate(tensors: Sequence[torch.Tensor]) -> _Found:
 def _owner(tensor: torch.Tensor) -> tuple[object, Node]:
     """The node of a leaf, or of an output of a Python node, behind something that keeps it alive."""
     strided = tensor.layout is torch.strided
-    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+    with _nothing if torch.is_grad_enabled() else torch.enable_grad():
         alias: torch.Tensor = tensor.view_as(tensor) if strided else _Alias.apply(tensor)
     assert alias.grad_fn is not None
     node: Any = alias.grad_fn.next_functions[0][0]
@@ -199,7 +200,7 @@ def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[Node, 
         `grad_fn`: the same, or aliases where they are views, which could not be written to after.
     """
     arguments = (_anchor, info, [one.detach() if one._is_view() else one.requires_grad_(False) for one in tensors])
-    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():  # to enter it takes longer than to ask
+    with _nothing if torch.is_grad_enabled() else torch.enable_grad():  # to enter it takes longer than to ask
         outputs = _apply_recv(*arguments)
     return outputs[0].grad_fn, outputs
 

@@ -34,7 +34,7 @@ def unpack(payload: Payload) -> Gradients:
         ProtocolError: there are fewer tensors than gradients, or more.
     """
     present = bytes(payload.data)
-    return _fill(present, _take(sum(map(bool, present)), payload))
+    return _fill(present, _take(_count(present), payload))
 
 
 def pack_several(homeward: Sequence[tuple[GlobalId, Gradients]]) -> Payload | None:
@@ -60,12 +60,17 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
         ]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"{entries!r} does not say which gradients came") from error
-    tensors = _take(sum(sum(map(bool, present)) for _, present in several), payload)
+    tensors = _take(sum([_count(present) for _, present in several]), payload)
     return [(message_id, _fill(present, tensors)) for message_id, present in several]
 
 
 def _presence(gradients: Gradients) -> bytes:
-    return bytes(gradient is not None for gradient in gradients)
+    return bytes([gradient is not None for gradient in gradients])
+
+
+def _count(present: bytes) -> int:
+    """How many there are."""
+    return len(present) - present.count(0)
 
 
 def _tensors(gradients: Gradients) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 _AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # made at run time
 
 
-class Edge(NamedTuple):
-    """Where an output of a node goes: input `slot` of node number `child`, or nowhere (`NO_NODE`)."""
-
-    child: int
-    slot: int
+Edge = tuple[int, int]
+"""Where an output of a node goes: the number of a node, or `NO_NODE`, and which of its inputs."""
 
 
 def edges_of(roots: Sequence[torch.Tensor]) -> list[tuple[Node, int]]:
@@ -42,6 +39,7 @@ class Graph:
     Attributes:
         nodes: the nodes by number; None for sources.
         edges: the outputs of each node or source.
+        children: the same without the inputs, as the scheduler wants it.
         numbers: the number of each node.
         leaves: the numbers of the nodes of leaf tensors.
         received: where the tensors of the receive functions that were reached came from.
@@ -50,13 +48,10 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node | None] = []
         self.edges: list[list[Edge]] = []
+        self.children: list[list[int]] = []
         self.numbers: dict[Node, int] = {}
         self.leaves: list[int] = []
         self.received: list[RecvInfo] = []
-
-    def children(self) -> list[list[int]]:
-        """The graph as the scheduler wants it."""
-        return [[edge.child for edge in edges] for edges in self.edges]
 
     def leaf(self, number: int) -> torch.Tensor:
         """The leaf tensor that the node `number` accumulates for."""
@@ -66,36 +61,34 @@ class Graph:
 
     def add_source(self, edges: Iterable[tuple[Node, int]]) -> int:
         """Add a source with its edges and all they lead to; returns its number."""
-        number = len(self.nodes)
+        source = len(self.nodes)
         self.nodes.append(None)
-        self.edges.append([])
-        self.edges[number] = [Edge(self._number(node), slot) for node, slot in edges]
-        self._walk()
-        return number
-
-    def _number(self, node: Node) -> int:
-        number = self.numbers.get(node)
-        if number is None:
-            number = self.numbers[node] = len(self.nodes)
-            self.nodes.append(node)
-        return number
-
-    def _walk(self) -> None:
-        """Give edges to the nodes that have none yet, and to those they lead to."""
-        while len(self.edges) < len(self.nodes):
+        self._follow(edges)
+        while len(self.edges) < len(self.nodes):  # to nodes that nothing was known of yet
             number = len(self.edges)
             node = self.nodes[number]
             assert node is not None
             info = recv_info(node)
             if info is not None:
                 self.received.append(info)
-                self.edges.append([])
+                self._follow(())
                 continue
             if is_leaf(node):
                 self.leaves.append(number)
-            self.edges.append(
-                [
-                    Edge(NO_NODE, slot) if child is None else Edge(self._number(child), slot)
-                    for child, slot in node.next_functions
-                ]
-            )
+            self._follow(node.next_functions)
+        return source
+
+    def _follow(self, edges: Iterable[tuple[Node | None, int]]) -> None:
+        """Note where the outputs of the next node or source go, which may be nodes that get a number by it."""
+        nodes, numbers = self.nodes, self.numbers
+        found: list[Edge] = []
+        children: list[int] = []
+        for node, slot in edges:
+            child = NO_NODE if node is None else numbers.get(node)
+            if child is None:
+                child = numbers[node] = len(nodes)  # type: ignore[index]  # NO_NODE is none of these
+                nodes.append(node)
+            found.append((child, slot))
+            children.append(child)
+        self.edges.append(found)
+        self.children.append(children)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.wire.payload import Payload
 
+_nothing = nullcontext()
 _BUILTIN = (BuiltinCall, BuiltinRemote)
 
 
@@ -34,7 +35,7 @@ class AutogradHook:
 
     key = "autograd"
 
-    def __init__(self, container: Callable[[], ContextContainer], next_id: Callable[[], GlobalId]) -> None:
+    def __init__(self, container: ContextContainer, next_id: Callable[[], GlobalId]) -> None:
         self._container = container
         self._next_id = next_id
 
@@ -60,19 +61,18 @@ class AutogradHook:
     ) -> AbstractContextManager[None]:
         """See `CallHook.receive`. What comes for a released context is served without one."""
         context_id, message_id = _parse(meta)
-        container = self._container()
+        container = self._container
         context = container.get_or_create(context_id)
         if context is None:
-            return nullcontext()
+            return _nothing
         if message_id is not None:
             _receive_tensors(context, RecvInfo(source.id, message_id, is_reply), payload)
-        return nullcontext() if is_reply else container.activate(context)
+        return _nothing if is_reply else container.activate(context)
 
     def _context_of(self, request_meta: object | None) -> DistAutogradContext | None:
-        container = self._container()
         if request_meta is None:
-            return container.find_current()
-        return container.find(_parse(request_meta)[0])
+            return self._container.find_current()
+        return self._container.find(_parse(request_meta)[0])
 
 
 def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payload) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MODES = ("fast", "smart")
 _profiler_enabled: Any = torch.autograd._profiler_enabled
+_nothing = nullcontext()
 
 
 class context:  # torch's name
@@ -77,7 +78,7 @@ def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = Fa
         )
     if mode not in _MODES:
         raise ValueError(f"mode is one of {_MODES}, not {mode!r}")
-    with record_function("torch::distributed::autograd::backward") if _profiler_enabled() else nullcontext():
+    with record_function("torch::distributed::autograd::backward") if _profiler_enabled() else _nothing:
         current_service().backward(context_id, roots, retain_graph, smart=mode == "smart")
 
 

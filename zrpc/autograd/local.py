@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from zrpc.staging.streams import Mark
 
 _profiler_enabled: Any = torch.autograd._profiler_enabled
+_nothing = nullcontext()
 
 OnReceived = Callable[[RecvInfo, Gradients], None]
 
@@ -86,7 +87,7 @@ class LocalPass:
             number for number in self._graph.leaves if self._taps.open(self._graph.nodes[number])
         )
         sources = [*self._numbers.values(), *([self._root] if roots else [])]
-        self._scheduler = Scheduler(self._graph.children(), sources, self._splittable)
+        self._scheduler = Scheduler(self._graph.children, sources, self._splittable)
 
     @property
     def finished(self) -> bool:
@@ -123,7 +124,7 @@ class LocalPass:
         job = Job(self._retain_graph)
         taken: list[Taken] = []
         segment: Segment | None = None
-        with record_function(SEND_NAME) if _profiler_enabled() else nullcontext(), self._lock:
+        with record_function(SEND_NAME) if _profiler_enabled() else _nothing, self._lock:
             lone = self._lone.take(message_id)
             if lone is None:
                 segment = self._arrive(self._numbers.get(message_id, NO_NODE), gradients)

@@ -24,11 +24,13 @@ class LoneSends:
     """Those of `sends` that lead to leaves alone, without those that `part_with` returned. Not thread-safe."""
 
     def __init__(self, sends: Mapping[GlobalId, SendFunction]) -> None:
-        self._sends = {
-            message_id: send
-            for message_id, send in sends.items()
-            if all(is_leaf(node) for node, _ in send.next_functions)
-        }
+        self._sends: dict[GlobalId, SendFunction] = {}
+        for message_id, send in sends.items():
+            for node, _ in send.next_functions:
+                if not is_leaf(node):
+                    break
+            else:
+                self._sends[message_id] = send
 
     def __contains__(self, message_id: object) -> bool:
         return message_id in self._sends

@@ -34,26 +34,19 @@ Done = Callable[[BaseException | None], None]
 
 
 class AutogradService:
-    """What `install` puts into `agent.extensions`. Any thread may use it; the lock owns the making of its parts."""
+    """What `install` puts into `agent.extensions`. Any thread may use it; the lock owns the making of the janitor.
+
+    Attributes:
+        contexts: the contexts of this worker.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._lock = threading.Lock()
-        self._contexts: ContextContainer | None = None
+        self.contexts = ContextContainer(lambda: agent.info.id, self.watch)
         self._janitor: Janitor | None = None
         self._released: deque[tuple[DistAutogradContext, int | None]] = deque()  # to be told of; by the janitor
         self._closed = False
-
-    @property
-    def contexts(self) -> ContextContainer:
-        """The contexts of this worker, whose rank is not known yet when the service is made."""
-        contexts = self._contexts
-        if contexts is None:
-            with self._lock:
-                if self._contexts is None:
-                    self._contexts = ContextContainer(self._agent.info.id, self.watch)
-                contexts = self._contexts
-        return contexts
 
     # ---- for users -------------------------------------------------------------------------------------------------
 
@@ -83,7 +76,7 @@ class AutogradService:
 
     def close(self) -> None:
         """This worker shuts down: end the passes that wait here, and tell the others what is released."""
-        for context in [] if self._contexts is None else self._contexts.all():
+        for context in self.contexts.all():
             if (active := context.active) is not None:
                 active.fail(AgentClosedError("this worker shut down during a backward pass"))
         with self._lock:
@@ -142,7 +135,8 @@ class AutogradService:
         """See `Peers.wait_for`."""
         with blocking():
             self._agent.wait_for(backward, None)
-            backward.block(None)  # if this worker shuts down, nobody reads
+            if not backward.done():  # this worker shuts down, and nobody reads
+                backward.block(None)
 
     def interrupt(self) -> None:
         """See `Peers.interrupt`."""

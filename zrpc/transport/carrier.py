@@ -112,12 +112,12 @@ class Carrier:
             return encode(envelope)
         memory = self._shared_memory
         if memory is None or not envelope.is_last_use:
-            return encode(envelope, self._placing(peer, placed))
+            return encode(envelope, partial(self._place, peer, placed))
         handed: list[list[Any]] = []
         envelope.buffers = buffers = list(envelope.buffers)
         try:
             memory.hand_back(peer, buffers, handed)
-            return encode(envelope, self._placing(peer, placed))
+            return encode(envelope, partial(self._place, peer, placed))
         except BaseException:
             for descriptor in handed:
                 memory.take_handed_back(peer, descriptor)
@@ -171,18 +171,16 @@ class Carrier:
         if self._shared_memory is not None:
             self._shared_memory.close()
 
-    def _placing(self, peer: Incarnation, placed: list[list[Any]]) -> Callable[[Buffer | Arriving], list[Any] | None]:
-        """Puts large buffers on their way ahead of their envelope, and notes in `placed` what it did."""
+    def _place(self, peer: Incarnation, placed: list[list[Any]], buffer: Buffer | Arriving) -> list[Any] | None:
+        """Put a large buffer on its way ahead of its envelope, note that in `placed`, and give its descriptor.
+
+        None: it travels as a frame.
+        """
         share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
-        place = share or partial(self._transfers.place, peer)
-
-        def place_and_note(buffer: Buffer | Arriving) -> list[Any] | None:
-            descriptor = place(buffer)
-            if descriptor is not None:
-                placed.append(descriptor)
-            return descriptor
-
-        return place_and_note
+        descriptor = self._transfers.place(peer, buffer) if share is None else share(buffer)
+        if descriptor is not None:
+            placed.append(descriptor)
+        return descriptor
 
     def _take_back(self, peer: Incarnation, descriptor: list[Any]) -> None:
         """The envelope that was to name `descriptor` could not be sent."""

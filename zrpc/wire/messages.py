@@ -379,6 +379,6 @@ def _restore_ids(message: Message, *names: str) -> None:
 
 
 def _restored(value: Any) -> GlobalId:
-    if isinstance(value, list | tuple) and list(map(type, value)) == [int, int]:
+    if isinstance(value, list | tuple) and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         return GlobalId(*value)
     raise ProtocolError(f"{value!r} is not a global id")

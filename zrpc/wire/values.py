@@ -23,6 +23,15 @@ _TENSOR, _TUPLE, _COMPLEX, _DTYPE, _DEVICE, _LAYOUT, _MEMORY_FORMAT, _SIZE = ran
 _NAMED: dict[type, int] = {torch.dtype: _DTYPE, torch.layout: _LAYOUT, torch.memory_format: _MEMORY_FORMAT}
 
 
+def _name(place: int) -> msgpack.ExtType:
+    """What stands for the tensor at `place`."""
+    return msgpack.ExtType(_TENSOR, place.to_bytes(4, "little"))
+
+
+_NAMES = [_name(place) for place in range(16)]
+"""Those of the first ones, ready-made: `ExtType` looks at what it is given."""
+
+
 class UnpackableError(TypeError):
     """The value is not one that this module carries; pickle may."""
 
@@ -75,7 +84,7 @@ class _Packing:
             place = self._places.setdefault(id(obj), len(self.tensors))
             if place == len(self.tensors):
                 self.tensors.append(obj)
-            return msgpack.ExtType(_TENSOR, place.to_bytes(4, "little"))
+            return _NAMES[place] if place < len(_NAMES) else _name(place)
         if cls is tuple or cls is torch.Size:
             return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, self.encode(list(obj)))
         if cls is complex:
