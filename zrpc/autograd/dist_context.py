@@ -15,7 +15,7 @@ from zrpc.errors import AutogradError
 from zrpc.staging import handover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import torch
     from torch.autograd.graph import Node
@@ -64,6 +64,11 @@ class DistAutogradContext:
         """The worker of `rank` was told of this context."""
         with self._lock:
             self._known_workers.add(rank)
+
+    def is_known_beyond(self, ranks: Collection[int | None]) -> bool:
+        """Whether a worker whose rank is not among `ranks` was told of this context from here."""
+        with self._lock:
+            return not self._known_workers.issubset(ranks)
 
     def sends(self) -> dict[GlobalId, SendFunction]:
         """The send functions, in the order in which they were made."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import msgpack
 import torch
 
 from zrpc.errors import ProtocolError
 from zrpc.ids import GlobalId
-from zrpc.wire import values
 from zrpc.wire.envelope import INLINE_MAX_NBYTES
 from zrpc.wire.payload import Payload
 
@@ -41,8 +41,8 @@ def pack_several(homeward: Sequence[tuple[GlobalId, Gradients]]) -> Payload | No
     """Take gradients for several send functions apart; None if there are none. The tensors are not copied."""
     if not homeward:
         return None
-    packed = values.pack([[*message_id, _presence(gradients)] for message_id, gradients in homeward])
-    return Payload(packed.data, [tensor for _, gradients in homeward for tensor in _tensors(gradients)])
+    data = msgpack.packb([[*message_id, _presence(gradients)] for message_id, gradients in homeward])
+    return Payload(data, [tensor for _, gradients in homeward for tensor in _tensors(gradients)])
 
 
 def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
@@ -53,13 +53,13 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
     """
     if len(payload.data) == 0:
         return []
-    entries = values.unpack(payload)
     try:
-        several = [
-            (GlobalId(int(created_on), int(local_id)), bytes(present)) for created_on, local_id, present in entries
-        ]
-    except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{entries!r} does not say which gradients came") from error
+        entries = msgpack.unpackb(payload.data)
+        several = [(GlobalId(created_on, local_id), present) for created_on, local_id, present in entries]
+    except Exception as error:
+        raise ProtocolError(f"{bytes(payload.data)!r:.300} does not say which gradients came") from error
+    if not all([type(present) is bytes for _, present in several]):
+        raise ProtocolError(f"{entries!r:.300} does not say which gradients came")
     tensors = _take(sum([_count(present) for _, present in several]), payload)
     return [(message_id, _fill(present, tensors)) for message_id, present in several]
 

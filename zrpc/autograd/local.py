@@ -186,9 +186,11 @@ class LocalPass:
         for number in segment.starts:
             if number in self._arrived and number not in segment.cuts:
                 self._begin(job, taken, number)
-        for number in segment.nodes & self._handed.keys():
-            job.begin_with(nodes[number], self._handed.pop(number), even_absent=number in segment.starts)
-        job.cuts = {number: nodes[number] for number in segment.cuts if nodes[number] is not None}
+        if self._handed:
+            for number in segment.nodes & self._handed.keys():
+                job.begin_with(nodes[number], self._handed.pop(number), even_absent=number in segment.starts)
+        if segment.cuts:
+            job.cuts = {number: nodes[number] for number in segment.cuts if nodes[number] is not None}
         if job.cuts:
             job.ends = [nodes[number] for number in segment.ends]
         return job, taken

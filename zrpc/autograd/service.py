@@ -127,8 +127,7 @@ class AutogradService:
 
     def watch(self, rank: int) -> None:
         """See `Peers.watch`."""
-        worker = self._worker(rank)
-        if worker is not None and rank != self.rank:
+        if rank != self.rank and (worker := self._worker(rank)) is not None:
             self._agent.watch(worker)
 
     def wait_for(self, backward: BackwardPass) -> None:
@@ -233,7 +232,7 @@ class AutogradService:
         context = self.contexts.remove(context_id)
         if context is None:
             return
-        if self._told(context, told_by):
+        if context.is_known_beyond((self.rank, told_by)):
             self._tell_soon(context, told_by)
         run(context.release)
 

@@ -113,6 +113,8 @@ class PeerEndpoint:
 
     def watch(self, peer: Incarnation) -> None:
         """Connect to `peer` now; see `Endpoint.watch`."""
+        if peer in self._outboxes:
+            return
         try:
             self._open(peer)
         except PeerLostError:

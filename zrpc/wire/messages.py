@@ -50,6 +50,28 @@ _ARRIVES_AS: dict[str, type] = {
     "ForkId": list,
 }
 
+
+def _id(value: Any) -> GlobalId:
+    if type(value) is list and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return GlobalId(*value)
+    raise ProtocolError(f"{value!r} is not a global id")
+
+
+def _ids(values: list[Any]) -> list[GlobalId]:
+    return [_id(value) for value in values]
+
+
+_RESTORED_BY: dict[str, Callable[[Any], Any]] = {
+    "GlobalId": _id,
+    "RRefId": _id,
+    "ForkId": _id,
+    "list[GlobalId]": _ids,
+}
+"""msgpack hands tuples back as lists: what makes ids of them again."""
+
+_RESTORERS: dict[type[Message], list[tuple[int, Callable[[Any], Any]]]] = {}
+"""Which fields those are, by their places."""
+
 M = TypeVar("M", bound=type[Message])
 
 
@@ -72,6 +94,8 @@ def _message(code: int, idempotent: bool = False) -> Callable[[M], M]:
         own = fields(cls)  # type: ignore[arg-type]  # a dataclass by now
         FIELD_GETTERS[cls] = _getter([f.name for f in own])
         FIELD_TYPES[cls] = [_ARRIVES_AS[str(f.type)] for f in own]  # a KeyError: say there as what the new type arrives
+        places = enumerate(str(f.type) for f in own)
+        _RESTORERS[cls] = [(place, _RESTORED_BY[kind]) for place, kind in places if kind in _RESTORED_BY]
         return cls
 
     return register
@@ -89,6 +113,8 @@ def make_message(code: object, values: object) -> Message:
     if type(values) is list:
         kinds = list(map(type, values))
         if kinds == FIELD_TYPES[cls] or _fit(kinds, FIELD_TYPES[cls]):
+            for place, restore in _RESTORERS[cls]:
+                values[place] = restore(values[place])
             return cls(*values)
     raise ProtocolError(f"the fields {values!r} do not make a {cls.__name__}")
 
@@ -128,9 +154,6 @@ class PythonRemote(Message):
     fork_id: ForkId
     async_execution: bool = False
 
-    def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id", "fork_id")
-
 
 @_message(4)
 @dataclass(frozen=True, slots=True)
@@ -140,9 +163,6 @@ class BuiltinRemote(Message):
     rref_id: RRefId
     fork_id: ForkId
     op: str
-
-    def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id", "fork_id")
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------
@@ -175,9 +195,6 @@ class RRefFetch(Message):
     rref_id: RRefId
     fork_id: ForkId
 
-    def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id", "fork_id")
-
 
 @_message(21, idempotent=True)
 @dataclass(frozen=True, slots=True)
@@ -187,9 +204,6 @@ class RRefForkRequest(Message):
     rref_id: RRefId
     fork_id: ForkId
 
-    def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id", "fork_id")
-
 
 @_message(22, idempotent=True)
 @dataclass(frozen=True, slots=True)
@@ -197,9 +211,6 @@ class RRefChildAccept(Message):
     """The owner knows of the child `fork_id` now: its parent need not be kept for it. Child to parent."""
 
     fork_id: ForkId
-
-    def __post_init__(self) -> None:
-        _restore_ids(self, "fork_id")
 
 
 @_message(23, idempotent=True)
@@ -209,9 +220,6 @@ class RRefUserDelete(Message):
 
     rref_id: RRefId
     fork_id: ForkId
-
-    def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id", "fork_id")
 
 
 # ---- distributed autograd --------------------------------------------------------------------------------------
@@ -227,9 +235,6 @@ class BackwardRequest(Message):
     pass_id: GlobalId
     retain_graph: bool
 
-    def __post_init__(self) -> None:
-        _restore_ids(self, "autograd_message_id", "pass_id")
-
 
 @_message(31)
 @dataclass(frozen=True, slots=True)
@@ -240,9 +245,6 @@ class RRefBackward(Message):
     fork_id: ForkId
     context_id: int
     retain_graph: bool
-
-    def __post_init__(self) -> None:
-        _restore_ids(self, "rref_id", "fork_id")
 
 
 @_message(32, idempotent=True)
@@ -262,9 +264,6 @@ class AbortBackward(Message):
     pass_id: GlobalId
     reason: str
 
-    def __post_init__(self) -> None:
-        _restore_ids(self, "pass_id")
-
 
 @_message(34)
 @dataclass(frozen=True, slots=True)
@@ -278,10 +277,6 @@ class MarkSends(Message):
     pass_id: GlobalId
     retain_graph: bool
     autograd_message_ids: list[GlobalId]
-
-    def __post_init__(self) -> None:
-        _restore_ids(self, "pass_id")
-        object.__setattr__(self, "autograd_message_ids", [_restored(one) for one in self.autograd_message_ids])
 
 
 # ---- worker and broker -----------------------------------------------------------------------------------------
@@ -368,17 +363,3 @@ class Forming(Message):
     names: list[str]
     world_size: int
     heartbeat_interval_s: float
-
-
-def _restore_ids(message: Message, *names: str) -> None:
-    """msgpack hands tuples back as lists: make them ids again."""
-    for name in names:
-        value = getattr(message, name)
-        if type(value) is not GlobalId:
-            object.__setattr__(message, name, _restored(value))
-
-
-def _restored(value: Any) -> GlobalId:
-    if isinstance(value, list | tuple) and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return GlobalId(*value)
-    raise ProtocolError(f"{value!r} is not a global id")
