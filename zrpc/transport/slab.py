@@ -7,6 +7,7 @@ written by two at once.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -44,8 +45,11 @@ def size_class(nbytes: int) -> int:
 
 def address_of(buffer: Buffer) -> int:
     """Where `buffer` begins in the memory of this process."""
-    address: int = np.frombuffer(buffer, np.uint8).ctypes.data
-    return address
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]  # bytes raise
+    except TypeError:  # it cannot be written to
+        address: int = np.frombuffer(buffer, np.uint8).ctypes.data
+        return address
 
 
 class Pins(Protocol):
