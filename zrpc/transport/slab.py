@@ -46,7 +46,7 @@ def size_class(nbytes: int) -> int:
 def address_of(buffer: Buffer) -> int:
     """Where `buffer` begins in the memory of this process."""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]  # bytes raise
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # bytes raise
     except TypeError:  # it cannot be written to
         address: int = np.frombuffer(buffer, np.uint8).ctypes.data
         return address
