@@ -148,6 +148,11 @@ class Call:
         return self._error is not None or (answer is not None and isinstance(answer.message, Failure))
 
     @property
+    def is_empty(self) -> bool:
+        """Whether a call that is done, and whose outcome nobody has asked for yet, was answered with nothing."""
+        return self._answer is not None and not self._answer.data
+
+    @property
     def error(self) -> BaseException | None:
         """What went wrong with the call; None if nothing did, or it is not done."""
         with self._lock:
@@ -157,14 +162,7 @@ class Call:
 
     def expire(self) -> None:
         """End the call because its time ran out. For the agent, which has taken it out of its table."""
-        self.complete(
-            None,
-            RpcTimeoutError(
-                f"RPC ran for more than its time limit of {self.timeout_s * 1000:g} ms: "
-                f"{type(self.message).__name__} to {self.peer}. It is not known whether it ran there. "
-                "Give it more time with timeout=, or look at that worker"
-            ),
-        )
+        self.complete(None, self._timed_out())
 
     def block(self, deadline: float | None) -> None:
         """See `Awaited.block`."""
@@ -182,12 +180,23 @@ class Call:
             self.expire()
         self.block(None)
 
+    def _timed_out(self) -> RpcTimeoutError:
+        return RpcTimeoutError(
+            f"RPC ran for more than its time limit of {self.timeout_s * 1000:g} ms: "
+            f"{type(self.message).__name__} to {self.peer}. It is not known whether it ran there. "
+            "Give it more time with timeout=, or look at that worker"
+        )
+
     def _open(self) -> None:
         self._opened = True
         answer, self._answer = self._answer, None
         if answer is None:
             return
         try:
+            if answer.pending is not None:
+                with blocking():
+                    if not answer.pending.wait(self._deadline):
+                        raise self._timed_out()
             self._payload = self._owner.open_answer(self, answer)
             if handover.streams is not None:
                 self._mark = handover.streams.mark()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from zrpc.agent.pool import blocking
 from zrpc.wire.messages import Message
 from zrpc.wire.payload import Payload, open_payload
 
@@ -54,11 +55,14 @@ class Request(Generic[M]):
         """What rides beside the message.
 
         Raises:
-            ProtocolError: its tensor table is damaged.
+            ProtocolError: its tensor table is damaged, or the caller ended before it had written all of it.
             DeviceError: a tensor that should arrive on a device of this worker cannot.
         """
         if self._payload is None:
             assert self._envelope is not None
+            if self._envelope.pending is not None:
+                with blocking():
+                    self._envelope.pending.wait(None)
             self._payload = open_payload(self._envelope, self._answerer.staging)
             self._envelope = None
         return self._payload

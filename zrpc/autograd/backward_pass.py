@@ -22,7 +22,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 from zrpc.autograd.ddp import WholeLeaves
 from zrpc.autograd.local import LocalPass
@@ -31,7 +32,7 @@ from zrpc.errors import AutogradError, PeerLostError
 from zrpc.staging import handover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -43,15 +44,11 @@ if TYPE_CHECKING:
 _PREFIX = "Error on Node "
 
 
-class Arrived(NamedTuple):
-    """Gradients that came for a send function. `gradients()` reads them, where and when they are wanted."""
+ForSend = tuple["GlobalId", "Gradients"]
+"""Gradients for the send function of that id."""
 
-    message_id: GlobalId
-    gradients: Callable[[], Gradients]
-
-
-Homeward = tuple["GlobalId", "Gradients"]
-"""Gradients for a send function of the worker that asked."""
+Arrived = Callable[[], "list[ForSend]"]
+"""Gradients that came: reads them, once, where and when they are wanted."""
 
 
 class Asked(Protocol):
@@ -61,7 +58,7 @@ class Asked(Protocol):
     def rank(self) -> int:
         """Who asked."""
 
-    def reply(self, homeward: Sequence[Homeward]) -> None:
+    def reply(self, homeward: Sequence[ForSend]) -> None:
         """This worker's part is done; gradients for the asker go with the answer."""
 
     def fail(self, error: BaseException) -> None:
@@ -185,7 +182,7 @@ class BackwardPass:
 
     def run_arrived(self, arrived: Arrived) -> None:
         """Gradients came, on another worker: run what is ready now."""
-        self._step(lambda: self._prepared().run_send(arrived.message_id, arrived.gradients()), self._fail_here)
+        self._step(lambda: _run_all(self._prepared(), arrived), self._fail_here)
         self._look_ahead()
 
     def fail(self, error: BaseException) -> None:
@@ -219,7 +216,7 @@ class BackwardPass:
     def _run_send(self, arrived: Arrived) -> None:
         local = self._local
         if local is not None:
-            self._step(lambda: local.run_send(arrived.message_id, arrived.gradients()), self._fail_here)
+            self._step(lambda: _run_all(local, arrived), self._fail_here)
 
     def _prepared(self) -> LocalPass:
         """The local part, on another worker than the first. It stays as long as a step that uses it runs."""
@@ -377,3 +374,10 @@ class BackwardPass:
             local.close()
         if whole is not None:
             whole.close()
+
+
+def _run_all(local: LocalPass, arrived: Arrived) -> None:
+    """Run what is ready now that gradients came, of which nothing is kept here: then they need not be copied."""
+    several = arrived()
+    while several:
+        local.run_send(several[0][0], several.pop(0)[1])

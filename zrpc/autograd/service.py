@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from zrpc.agent.pool import blocking
 from zrpc.autograd import gradients as codec
-from zrpc.autograd.backward_pass import Arrived, BackwardPass, Homeward
+from zrpc.autograd.backward_pass import Arrived, BackwardPass, ForSend
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
-from zrpc.errors import AgentClosedError, AutogradError, ProtocolError, UnknownWorkerError
+from zrpc.errors import AgentClosedError, AutogradError, UnknownWorkerError
 from zrpc.rref.janitor import Janitor
-from zrpc.staging import handover
 from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContexts
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
     from zrpc.ids import GlobalId, WorkerInfo
-    from zrpc.staging.streams import Mark
     from zrpc.transport.inbox import Work
     from zrpc.wire.payload import Payload
 
@@ -104,16 +102,9 @@ class AutogradService:
         message = BackwardRequest(backward.context.context_id, info.message_id, backward.pass_id, backward.retain_graph)
 
         def answered(call: Call) -> None:
-            error = call.error
-            if error is None:
-                try:
-                    payload = call.result()
-                    mark = None if handover.streams is None else handover.streams.mark()
-                    for message_id, came in codec.unpack_several(payload):
-                        self._arrive(backward, Arrived(message_id, [came].pop if mark is None else _once(came, mark)))
-                        del came
-                except ProtocolError as damaged:
-                    error = damaged
+            error = call.error if call.failed else None
+            if error is None and not call.is_empty:
+                self._arrive(backward, lambda: codec.unpack_several(call.result()))
             done(error)
 
         worker = self._agent.members.by_rank(info.source)
@@ -150,7 +141,10 @@ class AutogradService:
         backward = self._join(context, message.pass_id, message.retain_graph, began_here=False)
         if not backward.answer_to(_Asked(request)):
             request.reply()
-        arrived = Arrived(message.autograd_message_id, lambda: codec.unpack(request.payload))
+
+        def arrived() -> list[ForSend]:
+            return [(message.autograd_message_id, codec.unpack(request.payload))]
+
         if backward.began_here:
             backward.enqueue(arrived)
             return None
@@ -315,20 +309,9 @@ class _Asked:
         self.rank = request.source.id
         self.fail = request.fail
 
-    def reply(self, homeward: Sequence[Homeward]) -> None:
+    def reply(self, homeward: Sequence[ForSend]) -> None:
         """See `Asked.reply`."""
         self._request.reply(codec.pack_several(homeward))
-
-
-def _once(gradients: Gradients, mark: Mark) -> Callable[[], Gradients]:
-    """Gives `gradients` away, to be used on any thread, and keeps them no longer than until then."""
-    held = [gradients]
-
-    def give() -> Gradients:
-        mark.join()
-        return held.pop()
-
-    return give
 
 
 def _at_once(task: Callable[[], None]) -> None:

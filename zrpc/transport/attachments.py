@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.filling import Unfilled
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
@@ -57,8 +58,10 @@ class Attachments:
         self._mapped: dict[tuple[Incarnation, int], SlabMemory] = {}
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
-    def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
+    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled | None = None) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
+
+        `unfilled` gets the slab if it is not whole yet; without it such a slab is refused.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller.
@@ -69,10 +72,16 @@ class Attachments:
         memory = self._map(source, pid, fd, number)
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
-        return self.lend(memory, source, descriptor)
+        return self.lend(memory, source, descriptor, unfilled)
 
-    def lend(self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor) -> memoryview:
-        """What `descriptor` of `owner` says of the slab `memory`, which is held; free again once nobody sees it."""
+    def lend(
+        self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor, unfilled: Unfilled | None = None
+    ) -> memoryview:
+        """What `descriptor` of `owner` says of the slab `memory`, which is held; otherwise as `fetch`."""
+        if memory.is_filling or memory.is_torn:
+            if unfilled is None:
+                raise ProtocolError(f"the slab of {descriptor!r} is not whole")
+            unfilled.append((memory, descriptor))
         loan = memory.view(descriptor[-1])
         address = memory.address
 

@@ -1,7 +1,7 @@
 """Envelopes between workers: each large buffer goes the best way there is, the rest through the endpoint.
 
 In shared memory, where both workers can open each other's; else in chunks, where it is very large; else as a frame of
-its own. The two first go ahead of their envelope, which names them by descriptors. What goes through the endpoint is
+its own. The two first go beside their envelope, which names them by descriptors. What goes through the endpoint is
 kept back where the peer does not read (`Lanes`).
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.errors import PeerLostError, ProtocolError
 from zrpc.transport.chunks import Transfers
+from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
 from zrpc.wire.envelope import Envelope, Exported, decode, encode
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zrpc.ids import Incarnation
     from zrpc.transport.chunks import Bytes
     from zrpc.transport.endpoint import Endpoint, OnLost
+    from zrpc.transport.filling import Fill, Unfilled
     from zrpc.transport.inbox import Work
     from zrpc.transport.note import Note
     from zrpc.transport.shared_memory import SharedMemory
@@ -89,22 +91,29 @@ class Carrier:
             ProtocolError: a field is not something that msgpack can carry.
         """
         placed: list[list[Any]] = []
+        later: list[Fill] = []
+        has_left = False
         try:
-            self._lanes.send(peer, self._encoded(peer, envelope, placed))
+            self._lanes.send(peer, self._encoded(peer, envelope, placed, later))
+            has_left = True
+            if later and self._shared_memory is not None:
+                self._shared_memory.fill(later)
         except PeerLostError:
             self.forget(peer)
             raise
-        except BaseException:
+        except BaseException as error:  # one of a signal handler may come when the message has just left
             for descriptor in placed:
-                self._take_back(peer, descriptor)
+                self._take_back(peer, descriptor, is_unsent=isinstance(error, Exception) and not has_left)
             raise
         if envelope.is_arriving:
             for buffer in envelope.buffers:
                 if isinstance(buffer, Exported):
                     buffer.has_left()
 
-    def _encoded(self, peer: Incarnation, envelope: Envelope, placed: list[list[Any]]) -> list[Buffer]:
-        """Its frames. `placed` gets the descriptors of what goes ahead of it.
+    def _encoded(
+        self, peer: Incarnation, envelope: Envelope, placed: list[list[Any]], later: list[Fill]
+    ) -> list[Buffer]:
+        """Its frames. `placed` gets the descriptors of what goes beside it, `later` what is to do when it has left.
 
         What is handed back is taken back only if nothing was sent: else `peer` may hold it already.
         """
@@ -112,12 +121,12 @@ class Carrier:
             return encode(envelope)
         memory = self._shared_memory
         if memory is None or not envelope.is_last_use:
-            return encode(envelope, partial(self._place, peer, placed))
+            return encode(envelope, partial(self._place, peer, placed, later))
         handed: list[list[Any]] = []
         envelope.buffers = buffers = list(envelope.buffers)
         try:
             memory.hand_back(peer, buffers, handed)
-            return encode(envelope, partial(self._place, peer, placed))
+            return encode(envelope, partial(self._place, peer, placed, later))
         except BaseException:
             for descriptor in handed:
                 memory.take_handed_back(peer, descriptor)
@@ -171,21 +180,24 @@ class Carrier:
         if self._shared_memory is not None:
             self._shared_memory.close()
 
-    def _place(self, peer: Incarnation, placed: list[list[Any]], buffer: Buffer | Arriving) -> list[Any] | None:
-        """Put a large buffer on its way ahead of its envelope, note that in `placed`, and give its descriptor.
+    def _place(
+        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], buffer: Buffer | Arriving
+    ) -> list[Any] | None:
+        """See to it that a large buffer goes beside its envelope, and give its descriptor; see `_encoded`.
 
         None: it travels as a frame.
         """
         share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
-        descriptor = self._transfers.place(peer, buffer) if share is None else share(buffer)
+        descriptor = self._transfers.place(peer, buffer) if share is None else share(buffer, later)
         if descriptor is not None:
             placed.append(descriptor)
         return descriptor
 
-    def _take_back(self, peer: Incarnation, descriptor: list[Any]) -> None:
-        """The envelope that was to name `descriptor` could not be sent."""
+    def _take_back(self, peer: Incarnation, descriptor: list[Any], *, is_unsent: bool) -> None:
+        """The envelope that was to name `descriptor` could not be sent; `is_unsent`: nothing of it was."""
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            self._shared_memory.take_back(descriptor)
+            take_back = self._shared_memory.take_back if is_unsent else self._shared_memory.give_up
+            take_back(descriptor)
         else:
             self._transfers.take_back(peer, descriptor)
 
@@ -197,15 +209,19 @@ class Carrier:
             if self._lanes.is_mark(frames):
                 self._lanes.receive(source, frames)
                 return None
-            return self._on_envelope(source, decode(frames, partial(self._fetch, source)))
+            unfilled: Unfilled = []
+            envelope = decode(frames, partial(self._fetch, source, unfilled))
+            if unfilled:
+                envelope.pending = Filling(unfilled)
+            return self._on_envelope(source, envelope)
         except Exception:  # whatever one message does, the next one is read
             log.exception("a message of %s was dropped", source.hex())
             return None
 
-    def _fetch(self, source: Incarnation, descriptor: list[Any]) -> Buffer:
-        """The memory of a large buffer that went ahead of its envelope."""
+    def _fetch(self, source: Incarnation, unfilled: Unfilled, descriptor: list[Any]) -> Buffer:
+        """The memory of a large buffer that goes beside its envelope; see `SharedMemory.fetch`."""
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            return self._shared_memory.fetch(source, descriptor)
+            return self._shared_memory.fetch(source, descriptor, unfilled)
         return self._transfers.fetch(source, descriptor)
 
 

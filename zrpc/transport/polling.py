@@ -82,7 +82,7 @@ class Polling:
         self._io_thread.be_polite(True)
         now = began
         while now - began < self.busy_poll_s:
-            _yield()
+            let_others_run()
             last, now = now, time.monotonic()
             came = bool(zmq_poll(self._ready, 0))
             if now - last > TAKEN_S:
@@ -130,4 +130,4 @@ def _make_yield() -> Callable[[], object]:
     return yield_
 
 
-_yield = _make_yield()
+let_others_run = _make_yield()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.note import Note
@@ -16,15 +16,23 @@ from zrpc.transport.slab import NOBODY, Descriptor
 from zrpc.transport.slabs import SlabPool, limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.filling import Fill, Unfilled
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Arriving, Buffer
 
 log = logging.getLogger("zrpc")
 
 T = TypeVar("T")
+
+
+class Placing(Protocol):
+    """`SlabPool.place` for one peer."""
+
+    def __call__(self, buffer: Buffer | Arriving, later: list[Fill] | None = None) -> Descriptor | None:
+        """See there."""
 
 
 class SharedMemory:
@@ -57,14 +65,22 @@ class SharedMemory:
         """Tell `peer`, whose card said `card` of its memory, that it can be opened here, if it can."""
         self._nonces[peer] = self._probe.visit(card)
 
-    def placing(self, peer: Incarnation) -> Callable[[Buffer | Arriving], Descriptor | None] | None:
+    def placing(self, peer: Incarnation) -> Placing | None:
         """`SlabPool.place` for that peer; None where it cannot open, or has not yet tried to open, what is here."""
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
 
+    def fill(self, later: Sequence[Fill]) -> None:
+        """See `SlabPool.fill`."""
+        self._pool.fill(later)
+
     def take_back(self, descriptor: Descriptor) -> None:
         """See `SlabPool.take_back`."""
         self._pool.take_back(descriptor)
+
+    def give_up(self, descriptor: Descriptor) -> None:
+        """See `SlabPool.give_up`."""
+        self._pool.give_up(descriptor)
 
     def hand_back(self, peer: Incarnation, buffers: list[Any], handed: list[Descriptor]) -> None:
         """See `Attachments.hand_back`."""
@@ -74,16 +90,18 @@ class SharedMemory:
         """See `Attachments.take_back`."""
         self._attachments.take_back(peer, descriptor)
 
-    def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
+    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled | None = None) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
+
+        `unfilled` gets the slab if it is not whole yet; without it such a slab is refused.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller, or `source` has handed back what it does not hold.
         """
         own = self._pool.take_home(source, descriptor)
         if own is not None:
-            return self._attachments.lend(own, NOBODY, descriptor)
-        return self._attachments.fetch(source, descriptor)
+            return self._attachments.lend(own, NOBODY, descriptor, unfilled)
+        return self._attachments.fetch(source, descriptor, unfilled)
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:
         """See `Attachments.pin`."""

@@ -1,8 +1,8 @@
 """One slab: an anonymous memory file (`memfd`), a page of header and room for one buffer.
 
 The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED or
-not), 8 to 15 the slab's number. The sender writes HELD, the receiver FREE, the owner alone RETIRED: no byte is ever
-written by two at once.
+not), 2 whether its owner is still filling it (WHOLE, FILLING, or TORN if it gave up), 8 to 15 the slab's number. The
+sender writes HELD, the receiver FREE, the owner alone the others: no byte is ever written by two at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
-_STATE, _RETIRED = 0, 1
+_WHOLE, _FILLING, _TORN = 0, 1, 2
+_STATE, _RETIRED, _CONTENT = 0, 1, 2
 _NUMBER = slice(8, 16)
 """Where the slab's number stands: a random one, so that no other file can be taken for it."""
 
@@ -47,7 +48,7 @@ def address_of(buffer: Buffer) -> int:
     """Where `buffer` begins in the memory of this process."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # bytes raise
-    except TypeError:  # it cannot be written to
+    except (TypeError, ValueError):  # it cannot be written to, or is empty
         address: int = np.frombuffer(buffer, np.uint8).ctypes.data
         return address
 
@@ -91,8 +92,18 @@ class SlabMemory:
         return len(self._mapped) - HEADER_NBYTES
 
     def is_free(self) -> bool:
-        """Whether nobody holds it."""
-        return self._mapped[_STATE] == _FREE
+        """Whether nobody holds it, nor fills it: who was to receive it may have let go of it before it was whole."""
+        return self._mapped[_STATE] == _FREE and self._mapped[_CONTENT] != _FILLING
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether its owner is about to fill it, or at it."""
+        return self._mapped[_CONTENT] == _FILLING
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether its owner has given up to fill it."""
+        return self._mapped[_CONTENT] == _TORN
 
     def is_retired(self) -> bool:
         """Whether its owner has let go of it."""
@@ -109,6 +120,14 @@ class SlabMemory:
     def free(self) -> None:
         """Nobody holds it any more. For its holder, or its owner where nobody was told of it."""
         self._mapped[_STATE] = _FREE
+
+    def begin_filling(self) -> None:
+        """What belongs into it comes later. For its owner, before it tells the receiver of it."""
+        self._mapped[_CONTENT] = _FILLING
+
+    def end_filling(self, *, is_whole: bool) -> None:
+        """It is filled now, or will not be. For its owner."""
+        self._mapped[_CONTENT] = _WHOLE if is_whole else _TORN
 
     def retire(self) -> None:
         """Its owner has let go of it. For its owner."""

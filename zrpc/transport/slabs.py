@@ -8,8 +8,9 @@ garbage collection too.
 
 Invariants:
 
-- A slab is written by the sender only while FREE, and read or written by one receiver only while HELD. So a received
-  tensor is its owner's alone, and the sender may write to what it sent as soon as `place` has returned.
+- A slab is written by the sender only while FREE or FILLING, and read or written by one receiver only while HELD and
+  WHOLE. So a received tensor is its owner's alone, and the sender may write to what it sent as soon as `place` has
+  returned, or `fill`, if the copy was put off until the message is on its way (`zrpc.transport.filling`).
 - A receiver that answers with what it received, and keeps nothing of it, hands the slab back as it is: its owner makes
   a tensor of it, and it stays HELD until that one dies. Whether the receiver keeps nothing is tried: it lets go of what
   it is about to send, and looks whether anybody sees that memory yet.
@@ -41,12 +42,13 @@ import numpy as np
 
 from zrpc.errors import ProtocolError
 from zrpc.transport.copying import Copier
+from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
 from zrpc.transport.slab import NOBODY, Descriptor, Slab, size_class
 from zrpc.wire.envelope import Arriving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -148,12 +150,15 @@ class SlabPool:
         self._copier = Copier()
         self._pid = os.getpid()
 
-    def place(self, holder: Incarnation, buffer: Buffer | Arriving) -> Descriptor | None:
+    def place(
+        self, holder: Incarnation, buffer: Buffer | Arriving, later: list[Fill] | None = None
+    ) -> Descriptor | None:
         """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
             holder: who will receive the descriptor.
             buffer: contiguous bytes.
+            later: gets what is left to do once `holder` was told, or taken back. None: nothing is.
         """
         nbytes = len(buffer)
         if nbytes < MIN_NBYTES:
@@ -166,14 +171,25 @@ class SlabPool:
             slab.holder = holder
             self._shelves[slab.room].placed.append(slab)
             self._num_placed += 1
+        if later is not None and nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving):
+            slab.memory.begin_filling()
+            later.append(Fill(slab, buffer))
+            return [self._pid, slab.fd, slab.number, nbytes]
         try:
-            self._fill(slab.memory.view(nbytes), buffer)
+            self._copy(slab.memory.view(nbytes), buffer)
         except BaseException:  # of a signal handler, or of a device: half of it may still be copied
             self._give_up(slab)
             raise
         return [self._pid, slab.fd, slab.number, nbytes]
 
-    def _fill(self, target: npt.NDArray[np.uint8], buffer: Buffer | Arriving) -> None:
+    def fill(self, later: Sequence[Fill]) -> None:
+        """Do what `place` has left to do. The buffers may then be written to."""
+        for slab, buffer in later:
+            self._copy(slab.memory.view(len(buffer)), buffer)
+            with self._lock:  # see `zrpc.transport.filling`
+                slab.memory.end_filling(is_whole=True)
+
+    def _copy(self, target: npt.NDArray[np.uint8], buffer: Buffer | Arriving) -> None:
         if not isinstance(buffer, Arriving):
             self._copier.copy(target, np.frombuffer(buffer, np.uint8))
             return
@@ -188,7 +204,17 @@ class SlabPool:
         with self._lock:
             slab = self._find(descriptor)
             if slab is not None:
+                slab.memory.end_filling(is_whole=True)
                 slab.memory.free()
+
+    def give_up(self, descriptor: Descriptor) -> None:
+        """It is not known whether somebody was told of `descriptor`: let go of its slab, if it is one of these."""
+        with self._lock:
+            slab = self._find(descriptor)
+        if slab is not None:
+            if slab.memory.is_filling:
+                slab.memory.end_filling(is_whole=False)
+            self._give_up(slab)
 
     def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory | None:
         """The memory of a slab that `holder` has handed back: it is held here now. None: it is no slab of this pool.

@@ -12,7 +12,7 @@ The broker uses this module, so it knows nothing of torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
@@ -84,6 +84,17 @@ class Exported:
         raise NotImplementedError
 
 
+class Pending(Protocol):
+    """Buffers of a received envelope that its sender is still writing, into memory that is shared."""
+
+    def wait(self, deadline: float | None) -> bool:
+        """Wait until all of them are written; false if `deadline` (`time.monotonic`) has passed before.
+
+        Raises:
+            ProtocolError: they never will be.
+        """
+
+
 _packers: list[msgpack.Packer] = []
 """Packers that nobody uses now. Taking one out and putting it back are atomic. One packer must not be shared: packing
 allocates, so garbage collection may run in its midst, and with it other threads that send."""
@@ -106,6 +117,7 @@ class Envelope:
         damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
         is_arriving: some of `buffers` is `Arriving` or `Exported`: to send it takes a while.
         is_last_use: its sender needs nothing of `buffers` any more.
+        pending: some of `buffers` may not be read before `pending.wait`.
     """
 
     message: Message
@@ -117,6 +129,7 @@ class Envelope:
     damage: ProtocolError | None = None
     is_arriving: bool = False
     is_last_use: bool = False
+    pending: Pending | None = None
 
 
 def nbytes_of(buffers: Sequence[Buffer | Arriving | Exported]) -> int:

@@ -86,7 +86,7 @@ def open_payload(envelope: Envelope, stager: Stager | None = None) -> Payload:
     """The payload of a received envelope: its tensors are made, its stream is not yet read.
 
     Args:
-        envelope: what came.
+        envelope: what came; nothing of it is pending any more.
         stager: brings tensors to devices that arrive there.
 
     Raises:

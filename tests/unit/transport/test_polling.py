@@ -85,7 +85,7 @@ def carrier() -> Recorded:
 def post(carrier: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     made = Post(context, carrier)  # type: ignore[arg-type]
-    monkeypatch.setattr(polling, "_yield", made.yield_)
+    monkeypatch.setattr(polling, "let_others_run", made.yield_)
     monkeypatch.setattr(polling, "_yield_here", made.give_way)
     yield made
     made.close()

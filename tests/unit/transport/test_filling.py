@@ -1,0 +1,214 @@
+"""Slabs that are filled while their message travels: nobody reads them before, nobody takes them, and nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.unit.transport.test_carrier import Wire, carrier
+from tests.unit.transport.test_shared_memory import pair
+from tests.unit.transport.test_slabs import A, B, attachments, buffer, pool
+from zrpc.errors import OverloadedError, ProtocolError
+from zrpc.transport import slabs
+from zrpc.transport.filling import MAX_NBYTES, Fill, Filling, Unfilled
+from zrpc.wire.envelope import Envelope, decode
+from zrpc.wire.messages import Reply
+
+if TYPE_CHECKING:
+    from zrpc.transport.attachments import Attachments
+    from zrpc.transport.shared_memory import SharedMemory
+    from zrpc.transport.slabs import SlabPool
+    from zrpc.wire.envelope import Buffer
+
+pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
+__all__ = ["attachments"]  # a fixture
+
+
+def begin(sender: SlabPool, raw: memoryview, holder: bytes = B) -> tuple[list[Any], list[Fill]]:
+    """Place `raw`, but for the copy."""
+    later: list[Fill] = []
+    descriptor = sender.place(holder, raw, later)
+    assert descriptor is not None
+    return descriptor, later
+
+
+def fetch(receiver: Attachments, descriptor: list[Any]) -> tuple[memoryview, Filling]:
+    unfilled: Unfilled = []
+    came = receiver.fetch(A, descriptor, unfilled)
+    assert len(unfilled) == 1
+    return came, Filling(unfilled)
+
+
+def test_a_slab_is_whole_once_it_is_filled(attachments: Attachments) -> None:
+    with pool() as sender:
+        original = bytearray(buffer(100_000))
+        descriptor, later = begin(sender, memoryview(original))
+        came, filling = fetch(attachments, descriptor)
+        assert not filling.wait(time.monotonic())
+        sender.fill(later)
+        original[:] = bytes(100_000)  # it may be written to from now on
+        assert filling.wait(time.monotonic())
+        assert came == buffer(100_000)
+
+
+def test_one_that_is_whole_when_its_message_comes_is_as_any_other(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor, later = begin(sender, buffer(100_000))
+        sender.fill(later)
+        assert attachments.fetch(A, descriptor) == buffer(100_000)
+
+
+def test_who_cannot_wait_is_refused(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor, _ = begin(sender, buffer(100_000))
+        with pytest.raises(ProtocolError, match="is not whole"):
+            attachments.fetch(A, descriptor)
+
+
+def test_who_waits_goes_on_once_it_is_whole(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor, later = begin(sender, buffer(100_000))
+        came, filling = fetch(attachments, descriptor)
+        seen: list[bool] = []
+        waiting = threading.Thread(target=lambda: seen.append(filling.wait(None) and came == buffer(100_000)))
+        waiting.start()
+        sender.fill(later)
+        waiting.join()
+        assert seen == [True]
+
+
+def test_a_slab_that_was_let_go_of_before_it_was_whole_is_not_taken_until_then(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor, later = begin(sender, buffer(100_000))
+        came, _ = fetch(attachments, descriptor)
+        del came
+        assert sender.counts()["held"] == 1
+        other = sender.place(B, buffer(100_000, 1))
+        assert other is not None
+        assert other[2] != descriptor[2], "somebody fills it still"
+        sender.fill(later)
+        assert sender.counts()["held"] == 1
+        again = sender.place(B, buffer(100_000, 2))
+        assert again is not None
+        assert again[2] == descriptor[2]
+
+
+def test_one_that_is_given_up_is_let_go_of_and_who_waits_is_told(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor, _ = begin(sender, buffer(100_000))
+        _, filling = fetch(attachments, descriptor)
+        sender.give_up(descriptor)
+        with pytest.raises(ProtocolError, match="was interrupted as it wrote"):
+            filling.wait(None)
+        assert sender.counts()["slabs"] == 0
+
+
+def test_one_that_nobody_was_told_of_is_free() -> None:
+    with pool() as sender:
+        descriptor, _ = begin(sender, buffer(100_000))
+        sender.take_back(descriptor)
+        assert sender.counts()["held"] == 0
+        again = sender.place(B, buffer(100_000))
+        assert again is not None
+        assert again[2] == descriptor[2]
+
+
+def test_larger_buffers_are_filled_in_at_once(attachments: Attachments) -> None:
+    with pool() as sender:
+        descriptor, later = begin(sender, memoryview(bytes(MAX_NBYTES + 1)))
+        assert not later
+        assert len(attachments.fetch(A, descriptor)) == MAX_NBYTES + 1
+
+
+SENDER = """
+import json, sys
+from zrpc.transport.slabs import SlabPool
+pool, later = SlabPool(), []
+print(json.dumps(pool.place(b"B" * 8, bytes(100_000), later)), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("is_reaped", [False, True])
+def test_if_the_sender_dies_before_it_is_whole_nobody_hangs(attachments: Attachments, is_reaped: bool) -> None:
+    sender = subprocess.Popen([sys.executable, "-c", SENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with sender:
+        assert sender.stdout is not None
+        descriptor = json.loads(sender.stdout.readline())
+        _, filling = fetch(attachments, descriptor)
+        assert not filling.wait(time.monotonic() + 0.01), "it lives"
+        sender.kill()
+        if is_reaped:
+            sender.wait()
+        with pytest.raises(ProtocolError, match=f"process {sender.pid} ended before"):
+            filling.wait(None)
+
+
+# ---- in messages -----------------------------------------------------------------------------------------------------
+
+
+class Watched(Wire):
+    """Looks at what is sent as it leaves, as its receiver may; then raises `end`, if there is one."""
+
+    def __init__(self, receiver: SharedMemory) -> None:
+        super().__init__()
+        self._receiver = receiver
+        self.came: list[Envelope] = []
+        self.unfilled: Unfilled = []
+        self.end: BaseException | None = None
+
+    def send(self, peer: bytes, frames: list[Buffer]) -> None:
+        super().send(peer, frames)
+        self.came.append(decode(frames, partial(self._receiver.fetch, B, unfilled=self.unfilled)))
+        if self.end is not None:
+            raise self.end
+
+
+def message(*raw: memoryview) -> Envelope:
+    return Envelope(Reply(), 1, None, b"", (), list(raw))
+
+
+def test_a_message_leaves_before_its_buffers_are_copied_and_they_are_when_it_was_sent() -> None:
+    with pair() as (a, b):
+        wire = Watched(a)
+        carrier(wire, b).send(A, message(buffer(100_000), buffer(100_000, 1)))
+        assert len(wire.unfilled) == 2
+        assert Filling(wire.unfilled).wait(time.monotonic())
+        assert list(wire.came[0].buffers) == [buffer(100_000), buffer(100_000, 1)]
+        wire.came.clear()
+        assert b.counts()["held"] == 0
+
+
+@pytest.mark.parametrize("when", ["as it leaves", "as it is copied"])
+def test_a_message_that_a_signal_handler_interrupts_is_torn(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pair() as (a, b):
+        wire = Watched(a)
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        if when == "as it leaves":
+            wire.end = KeyboardInterrupt()
+        else:
+            monkeypatch.setattr(b._pool, "_copy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            carrier(wire, b).send(A, message(buffer(100_000), buffer(100_000, 1)))
+        with pytest.raises(ProtocolError, match="was interrupted"):
+            Filling(wire.unfilled).wait(None)
+        assert b.counts()["slabs"] == 0, "they are let go of: somebody may have them"
+
+
+def test_a_message_that_is_refused_leaves_its_slabs_free() -> None:
+    with pair() as (_, b):
+        wire = Wire()
+        wire.error = OverloadedError("too many wait")
+        with pytest.raises(OverloadedError):
+            carrier(wire, b).send(A, message(buffer(100_000)))
+        assert (b.counts()["slabs"], b.counts()["held"]) == (1, 0)

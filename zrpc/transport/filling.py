@@ -1,0 +1,77 @@
+"""Slabs whose descriptors travel ahead of what is in them.
+
+To copy 1 MiB into a slab takes as long as a message takes to its receiver. So unless a buffer is large, the message
+that names it goes first, and the copy is made while it travels; the slab's header says when it is whole. The receiver
+takes the message in as any other, and looks at the header when somebody wants what came: outside of the read lock,
+because the sender may have been stopped in between, and then it has to wait.
+
+Measured on one host, calls that send a buffer of that size, without and with this (least of 12 processes each): 64 KiB
+138 -> 115 µs, 256 KiB 139 -> 118, 1 MiB 156 -> 127, 4 MiB 260 -> 213, 8 MiB 449 -> 377.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from zrpc.errors import ProtocolError
+from zrpc.transport.copying import SPLIT_MIN_NBYTES
+from zrpc.transport.polling import let_others_run
+from zrpc.transport.slab import path_of
+
+if TYPE_CHECKING:
+    from zrpc.transport.slab import Descriptor, Slab, SlabMemory
+    from zrpc.wire.envelope import Buffer
+
+MAX_NBYTES = SPLIT_MIN_NBYTES - 1
+"""Larger buffers are filled in first: two threads copy those, and the receiver, which polls, is in the way of one."""
+POLL_S = 0.002
+SLEEP_S = 0.001
+
+
+Unfilled = list[tuple["SlabMemory", "Descriptor"]]
+"""Slabs that are not whole yet, and how their sender described them."""
+
+
+class Fill(NamedTuple):
+    """What the sender has to do once the message has left: to copy `buffer` into `slab`."""
+
+    slab: Slab
+    buffer: Buffer
+
+
+class Filling:
+    """The slabs of one message that were not whole when it came.
+
+    Args:
+        slabs: these.
+    """
+
+    def __init__(self, slabs: Unfilled) -> None:
+        self._slabs = slabs
+
+    def wait(self, deadline: float | None) -> bool:
+        """See `Pending.wait`."""
+        for memory, (pid, fd, *_) in self._slabs:
+            began = time.monotonic()
+            while memory.is_filling:
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    return False
+                if now - began < POLL_S:
+                    let_others_run()
+                    continue
+                if not os.path.exists(path_of(pid, fd)) and memory.is_filling:
+                    raise ProtocolError(f"process {pid} ended before it had written what it sent into shared memory")
+                time.sleep(SLEEP_S)
+            if memory.is_torn:
+                raise ProtocolError(f"process {pid} was interrupted as it wrote what it sent into shared memory")
+        with _fence:
+            return True
+
+
+_fence = threading.Lock()
+"""Taken between the last look at a header and the first at what the slab holds: so that on no processor what was there
+before is seen. `SlabPool.fill` takes a lock between its copy and the header."""
