@@ -111,7 +111,7 @@ class Peers:
         self._group.refresh()
         return self._lookup(to)
 
-    def send(self, to: WorkerInfo, envelope: Envelope) -> None:
+    def send(self, to: WorkerInfo, envelope: Envelope, *, may_lie: bool = False) -> None:
         """Send `envelope`; see `Carrier.send`.
 
         Raises:
@@ -121,7 +121,7 @@ class Peers:
         if member is None:
             raise PeerLostError(f"{to} is not in the group any more")
         try:
-            self._carrier.send(member.incarnation, envelope)
+            self._carrier.send(member.incarnation, envelope, may_lie=may_lie)
         except PeerLostError as error:
             raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
 

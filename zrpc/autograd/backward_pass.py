@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Protocol
 from zrpc.autograd.ddp import WholeLeaves
 from zrpc.autograd.local import LocalPass
 from zrpc.autograd.marking import Further, Marking
-from zrpc.errors import AutogradError, PeerLostError
+from zrpc.errors import AutogradError, PeerLostError, RpcTimeoutError
 from zrpc.staging import handover
 
 if TYPE_CHECKING:
@@ -282,7 +282,8 @@ class BackwardPass:
             self._peers.interrupt()
 
     def _fail_here(self, error: BaseException) -> None:
-        self.fail(self._described(error))
+        as_it_is = isinstance(error, PeerLostError | RpcTimeoutError)  # of an answer that was to bring gradients
+        self.fail(error if as_it_is else self._described(error))
 
     def _described(self, error: BaseException) -> BaseException:
         """`error` with the rank of the worker where it came up, for those elsewhere."""

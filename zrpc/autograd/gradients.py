@@ -12,14 +12,15 @@ import msgpack
 import torch
 
 from zrpc.errors import ProtocolError
-from zrpc.ids import GlobalId
 from zrpc.wire.envelope import INLINE_MAX_NBYTES
+from zrpc.wire.messages import global_id
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zrpc.autograd.functions import Gradients
+    from zrpc.ids import GlobalId
 
 
 def pack(gradients: Gradients) -> Payload:
@@ -55,7 +56,7 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
         return []
     try:
         entries = msgpack.unpackb(payload.data)
-        several = [(GlobalId(created_on, local_id), present) for created_on, local_id, present in entries]
+        several = [(global_id([created_on, local_id]), present) for created_on, local_id, present in entries]
     except Exception as error:
         raise ProtocolError(f"{bytes(payload.data)!r:.300} does not say which gradients came") from error
     if not all([type(present) is bytes for _, present in several]):

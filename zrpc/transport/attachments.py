@@ -169,7 +169,9 @@ class Attachments:
     def _let_go(self, keys: Iterable[tuple[Incarnation, int]]) -> None:
         """Keep these no longer. Call it under the lock."""
         for key in keys:
-            self._mapped.pop(key).unpin()
+            memory = self._mapped.pop(key)
+            memory.is_left = True
+            memory.unpin()
 
     def _map(self, source: Incarnation, pid: int, fd: int, number: int) -> SlabMemory:
         with self._lock:

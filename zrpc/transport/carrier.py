@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.errors import PeerLostError, ProtocolError
+from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers
 from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
@@ -37,6 +38,8 @@ log = logging.getLogger("zrpc")
 T = TypeVar("T")
 
 _SLAB_DESCRIPTOR_LENGTH = 4
+_NO_ENVELOPE = b"\xc1"
+"""What everything begins with that is no envelope."""
 
 
 class Carrier:
@@ -52,7 +55,9 @@ class Carrier:
         self._shared_memory = shared_memory
         self._lanes = Lanes(endpoint.send, endpoint.credit_nbytes)
         self._transfers = Transfers(self._lanes.send)
+        self._batches = Batches(self._lanes.send, self.forget)
         self._on_envelope: OnEnvelope
+        self._is_over = False
         self.inbox = endpoint.inbox
         self.interrupt = endpoint.interrupt
 
@@ -68,6 +73,7 @@ class Carrier:
     def start(self, on_envelope: OnEnvelope, on_lost: OnLost) -> None:
         """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`."""
         self._on_envelope = on_envelope
+        self.inbox.on_queue_empty = self._batches.flush
         self._endpoint.start(self._on_frames, on_lost)
 
     def meet(self, peer: Incarnation, card: Any) -> None:
@@ -80,10 +86,15 @@ class Carrier:
         """See `Endpoint.watch`."""
         self._endpoint.watch(peer)
 
-    def send(self, peer: Incarnation, envelope: Envelope) -> None:
+    def send(self, peer: Incarnation, envelope: Envelope, *, may_lie: bool = False) -> None:
         """Send `envelope`; buffers that go through sockets must stay unchanged until the message was answered.
 
         It gives up those that nobody else sees, where it is their last use.
+
+        Args:
+            peer: to whom.
+            envelope: what.
+            may_lie: it may lie here for a moment, to leave with others: this thread will not wait for what it leads to.
 
         Raises:
             PeerLostError: the worker is not connected, or known to be lost.
@@ -92,23 +103,40 @@ class Carrier:
         """
         placed: list[list[Any]] = []
         later: list[Fill] = []
-        has_left = False
         try:
-            self._lanes.send(peer, self._encoded(peer, envelope, placed, later))
-            has_left = True
+            frames = self._encoded(peer, envelope, placed, later)
+        except PeerLostError:
+            self.forget(peer)
+            raise
+        except BaseException:
+            for descriptor in placed:
+                self._take_back(peer, descriptor, is_unsent=True)
+            raise
+        try:
+            self._send(peer, frames, may_lie)
             if later and self._shared_memory is not None:
                 self._shared_memory.fill(later)
         except PeerLostError:
             self.forget(peer)
             raise
-        except BaseException as error:  # one of a signal handler may come when the message has just left
+        except BaseException:  # it may have left all the same, or be kept to be sent later
             for descriptor in placed:
-                self._take_back(peer, descriptor, is_unsent=isinstance(error, Exception) and not has_left)
+                self._take_back(peer, descriptor, is_unsent=False)
             raise
         if envelope.is_arriving:
             for buffer in envelope.buffers:
                 if isinstance(buffer, Exported):
                     buffer.has_left()
+
+    def _send(self, peer: Incarnation, frames: list[Buffer], may_lie: bool) -> None:
+        if not (may_lie and self.inbox.serves_queue_here and len(frames) == 1 and len(frames[0]) <= MAX_NBYTES):
+            if self._batches.count:
+                self._batches.flush()
+            self._lanes.send(peer, frames)
+            return
+        self._batches.add(peer, frames[0])
+        if not self.inbox.serves_queue_here:  # whoever reads now may have looked for what lies here before
+            self._batches.flush()
 
     def _encoded(
         self, peer: Incarnation, envelope: Envelope, placed: list[list[Any]], later: list[Fill]
@@ -173,8 +201,14 @@ class Carrier:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
 
+    def wait_no_more(self) -> None:
+        """This worker shuts down: nobody waits any more for memory that a peer has not filled yet."""
+        self._is_over = True
+
     def close(self, flush_s: float) -> None:
         """See `Endpoint.close`. Idempotent."""
+        self.wait_no_more()
+        self._batches.close()
         self._lanes.flush()
         self._endpoint.close(flush_s)
         if self._shared_memory is not None:
@@ -194,7 +228,7 @@ class Carrier:
         return descriptor
 
     def _take_back(self, peer: Incarnation, descriptor: list[Any], *, is_unsent: bool) -> None:
-        """The envelope that was to name `descriptor` could not be sent; `is_unsent`: nothing of it was."""
+        """The envelope that was to name `descriptor` is not sent. `is_unsent`: nobody will ever have seen it."""
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
             take_back = self._shared_memory.take_back if is_unsent else self._shared_memory.give_up
             take_back(descriptor)
@@ -203,20 +237,33 @@ class Carrier:
 
     def _on_frames(self, source: Incarnation, frames: list[Buffer]) -> Work | None:
         try:
-            if self._transfers.is_chunk(frames):
-                self._transfers.receive(source, frames)
-                return None
-            if self._lanes.is_mark(frames):
-                self._lanes.receive(source, frames)
-                return None
+            if frames[0][:1] == _NO_ENVELOPE:
+                return self._on_others(source, frames)
             unfilled: Unfilled = []
             envelope = decode(frames, partial(self._fetch, source, unfilled))
             if unfilled:
-                envelope.pending = Filling(unfilled)
+                envelope.pending = Filling(unfilled, lambda: self._is_over)
             return self._on_envelope(source, envelope)
         except Exception:  # whatever one message does, the next one is read
             log.exception("a message of %s was dropped", source.hex())
             return None
+
+    def _on_others(self, source: Incarnation, frames: list[Buffer]) -> Work | None:
+        """Take in what is no envelope, or several.
+
+        Raises:
+            ProtocolError: it is not known, or damaged.
+        """
+        if self._transfers.is_chunk(frames):
+            self._transfers.receive(source, frames)
+        elif self._lanes.is_mark(frames):
+            self._lanes.receive(source, frames)
+        elif is_batch(frames):
+            works = [work for message in messages_of(frames) if (work := self._on_frames(source, [message]))]
+            return partial(_do_all, works) if works else None  # answers are none
+        else:
+            raise ProtocolError(f"a message of {len(frames)} frames begins with {bytes(frames[0][:2])!r}")
+        return None
 
     def _fetch(self, source: Incarnation, unfilled: Unfilled, descriptor: list[Any]) -> Buffer:
         """The memory of a large buffer that goes beside its envelope; see `SharedMemory.fetch`."""
@@ -227,3 +274,8 @@ class Carrier:
 
 def _nothing_to_pin(_: Buffer) -> None:
     """No memory is shared."""
+
+
+def _do_all(works: list[Work]) -> None:
+    for work in works:
+        work()

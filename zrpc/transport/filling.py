@@ -16,12 +16,14 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from zrpc.errors import ProtocolError
+from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport.copying import SPLIT_MIN_NBYTES
 from zrpc.transport.polling import let_others_run
 from zrpc.transport.slab import path_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zrpc.transport.slab import Descriptor, Slab, SlabMemory
     from zrpc.wire.envelope import Buffer
 
@@ -47,10 +49,12 @@ class Filling:
 
     Args:
         slabs: these.
+        is_over: whether this worker shuts down.
     """
 
-    def __init__(self, slabs: Unfilled) -> None:
+    def __init__(self, slabs: Unfilled, is_over: Callable[[], bool]) -> None:
         self._slabs = slabs
+        self._is_over = is_over
 
     def wait(self, deadline: float | None) -> bool:
         """See `Pending.wait`."""
@@ -62,16 +66,25 @@ class Filling:
                     return False
                 if now - began < POLL_S:
                     let_others_run()
-                    continue
-                if not os.path.exists(path_of(pid, fd)) and memory.is_filling:
-                    raise ProtocolError(f"process {pid} ended before it had written what it sent into shared memory")
-                time.sleep(SLEEP_S)
+                else:
+                    self._look(memory, pid, fd)
+                    time.sleep(SLEEP_S)
             if memory.is_torn:
                 raise ProtocolError(f"process {pid} was interrupted as it wrote what it sent into shared memory")
-        with _fence:
-            return True
+        for _ in range(2):
+            with _fence:
+                pass
+        return True
+
+    def _look(self, memory: SlabMemory, pid: int, fd: int) -> None:
+        """Raise if nothing is to be waited for any more."""
+        if self._is_over():
+            raise AgentClosedError("this worker shut down before its peer had written what it sent into shared memory")
+        is_given_up = memory.is_left or memory.is_retired() or not os.path.exists(path_of(pid, fd))
+        if is_given_up and memory.is_filling:
+            raise PeerLostError(f"process {pid} is lost, or gave up, before it had written what it sent")
 
 
 _fence = threading.Lock()
-"""Taken between the last look at a header and the first at what the slab holds: so that on no processor what was there
-before is seen. `SlabPool.fill` takes a lock between its copy and the header."""
+"""Taken, given back and taken again after the last look at a header: so that on no processor anything is read that was
+in the slab before. `SlabPool.fill` takes a lock between its copy and the header."""

@@ -82,6 +82,8 @@ class Inbox:
         io_thread: brings the messages.
 
     Attributes:
+        on_queue_empty: called by a reader before it waits for something or stays away, and every few ms by the one that
+            keeps watch.
         on_callers_left: called by a reader when callers that read may have left something to do.
         is_read_by_caller: whether the thread that reads now waits for an answer of its own.
         polling: how to wait for the next message.
@@ -89,6 +91,7 @@ class Inbox:
     """
 
     def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool], io_thread: IoThread) -> None:
+        self.on_queue_empty: Callable[[], None] = _nothing
         self.on_callers_left: Callable[[], None] = _nothing
         self.is_read_by_caller = False
         self.polling = Polling(sock, io_thread)
@@ -99,6 +102,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._readers: set[int] = set()  # each reader adds itself
         self._reader = 0  # the thread that holds the lock to read
+        self._serves_queue = 0  # the reader at work that had not to wait for it
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
         self._calls = SimpleQueue[bool]()  # to the parked readers: true, read now; false, keep watch
         self._parked: set[int] = set()  # each reader changes its own entry
@@ -122,6 +126,11 @@ class Inbox:
     def is_read_here(self) -> bool:
         """Whether this thread holds the read lock."""
         return self._reader == threading.get_ident()
+
+    @property
+    def serves_queue_here(self) -> bool:
+        """Whether this thread is a reader at work that had not to wait for it, so that more may lie there."""
+        return self._serves_queue == threading.get_ident()
 
     def describe(self) -> str:
         """Who reads and who does not, for the log."""
@@ -150,17 +159,24 @@ class Inbox:
                 self._park(watch=True)
             else:
                 self._park(watch=False)
+        self.on_queue_empty()
         self._calls.put(True)  # the others end too
 
     def _read(self) -> Work | None:
         """Read under the lock, which is held, until there is work to do or the socket is left to callers."""
         self._reader = threading.get_ident()
         try:
+            if self._serves_queue != self._reader:
+                self._take_over()
             self.on_callers_left()
             while not self._is_over():
-                self.polling.wait(None)
+                is_ready = self.polling.is_ready()
+                if not is_ready:
+                    self.on_queue_empty()
+                    self.polling.wait(None)
                 work = self._hand_on()
                 if work is not None:
+                    self._serves_queue = self._reader if is_ready else 0
                     return work
                 if self._blocked and self._all_served() and self._is_streak():
                     break
@@ -176,6 +192,8 @@ class Inbox:
             wanted: what it waits for. If it comes otherwise than by a message, send the socket one after.
             deadline: when to give up (`time.monotonic`); None: never.
         """
+        if self.serves_queue_here:
+            self._take_over()
         if not self._lock.acquire(blocking=False):
             self._blocked.add(wanted)
             try:
@@ -186,9 +204,12 @@ class Inbox:
                 self._blocked.discard(wanted)
         self._reader = threading.get_ident()
         try:
+            self._take_over()
             self.is_read_by_caller = True
             self._activity += 1
-            while not wanted.done() and not self._is_over() and self.polling.wait(deadline):
+            while not wanted.done() and not self._is_over():
+                if not self.polling.is_ready() and not self.polling.wait(deadline):
+                    break
                 self._hand_on()
                 if deadline is not None and time.monotonic() >= deadline:
                     break
@@ -221,6 +242,11 @@ class Inbox:
         self._begun = []
         return self._take(begun.pop(0), begun)  # type: ignore[arg-type]  # a source is bytes
 
+    def _take_over(self) -> None:
+        """This thread reads now, or waits: the reader at work that left something lying may not come back for long."""
+        self._serves_queue = 0
+        self.on_queue_empty()
+
     def _all_served(self) -> bool:
         """Whether all that threads are blocked for has come."""
         return all(wanted.done() for wanted in tuple(self._blocked))
@@ -235,6 +261,7 @@ class Inbox:
     def _park(self, watch: bool) -> None:
         """Stay away from the socket until it needs a reader. `watch`: there is activity."""
         me = threading.get_ident()
+        self.on_queue_empty()
         self._parked.add(me)
         try:
             while not self._is_over():
@@ -260,6 +287,7 @@ class Inbox:
                         return True
                 except Empty:
                     pass
+                self.on_queue_empty()
                 if self._activity != activity:
                     unread_s = 0.0
                     pause_s = min(2 * pause_s, PARK_MAX_S)

@@ -61,11 +61,15 @@ class Polling:
         self._taken_at = 0.0
         self._owes_way = False
 
+    def is_ready(self) -> bool:
+        """Whether there is a message that need not be waited for."""
+        if not zmq_poll(self._ready, 0):
+            return False
+        self._last_wait_s = 0.0
+        return True
+
     def wait(self, deadline: float | None) -> bool:
-        """Wait for a message; false if the deadline (`time.monotonic`) has passed."""
-        if zmq_poll(self._ready, 0):
-            self._last_wait_s = 0.0
-            return True
+        """Wait for a message, which is not there yet; false if the deadline (`time.monotonic`) has passed."""
         began = time.monotonic()
         pays = self._last_wait_s < self.busy_poll_s and began > self._no_poll_until
         came = (pays and self._poll(began)) or self._sleep(deadline)

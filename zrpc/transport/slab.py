@@ -69,15 +69,17 @@ class SlabMemory:
     Attributes:
         address: where its room begins.
         beside: what was made here of what the slab says; it goes with the mapping.
+        is_left: this process keeps it no longer: its owner is lost, or this worker has shut down.
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_pins", "address", "beside", "was_pinned")
+    __slots__ = ("_mapped", "_pins", "address", "beside", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
         self.address = address_of(mapped) + HEADER_NBYTES
         self.beside: object = None
+        self.is_left = False
         self.was_pinned = False
         self._pins: Pins | None = None  # of who has pinned it
 

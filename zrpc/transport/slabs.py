@@ -8,9 +8,10 @@ garbage collection too.
 
 Invariants:
 
-- A slab is written by the sender only while FREE or FILLING, and read or written by one receiver only while HELD and
-  WHOLE. So a received tensor is its owner's alone, and the sender may write to what it sent as soon as `place` has
-  returned, or `fill`, if the copy was put off until the message is on its way (`zrpc.transport.filling`).
+- A slab is written by the sender only before anybody is told of it, or while FILLING, and read or written by one
+  receiver only while HELD and WHOLE. So a received tensor is its owner's alone, and the sender may write to what it
+  sent as soon as `place` has returned, or `fill`, if the copy was put off until the message is on its way
+  (`zrpc.transport.filling`).
 - A receiver that answers with what it received, and keeps nothing of it, hands the slab back as it is: its owner makes
   a tensor of it, and it stays HELD until that one dies. Whether the receiver keeps nothing is tried: it lets go of what
   it is about to send, and looks whether anybody sees that memory yet.

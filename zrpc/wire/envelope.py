@@ -91,7 +91,9 @@ class Pending(Protocol):
         """Wait until all of them are written; false if `deadline` (`time.monotonic`) has passed before.
 
         Raises:
-            ProtocolError: they never will be.
+            PeerLostError: the sender is lost, and they never will be.
+            ProtocolError: the sender gave up.
+            AgentClosedError: this worker shuts down.
         """
 
 

@@ -51,20 +51,25 @@ _ARRIVES_AS: dict[str, type] = {
 }
 
 
-def _id(value: Any) -> GlobalId:
+def global_id(value: Any) -> GlobalId:
+    """The id that travelled as `value`.
+
+    Raises:
+        ProtocolError: it is none.
+    """
     if type(value) is list and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         return GlobalId(*value)
     raise ProtocolError(f"{value!r} is not a global id")
 
 
 def _ids(values: list[Any]) -> list[GlobalId]:
-    return [_id(value) for value in values]
+    return [global_id(value) for value in values]
 
 
 _RESTORED_BY: dict[str, Callable[[Any], Any]] = {
-    "GlobalId": _id,
-    "RRefId": _id,
-    "ForkId": _id,
+    "GlobalId": global_id,
+    "RRefId": global_id,
+    "ForkId": global_id,
     "list[GlobalId]": _ids,
 }
 """msgpack hands tuples back as lists: what makes ids of them again."""

@@ -50,10 +50,12 @@ class ReadElsewhere:
     is_read_here = False
     is_reader_here = False
     can_work = False
+    serves_queue_here = False
     num_sent = 0
 
     def __init__(self) -> None:
         self.on_callers_left: Callable[[], None] | None = None
+        self.on_queue_empty: Callable[[], None] | None = None
         self.polling = SimpleNamespace(busy_poll_s=0.0)
 
     def wait_for(self, wanted: Any, deadline: float | None) -> None:

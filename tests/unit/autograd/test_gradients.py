@@ -66,6 +66,8 @@ def test_another_number_of_tensors_is_refused(present: bytes, count: int) -> Non
         msgpack.packb([[0, 1]]),
         msgpack.packb([[0, 1, 1 << 40]]),
         msgpack.packb([[0, 1, "text"]]),
+        msgpack.packb([[0, "x", b""]]),
+        msgpack.packb([[0, 1, b"", 2]]),
         msgpack.packb([[0, 1, b"\0"]])[:-1],
     ],
 )

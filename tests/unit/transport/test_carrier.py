@@ -44,7 +44,13 @@ def wire() -> Wire:
 
 
 def carrier(wire: Wire, memory: SharedMemory) -> Carrier:
-    endpoint: Any = SimpleNamespace(send=wire.send, credit_nbytes=1 << 30, inbox=None, interrupt=None, incarnation=B)
+    endpoint: Any = SimpleNamespace(
+        send=wire.send,
+        credit_nbytes=1 << 30,
+        inbox=SimpleNamespace(serves_queue_here=False),
+        interrupt=None,
+        incarnation=B,
+    )
     return Carrier(endpoint, memory)
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.unit.transport.test_carrier import Wire, carrier
 from tests.unit.transport.test_shared_memory import pair
 from tests.unit.transport.test_slabs import A, B, attachments, buffer, pool
-from zrpc.errors import OverloadedError, ProtocolError
+from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError, ZrpcError
 from zrpc.transport import slabs
 from zrpc.transport.filling import MAX_NBYTES, Fill, Filling, Unfilled
 from zrpc.wire.envelope import Envelope, decode
@@ -43,7 +43,7 @@ def fetch(receiver: Attachments, descriptor: list[Any]) -> tuple[memoryview, Fil
     unfilled: Unfilled = []
     came = receiver.fetch(A, descriptor, unfilled)
     assert len(unfilled) == 1
-    return came, Filling(unfilled)
+    return came, Filling(unfilled, lambda: False)
 
 
 def test_a_slab_is_whole_once_it_is_filled(attachments: Attachments) -> None:
@@ -147,8 +147,35 @@ def test_if_the_sender_dies_before_it_is_whole_nobody_hangs(attachments: Attachm
         sender.kill()
         if is_reaped:
             sender.wait()
-        with pytest.raises(ProtocolError, match=f"process {sender.pid} ended before"):
+        with pytest.raises(PeerLostError, match=f"process {sender.pid} is lost, or gave up"):
             filling.wait(None)
+
+
+@pytest.mark.parametrize("how", ["it is lost", "its owner has let go of it", "this worker shuts down"])
+def test_nobody_waits_for_what_will_not_come(attachments: Attachments, how: str) -> None:
+    with pool() as sender:
+        descriptor, _ = begin(sender, buffer(100_000))
+        unfilled: Unfilled = []
+        attachments.fetch(A, descriptor, unfilled)
+        is_over = threading.Event()
+        ends: list[type[Exception]] = []
+
+        def wait() -> None:
+            try:
+                Filling(unfilled, is_over.is_set).wait(None)
+            except ZrpcError as error:
+                ends.append(type(error))
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        if how == "it is lost":
+            attachments.forget(A)
+        elif how == "its owner has let go of it":
+            sender.reclaim(B)
+        else:
+            is_over.set()
+        waiting.join()
+        assert ends == [AgentClosedError if how == "this worker shuts down" else PeerLostError]
 
 
 # ---- in messages -----------------------------------------------------------------------------------------------------
@@ -180,7 +207,7 @@ def test_a_message_leaves_before_its_buffers_are_copied_and_they_are_when_it_was
         wire = Watched(a)
         carrier(wire, b).send(A, message(buffer(100_000), buffer(100_000, 1)))
         assert len(wire.unfilled) == 2
-        assert Filling(wire.unfilled).wait(time.monotonic())
+        assert Filling(wire.unfilled, lambda: False).wait(time.monotonic())
         assert list(wire.came[0].buffers) == [buffer(100_000), buffer(100_000, 1)]
         wire.came.clear()
         assert b.counts()["held"] == 0
@@ -201,14 +228,23 @@ def test_a_message_that_a_signal_handler_interrupts_is_torn(when: str, monkeypat
         with pytest.raises(KeyboardInterrupt):
             carrier(wire, b).send(A, message(buffer(100_000), buffer(100_000, 1)))
         with pytest.raises(ProtocolError, match="was interrupted"):
-            Filling(wire.unfilled).wait(None)
+            Filling(wire.unfilled, lambda: False).wait(None)
         assert b.counts()["slabs"] == 0, "they are let go of: somebody may have them"
 
 
-def test_a_message_that_is_refused_leaves_its_slabs_free() -> None:
+def test_a_message_that_cannot_be_packed_leaves_its_slabs_free() -> None:
+    with pair() as (_, b):
+        wire = Wire()
+        with pytest.raises(ProtocolError, match="cannot be packed"):
+            carrier(wire, b).send(A, Envelope(Reply(), 1, {"unpackable": object()}, b"", (), [buffer(100_000)]))
+        assert not wire.sent
+        assert (b.counts()["slabs"], b.counts()["held"]) == (1, 0)
+
+
+def test_the_slabs_of_one_that_is_refused_are_let_go_of() -> None:
     with pair() as (_, b):
         wire = Wire()
         wire.error = OverloadedError("too many wait")
         with pytest.raises(OverloadedError):
             carrier(wire, b).send(A, message(buffer(100_000)))
-        assert (b.counts()["slabs"], b.counts()["held"]) == (1, 0)
+        assert b.counts()["slabs"] == 0, "it may be among those that wait"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import zmq
 
+from tests.waiting import until
 from zrpc.transport.inbox import READERS, Inbox, send_frames
 from zrpc.transport.io_thread import IoThread
 
@@ -300,3 +302,107 @@ def test_closing_from_within_a_message_is_safe() -> None:
         here.send(b"close")
         here.inbox.wait_for(wanted, None)
         assert wanted.done()
+
+
+# ---- queues ----------------------------------------------------------------------------------------------------------
+
+
+def serve_in_a_row(here: Office, names: list[bytes]) -> list[bool]:
+    """Have work done for messages of which the next lies there each time; whether each was served as one of a queue."""
+    queued: list[bool] = []
+    done = threading.Event()
+
+    def serve(name: bytes) -> None:
+        queued.append(here.inbox.serves_queue_here)
+        if name == names[-1]:
+            done.set()
+            return
+        with here.inbox._lock:  # the other reader takes over else
+            here.send(names[names.index(name) + 1])
+            until(here.inbox.polling.is_ready, "the next one lies there")
+
+    here.work = {name: partial(serve, name) for name in names}
+    here.send(names[0])
+    assert done.wait(WAIT_S)
+    return queued
+
+
+def test_a_reader_knows_whether_it_serves_a_queue_and_sees_to_it_before_it_waits() -> None:
+    with office() as here:
+        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
+        emptied: list[str] = []
+        assert serve_in_a_row(here, [b"a", b"b", b"c"]) == [False, True, True]
+        here.inbox.on_queue_empty = lambda: emptied.append(threading.current_thread().name)
+        assert serve_in_a_row(here, [b"d", b"e"])[-1]
+        until(lambda: here.took[b"e"] in emptied, "not only who keeps watch does")
+        assert not here.inbox.serves_queue_here, "this is no reader"
+
+
+def test_a_reader_serves_a_queue_no_more_once_another_thread_reads() -> None:
+    with office() as here:
+        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
+        left: list[bool] = []
+        done = threading.Event()
+        wanted = Wanted()
+
+        def serve() -> None:
+            here.inbox._serves_queue = threading.get_ident()
+            left.append(here.inbox.serves_queue_here)
+            caller = in_thread("caller", lambda: here.inbox.wait_for(wanted, None))
+            until(lambda: here.inbox._reader not in (0, threading.get_ident()), "another thread reads")
+            until(lambda: not here.inbox.serves_queue_here, "it has taken over")
+            wanted.come()
+            here.send(b"wake")
+            caller.join(WAIT_S)
+            done.set()
+
+        here.work[b"serve"] = serve
+        here.send(b"serve")
+        assert done.wait(WAIT_S)
+        assert left == [True]
+
+
+def test_while_a_reader_is_stuck_the_other_one_sees_to_its_queue() -> None:
+    with office() as here:
+        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
+        here.send(b"first")
+        here.wait_taken(b"first")
+        stuck, seen = threading.Event(), threading.Event()
+        names: list[str] = []
+
+        def note() -> None:
+            if stuck.is_set() and not seen.is_set():
+                names.append(threading.current_thread().name)
+                seen.set()
+
+        def get_stuck() -> None:
+            stuck.set()
+            assert seen.wait(WAIT_S), "nobody sees to what it has left lying"
+
+        here.inbox.on_queue_empty = note
+        here.work[b"stuck"] = get_stuck
+        here.send(b"stuck")
+        stuck_reader = here.wait_taken(b"stuck")
+        assert seen.wait(WAIT_S)
+        assert names[0] != stuck_reader
+
+
+def test_a_reader_that_waits_for_something_itself_leaves_nothing_lying() -> None:
+    with office() as here:
+        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
+        left: list[bool] = []
+        done = threading.Event()
+
+        def call() -> None:
+            emptied: list[str] = []
+            here.inbox.on_queue_empty = lambda: emptied.append(threading.current_thread().name)
+            here.inbox._serves_queue = threading.get_ident()
+            here.inbox.wait_for(Wanted(), 0.0)
+            left.extend([here.inbox.serves_queue_here, threading.current_thread().name not in emptied])
+            here.inbox.on_queue_empty = lambda: None
+            done.set()
+
+        here.work[b"call"] = call
+        here.send(b"call")
+        assert done.wait(WAIT_S)
+        assert left == [False, False]
