@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from tests.integration.broker_harness import TIMEOUT_S
+from tests.waiting import until
 from zrpc.ids import Incarnation, new_incarnation
 from zrpc.transport.brokered import BrokeredEndpoint
 from zrpc.transport.hub import BROKER, Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
@@ -95,6 +96,7 @@ def test_a_worker_that_reads_nothing_is_given_up(hub: HubThread, endpoints: list
     for _ in range(40_000):
         a.send(b.incarnation, [message])
         a._outbox.drain()  # nobody else does: a is not open either
+    until(a._outbox.drain, "all of it has left")
     assert "too slow" in hub.wait_unreachable(b.incarnation)
 
 

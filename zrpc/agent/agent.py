@@ -172,7 +172,7 @@ class Agent:
                 return
             self._closed = True
         self._gates.close(AgentClosedError("this worker shut down"))
-        self._carrier.wait_no_more()
+        self._carrier.wind_down()
         self._server.pool.close(flush_s)
         self._stagers.close(flush_s)
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left

@@ -201,14 +201,14 @@ class Carrier:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
 
-    def wait_no_more(self) -> None:
-        """This worker shuts down: nobody waits any more for memory that a peer has not filled yet."""
+    def wind_down(self) -> None:
+        """This worker shuts down: it keeps no answers back, and waits for no memory that a peer has not filled yet."""
         self._is_over = True
+        self._batches.close()
 
     def close(self, flush_s: float) -> None:
         """See `Endpoint.close`. Idempotent."""
-        self.wait_no_more()
-        self._batches.close()
+        self.wind_down()
         self._lanes.flush()
         self._endpoint.close(flush_s)
         if self._shared_memory is not None:
