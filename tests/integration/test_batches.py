@@ -125,7 +125,8 @@ def test_no_answer_lies_behind_the_function_that_gives_it(cluster: Cluster) -> N
 
 
 def answer_late() -> str:
-    _may_go.wait(PATIENCE_S)
+    agent = current_agent()
+    until(lambda: agent._closed, "this worker shuts down")
     return "late"
 
 
@@ -146,7 +147,6 @@ def shut_down_before_an_answer(rank: int, init_method: str) -> list[str]:
         late.append(waiting.wait())
     else:
         assert _may_shut_down.wait(PATIENCE_S)
-        threading.Timer(0.3, let_go).start()
     rpc.shutdown(graceful=False)
     return late
 

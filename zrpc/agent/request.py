@@ -55,7 +55,9 @@ class Request(Generic[M]):
         """What rides beside the message.
 
         Raises:
-            ProtocolError: its tensor table is damaged, or the caller ended before it had written all of it.
+            ProtocolError: its tensor table is damaged, or the caller was interrupted before it had written all of it.
+            PeerLostError: the caller is lost, and had not written all of it.
+            AgentClosedError: the same, but this worker shuts down.
             DeviceError: a tensor that should arrive on a device of this worker cannot.
         """
         if self._payload is None:
