@@ -125,7 +125,7 @@ def test_no_answer_lies_behind_the_function_that_gives_it(cluster: Cluster) -> N
 
 
 def answer_late() -> str:
-    """Answer once this worker shuts down: a reader when nobody else reads, as one of a queue; a handler thread at once."""
+    """Answer once this worker shuts down: a reader when nobody reads, as one of a queue; a handler thread at once."""
     agent = current_agent()
     inbox = agent._carrier.inbox
     if inbox.is_reader_here:

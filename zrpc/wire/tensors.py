@@ -41,12 +41,15 @@ Outgoing = list[Buffer | Arriving | Exported]
 
 DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED, EXPORTED = range(8)
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
     for name in sorted(dir(torch))
     if isinstance(dtype := getattr(torch, name), torch.dtype)
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_QUANTIZED_DTYPES = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype not in _QUANTIZED_DTYPES}
+"""What memory can be seen as. torch crashes where a plain tensor of a quantized dtype is given another shape; quantized
+tensors are made of their integers."""
 COMPRESSED_LAYOUTS = {
     str(layout): layout for layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 }

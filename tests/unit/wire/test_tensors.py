@@ -19,7 +19,7 @@ from zrpc.errors import ProtocolError, SerializationError
 from zrpc.wire.envelope import decode
 from zrpc.wire.payload import Payload, open_payload
 from zrpc.wire.received import unpack
-from zrpc.wire.tensors import DTYPES
+from zrpc.wire.tensors import DTYPES, NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
 ]
 
-QUANTIZED = {"qint8", "quint8", "qint32", "quint4x2", "quint2x4"}
-PLAIN = {name: dtype for name, dtype in DTYPES.items() if name not in QUANTIZED}
+QUANTIZED = ["qint8", "quint8", "qint32", "quint4x2", "quint2x4"]
 
 SIZES = {"rides inside": 2_000, "is copied": 12_000, "is taken over": 70_000}
 """How a buffer of so many bytes travels."""
@@ -109,10 +108,10 @@ def assert_own_memory(tensor: Tensor) -> None:
     assert np.array_equal(bits(again), original)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", DTYPES)
 def test_every_dtype_arrives_in_every_view_and_size(name: str) -> None:
     for nbytes, (kind, view) in itertools.product(SIZES.values(), VIEWS.items()):
-        tensor = view(make(PLAIN[name], nbytes))
+        tensor = view(make(DTYPES[name], nbytes))
         if kind in STRIDES_LOST and not _can_be_copied(tensor):
             continue
         assert_same(tensor, travel_tensors(tensor)[0], strides=kind not in STRIDES_LOST)
@@ -129,7 +128,7 @@ def _can_be_copied(tensor: Tensor) -> bool:
 
 
 def test_the_dtypes_that_cannot_be_made_contiguous_are_few() -> None:
-    stuck = {name for name, dtype in PLAIN.items() if not _can_be_copied(make(dtype, 2000).t())}
+    stuck = {name for name, dtype in DTYPES.items() if not _can_be_copied(make(dtype, 2000).t())}
     assert stuck <= {f"{sign}int{n}" for sign in ("", "u") for n in range(1, 8)} | {"float4_e2m1fn_x2"}
 
 
@@ -433,7 +432,14 @@ def test_what_cannot_travel_is_refused_with_advice() -> None:
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 numbers = st.integers(-3, 1 << 70) | st.just(1 << 40)
-parts = numbers | st.none() | st.booleans() | st.text(max_size=4) | st.sampled_from(sorted(DTYPES)) | st.lists(numbers)
+parts = (
+    numbers
+    | st.none()
+    | st.booleans()
+    | st.text(max_size=4)
+    | st.sampled_from(sorted(NAMES.values()))
+    | st.lists(numbers)
+)
 
 
 @given(
@@ -452,6 +458,14 @@ def test_changed_entries_are_read_or_refused(entry: list[Any], changes: list[tup
         changed[at % len(changed)] = part
     with contextlib.suppress(ProtocolError):
         unpack([changed], [bytes(24)])
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_plain_memory_is_not_seen_as_quantized(dtype: str) -> None:
+    """torch's `resize_` of such a tensor is a segmentation fault."""
+    for entry in ([0, dtype, [2, 3], False, 0], [1, dtype, [2, 3], False, 0, [3, 1], 0, False, False]):
+        with pytest.raises(ProtocolError, match="a tensor table cannot be read"):
+            unpack([entry], [bytes(24)])
 
 
 @pytest.mark.parametrize(
