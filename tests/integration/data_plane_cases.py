@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.unit.wire.test_tensors import PLAIN, bits, make
+from tests.unit.wire.test_tensors import bits, make
+from zrpc.wire.tensors import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,7 +230,7 @@ def _table(group: str, makers: dict[str, Callable[[int], Any]]) -> dict[str, Cal
 
 
 LARGE: dict[str, Callable[[int], Any]] = {
-    **{f"{name}: {kind}": maker for name, dtype in PLAIN.items() for kind, maker in strided(dtype).items()},
+    **{f"{name}: {kind}": maker for name, dtype in DTYPES.items() for kind, maker in strided(dtype).items()},
     **_table("layout", LAYOUTS),
     **_table("sparse", SPARSE),
     **_table("quantized", QUANTIZED),
