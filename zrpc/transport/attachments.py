@@ -58,10 +58,10 @@ class Attachments:
         self._mapped: dict[tuple[Incarnation, int], SlabMemory] = {}
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
-    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled | None = None) -> memoryview:
+    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet; without it such a slab is refused.
+        `unfilled` gets the slab if it is not whole yet.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller.
@@ -74,13 +74,9 @@ class Attachments:
             raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
         return self.lend(memory, source, descriptor, unfilled)
 
-    def lend(
-        self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor, unfilled: Unfilled | None = None
-    ) -> memoryview:
+    def lend(self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
         """What `descriptor` of `owner` says of the slab `memory`, which is held; otherwise as `fetch`."""
         if memory.is_filling or memory.is_torn:
-            if unfilled is None:
-                raise ProtocolError(f"the slab of {descriptor!r} is not whole")
             unfilled.append((memory, descriptor))
         loan = memory.view(descriptor[-1])
         address = memory.address

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.note import Note
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("zrpc")
 
 T = TypeVar("T")
-
-
-class Placing(Protocol):
-    """`SlabPool.place` for one peer."""
-
-    def __call__(self, buffer: Buffer | Arriving, later: list[Fill] | None = None) -> Descriptor | None:
-        """See there."""
 
 
 class SharedMemory:
@@ -65,7 +58,7 @@ class SharedMemory:
         """Tell `peer`, whose card said `card` of its memory, that it can be opened here, if it can."""
         self._nonces[peer] = self._probe.visit(card)
 
-    def placing(self, peer: Incarnation) -> Placing | None:
+    def placing(self, peer: Incarnation) -> Callable[[Buffer | Arriving, list[Fill]], Descriptor | None] | None:
         """`SlabPool.place` for that peer; None where it cannot open, or has not yet tried to open, what is here."""
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
@@ -90,10 +83,10 @@ class SharedMemory:
         """See `Attachments.take_back`."""
         self._attachments.take_back(peer, descriptor)
 
-    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled | None = None) -> memoryview:
+    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet; without it such a slab is refused.
+        `unfilled` gets the slab if it is not whole yet.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller, or `source` has handed back what it does not hold.

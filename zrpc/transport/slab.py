@@ -162,6 +162,8 @@ class Slab:
     fd: int
     memory: SlabMemory
     holder: Incarnation = b""
+    descriptor: Descriptor | None = None
+    """The very list that `holder` is told of it by: another time it is another one."""
 
     @classmethod
     def make(cls, room: int) -> Slab:

@@ -151,15 +151,13 @@ class SlabPool:
         self._copier = Copier()
         self._pid = os.getpid()
 
-    def place(
-        self, holder: Incarnation, buffer: Buffer | Arriving, later: list[Fill] | None = None
-    ) -> Descriptor | None:
+    def place(self, holder: Incarnation, buffer: Buffer | Arriving, later: list[Fill]) -> Descriptor | None:
         """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
             holder: who will receive the descriptor.
             buffer: contiguous bytes.
-            later: gets what is left to do once `holder` was told, or taken back. None: nothing is.
+            later: gets what is left to do once `holder` was told, if something is.
         """
         nbytes = len(buffer)
         if nbytes < MIN_NBYTES:
@@ -170,18 +168,19 @@ class SlabPool:
                 return None
             slab.memory.hold()
             slab.holder = holder
+            slab.descriptor = descriptor = [self._pid, slab.fd, slab.number, nbytes]
             self._shelves[slab.room].placed.append(slab)
             self._num_placed += 1
-        if later is not None and nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving):
+        if nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving):
             slab.memory.begin_filling()
             later.append(Fill(slab, buffer))
-            return [self._pid, slab.fd, slab.number, nbytes]
+            return descriptor
         try:
             self._copy(slab.memory.view(nbytes), buffer)
         except BaseException:  # of a signal handler, or of a device: half of it may still be copied
-            self._give_up(slab)
+            self.give_up(descriptor)
             raise
-        return [self._pid, slab.fd, slab.number, nbytes]
+        return descriptor
 
     def fill(self, later: Sequence[Fill]) -> None:
         """Do what `place` has left to do. The buffers may then be written to."""
@@ -201,21 +200,25 @@ class SlabPool:
             start = stop
 
     def take_back(self, descriptor: Descriptor) -> None:
-        """Nobody was told of `descriptor` after all: its slab, if it is one of these, is free."""
+        """Nobody was told of `descriptor`, which `place` gave, after all: its slab is free."""
         with self._lock:
             slab = self._find(descriptor)
-            if slab is not None:
+            if slab is not None and slab.descriptor is descriptor:
                 slab.memory.end_filling(is_whole=True)
                 slab.memory.free()
 
     def give_up(self, descriptor: Descriptor) -> None:
-        """It is not known whether somebody was told of `descriptor`: let go of its slab, if it is one of these."""
+        """It is not known whether somebody was told of `descriptor`, which `place` gave: let go of its slab.
+
+        Unless its holder has let go of it already, and it was placed anew.
+        """
         with self._lock:
             slab = self._find(descriptor)
-        if slab is not None:
-            if slab.memory.is_filling:
-                slab.memory.end_filling(is_whole=False)
-            self._give_up(slab)
+            if slab is not None and slab.descriptor is descriptor:
+                if slab.memory.is_filling:
+                    slab.memory.end_filling(is_whole=False)
+                self._shelves[slab.room].placed.remove(slab)
+                self._let_go([slab])
 
     def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory | None:
         """The memory of a slab that `holder` has handed back: it is held here now. None: it is no slab of this pool.
@@ -329,13 +332,6 @@ class SlabPool:
             self._asks_to_skip = REFUSALS
             return 0
         return min(most, max(room, ALLOWANCE_NBYTES))
-
-    def _give_up(self, slab: Slab) -> None:
-        with self._lock:
-            placed = self._shelves[slab.room].placed
-            if slab in placed:
-                placed.remove(slab)
-                self._let_go([slab])
 
     def _let_go(self, slabs: Iterable[Slab]) -> None:
         for slab in slabs:

@@ -56,7 +56,7 @@ def carrier(wire: Wire, memory: SharedMemory) -> Carrier:
 
 def answer(a: SharedMemory, b: SharedMemory, extras: dict[str, Any] | None = None) -> Envelope:
     """What B answers A with: what A has sent."""
-    came = b.fetch(A, send(a, B, buffer(100_000)))
+    came = b.fetch(A, send(a, B, buffer(100_000)), [])
     return Envelope(Reply(), 1, extras, b"", (), [came], is_last_use=True)
 
 
@@ -65,7 +65,7 @@ def test_what_is_sent_back_is_handed_back(wire: Wire) -> None:
         carrier(wire, b).send(A, answer(a, b))
         assert b.counts()["placed"] == 0
         assert a.counts()["held"] == 1
-        arrived = decode(wire.sent[0], partial(a.fetch, B))
+        arrived = decode(wire.sent[0], partial(a.fetch, B, unfilled=[]))
         assert arrived.buffers[0] == buffer(100_000)
         del arrived
         assert a.counts()["held"] == 0
@@ -84,8 +84,8 @@ def test_where_the_message_may_have_left_the_slab_stays(wire: Wire) -> None:
         wire.error = AgentClosedError("too late")
         with pytest.raises(AgentClosedError):
             carrier(wire, b).send(A, answer(a, b))
-        other = b.fetch(A, send(a, B, buffer(100_000, 1)))
-        arrived = decode(wire.sent[0], partial(a.fetch, B))
+        other = b.fetch(A, send(a, B, buffer(100_000, 1)), [])
+        arrived = decode(wire.sent[0], partial(a.fetch, B, unfilled=[]))
         assert arrived.buffers[0] == buffer(100_000)
         assert other == buffer(100_000, 1)
         assert a.counts()["held"] == 2

@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.transport.test_carrier import Wire, carrier
 from tests.unit.transport.test_shared_memory import pair
-from tests.unit.transport.test_slabs import A, B, attachments, buffer, pool
+from tests.unit.transport.test_slabs import A, B, attachments, buffer, place, pool
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError, ZrpcError
 from zrpc.transport import slabs
 from zrpc.transport.filling import MAX_NBYTES, Fill, Filling, Unfilled
@@ -62,14 +62,7 @@ def test_one_that_is_whole_when_its_message_comes_is_as_any_other(attachments: A
     with pool() as sender:
         descriptor, later = begin(sender, buffer(100_000))
         sender.fill(later)
-        assert attachments.fetch(A, descriptor) == buffer(100_000)
-
-
-def test_who_cannot_wait_is_refused(attachments: Attachments) -> None:
-    with pool() as sender:
-        descriptor, _ = begin(sender, buffer(100_000))
-        with pytest.raises(ProtocolError, match="is not whole"):
-            attachments.fetch(A, descriptor)
+        assert attachments.fetch(A, descriptor, []) == buffer(100_000)
 
 
 def test_who_waits_goes_on_once_it_is_whole(attachments: Attachments) -> None:
@@ -90,13 +83,11 @@ def test_a_slab_that_was_let_go_of_before_it_was_whole_is_not_taken_until_then(a
         came, _ = fetch(attachments, descriptor)
         del came
         assert sender.counts()["held"] == 1
-        other = sender.place(B, buffer(100_000, 1))
-        assert other is not None
+        other = place(sender, buffer(100_000, 1))
         assert other[2] != descriptor[2], "somebody fills it still"
         sender.fill(later)
         assert sender.counts()["held"] == 1
-        again = sender.place(B, buffer(100_000, 2))
-        assert again is not None
+        again = place(sender, buffer(100_000, 2))
         assert again[2] == descriptor[2]
 
 
@@ -110,13 +101,30 @@ def test_one_that_is_given_up_is_let_go_of_and_who_waits_is_told(attachments: At
         assert sender.counts()["slabs"] == 0
 
 
+def test_of_one_that_was_placed_anew_nothing_is_given_up(attachments: Attachments) -> None:
+    """Its message was interrupted once it had left, and its receiver was done before the sender came to that."""
+    with pool() as sender:
+        first, later = begin(sender, buffer(100_000))
+        sender.fill(later)
+        del later
+        attachments.fetch(A, first, [])  # and lets go of it
+        again, later = begin(sender, buffer(100_000, 1))
+        assert again == first, "the same slab"
+        came, filling = fetch(attachments, again)
+        sender.give_up(first)
+        sender.take_back(first)
+        sender.fill(later)
+        assert filling.wait(time.monotonic())
+        assert came == buffer(100_000, 1)
+        assert sender.counts()["held"] == 1
+
+
 def test_one_that_nobody_was_told_of_is_free() -> None:
     with pool() as sender:
         descriptor, _ = begin(sender, buffer(100_000))
         sender.take_back(descriptor)
         assert sender.counts()["held"] == 0
-        again = sender.place(B, buffer(100_000))
-        assert again is not None
+        again = place(sender, buffer(100_000))
         assert again[2] == descriptor[2]
 
 
@@ -124,7 +132,7 @@ def test_larger_buffers_are_filled_in_at_once(attachments: Attachments) -> None:
     with pool() as sender:
         descriptor, later = begin(sender, memoryview(bytes(MAX_NBYTES + 1)))
         assert not later
-        assert len(attachments.fetch(A, descriptor)) == MAX_NBYTES + 1
+        assert len(attachments.fetch(A, descriptor, [])) == MAX_NBYTES + 1
 
 
 SENDER = """

@@ -46,7 +46,7 @@ def test_a_note_goes_again_and_again_and_both_sides_write_to_it(attachments: Att
     for number in range(3):
         assert note.is_free()
         note.hold()
-        came = attachments.fetch(A, note.descriptor)
+        came = attachments.fetch(A, note.descriptor, [])
         assert not note.is_free()
         assert bytes(came[:3]) == bytes((1, 2, 3))
         came[10] = number
@@ -61,12 +61,12 @@ def test_a_note_goes_again_and_again_and_both_sides_write_to_it(attachments: Att
 
 def test_what_is_made_of_a_note_is_made_once_and_goes_when_the_note_does(attachments: Attachments) -> None:
     note, other = Note(100), Note(100)
-    made = [attachments.beside(attachments.fetch(A, note.descriptor), Made) for _ in range(3)]
+    made = [attachments.beside(attachments.fetch(A, note.descriptor, []), Made) for _ in range(3)]
     assert len(set(map(id, made))) == Made.alive == 1
     made.clear()
     assert Made.alive == 1, "the next message finds it"
     note.retire()
-    came = attachments.fetch(A, other.descriptor)
+    came = attachments.fetch(A, other.descriptor, [])
     assert Made.alive == 0, "a new slab is mapped, and what is retired goes"
     attachments.beside(came, Made)
     attachments.forget(A)
@@ -92,7 +92,7 @@ def test_only_who_can_open_what_is_here_gets_notes() -> None:
         assert note is not None
         files = len(os.listdir("/proc/self/fd"))
         note.hold()
-        came = there.fetch(A, note.descriptor)
+        came = there.fetch(A, note.descriptor, [])
         assert there.beside(came, Made) is there.beside(came, Made)
         assert here.note(A, 100) is None, "a stranger"
         note.retire()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from zrpc.transport.filling import Fill
+
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
 
@@ -42,7 +44,9 @@ def pair() -> Iterator[tuple[SharedMemory, SharedMemory]]:
 def send(sender: SharedMemory, to: bytes, raw: memoryview) -> list[Any]:
     placing = sender.placing(to)
     assert placing is not None
-    descriptor = placing(raw)
+    later: list[Fill] = []
+    descriptor = placing(raw, later)
+    sender.fill(later)
     assert descriptor is not None
     return descriptor
 
@@ -63,12 +67,8 @@ def test_memory_is_shared_with_whom_it_can_be() -> None:
         assert ours.placing(B) is None, "it has not tried yet whether it can open what is here"
         assert theirs.placing(A) is None
         theirs.meet(A, ours.card())
-        placing = ours.placing(B)
-        assert placing is not None
         assert theirs.placing(A) is not None
-        descriptor = placing(buffer(100_000))
-        assert descriptor is not None
-        assert theirs.fetch(A, descriptor) == buffer(100_000)
+        assert theirs.fetch(A, send(ours, B, buffer(100_000)), []) == buffer(100_000)
         ours.meet(b"C" * 8, stranger.card())
         assert ours.placing(b"C" * 8) is None
         ours.forget(B)
@@ -95,14 +95,14 @@ def test_without_a_probe_there_is_no_shared_memory(
 def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
     with pair() as (a, b):
         descriptor = send(a, B, buffer(100_000))
-        received = b.fetch(A, descriptor)
+        received = b.fetch(A, descriptor, [])
         received[0] = 77
         buffers = [received]
         del received
         back = returned(b, A, buffers)
         assert back == descriptor
         assert isinstance(buffers[0], Exported)
-        home = a.fetch(B, back)
+        home = a.fetch(B, back, [])
         assert home[0] == 77
         assert home[1:] == buffer(100_000)[1:]
         assert a.counts()["held"] == 1
@@ -112,13 +112,13 @@ def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
         del home
         assert a.counts()["held"] == 0
         assert b.counts() | {"nbytes": 0} == {"slabs": 1, "held": 1, "nbytes": 0, "placed": 1}
-        assert a.fetch(B, other) == buffer(100_000, 1)
+        assert a.fetch(B, other, []) == buffer(100_000, 1)
 
 
 @pytest.mark.parametrize("kept", [slice(None), slice(5, 6)])
 def test_what_somebody_sees_yet_stays(kept: slice) -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
         part = buffers[0][kept]
         assert returned(b, A, buffers) is None
         assert buffers[0] == buffer(100_000)
@@ -131,7 +131,7 @@ def test_what_somebody_sees_yet_stays(kept: slice) -> None:
 
 def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
     with pair() as (a, b):
-        tensor = torch.frombuffer(b.fetch(A, send(a, B, buffer(100_000))), dtype=torch.uint8)
+        tensor = torch.frombuffer(b.fetch(A, send(a, B, buffer(100_000)), []), dtype=torch.uint8)
         alias = tensor.view(100, 1000).t()
         buffers = [tensor.numpy().data]
         del tensor
@@ -142,12 +142,12 @@ def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
 
 def test_only_its_owner_gets_a_slab_back() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
         assert returned(b, b"C" * 8, buffers) is None
         own: list[Any] = [buffer(100_000)]
         assert returned(b, A, own) is None
         assert own == [buffer(100_000)]
-        home = a.fetch(B, returned(b, A, buffers) or [])
+        home = a.fetch(B, returned(b, A, buffers) or [], [])
         assert returned(a, A, [home]) is None, "it is with its owner already"
         assert returned(a, B, [home]) is None
 
@@ -172,7 +172,7 @@ class Interrupted(list[Any]):
 
 def test_of_two_messages_at_once_none_hands_back_what_the_other_sees() -> None:
     with pair() as (a, b), ThreadPoolExecutor(1) as thread:
-        received = b.fetch(A, send(a, B, buffer(100_000)))
+        received = b.fetch(A, send(a, B, buffer(100_000)), [])
         has_let_go, may_go_on = threading.Event(), threading.Event()
 
         def wait() -> None:
@@ -220,7 +220,7 @@ class Late:
 def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> None:
     with pair() as (a, b):
         descriptor = send(a, B, buffer(100_000))
-        received = b.fetch(A, descriptor)
+        received = b.fetch(A, descriptor, [])
         part = [received[5:6]]
         late, is_let_go_of = Late(), threading.Event()
 
@@ -240,10 +240,10 @@ def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> Non
         del received
         back = returned(b, A, buffers)
         assert back == descriptor
-        a.fetch(B, back)
+        a.fetch(B, back, [])
         again = send(a, B, buffer(100_000, 1))
         assert again[2] == descriptor[2]
-        received = b.fetch(A, again)
+        received = b.fetch(A, again, [])
         late.go_on.set()
         thread.join()
         assert a.counts()["held"] == 1
@@ -253,7 +253,7 @@ def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> Non
 
 def test_nothing_is_handed_back_to_a_worker_that_is_lost() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
         b.forget(A)
         assert returned(b, A, buffers) is None
         buffers.clear()
@@ -262,7 +262,7 @@ def test_nothing_is_handed_back_to_a_worker_that_is_lost() -> None:
 
 def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(1_000_000)))[:100_000]]
+        buffers = [b.fetch(A, send(a, B, buffer(1_000_000)), [])[:100_000]]
         assert returned(b, A, buffers) is None
         buffers.clear()
         assert a.counts()["held"] == 0
@@ -270,7 +270,7 @@ def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
 
 def test_what_is_handed_back_and_not_sent_is_free() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)))]
+        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
         back = returned(b, A, buffers)
         assert back is not None
         assert a.counts()["held"] == 1
@@ -282,13 +282,13 @@ def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:
     with pair() as (a, b):
         descriptor = send(a, B, buffer(100_000))
         with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(b"C" * 8, descriptor)
-        home = a.fetch(B, descriptor)
+            a.fetch(b"C" * 8, descriptor, [])
+        home = a.fetch(B, descriptor, [])
         with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(B, descriptor)
+            a.fetch(B, descriptor, [])
         del home
         with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(B, descriptor)
+            a.fetch(B, descriptor, [])
         assert b.counts()["placed"] == 0
 
 
@@ -296,7 +296,7 @@ def test_a_slab_that_came_home_is_pinned_until_it_is_let_go_of() -> None:
     pins = Pins()
     with pair() as (a, b):
         for seed in range(3):
-            home = a.fetch(B, returned(b, A, [b.fetch(A, send(a, B, buffer(100_000, seed)))]) or [])
+            home = a.fetch(B, returned(b, A, [b.fetch(A, send(a, B, buffer(100_000, seed)), [])]) or [], [])
             a.pin(home, pins)
             assert home == buffer(100_000, seed)
             del home

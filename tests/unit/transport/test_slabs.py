@@ -20,6 +20,7 @@ from zrpc.errors import DeviceError, ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
+from zrpc.transport.filling import MAX_NBYTES
 from zrpc.transport.slab import size_class
 from zrpc.transport.slabs import MIN_NBYTES, SlabPool
 from zrpc.wire import pickling
@@ -29,6 +30,8 @@ from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from zrpc.transport.filling import Fill
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
@@ -55,8 +58,15 @@ def buffer(nbytes: int, seed: int = 0) -> memoryview:
     return ((np.arange(nbytes) + seed) % 251).astype(np.uint8).data
 
 
+def placed(sender: SlabPool, raw: memoryview | bytes, holder: bytes = B) -> list[Any] | None:
+    later: list[Fill] = []
+    descriptor = sender.place(holder, raw, later)
+    sender.fill(later)
+    return descriptor
+
+
 def place(sender: SlabPool, raw: memoryview | bytes, holder: bytes = B) -> list[Any]:
-    descriptor = sender.place(holder, raw)
+    descriptor = placed(sender, raw, holder)
     assert descriptor is not None
     return descriptor
 
@@ -65,7 +75,7 @@ def place(sender: SlabPool, raw: memoryview | bytes, holder: bytes = B) -> list[
 def test_what_is_placed_is_found_and_writable(attachments: Attachments, nbytes: int) -> None:
     with pool() as sender:
         original = bytearray(buffer(nbytes))
-        received = attachments.fetch(A, place(sender, memoryview(original)))
+        received = attachments.fetch(A, place(sender, memoryview(original)), [])
         original[:] = bytes(nbytes)  # the sender may write to it as soon as it is placed
         assert received == buffer(nbytes)
         received[0] = 77
@@ -75,14 +85,14 @@ def test_what_is_placed_is_found_and_writable(attachments: Attachments, nbytes: 
 
 def test_smaller_buffers_are_left_to_travel_as_frames() -> None:
     with pool() as sender:
-        assert sender.place(B, bytes(MIN_NBYTES - 1)) is None
+        assert placed(sender, bytes(MIN_NBYTES - 1)) is None
         assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 0}
 
 
 def test_a_slab_is_used_again_once_nobody_sees_it(attachments: Attachments) -> None:
     with pool() as sender:
         first = place(sender, buffer(100_000))
-        received = attachments.fetch(A, first)
+        received = attachments.fetch(A, first, [])
         second = place(sender, buffer(100_000, 1))
         assert second[2] != first[2], "the first is held"
         part = received[10:20]
@@ -93,7 +103,7 @@ def test_a_slab_is_used_again_once_nobody_sees_it(attachments: Attachments) -> N
         gc.collect()
         again = place(sender, buffer(100_000, 3))
         assert again[2] == first[2]
-        assert attachments.fetch(A, again) == buffer(100_000, 3)
+        assert attachments.fetch(A, again, []) == buffer(100_000, 3)
 
 
 def test_tensors_live_in_slabs_and_give_them_back() -> None:
@@ -105,9 +115,9 @@ def test_tensors_live_in_slabs_and_give_them_back() -> None:
             "small": [1, 2],
         }
         payload = pickling.dumps(value)
-        frames = encode(seal(Reply(), 1, payload, None), lambda raw: sender.place(B, raw))
+        frames = encode(seal(Reply(), 1, payload, None), lambda raw: placed(sender, raw))
         assert len(frames) == 1
-        after = pickling.loads(open_payload(decode(frames, lambda descriptor: attachments.fetch(A, descriptor))))
+        after = pickling.loads(open_payload(decode(frames, lambda descriptor: attachments.fetch(A, descriptor, []))))
         assert torch.equal(after["weights"], value["weights"])
         assert np.array_equal(after["array"], value["array"])
         after["weights"].zero_()
@@ -129,7 +139,7 @@ def test_what_a_lost_holder_held_is_never_filled_again(attachments: Attachments)
     with pool() as sender:
         held = place(sender, buffer(100_000), holder=A)
         other = place(sender, buffer(100_000, 1), holder=B)
-        received = attachments.fetch(B, held)
+        received = attachments.fetch(B, held, [])
         sender.reclaim(A)
         numbers = {place(sender, buffer(100_000, seed))[2] for seed in range(3)}
         assert held[2] not in numbers
@@ -145,10 +155,10 @@ def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.
     with pool(max_nbytes=2 * room) as sender:
         first, second = (place(sender, buffer(100_000, seed)) for seed in (1, 2))
         for _ in range(3):
-            assert sender.place(B, buffer(100_000)) is None
+            assert placed(sender, buffer(100_000)) is None
         assert caplog.text.count("shared memory is not used for now") == 1
         del second
-        received = attachments.fetch(A, first)
+        received = attachments.fetch(A, first, [])
         del received
         gc.collect()
         place(sender, buffer(MIN_NBYTES))  # of another size: the free one is given up for it
@@ -163,7 +173,7 @@ def test_without_memory_files_sockets_are_used(
 
     with pool() as sender:
         monkeypatch.setattr(os, "memfd_create", fail)
-        assert sender.place(B, buffer(100_000)) is None
+        assert placed(sender, buffer(100_000)) is None
         assert "Too many open files" in caplog.text
 
 
@@ -172,12 +182,12 @@ def test_a_closed_pool_takes_nothing() -> None:
         place(sender, buffer(100_000))
         sender.close()
         sender.close()
-        assert sender.place(B, buffer(100_000)) is None
+        assert placed(sender, buffer(100_000)) is None
 
 
 def test_slabs_of_a_closed_sender_stay_where_they_are_mapped(attachments: Attachments) -> None:
     with pool() as sender:
-        received = attachments.fetch(A, place(sender, buffer(100_000)))
+        received = attachments.fetch(A, place(sender, buffer(100_000)), [])
     assert received == buffer(100_000)
     attachments.forget(A)
     attachments.close()
@@ -192,15 +202,15 @@ def test_descriptors_of_nothing_are_refused(attachments: Attachments, at: int, p
         descriptor = place(sender, buffer(100_000))
         changed = [*descriptor[:at], part, *descriptor[at + 1 :]]
         with pytest.raises(ProtocolError):
-            attachments.fetch(A, changed)
-        assert attachments.fetch(A, descriptor) == buffer(100_000)
+            attachments.fetch(A, changed, [])
+        assert attachments.fetch(A, descriptor, []) == buffer(100_000)
 
 
 def test_another_file_in_a_slabs_place_is_not_taken_for_it(attachments: Attachments, tmp_path: Any) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(200_000))
     with path.open("rb+") as file, pytest.raises(ProtocolError, match="another file stands in its place"):
-        attachments.fetch(A, [os.getpid(), file.fileno(), 12345, 100_000])
+        attachments.fetch(A, [os.getpid(), file.fileno(), 12345, 100_000], [])
 
 
 @given(st.integers(MIN_NBYTES, 1 << 40))
@@ -214,7 +224,7 @@ def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
 def test_the_slab_used_last_is_used_next(attachments: Attachments) -> None:
     with pool() as sender:
         descriptors = [place(sender, buffer(100_000, seed)) for seed in range(3)]
-        received = [attachments.fetch(A, descriptor) for descriptor in descriptors]
+        received = [attachments.fetch(A, descriptor, []) for descriptor in descriptors]
         del received[2]
         gc.collect()
         again = place(sender, buffer(100_000))
@@ -227,10 +237,10 @@ def test_the_slab_used_last_is_used_next(attachments: Attachments) -> None:
 
 def test_free_slabs_are_found_behind_many_held_ones(attachments: Attachments) -> None:
     with pool() as sender:
-        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(200)]
+        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed)), []) for seed in range(200)]
         del received[::2]
         gc.collect()
-        received += [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(100)]
+        received += [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed)), []) for seed in range(100)]
         assert sender.counts()["slabs"] < 200 + 20
         for seed, kept in zip([*range(1, 200, 2), *range(100)], received, strict=True):
             assert kept == buffer(MIN_NBYTES, seed)
@@ -239,23 +249,23 @@ def test_free_slabs_are_found_behind_many_held_ones(attachments: Attachments) ->
 def test_a_limit_is_no_reason_to_miss_a_free_slab(attachments: Attachments) -> None:
     room = size_class(MIN_NBYTES)
     with pool(max_nbytes=100 * room) as sender:
-        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(100)]
-        assert sender.place(B, buffer(MIN_NBYTES)) is None
+        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed)), []) for seed in range(100)]
+        assert placed(sender, buffer(MIN_NBYTES)) is None
         del received[50]
         gc.collect()
-        assert any(sender.place(B, buffer(MIN_NBYTES)) is not None for _ in range(100 // 16 + 1))
+        assert any(placed(sender, buffer(MIN_NBYTES)) is not None for _ in range(100 // 16 + 1))
 
 
 def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: pytest.LogCaptureFixture) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pool(max_count=20) as sender:
-        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES))) for _ in range(20)]
+        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES)), []) for _ in range(20)]
         assert len(os.listdir("/proc/self/fd")) == before + 20, "mappings need no file"
-        assert sender.place(B, buffer(MIN_NBYTES)) is None
+        assert placed(sender, buffer(MIN_NBYTES)) is None
         assert "there may be 20 of" in caplog.text
         del received[7]
         gc.collect()
-        larger = [sender.place(B, buffer(3 * MIN_NBYTES)) for _ in range(3)]
+        larger = [placed(sender, buffer(3 * MIN_NBYTES)) for _ in range(3)]
         assert any(larger), "a free one of another size is given up for it"
         assert sender.counts()["slabs"] == 20
     assert len(os.listdir("/proc/self/fd")) == before
@@ -272,7 +282,7 @@ def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None
         first = place(sender, buffer(100_000))
         sender.take_back(first)
         assert sender.counts()["held"] == 0
-        assert attachments.fetch(A, place(sender, buffer(100_000, 1))) == buffer(100_000, 1)
+        assert attachments.fetch(A, place(sender, buffer(100_000, 1)), []) == buffer(100_000, 1)
         assert sender.counts()["slabs"] == 1
 
 
@@ -281,23 +291,23 @@ def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pyte
         raise KeyboardInterrupt
 
     with pool() as sender:
-        first = place(sender, buffer(100_000))
+        first = place(sender, buffer(MAX_NBYTES + 1))
         sender.take_back(first)
         with monkeypatch.context() as patched:
             patched.setattr(Copier, "copy", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                sender.place(B, buffer(100_000))
+                sender.place(B, buffer(MAX_NBYTES + 1), [])
         assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 2}
-        assert place(sender, buffer(100_000))[2] != first[2]
+        assert place(sender, buffer(MAX_NBYTES + 1))[2] != first[2]
 
 
 def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
     with pool(max_nbytes=1 << 20) as sender:
-        received = attachments.fetch(A, place(sender, buffer(1 << 20)))
+        received = attachments.fetch(A, place(sender, buffer(1 << 20)), [])
         kept = received[:100]
         del received
         sender.reclaim(B)
-        attachments.fetch(A, place(sender, buffer(MIN_NBYTES)))
+        attachments.fetch(A, place(sender, buffer(MIN_NBYTES)), [])
         assert len(attachments._mapped) == 1
         assert kept == buffer(100)
 
@@ -310,17 +320,17 @@ def test_a_slab_is_not_made_of_memory_that_is_not_there(
     assert slabs.limits()[0] == available // 4
     with pool() as sender:
         for _ in range(slabs.REFUSALS + 1):
-            assert sender.place(B, bytes(600_000)) is None
+            assert placed(sender, bytes(600_000)) is None
         assert caplog.text.count(f"is too much where {available} bytes are available") == 1
-        assert sender.place(B, bytes(400_000)) is not None
-        assert sender.place(B, bytes(400_000)) is not None, "it is asked again, and there is as much as before"
+        assert placed(sender, bytes(400_000)) is not None
+        assert placed(sender, bytes(400_000)) is not None, "it is asked again, and there is as much as before"
 
 
 def test_slabs_leave_some_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with pool() as sender:
         total = slabs.RESERVE_NBYTES + (64 << 20)
         monkeypatch.setattr(slabs, "available_nbytes", lambda: total - sender._nbytes)
-        while sender.place(B, bytes(2_000_000)) is not None:
+        while placed(sender, bytes(2_000_000)) is not None:
             assert sender.counts()["nbytes"] < 64 << 20
         assert sender.counts()["nbytes"] > 32 << 20
 
@@ -329,7 +339,7 @@ def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monk
     monkeypatch.setattr(slabs, "available_nbytes", lambda: None)
     assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
     with pool() as sender:
-        assert sender.place(B, bytes(600_000)) is not None
+        assert placed(sender, bytes(600_000)) is not None
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------
@@ -352,15 +362,15 @@ class InPieces(Arriving):
 
 def test_a_buffer_that_arrives_in_pieces_is_placed(attachments: Attachments) -> None:
     with pool() as sender:
-        descriptor = sender.place(B, InPieces(buffer(100_500)))
+        descriptor = sender.place(B, InPieces(buffer(100_500)), [])
         assert descriptor is not None
-        assert attachments.fetch(A, descriptor) == buffer(100_500)
+        assert attachments.fetch(A, descriptor, []) == buffer(100_500)
 
 
 def test_a_buffer_that_does_not_arrive_leaves_no_slab_behind() -> None:
     with pool() as sender:
         with pytest.raises(DeviceError, match="it failed"):
-            sender.place(B, InPieces(buffer(100_500), DeviceError("it failed")))
+            sender.place(B, InPieces(buffer(100_500), DeviceError("it failed")), [])
         assert sender.counts()["held"] == 0
 
 
@@ -386,7 +396,7 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
     pins = Pins()
     with pool() as sender:
         for seed in range(3):
-            received: Any = attachments.fetch(A, place(sender, buffer(100_000, seed)))
+            received: Any = attachments.fetch(A, place(sender, buffer(100_000, seed)), [])
             attachments.pin(received, pins)
             assert received == buffer(100_000, seed)
             del received
@@ -394,7 +404,7 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
         assert pins.tried == 1
         ((address, nbytes),) = pins.pinned.items()
         assert (address % mmap.PAGESIZE, nbytes) == (0, mmap.PAGESIZE + size_class(100_000))
-        kept = attachments.fetch(A, place(sender, buffer(100_000)))
+        kept = attachments.fetch(A, place(sender, buffer(100_000)), [])
         attachments.forget(A)
         assert not pins.pinned
         attachments.pin(kept, pins)
@@ -404,7 +414,7 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
 def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> None:
     pins = Pins(works=False)
     with pool() as sender:
-        received = attachments.fetch(A, place(sender, buffer(100_000)))
+        received = attachments.fetch(A, place(sender, buffer(100_000)), [])
         attachments.pin(received, pins)
         attachments.pin(received, pins)
         attachments.pin(memoryview(bytearray(10)), pins)
@@ -416,7 +426,7 @@ def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> Non
 def test_pinned_slabs_are_unpinned_at_the_end() -> None:
     pins, attachments = Pins(), Attachments()
     with pool() as sender:
-        received = attachments.fetch(A, place(sender, buffer(100_000)))
+        received = attachments.fetch(A, place(sender, buffer(100_000)), [])
         attachments.pin(received, pins)
         assert pins.pinned
         attachments.close()
