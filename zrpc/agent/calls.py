@@ -28,7 +28,7 @@ class Calls:
         self._interrupt = interrupt
         self._on_late = on_late
         self._under_way: dict[int, Call] = {}
-        self._deadlines = Deadlines(self._expire)
+        self._deadlines = Deadlines(self._expire, self._under_way.__contains__)
 
     def __len__(self) -> int:
         return len(self._under_way)

@@ -6,10 +6,10 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from zrpc.agent.deadlines import Deadlines
+from zrpc.agent.deadlines import SWEEP_MIN_COUNT, Deadlines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 WAIT_S = 20.0
 
@@ -33,9 +33,9 @@ class Expired:
 
 
 @contextmanager
-def deadlines() -> Iterator[tuple[Deadlines, Expired]]:
+def deadlines(is_live: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[Deadlines, Expired]]:
     expired = Expired()
-    made = Deadlines(expired)
+    made = Deadlines(expired, is_live)
     try:
         yield made, expired
     finally:
@@ -71,10 +71,31 @@ def test_keys_may_be_added_by_what_expires() -> None:
         if key < 3:
             table.add(key + 1, 0.0)
 
-    table = Deadlines(again)
+    table = Deadlines(again, lambda _: True)
     table.add(0, 0.0)
     assert expired.wait(4) == [0, 1, 2, 3]
     table.close()
+
+
+def test_those_that_have_ended_do_not_pile_up() -> None:
+    live: set[int] = set()
+    with deadlines(live.__contains__) as (table, expired):
+        for key in range(20 * SWEEP_MIN_COUNT):
+            live.add(key)
+            table.add(key, 0.5 if key % 1000 == 0 else 3600.0 + key)
+            if key % 1000:
+                live.remove(key)
+        kept = [key for keys in table._buckets.values() for key in keys]
+        assert len(kept) <= SWEEP_MIN_COUNT + len(live)
+        assert expired.wait(len(live)) == sorted(live)
+
+
+def test_those_that_have_not_ended_are_kept_however_many() -> None:
+    count = 5 * SWEEP_MIN_COUNT
+    with deadlines() as (table, expired):
+        for key in range(count):
+            table.add(key, 1.0)
+        assert sorted(expired.wait(count)) == list(range(count))
 
 
 def test_there_is_no_thread_before_it_is_needed_and_none_after_the_close() -> None:
@@ -96,7 +117,7 @@ def test_what_expires_may_close_the_table() -> None:
         table.close()
         closed.set()
 
-    table = Deadlines(close)
+    table = Deadlines(close, lambda _: True)
     table.add(1, 0.0)
     assert closed.wait(WAIT_S)
 
