@@ -20,6 +20,10 @@ since who sends many calls reads their answers after, but for at most `UNREAD_MA
 done calls a reader if another caller is blocked, so an answer that a thread is blocked for never lies unread.
 
 How whoever reads waits for the next message is a matter of its own (`zrpc.transport.polling`).
+
+Workers of one host send small messages on shortcuts (`zrpc.transport.shortcuts`), which are read first, but for one
+message of the socket after every `SHORT_RUN`. Its sender may have sent something on its shortcut before, and nothing
+since: so that is read before it is handed on.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
     from zrpc.transport.io_thread import IoThread
+    from zrpc.transport.shortcuts import Shortcuts
     from zrpc.transport.sockets import Socket
 
 log = logging.getLogger("zrpc")
@@ -47,6 +52,7 @@ PARK_S, PARK_MAX_S = 0.002, 0.008
 STREAK_S = 0.01
 UNREAD_MAX_S = 0.02
 STREAK = 3
+SHORT_RUN = 16
 CLOSE_WAIT_S = 5.0
 SEND_COPY_MAX_NBYTES = 512 << 10
 """Larger frames are sent without a copy. That costs a change of threads: pyzmq has a thread that lets go of the memory,
@@ -80,6 +86,7 @@ class Inbox:
         is_over: whether reading has come to an end. Looked at after each message: to end reading, make it true and
             send the socket a message.
         io_thread: brings the messages.
+        shortcuts: where messages come too, if it is not None; the inbox closes it.
 
     Attributes:
         on_queue_empty: called by a reader before it waits for something or stays away, and every few ms by the one that
@@ -90,13 +97,21 @@ class Inbox:
         num_sent: callers that send count it up; being only a hint, it may miss some.
     """
 
-    def __init__(self, sock: Socket, take: Take, is_over: Callable[[], bool], io_thread: IoThread) -> None:
+    def __init__(
+        self,
+        sock: Socket,
+        take: Take,
+        is_over: Callable[[], bool],
+        io_thread: IoThread,
+        shortcuts: Shortcuts | None = None,
+    ) -> None:
         self.on_queue_empty: Callable[[], None] = _nothing
         self.on_callers_left: Callable[[], None] = _nothing
         self.is_read_by_caller = False
-        self.polling = Polling(sock, io_thread)
+        self.polling = Polling(sock, io_thread, shortcuts)
         self.num_sent = 0
         self._sock = sock
+        self._shortcuts = shortcuts
         self._take = take
         self._is_over = is_over
         self._lock = threading.Lock()
@@ -104,6 +119,8 @@ class Inbox:
         self._reader = 0  # the thread that holds the lock to read
         self._serves_queue = 0  # the reader at work that had not to wait for it
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
+        self._held: list[Buffer] = []  # a message of the socket, before which others are handed on
+        self._short_run = 0
         self._calls = SimpleQueue[bool]()  # to the parked readers: true, read now; false, keep watch
         self._parked: set[int] = set()  # each reader changes its own entry
         self._is_watched = False
@@ -170,7 +187,7 @@ class Inbox:
                 self._take_over()
             self.on_callers_left()
             while not self._is_over():
-                is_ready = self.polling.is_ready()
+                is_ready = self._is_ready()
                 if not is_ready:
                     self.on_queue_empty()
                     self.polling.wait(None)
@@ -208,7 +225,7 @@ class Inbox:
             self.is_read_by_caller = True
             self._activity += 1
             while not wanted.done() and not self._is_over():
-                if not self.polling.is_ready() and not self.polling.wait(deadline):
+                if not self._is_ready() and not self.polling.wait(deadline):
                     break
                 self._hand_on()
                 if deadline is not None and time.monotonic() >= deadline:
@@ -224,13 +241,46 @@ class Inbox:
     def close(self) -> None:
         """Close the socket once nobody reads it. What `take` calls may call it too."""
         if self.is_read_here:
-            self._sock.close()
+            self._close()
             return
         self._lock.acquire(timeout=CLOSE_WAIT_S)  # in vain if Ctrl-C struck where a caller had just taken it
+        self._close()
+
+    def _close(self) -> None:
         self._sock.close()
+        if self._shortcuts is not None:
+            self._shortcuts.close()
+
+    def _is_ready(self) -> bool:
+        return bool(self._held) or self.polling.is_ready()
 
     def _hand_on(self) -> Work | None:
-        """Take one message and hand it on: small frames as bytes, large ones as views. Call it under the lock."""
+        """Take a message and hand it on: small frames as bytes, large ones as views. Call it under the lock.
+
+        There may be none after all, if a shortcut was ready.
+        """
+        shortcuts = self._shortcuts
+        if shortcuts is None:
+            source, *frames = self._receive()
+            return self._take(source, frames)  # type: ignore[arg-type]  # a source is bytes
+        if not self._held:
+            if self._short_run < SHORT_RUN or not self.polling.is_on_socket():
+                message = shortcuts.receive()
+                if message is not None:
+                    self._short_run += 1
+                    return self._take(message[0], [message[1]])
+                if not self.polling.is_on_socket():
+                    return None
+            self._short_run = 0
+            self._held = self._receive()
+        before = shortcuts.receive_from(self._held[0])  # type: ignore[arg-type]
+        if before is not None:
+            return self._take(self._held[0], [before])  # type: ignore[arg-type]
+        (source, *frames), self._held = self._held, []
+        return self._take(source, frames)  # type: ignore[arg-type]
+
+    def _receive(self) -> list[Buffer]:
+        """A message of the socket, which must be there: its source and frames."""
         begun = self._begun
         if not begun:
             begun.append(self._sock.recv())  # the source, which is short, and never alone
@@ -240,7 +290,7 @@ class Inbox:
             if not part.more:
                 break
         self._begun = []
-        return self._take(begun.pop(0), begun)  # type: ignore[arg-type]  # a source is bytes
+        return begun
 
     def _take_over(self) -> None:
         """This thread reads now, or waits: the reader at work that left something lying may not come back for long."""

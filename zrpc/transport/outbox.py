@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import zmq
@@ -16,6 +17,7 @@ from zrpc.wire.envelope import nbytes_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from zrpc.transport.shortcuts import Shortcut
     from zrpc.transport.sockets import Socket
     from zrpc.wire.envelope import Buffer
 
@@ -26,11 +28,18 @@ MAX_QUEUED_NBYTES = 1 << 30
 
 
 class Outbox:
-    """The sending side. The socket and the queue are owned by the lock."""
+    """The sending side. The socket, the shortcut and the queue are owned by the lock.
 
-    def __init__(self, sock: Socket, prefix: Sequence[Buffer] = ()) -> None:
+    Args:
+        sock: what messages are sent on. The outbox closes it.
+        prefix: what each message begins with.
+        shortcut: what they are sent on instead, where it takes them. The outbox closes it.
+    """
+
+    def __init__(self, sock: Socket, prefix: Sequence[Buffer] = (), shortcut: Shortcut | None = None) -> None:
         self._sock = sock
         self._prefix = list(prefix)
+        self._shortcut = shortcut
         self._lock = threading.Lock()
         self._queue: deque[list[Buffer]] = deque()
         self._nbytes = 0  # of the queue
@@ -46,15 +55,18 @@ class Outbox:
             OverloadedError: the queue is full.
             zmq.ZMQError: the outbox is closed.
         """
-        message = [*self._prefix, *frames]
         if self._closed:  # while it is flushed the lock is taken for long
             raise zmq.ZMQError(zmq.ETERM)
         with self._lock:
             if self._closed:
                 raise zmq.ZMQError(zmq.ETERM)
+            if not self._queue and self._shortcut is not None and self._shortcut.send(frames):
+                return True
+            message = [*self._prefix, *frames]
             if not self._queue:
                 try:
                     send_frames(self._sock, message)
+                    self._went_around()
                     return True
                 except zmq.Again:
                     pass
@@ -75,8 +87,18 @@ class Outbox:
                     send_frames(self._sock, self._queue[0])
                 except zmq.Again:
                     return False
+                self._went_around()
                 self._nbytes -= nbytes_of(self._queue.popleft())
             return True
+
+    def _went_around(self) -> None:
+        """A message was sent on the socket. Call it under the lock."""
+        if self._shortcut is not None:
+            self._shortcut.go_around()
+            mark = self._shortcut.mark()
+            if mark is not None:
+                with suppress(zmq.Again):  # another one follows
+                    send_frames(self._sock, [mark])
 
     def flush(self, timeout_s: float) -> None:
         """Take no more messages, and give those that are queued up to `timeout_s` to get into the socket."""
@@ -98,3 +120,5 @@ class Outbox:
             self._closed = True
             self._queue.clear()
             self._sock.close(linger=linger_ms)
+            if self._shortcut is not None:
+                self._shortcut.close()

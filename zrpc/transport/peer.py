@@ -26,6 +26,7 @@ from zrpc.threads import join
 from zrpc.transport import io_thread, sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
+from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
 from zrpc.transport.watch import EVENTS, ConnectionWatch
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class PeerEndpoint:
             self._context.term()
             raise
         router.bind("inproc://wake-reader")
-        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier)
+        self._shortcuts = Shortcuts.make(incarnation) if local else None
+        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier, self._shortcuts)
         self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
         watcher_end = self._context.socket(zmq.PAIR)
         watcher_end.bind("inproc://wake-watcher")
@@ -206,13 +208,17 @@ class PeerEndpoint:
                 sock.close()
                 monitor.close()
                 raise self._gone(peer) from error
-            outbox = self._outboxes[peer] = Outbox(sock)
+            shortcut = Shortcut.make(self.incarnation, peer) if self._local else None
+            outbox = self._outboxes[peer] = Outbox(sock, shortcut=shortcut)
             self._new_monitors.append((peer, monitor))
             self._wake_watcher()
             return outbox
 
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._closed or (len(frames) == 1 and not frames[0]):  # it only wakes the reader
+            return None
+        if self._shortcuts is not None and is_mark(frames):
+            self._shortcuts.send_back(frames[0], source)
             return None
         return self._on_frames(source, frames)
 

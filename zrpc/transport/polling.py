@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.transport.io_thread import IoThread
+    from zrpc.transport.shortcuts import Shortcuts
     from zrpc.transport.sockets import Socket
 
 TAKEN_S = 0.001
@@ -45,13 +46,20 @@ CALM_S = 1.0
 class Polling:
     """Waits for messages on `sock`. Belongs to whoever reads the socket, but for `give_way`, which any thread may call.
 
+    Args:
+        sock: where they come.
+        io_thread: brings them.
+        shortcuts: where they come too, if it is not None.
+
     Attributes:
         busy_poll_s: how long to poll before to sleep, in seconds; 0: never poll.
     """
 
-    def __init__(self, sock: Socket, io_thread: IoThread) -> None:
+    def __init__(self, sock: Socket, io_thread: IoThread, shortcuts: Shortcuts | None) -> None:
         self.busy_poll_s = 0.0
-        self._ready = [(sock, int(zmq.POLLIN))]
+        self._shortcuts = shortcuts
+        self._on_socket: list[tuple[Any, int]] = [(sock, int(zmq.POLLIN))]
+        self._on_any = self._on_socket if shortcuts is None else [*self._on_socket, (shortcuts, int(zmq.POLLIN))]
         self._io_thread = io_thread
         self._last_wait_s = 0.0
         self._no_poll_until = 0.0
@@ -63,7 +71,7 @@ class Polling:
 
     def is_ready(self) -> bool:
         """Whether there is a message that need not be waited for."""
-        if not zmq_poll(self._ready, 0):
+        if not self._is_there():
             return False
         self._last_wait_s = 0.0
         return True
@@ -82,13 +90,20 @@ class Polling:
             self._owes_way = False
             _yield_here()
 
+    def is_on_socket(self) -> bool:
+        """Whether there is a message on the socket."""
+        return bool(zmq_poll(self._on_socket, 0))
+
+    def _is_there(self) -> bool:
+        return (self._shortcuts is not None and self._shortcuts.is_ready()) or self.is_on_socket()
+
     def _poll(self, began: float) -> bool:
         self._io_thread.be_polite(True)
         now = began
         while now - began < self.busy_poll_s:
             let_others_run()
             last, now = now, time.monotonic()
-            came = bool(zmq_poll(self._ready, 0))
+            came = self._is_there()
             if now - last > TAKEN_S:
                 self._note_taken(now - last, now)
                 return came
@@ -112,7 +127,7 @@ class Polling:
     def _sleep(self, deadline: float | None) -> bool:
         self._io_thread.be_polite(False)
         timeout_ms = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
-        return bool(zmq_poll(self._ready, timeout_ms))
+        return bool(zmq_poll(self._on_any, timeout_ms))
 
 
 def _nothing() -> None:

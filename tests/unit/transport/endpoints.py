@@ -54,9 +54,9 @@ class Arrivals:
 class Peer:
     """An endpoint with its arrivals."""
 
-    def __init__(self) -> None:
+    def __init__(self, local: bool) -> None:
         self.arrivals = Arrivals()
-        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK)
+        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=local)
         self.id = self.endpoint.incarnation
 
     def start(self) -> None:
@@ -67,11 +67,11 @@ class Peer:
 
 
 @contextmanager
-def peers(count: int = 2, start: bool = True) -> Iterator[list[Peer]]:
+def peers(count: int = 2, start: bool = True, local: bool = False) -> Iterator[list[Peer]]:
     """Endpoints that all know each other, closed in the end."""
     made: list[Peer] = []
     try:
-        made += [Peer() for _ in range(count)]
+        made += [Peer(local) for _ in range(count)]
         for one in made:
             for other in made:
                 one.knows(other)

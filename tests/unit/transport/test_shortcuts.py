@@ -1,0 +1,338 @@
+"""Shortcuts: messages keep their order whichever way they go, nothing is lost, nobody else is let in."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import zmq
+
+from tests.unit.transport.endpoints import peers
+from tests.waiting import until
+from zrpc.ids import new_incarnation
+from zrpc.transport import shortcuts
+from zrpc.transport.inbox import SHORT_RUN, Inbox, send_frames
+from zrpc.transport.io_thread import IoThread
+from zrpc.transport.shortcuts import MAX_NBYTES, REMARK_COUNT, Shortcut, Shortcuts, is_mark
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zrpc.wire.envelope import Buffer
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there are shortcuts on Linux only")
+
+
+@contextmanager
+def receiving() -> Iterator[tuple[Shortcuts, bytes]]:
+    me = new_incarnation()
+    made = Shortcuts(me)
+    try:
+        yield made, me
+    finally:
+        made.close()
+
+
+@contextmanager
+def pair() -> Iterator[tuple[Shortcut, Shortcuts, bytes]]:
+    """Both ends, and who sends; it is welcome."""
+    me = new_incarnation()
+    with receiving() as (receiver, peer):
+        sender = Shortcut(me, peer)
+        try:
+            assert receiver.receive() is None
+            yield sender, receiver, me
+        finally:
+            sender.close()
+
+
+def around(sender: Shortcut) -> bytes | None:
+    """A message goes around."""
+    sender.go_around()
+    return sender.mark()
+
+
+# ---- one shortcut ----------------------------------------------------------------------------------------------------
+
+
+def test_messages_arrive_with_their_source() -> None:
+    with pair() as (sender, receiver, me):
+        assert sender.send([b"one"])
+        assert sender.send([memoryview(bytes(MAX_NBYTES))])
+        assert receiver.is_ready()
+        assert receiver.receive() == (me, b"one")
+        assert receiver.receive() == (me, bytes(MAX_NBYTES))
+        assert receiver.receive() is None
+        assert not receiver.is_ready()
+
+
+def test_nothing_is_sent_before_it_is_welcome() -> None:
+    me = new_incarnation()
+    with receiving() as (receiver, peer):
+        sender = Shortcut(me, peer)
+        assert not sender.send([b"early"])
+        assert receiver.receive() is None
+        assert sender.send([b"now"])
+        assert receiver.receive() == (me, b"now")
+        sender.close()
+
+
+@pytest.mark.parametrize("frames", [[bytes(MAX_NBYTES + 1)], [b"head", b"body"], []])
+def test_other_messages_go_around(frames: list[Buffer]) -> None:
+    with pair() as (sender, receiver, _):
+        assert not sender.send(frames)
+        assert receiver.receive() is None
+
+
+def test_what_follows_a_message_that_went_around_does_so_too_until_its_mark_is_back() -> None:
+    with pair() as (sender, receiver, me):
+        mark = around(sender)
+        assert mark is not None
+        assert is_mark([mark])
+        assert not sender.send([b"behind"])
+        assert around(sender) is None, "one is on its way"
+        receiver.send_back(mark, me)
+        assert not sender.send([b"behind"]), "another message went around since"
+        mark = around(sender)
+        assert mark is not None
+        receiver.send_back(mark, me)
+        assert sender.send([b"after"])
+        assert receiver.receive() == (me, b"after")
+
+
+def test_a_mark_that_is_lost_is_followed_by_another() -> None:
+    with pair() as (sender, receiver, me):
+        assert around(sender) is not None
+        marks = [mark for _ in range(REMARK_COUNT) if (mark := around(sender)) is not None]
+        assert len(marks) == 1
+        receiver.send_back(marks[0], me)
+        assert sender.send([b"after"])
+
+
+def test_a_receiver_that_is_late_gets_what_was_sent_and_the_rest_goes_around() -> None:
+    with pair() as (sender, receiver, me):
+        count = 0
+        while sender.send([count.to_bytes(4, "little")]):
+            count += 1
+        assert count > 100
+        mark = around(sender)
+        assert mark is not None
+        for number in range(count):
+            assert not sender.send([b"behind"])
+            assert receiver.receive() == (me, number.to_bytes(4, "little"))
+        assert receiver.receive() is None
+        receiver.send_back(mark, me)
+        assert sender.send([b"after"])
+
+
+def test_a_receiver_that_is_gone_is_no_error() -> None:
+    me = new_incarnation()
+    with receiving() as (receiver, peer):
+        sender = Shortcut(me, peer)
+        receiver.receive()
+    assert not sender.send([b"late"])
+    assert not sender.send([b"later"])
+    assert around(sender) is None
+    sender.close()
+    assert Shortcut.make(me, peer) is None
+
+
+def test_a_sender_that_is_gone_is_forgotten_when_all_it_sent_is_received() -> None:
+    with pair() as (sender, receiver, me):
+        assert sender.send([b"last"])
+        sender.close()
+        assert not sender.send([b"later"])
+        assert receiver.receive() == (me, b"last")
+        assert receiver.receive() is None
+        assert not receiver.is_ready()
+        receiver.send_back(b"", me)
+        assert receiver.receive_from(me) is None
+
+
+def test_senders_take_turns() -> None:
+    names = [new_incarnation() for _ in range(3)]
+    with receiving() as (receiver, peer):
+        senders = [Shortcut(name, peer) for name in names]
+        receiver.receive()
+        for _ in range(10):
+            for sender in senders:
+                assert sender.send([b"x"])
+        sources = [message[0] for _ in range(30) if (message := receiver.receive()) is not None]
+        assert all(set(sources[at : at + 3]) == set(names) for at in range(0, 30, 3))
+        for sender in senders:
+            sender.close()
+
+
+def test_other_users_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process the other end is is the kernel's word; here this process takes itself for another's."""
+    me, own = new_incarnation(), os.geteuid()
+    with receiving() as (receiver, peer):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "geteuid", lambda: own + 1)
+            assert Shortcut.make(me, peer) is None, "a sender does not send to another user's process"
+        sender = Shortcut(me, peer)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "geteuid", lambda: own + 1)
+            assert receiver.receive() is None
+        assert not sender.send([b"unwanted"])
+        assert receiver.receive() is None
+        sender.close()
+
+
+def test_one_that_says_something_else_first_is_turned_away() -> None:
+    with receiving() as (receiver, peer):
+        sock = shortcuts._make_socket()
+        sock.connect(shortcuts._address(peer))
+        sock.send(b"GET / HTTP/1.0")
+        assert receiver.receive() is None
+        assert sock.recv(100) == b""
+        sock.close()
+
+
+def test_where_it_cannot_be_accepted_messages_go_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = new_incarnation()
+
+    class Exhausted:
+        def accept(self) -> Any:
+            raise OSError(24, "Too many open files")
+
+    with receiving() as (receiver, peer):
+        sender = Shortcut(me, peer)
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver, "_listener", Exhausted())
+            assert receiver.receive() is None
+        assert not receiver.is_ready(), "or the reader would turn in circles"
+        assert not sender.send([b"early"])
+        another = Shortcut(new_incarnation(), peer)
+        receiver.receive()
+        assert sender.send([b"now"])
+        sender.close()
+        another.close()
+
+
+# ---- shortcuts and sockets together ----------------------------------------------------------------------------------
+
+
+class Post:
+    """An inbox that nobody reads but the test, a sender on both ways, and a stranger without a shortcut."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.me, self._peer = new_incarnation(), new_incarnation()
+        router = context.socket(zmq.ROUTER)
+        router.bind(f"inproc://{self._peer.hex()}")
+        self.dealers = [context.socket(zmq.DEALER) for _ in range(2)]
+        self.dealers[0].setsockopt(zmq.ROUTING_ID, self.me)
+        for dealer in self.dealers:
+            dealer.connect(f"inproc://{self._peer.hex()}")
+        self.came: list[bytes] = []
+        self.inbox = Inbox(router, self._take, lambda: False, IoThread("nobody"), Shortcuts(self._peer))
+        self.shortcut = Shortcut(self.me, self._peer)
+        self.read()
+
+    def _take(self, source: bytes, frames: list[Buffer]) -> None:
+        self.came.append(bytes(frames[-1]))
+
+    def read(self) -> None:
+        """One message, if there is one."""
+        with self.inbox._lock:
+            if self.inbox._is_ready():
+                self.inbox._hand_on()
+
+
+@pytest.fixture
+def post() -> Iterator[Post]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = Post(context)
+    yield made
+    made.inbox.close()
+    made.shortcut.close()
+    for dealer in made.dealers:
+        dealer.close(0)
+    context.term()
+
+
+def test_what_was_sent_on_the_shortcut_is_read_before_what_went_around_after(post: Post) -> None:
+    sent = [b"%d" % number for number in range(5 * SHORT_RUN)]
+    for message in sent:
+        assert post.shortcut.send([message])
+    send_frames(post.dealers[0], [b"around"])
+    while len(post.came) <= len(sent):
+        post.read()
+    assert post.came == [*sent, b"around"]
+
+
+def test_shortcuts_do_not_keep_the_socket_waiting(post: Post) -> None:
+    """The next message of the shortcut is always there."""
+    send_frames(post.dealers[1], [b"around"])
+    for number in range(3 * SHORT_RUN):
+        assert post.shortcut.send([b"%d" % number])
+        post.read()
+    assert post.came.index(b"around") == SHORT_RUN
+
+
+def test_messages_keep_their_order_whichever_way_they_go() -> None:
+    """Some are too large for a shortcut, some come in hundreds without a pause; several threads send."""
+    num_threads, each = 4, 3000
+    with peers(local=True) as (a, b):
+
+        def send(thread: int) -> None:
+            chance = random.Random(thread)
+            for number in range(each):
+                name = bytes([thread]) + number.to_bytes(4, "little")
+                kind = chance.random()
+                rest: list[Buffer] = [bytes(20_000)] if kind < 0.05 else [b"two"] if kind < 0.1 else []
+                a.endpoint.send(b.id, [name, *rest])
+                if chance.random() < 0.02:
+                    pause.wait(0.002)
+
+        pause = threading.Event()
+        threads = [threading.Thread(target=send, args=(thread,)) for thread in range(num_threads)]
+        for one in threads:
+            one.start()
+        messages = b.arrivals.wait_messages(num_threads * each)
+        for one in threads:
+            one.join()
+        names = [bytes(frames[0]) for _, frames in messages]
+        for thread in range(num_threads):
+            numbers = [int.from_bytes(name[1:], "little") for name in names if name[0] == thread]
+            assert numbers == list(range(each))
+        shortcut = a.endpoint._outboxes[b.id]._shortcut
+        assert shortcut is not None
+        assert 0 < shortcut._around < num_threads * each, "both ways were used"
+
+
+def test_after_a_pause_messages_take_the_shortcut_again() -> None:
+    with peers(local=True) as (a, b):
+        a.endpoint.send(b.id, [b"first"])  # before it is welcome
+        a.endpoint.send(b.id, [b"head", bytes(5000)])
+        b.arrivals.wait_messages(2)
+        shortcut = a.endpoint._outboxes[b.id]._shortcut
+        assert shortcut is not None
+
+        def takes_it() -> bool:
+            before = shortcut._around
+            a.endpoint.send(b.id, [b"small"])
+            return shortcut._around == before
+
+        until(takes_it, "a message takes the shortcut")
+
+
+def test_workers_that_share_no_memory_have_none() -> None:
+    with peers(local=False) as (a, b):
+        a.endpoint.send(b.id, [b"hello"])
+        b.arrivals.wait_messages(1)
+        assert a.endpoint._outboxes[b.id]._shortcut is None
+        assert Shortcut.make(new_incarnation(), b.id) is None
+
+
+def test_a_reader_that_sleeps_is_woken() -> None:
+    with peers(local=True) as (a, b):
+        for number in range(1, 6):
+            threading.Event().wait(0.05)  # longer than anybody polls
+            a.endpoint.send(b.id, [b"x"])
+            assert len(b.arrivals.wait_messages(number)) == number
