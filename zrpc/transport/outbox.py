@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import zmq
@@ -63,10 +62,11 @@ class Outbox:
             if not self._queue and self._shortcut is not None and self._shortcut.send(frames):
                 return True
             message = [*self._prefix, *frames]
+            if self._shortcut is not None:
+                message.append(self._shortcut.go_around())
             if not self._queue:
                 try:
                     send_frames(self._sock, message)
-                    self._went_around()
                     return True
                 except zmq.Again:
                     pass
@@ -87,21 +87,11 @@ class Outbox:
                     send_frames(self._sock, self._queue[0])
                 except zmq.Again:
                     return False
-                self._went_around()
                 self._nbytes -= nbytes_of(self._queue.popleft())
             return True
 
-    def _went_around(self) -> None:
-        """A message was sent on the socket. Call it under the lock."""
-        if self._shortcut is not None:
-            self._shortcut.go_around()
-            mark = self._shortcut.mark()
-            if mark is not None:
-                with suppress(zmq.Again):  # another one follows
-                    send_frames(self._sock, [mark])
-
     def flush(self, timeout_s: float) -> None:
-        """Take no more messages, and give those that are queued up to `timeout_s` to get into the socket."""
+        """Take no more messages, and give those that are queued up to `timeout_s` to leave."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._closed = True
@@ -113,6 +103,8 @@ class Outbox:
                     left_ms = int((deadline - time.monotonic()) * 1000)
                     if left_ms <= 0 or not self._sock.poll(left_ms, zmq.POLLOUT):
                         return
+            if self._shortcut is not None:
+                self._shortcut.wait_read(deadline - time.monotonic())
 
     def close(self, linger_ms: int) -> None:
         """Close the socket; ZeroMQ goes on sending what it took for up to `linger_ms`. Idempotent."""

@@ -217,9 +217,8 @@ class PeerEndpoint:
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._closed or (len(frames) == 1 and not frames[0]):  # it only wakes the reader
             return None
-        if self._shortcuts is not None and is_mark(frames):
-            self._shortcuts.send_back(frames[0], source)
-            return None
+        if self._shortcuts is not None and is_mark(frames[-1]):
+            self._shortcuts.send_back(frames.pop(), source)
         return self._on_frames(source, frames)
 
     def _watch_loop(self) -> None:

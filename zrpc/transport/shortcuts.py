@@ -9,8 +9,8 @@ sockets.
 Messages keep their order:
 
 - What was sent here is read before what its sender sent around after it (`zrpc.transport.inbox`).
-- What follows a message that went around goes around too, until the receiver has sent back a mark that its sender sent
-  after it.
+- What follows a message that went around goes around too, until the receiver has sent back the mark that was the last
+  frame of that message. Where several threads send without a pause that may be never, and nothing is lost by it.
 
 A connection is used once the receiver has welcomed it, and neither side lets in another user's process. So nothing is
 sent here that nobody will read, unless the receiver dies. That is ZeroMQ's to tell: a shortcut that breaks is none any
@@ -24,6 +24,7 @@ import select
 import socket
 import struct
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,6 @@ MAX_NBYTES = 16_384
 """Larger messages go around."""
 SEND_BUFFER_NBYTES = 1 << 20
 """What the kernel holds for a receiver that is late to read, if it is allowed to; a message of 100 bytes takes 768."""
-REMARK_COUNT = 1024
-"""When so many messages have gone around since the last mark, another is sent: it may be lost."""
 _HELLO = b"zrpc"
 _MARK = b"\xc1\x04"
 _NUMBER = struct.Struct("<Q")
@@ -106,7 +105,7 @@ class Shortcuts:
         return None if sock is None else self._receive(sock, source)
 
     def send_back(self, mark: Buffer, source: Incarnation) -> None:
-        """A mark of `source` came: all that it sent around before is read."""
+        """A mark of `source` came: what it is the last frame of has been read, and all that was sent before."""
         sock = self._by_source.get(source)
         if sock is not None:
             with suppress(OSError):  # it is gone, or does not look; then it goes on to go around
@@ -138,6 +137,8 @@ class Shortcuts:
             message = sock.recv(MAX_NBYTES)
         except BlockingIOError:
             return None
+        except ConnectionResetError:  # it was closed with marks unread, which says nothing of what it has sent
+            return self._receive(sock, source)
         except OSError:
             message = b""
         if message and source:
@@ -179,7 +180,6 @@ class Shortcut:
             raise
         self._is_open = True
         self._around = 0  # how many messages have gone around
-        self._marked = 0  # how many of them before the last mark
         self._confirmed = -1  # how many of them have been read, for sure; -1: it is not welcome yet
 
     @classmethod
@@ -207,18 +207,24 @@ class Shortcut:
             self._is_open = False
             return False
 
-    def go_around(self) -> None:
-        """A message goes around."""
+    def go_around(self) -> bytes:
+        """A message goes around. Returns its mark."""
         self._around += 1
+        if self._is_open:
+            self._look()  # or what comes back would be too much to hold
+        return _mark(self._around)
 
-    def mark(self) -> bytes | None:
-        """The mark to send after what went around, if there is need of one."""
-        if self._confirmed < 0 or self._around - self._marked >= REMARK_COUNT:
+    def wait_read(self, timeout_s: float) -> None:
+        """Wait until all that went around has been read, up to `timeout_s`; not for a peer that is gone.
+
+        ZeroMQ drops what a Unix socket still holds, if its sender closes it while the receiver takes in no more.
+        """
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while self._is_open and 0 <= self._confirmed < self._around and (left_s := deadline - time.monotonic()) > 0:
+            poll.poll(left_s * 1000)
             self._look()
-        elif self._confirmed < self._marked:
-            return None
-        self._marked = self._around
-        return _mark(self._marked) if self._is_open else None
 
     def close(self) -> None:
         """What was sent is received all the same. Idempotent."""
@@ -238,9 +244,9 @@ class Shortcut:
             self._is_open = False
 
 
-def is_mark(frames: Sequence[Buffer]) -> bool:
-    """Whether it is a mark that a sender sent around, to be sent back."""
-    return len(frames) == 1 and len(frames[0]) == _MARK_NBYTES and frames[0][: len(_MARK)] == _MARK
+def is_mark(frame: Buffer) -> bool:
+    """Whether the last frame of a message is a mark, to be sent back."""
+    return len(frame) == _MARK_NBYTES and frame[: len(_MARK)] == _MARK
 
 
 def _mark(number: int) -> bytes:

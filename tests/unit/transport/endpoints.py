@@ -52,11 +52,17 @@ class Arrivals:
 
 
 class Peer:
-    """An endpoint with its arrivals."""
+    """An endpoint with its arrivals.
 
-    def __init__(self, local: bool) -> None:
+    Attributes:
+        local: whether it takes Unix sockets, and shortcuts, to the others. Tests change it.
+    """
+
+    local = False
+
+    def __init__(self) -> None:
         self.arrivals = Arrivals()
-        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=local)
+        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=self.local)
         self.id = self.endpoint.incarnation
 
     def start(self) -> None:
@@ -67,11 +73,11 @@ class Peer:
 
 
 @contextmanager
-def peers(count: int = 2, start: bool = True, local: bool = False) -> Iterator[list[Peer]]:
+def peers(count: int = 2, start: bool = True) -> Iterator[list[Peer]]:
     """Endpoints that all know each other, closed in the end."""
     made: list[Peer] = []
     try:
-        made += [Peer(local) for _ in range(count)]
+        made += [Peer() for _ in range(count)]
         for one in made:
             for other in made:
                 one.knows(other)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from tests.unit.transport.endpoints import peers
+from tests.unit.transport.endpoints import WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.ids import new_incarnation
 from zrpc.transport import shortcuts
 from zrpc.transport.inbox import SHORT_RUN, Inbox, send_frames
 from zrpc.transport.io_thread import IoThread
-from zrpc.transport.shortcuts import MAX_NBYTES, REMARK_COUNT, Shortcut, Shortcuts, is_mark
+from zrpc.transport.shortcuts import MAX_NBYTES, Shortcut, Shortcuts, is_mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,10 +51,9 @@ def pair() -> Iterator[tuple[Shortcut, Shortcuts, bytes]]:
             sender.close()
 
 
-def around(sender: Shortcut) -> bytes | None:
-    """A message goes around."""
-    sender.go_around()
-    return sender.mark()
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Peer, "local", True)
 
 
 # ---- one shortcut ----------------------------------------------------------------------------------------------------
@@ -91,26 +90,21 @@ def test_other_messages_go_around(frames: list[Buffer]) -> None:
 
 def test_what_follows_a_message_that_went_around_does_so_too_until_its_mark_is_back() -> None:
     with pair() as (sender, receiver, me):
-        mark = around(sender)
-        assert mark is not None
-        assert is_mark([mark])
+        first = sender.go_around()
+        assert is_mark(first)
         assert not sender.send([b"behind"])
-        assert around(sender) is None, "one is on its way"
-        receiver.send_back(mark, me)
+        second = sender.go_around()
+        receiver.send_back(first, me)
         assert not sender.send([b"behind"]), "another message went around since"
-        mark = around(sender)
-        assert mark is not None
-        receiver.send_back(mark, me)
+        receiver.send_back(second, me)
         assert sender.send([b"after"])
         assert receiver.receive() == (me, b"after")
 
 
-def test_a_mark_that_is_lost_is_followed_by_another() -> None:
+def test_marks_that_come_back_are_not_too_many() -> None:
     with pair() as (sender, receiver, me):
-        assert around(sender) is not None
-        marks = [mark for _ in range(REMARK_COUNT) if (mark := around(sender)) is not None]
-        assert len(marks) == 1
-        receiver.send_back(marks[0], me)
+        for _ in range(10_000):
+            receiver.send_back(sender.go_around(), me)
         assert sender.send([b"after"])
 
 
@@ -120,8 +114,7 @@ def test_a_receiver_that_is_late_gets_what_was_sent_and_the_rest_goes_around() -
         while sender.send([count.to_bytes(4, "little")]):
             count += 1
         assert count > 100
-        mark = around(sender)
-        assert mark is not None
+        mark = sender.go_around()
         for number in range(count):
             assert not sender.send([b"behind"])
             assert receiver.receive() == (me, number.to_bytes(4, "little"))
@@ -137,7 +130,8 @@ def test_a_receiver_that_is_gone_is_no_error() -> None:
         receiver.receive()
     assert not sender.send([b"late"])
     assert not sender.send([b"later"])
-    assert around(sender) is None
+    sender.go_around()
+    assert not sender.send([b"later"])
     sender.close()
     assert Shortcut.make(me, peer) is None
 
@@ -145,6 +139,7 @@ def test_a_receiver_that_is_gone_is_no_error() -> None:
 def test_a_sender_that_is_gone_is_forgotten_when_all_it_sent_is_received() -> None:
     with pair() as (sender, receiver, me):
         assert sender.send([b"last"])
+        receiver.send_back(sender.go_around(), me)  # unread at the close
         sender.close()
         assert not sender.send([b"later"])
         assert receiver.receive() == (me, b"last")
@@ -275,39 +270,42 @@ def test_shortcuts_do_not_keep_the_socket_waiting(post: Post) -> None:
     assert post.came.index(b"around") == SHORT_RUN
 
 
+@pytest.mark.usefixtures("local")
 def test_messages_keep_their_order_whichever_way_they_go() -> None:
     """Some are too large for a shortcut, some come in hundreds without a pause; several threads send."""
-    num_threads, each = 4, 3000
-    with peers(local=True) as (a, b):
+    num_threads, num_rounds, each = 4, 20, 150
+    with peers() as (a, b):
+        together = threading.Barrier(num_threads + 1)
 
         def send(thread: int) -> None:
             chance = random.Random(thread)
-            for number in range(each):
-                name = bytes([thread]) + number.to_bytes(4, "little")
-                kind = chance.random()
-                rest: list[Buffer] = [bytes(20_000)] if kind < 0.05 else [b"two"] if kind < 0.1 else []
-                a.endpoint.send(b.id, [name, *rest])
-                if chance.random() < 0.02:
-                    pause.wait(0.002)
+            for turn in range(num_rounds):
+                together.wait(WAIT_S)
+                for number in range(turn * each, (turn + 1) * each):
+                    kind = chance.random()
+                    rest: list[Buffer] = [bytes(20_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
+                    a.endpoint.send(b.id, [bytes([thread]) + number.to_bytes(4, "little"), *rest])
 
-        pause = threading.Event()
         threads = [threading.Thread(target=send, args=(thread,)) for thread in range(num_threads)]
         for one in threads:
             one.start()
-        messages = b.arrivals.wait_messages(num_threads * each)
+        for turn in range(num_rounds):
+            together.wait(WAIT_S)
+            messages = b.arrivals.wait_messages((turn + 1) * num_threads * each)
         for one in threads:
             one.join()
         names = [bytes(frames[0]) for _, frames in messages]
         for thread in range(num_threads):
             numbers = [int.from_bytes(name[1:], "little") for name in names if name[0] == thread]
-            assert numbers == list(range(each))
+            assert numbers == list(range(num_rounds * each))
         shortcut = a.endpoint._outboxes[b.id]._shortcut
         assert shortcut is not None
-        assert 0 < shortcut._around < num_threads * each, "both ways were used"
+        assert 0 < shortcut._around < len(names), "both ways were used"
 
 
+@pytest.mark.usefixtures("local")
 def test_after_a_pause_messages_take_the_shortcut_again() -> None:
-    with peers(local=True) as (a, b):
+    with peers() as (a, b):
         a.endpoint.send(b.id, [b"first"])  # before it is welcome
         a.endpoint.send(b.id, [b"head", bytes(5000)])
         b.arrivals.wait_messages(2)
@@ -323,15 +321,16 @@ def test_after_a_pause_messages_take_the_shortcut_again() -> None:
 
 
 def test_workers_that_share_no_memory_have_none() -> None:
-    with peers(local=False) as (a, b):
+    with peers() as (a, b):
         a.endpoint.send(b.id, [b"hello"])
         b.arrivals.wait_messages(1)
         assert a.endpoint._outboxes[b.id]._shortcut is None
         assert Shortcut.make(new_incarnation(), b.id) is None
 
 
+@pytest.mark.usefixtures("local")
 def test_a_reader_that_sleeps_is_woken() -> None:
-    with peers(local=True) as (a, b):
+    with peers() as (a, b):
         for number in range(1, 6):
             threading.Event().wait(0.05)  # longer than anybody polls
             a.endpoint.send(b.id, [b"x"])
