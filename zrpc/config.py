@@ -46,7 +46,8 @@ class RpcBackendOptions:
             `broker://host:port`.
         device_maps: peer name -> {device here: device there}, for tensors that are not on the CPU.
         devices: the devices this worker uses; empty: those that the device maps name.
-        shared_memory: allow shared memory between workers on one host; without it all bytes go through sockets.
+        shared_memory: allow shared memory and Unix sockets between workers on one host; without it all bytes go through
+            TCP.
         bind: where this worker listens in peer mode, as `tcp://address:port`; port 0 is any free one. The others
             connect to this address; `tcp://0.0.0.0:0` listens everywhere and tells them this host's own address.
         max_in_flight_nbytes: how many bytes may be on the way to one worker in calls that it has not answered, 0: no
