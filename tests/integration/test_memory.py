@@ -17,6 +17,7 @@ import psutil
 
 import zrpc as rpc
 from tests.waiting import until
+from zrpc.agent import deadlines
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
 from zrpc.rref import ledger
@@ -162,6 +163,7 @@ def make_and_drop(count: int) -> None:
 def drop_many(rank: int) -> tuple[int, int]:
     """How many blocks of memory Python has in use, before and after."""
     ledger.RRefTable = partial(RRefTable, remembered_max=1000)  # type: ignore[misc]  # filled soon, and bounded
+    deadlines.SWEEP_MIN_COUNT = 64  # the same
     counts = []
     for count in (RREFS, 2 * RREFS):
         if rank == 0:

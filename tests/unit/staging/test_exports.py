@@ -106,7 +106,7 @@ class Pair:
         return frames
 
     def decode(self, frames: list[Buffer]) -> Envelope:
-        return decode(frames, lambda descriptor: self.attachments.fetch(A, descriptor))
+        return decode(frames, lambda descriptor: self.attachments.fetch(A, descriptor, []))
 
     def open(self, frames: list[Buffer]) -> list[torch.Tensor]:
         return open_payload(self.decode(frames), self.receiver).tensors
@@ -582,7 +582,7 @@ def test_a_slab_in_the_hands_of_a_sender_is_kept_though_its_receiver_has_died(pa
 HOLD = """
 import sys
 from zrpc.transport.attachments import Attachments
-held = Attachments().fetch(b"A" * 8, [int(part) for part in sys.argv[1:]])
+held = Attachments().fetch(b"A" * 8, [int(part) for part in sys.argv[1:]], [])
 print("held", flush=True)
 sys.stdin.read()
 """
