@@ -125,12 +125,15 @@ class Shortcuts:
                 sock, _ = self._listener.accept()
             except OSError:  # there is none any more, or no file for it
                 return
-            if not _is_of_this_user(sock):
+            try:
+                if not _is_of_this_user(sock):
+                    raise PermissionError("another user's process connects")
+                self._epoll.register(sock, select.EPOLLIN)
+            except OSError:
                 sock.close()
                 continue
             sock.setblocking(False)
             self._connections[sock.fileno()] = sock, b""
-            self._epoll.register(sock, select.EPOLLIN)
 
     def _receive(self, sock: socket.socket, source: Incarnation) -> bytes | None:
         try:

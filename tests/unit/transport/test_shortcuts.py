@@ -179,6 +179,21 @@ def test_other_users_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
         sender.close()
 
 
+def test_one_that_cannot_be_looked_at_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> bool:
+        raise OSError(1, "Operation not permitted")
+
+    me = new_incarnation()
+    with receiving() as (receiver, peer):
+        sender = Shortcut(me, peer)
+        with monkeypatch.context() as patched:
+            patched.setattr(shortcuts, "_is_of_this_user", fail)
+            assert receiver.receive() is None
+            assert Shortcut.make(me, peer) is None
+        assert not sender.send([b"x"])
+        sender.close()
+
+
 def test_one_that_says_something_else_first_is_turned_away() -> None:
     with receiving() as (receiver, peer):
         sock = shortcuts._make_socket()
