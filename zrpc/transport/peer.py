@@ -17,6 +17,7 @@ import contextlib
 import sys
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
@@ -208,8 +209,8 @@ class PeerEndpoint:
                 sock.close()
                 monitor.close()
                 raise self._gone(peer) from error
-            shortcut = Shortcut.make(self.incarnation, peer) if self._local else None
-            outbox = self._outboxes[peer] = Outbox(sock, shortcut=shortcut)
+            make_shortcut = partial(Shortcut.make, self.incarnation, peer) if self._local else None
+            outbox = self._outboxes[peer] = Outbox(sock, make_shortcut=make_shortcut)
             self._new_monitors.append((peer, monitor))
             self._wake_watcher()
             return outbox

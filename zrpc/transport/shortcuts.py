@@ -162,6 +162,8 @@ class Shortcuts:
 class Shortcut:
     """The sending end toward one peer. Owned by the lock of its outbox.
 
+    What was sent to the peer before it was made has gone around.
+
     Args:
         me: who sends.
         peer: to whom.
@@ -182,7 +184,7 @@ class Shortcut:
             self._sock.close()
             raise
         self._is_open = True
-        self._around = 0  # how many messages have gone around
+        self._around = 1  # how many messages have gone around; the first stands for all that were sent before
         self._confirmed = -1  # how many of them have been read, for sure; -1: it is not welcome yet
 
     @classmethod

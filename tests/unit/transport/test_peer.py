@@ -22,6 +22,7 @@ from zrpc.transport.peer import PeerEndpoint
 @pytest.fixture(params=[False, True], ids=["tcp", "local"], autouse=True)
 def local(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", request.param)
+    monkeypatch.setattr(outbox, "SHORTCUT_AFTER", 1)
 
 
 def numbered(number: int) -> list[bytes]:

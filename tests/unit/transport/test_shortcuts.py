@@ -15,7 +15,7 @@ import zmq
 from tests.unit.transport.endpoints import WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.ids import new_incarnation
-from zrpc.transport import shortcuts
+from zrpc.transport import outbox, shortcuts
 from zrpc.transport.inbox import SHORT_RUN, Inbox, send_frames
 from zrpc.transport.io_thread import IoThread
 from zrpc.transport.shortcuts import MAX_NBYTES, Shortcut, Shortcuts, is_mark
@@ -38,14 +38,21 @@ def receiving() -> Iterator[tuple[Shortcuts, bytes]]:
         made.close()
 
 
+def open_shortcut(me: bytes, peer: bytes, receiver: Shortcuts) -> Shortcut:
+    """The sending end: it is welcome, and all that went around is read."""
+    sender = Shortcut(me, peer)
+    assert receiver.receive() is None
+    receiver.send_back(sender.go_around(), me)
+    return sender
+
+
 @contextmanager
 def pair() -> Iterator[tuple[Shortcut, Shortcuts, bytes]]:
     """Both ends, and who sends; it is welcome."""
     me = new_incarnation()
     with receiving() as (receiver, peer):
-        sender = Shortcut(me, peer)
+        sender = open_shortcut(me, peer, receiver)
         try:
-            assert receiver.receive() is None
             yield sender, receiver, me
         finally:
             sender.close()
@@ -54,6 +61,7 @@ def pair() -> Iterator[tuple[Shortcut, Shortcuts, bytes]]:
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", True)
+    monkeypatch.setattr(outbox, "SHORTCUT_AFTER", 1)
 
 
 # ---- one shortcut ----------------------------------------------------------------------------------------------------
@@ -76,6 +84,8 @@ def test_nothing_is_sent_before_it_is_welcome() -> None:
         sender = Shortcut(me, peer)
         assert not sender.send([b"early"])
         assert receiver.receive() is None
+        assert not sender.send([b"before"]), "what was sent before may not be read yet"
+        receiver.send_back(sender.go_around(), me)
         assert sender.send([b"now"])
         assert receiver.receive() == (me, b"now")
         sender.close()
@@ -126,8 +136,7 @@ def test_a_receiver_that_is_late_gets_what_was_sent_and_the_rest_goes_around() -
 def test_a_receiver_that_is_gone_is_no_error() -> None:
     me = new_incarnation()
     with receiving() as (receiver, peer):
-        sender = Shortcut(me, peer)
-        receiver.receive()
+        sender = open_shortcut(me, peer, receiver)
     assert not sender.send([b"late"])
     assert not sender.send([b"later"])
     sender.go_around()
@@ -152,8 +161,7 @@ def test_a_sender_that_is_gone_is_forgotten_when_all_it_sent_is_received() -> No
 def test_senders_take_turns() -> None:
     names = [new_incarnation() for _ in range(3)]
     with receiving() as (receiver, peer):
-        senders = [Shortcut(name, peer) for name in names]
-        receiver.receive()
+        senders = [open_shortcut(name, peer, receiver) for name in names]
         for _ in range(10):
             for sender in senders:
                 assert sender.send([b"x"])
@@ -218,8 +226,8 @@ def test_where_it_cannot_be_accepted_messages_go_around(monkeypatch: pytest.Monk
             assert receiver.receive() is None
         assert not receiver.is_ready(), "or the reader would turn in circles"
         assert not sender.send([b"early"])
-        another = Shortcut(new_incarnation(), peer)
-        receiver.receive()
+        another = open_shortcut(new_incarnation(), peer, receiver)
+        receiver.send_back(sender.go_around(), me)
         assert sender.send([b"now"])
         sender.close()
         another.close()
@@ -240,9 +248,9 @@ class Post:
         for dealer in self.dealers:
             dealer.connect(f"inproc://{self._peer.hex()}")
         self.came: list[bytes] = []
-        self.inbox = Inbox(router, self._take, lambda: False, IoThread("nobody"), Shortcuts(self._peer))
-        self.shortcut = Shortcut(self.me, self._peer)
-        self.read()
+        shortcuts = Shortcuts(self._peer)
+        self.inbox = Inbox(router, self._take, lambda: False, IoThread("nobody"), shortcuts)
+        self.shortcut = open_shortcut(self.me, self._peer, shortcuts)
 
     def _take(self, source: bytes, frames: list[Buffer]) -> None:
         self.came.append(bytes(frames[-1]))
@@ -341,6 +349,17 @@ def test_workers_that_share_no_memory_have_none() -> None:
         b.arrivals.wait_messages(1)
         assert a.endpoint._outboxes[b.id]._shortcut is None
         assert Shortcut.make(new_incarnation(), b.id) is None
+
+
+def test_a_peer_that_is_seldom_sent_to_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Peer, "local", True)
+    with peers() as (a, b):
+        for _ in range(outbox.SHORTCUT_AFTER - 1):
+            a.endpoint.send(b.id, [b"x"])
+        assert a.endpoint._outboxes[b.id]._shortcut is None
+        a.endpoint.send(b.id, [b"x"])
+        assert a.endpoint._outboxes[b.id]._shortcut is not None
+        b.arrivals.wait_messages(outbox.SHORTCUT_AFTER)
 
 
 @pytest.mark.usefixtures("local")
