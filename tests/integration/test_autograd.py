@@ -125,6 +125,44 @@ def test_contexts_end_everywhere(cluster: Cluster) -> None:
     cluster.run(contexts_end, 2)
 
 
+OPERATORS = (
+    (torch.add, lambda a, b: (a, a)),
+    (torch.mul, lambda a, b: (a, a)),
+    (torch.mm, lambda a, b: (a, b)),
+    (torch.cat, lambda a, b: ([a, b, a],)),
+    (torch.relu, lambda a, b: (a,)),
+    (torch.logsumexp, lambda a, b: (a, 0)),
+    (torch.nn.functional.linear, lambda a, b: (a, b, b[0])),
+)
+
+
+def operators_elsewhere(rank: int) -> None:
+    if rank:
+        return
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.rand(300, 300, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    for operator, arguments_of in OPERATORS:
+        for tensors in (leaves, [leaf * 2 for leaf in leaves]):
+            here = operator(*arguments_of(*tensors)).sum()
+            expected = torch.autograd.grad(here, leaves, allow_unused=True, retain_graph=True)
+            with autograd.context() as context_id:
+                results = [rpc.rpc_sync("worker1", operator, args=arguments_of(*tensors)) for _ in range(2)]
+                loss = results[0].sum() + 0 * results[1].sum()
+                for retain_graph in (True, False):
+                    autograd.backward(context_id, [loss], retain_graph=retain_graph)
+                got = autograd.get_gradients(context_id)
+                for leaf, gradient in zip(leaves, expected, strict=True):
+                    if gradient is None:
+                        assert leaf not in got
+                    else:
+                        torch.testing.assert_close(got[leaf], 2 * gradient)
+                        assert got[leaf].is_contiguous()
+
+
+def test_operators_elsewhere_are_differentiated_as_here(cluster_in_each_mode: Cluster) -> None:
+    cluster_in_each_mode.run(operators_elsewhere, 2)
+
+
 def unused_results(rank: int) -> None:
     if rank:
         return

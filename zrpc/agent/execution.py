@@ -160,7 +160,9 @@ def serve_builtin(request: Request[BuiltinCall]) -> None:
     """Handle a `BuiltinCall`."""
     try:
         with request.context():
-            request.reply(pickling.dumps(execute_builtin(request.message.op, request.payload)))
+            payload = pickling.dumps(execute_builtin(request.message.op, request.payload))
+            payload.is_unseen = True
+            request.reply(payload)
     except BaseException as error:
         request.fail(error)
 

@@ -26,6 +26,7 @@ from zrpc.errors import AutogradError
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
+    from zrpc.autograd.operators import Operator
     from zrpc.ids import GlobalId
 
 Gradients = Sequence[torch.Tensor | None]
@@ -144,33 +145,44 @@ class SendFunction:
 
     def __init__(self, tensors: Sequence[torch.Tensor], to: int) -> None:
         self.to = to
-        self._found: Sequence[torch.Tensor] | _Found = tensors
+        self._found: Sequence[torch.Tensor] | Found = tensors
 
     @property
     def next_functions(self) -> tuple[Edge, ...]:
         """The edges into the graph, one a tensor that was sent."""
         return self.locate().edges
 
-    def locate(self) -> _Found:
+    @property
+    def operator(self) -> Operator | None:
+        """What may be run by itself instead of these."""
+        return None
+
+    def spend(self) -> None:
+        """Its operator has run in a pass that need not retain the graph."""
+
+    def locate(self) -> Found:
         """Find the edges, unless it is done. It takes a while, so it is put off until the message is on its way."""
         found = self._found
-        if not isinstance(found, _Found):  # two threads may find the same at once
-            found = self._found = _locate(found)
+        if not isinstance(found, Found):  # two threads may find the same at once
+            found = self._found = self._find(found)
         return found
+
+    def _find(self, tensors: Sequence[torch.Tensor]) -> Found:
+        return _locate(tensors)
 
     def name(self) -> str:
         """The name that torch's has."""
         return SEND_NAME
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Where in the graph some tensors are; `owners` keep alive what the edges lead to."""
 
     edges: tuple[Edge, ...]
     owners: Sequence[object]
 
 
-def _locate(tensors: Sequence[torch.Tensor]) -> _Found:
+def _locate(tensors: Sequence[torch.Tensor]) -> Found:
     edges: list[Edge] = []
     owners: list[object] = []
     for tensor in tensors:
@@ -179,7 +191,7 @@ def _locate(tensors: Sequence[torch.Tensor]) -> _Found:
             owner, node = _owner(tensor)
             owners.append(owner)
         edges.append((node, tensor.output_nr))
-    return _Found(tuple(edges), owners)
+    return Found(tuple(edges), owners)
 
 
 def _owner(tensor: torch.Tensor) -> tuple[object, Node]:

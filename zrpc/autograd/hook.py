@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
+from zrpc.autograd.operators import OperatorSend
 from zrpc.ids import GlobalId, WorkerInfo
 from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Message
 
@@ -51,7 +52,7 @@ class AutogradHook:
         if not tensors:
             return [context.context_id, None]
         message_id = self._next_id()
-        function = SendFunction(tensors, to.id)
+        function = (OperatorSend if payload.is_unseen else SendFunction)(tensors, to.id)
         context.add_send(message_id, function)
         payload.after = function.locate
         return [context.context_id, message_id]

@@ -27,6 +27,7 @@ from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
+    from zrpc.autograd.operators import Operator
     from zrpc.ids import GlobalId
     from zrpc.staging.streams import Mark
 
@@ -74,7 +75,7 @@ class LocalPass:
         ] = []  # in the streams of threads that brought or made gradients; the next to run joins them
         self._graph = Graph()
         self._root = self._graph.add_source(edges_of(roots)) if roots else NO_NODE
-        self._lone = LoneSends(self._sends)
+        self._lone = LoneSends(self._sends, even_operators=not (_profiler_enabled() or torch.is_anomaly_enabled()))
         self._numbers = {
             message_id: self._graph.add_source(send.next_functions)
             for message_id, send in self._sends.items()
@@ -126,10 +127,16 @@ class LocalPass:
         segment: Segment | None = None
         with record_function(SEND_NAME) if _profiler_enabled() else _nothing, self._lock:
             lone = self._lone.take(message_id)
+            operator = None if lone is None else lone.operator
             if lone is None:
                 segment = self._arrive(self._numbers.get(message_id, NO_NODE), gradients)
-            else:
+            elif operator is None:
                 self._begin_at_leaves(job, taken, lone, gradients)
+            else:
+                _check_count(gradients, lone.next_functions)
+        if lone is not None and operator is not None:
+            self._run_operator(lone, operator, gradients)
+            return
         del gradients  # one that nobody else holds need not be copied
         if lone is None:
             self._run(segment)
@@ -148,6 +155,12 @@ class LocalPass:
     def deliver(self, info: RecvInfo, gradients: Gradients) -> None:
         """See `Run.deliver`."""
         self._on_received(info, gradients)
+
+    def _run_operator(self, send: SendFunction, operator: Operator, gradients: Gradients) -> None:
+        made = operator.run(gradients[0])
+        if not self._retain_graph:
+            send.spend()
+        self._on_received(operator.info, made)
 
     def _arrive(self, source: int, gradients: Gradients) -> Segment:
         """A source has its gradients: what to run now. If there is none for some edge, they are handed on by hand.

@@ -1,8 +1,9 @@
-"""Send functions that a pass need not plan for: they lead to leaves alone, and nothing else in the pass leads there.
+"""Send functions that a pass need not plan for: nothing else in the pass leads to what they lead to.
 
-That is the usual case on the worker where a pass begins: it sends parameters or inputs, and their gradients come home
-last. Such a leaf gets its whole gradient at once, whenever that is, so neither the graph nor the scheduler has to know
-of it; and what there is to find out about it can wait until gradients are on their way to somebody.
+That is the usual case on the worker where a pass begins: it sends parameters or inputs, leaves, and their gradients
+come home last. Such a leaf gets its whole gradient at once, whenever that is, so neither the graph nor the scheduler
+has to know of it; and what there is to find out about it can wait until gradients are on their way to somebody. And it
+is the usual case where torch operators are called (`zrpc.autograd.operators`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,24 @@ if TYPE_CHECKING:
 
 
 class LoneSends:
-    """Those of `sends` that lead to leaves alone, without those that `part_with` returned. Not thread-safe."""
+    """Those of `sends` that lead to leaves alone or to an operator, without those that `part_with` returned.
 
-    def __init__(self, sends: Mapping[GlobalId, SendFunction]) -> None:
+    Not thread-safe.
+
+    Args:
+        sends: by their ids.
+        even_operators: whether operators are to be run by themselves.
+
+    Raises:
+        AutogradError: one is spent.
+    """
+
+    def __init__(self, sends: Mapping[GlobalId, SendFunction], even_operators: bool = True) -> None:
         self._sends: dict[GlobalId, SendFunction] = {}
         for message_id, send in sends.items():
+            if send.operator is not None and even_operators:
+                self._sends[message_id] = send
+                continue
             for node, _ in send.next_functions:
                 if not is_leaf(node):
                     break
@@ -51,7 +65,7 @@ class LoneSends:
 
     def nodes(self) -> list[Node]:
         """The nodes of the leaves for which gradients are still to come."""
-        return [node for send in self._sends.values() for node, _ in send.next_functions]
+        return [node for send in self._sends.values() for node, _ in send.next_functions if is_leaf(node)]
 
     def ranks(self) -> set[int]:
         """From where they are to come."""

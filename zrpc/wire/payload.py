@@ -38,6 +38,7 @@ class Payload:
             that stand for it in `data`. None: there are none.
         after: what a call hook has put off until the payload is on its way, or handed over to be sent; never called
             if it cannot be sent.
+        is_unseen: whether nobody else on this worker has seen the tensors.
     """
 
     data: Buffer = b""
@@ -45,6 +46,7 @@ class Payload:
     buffers: Sequence[Buffer] = ()
     passengers: dict[bytes, Any] | None = None
     after: Callable[[], object] | None = None
+    is_unseen: bool = False
 
     def let_go(self) -> None:
         """It was read or sealed: keep nothing of its memory, which what was made of it may be the last to see."""
