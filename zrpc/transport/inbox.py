@@ -32,6 +32,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +42,8 @@ from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zrpc.transport.io_thread import IoThread
     from zrpc.transport.shortcuts import Shortcuts
     from zrpc.transport.sockets import Socket
@@ -118,6 +121,7 @@ class Inbox:
         self._readers: set[int] = set()  # each reader adds itself
         self._reader = 0  # the thread that holds the lock to read
         self._serves_queue = 0  # the reader at work that had not to wait for it
+        self._close_wait_s = CLOSE_WAIT_S
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
         self._held: list[Buffer] = []  # a message of the socket, before which others are handed on
         self._short_run = 0
@@ -238,18 +242,31 @@ class Inbox:
             if needs_reader or not self._is_watched:
                 self._calls.put(needs_reader)
 
+    def end(self) -> None:
+        """Reading has come to an end: close the shortcuts, so that nobody waits for what is sent on them to be read."""
+        if self._shortcuts is not None:
+            with self._nobody_reading():
+                self._shortcuts.close()
+
     def close(self) -> None:
         """Close the socket once nobody reads it. What `take` calls may call it too."""
-        if self.is_read_here:
-            self._close()
-            return
-        self._lock.acquire(timeout=CLOSE_WAIT_S)  # in vain if Ctrl-C struck where a caller had just taken it
-        self._close()
+        self.end()
+        with self._nobody_reading():
+            self._sock.close()
 
-    def _close(self) -> None:
-        self._sock.close()
-        if self._shortcuts is not None:
-            self._shortcuts.close()
+    @contextmanager
+    def _nobody_reading(self) -> Iterator[None]:
+        """Nobody else reads meanwhile. In vain, once, if Ctrl-C struck where a caller had just taken the lock."""
+        if self.is_read_here:
+            yield
+        elif self._lock.acquire(timeout=self._close_wait_s):
+            try:
+                yield
+            finally:
+                self._lock.release()
+        else:
+            self._close_wait_s = 0.0
+            yield
 
     def _is_ready(self) -> bool:
         return bool(self._held) or self.polling.is_ready()

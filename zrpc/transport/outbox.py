@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import zmq
@@ -74,7 +75,7 @@ class Outbox:
                 return True
             message = [*self._prefix, *frames]
             if self._shortcut is not None:
-                message.append(self._shortcut.go_around())
+                message.insert(len(self._prefix), self._shortcut.go_around())
             elif self._make_shortcut is not None:
                 self._left_without -= 1
                 if not self._left_without:
@@ -118,8 +119,20 @@ class Outbox:
                     left_ms = int((deadline - time.monotonic()) * 1000)
                     if left_ms <= 0 or not self._sock.poll(left_ms, zmq.POLLOUT):
                         return
+            if self._shortcut is not None and self._shortcut.is_unread():
+                with suppress(zmq.Again):  # marks that nobody looked for may be lost, but this one's is
+                    send_frames(self._sock, [*self._prefix, self._shortcut.go_around()])
+
+    def is_unread(self) -> bool:
+        """Whether `wait_read` would wait."""
+        with self._lock:
+            return self._shortcut is not None and self._shortcut.is_unread()
+
+    def wait_read(self, timeout_s: float) -> None:
+        """Give the peer up to `timeout_s` to read what was sent, where that can be told."""
+        with self._lock:
             if self._shortcut is not None:
-                self._shortcut.wait_read(deadline - time.monotonic())
+                self._shortcut.wait_read(timeout_s)
 
     def close(self, linger_ms: int) -> None:
         """Close the socket; ZeroMQ goes on sending what it took for up to `linger_ms`. Idempotent."""

@@ -154,12 +154,14 @@ class PeerEndpoint:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
+        self.inbox.end()
         with self._lock:
             outboxes, self._outboxes = list(self._outboxes.values()), {}
             monitors, self._new_monitors = self._new_monitors, []
         for outbox in outboxes:
             outbox.flush(deadline - time.monotonic())
-        for outbox in outboxes:
+        for outbox in sorted(outboxes, key=Outbox.is_unread):  # one that does not read takes no time from the others
+            outbox.wait_read(deadline - time.monotonic())
             outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)))
         self._watch.close()
         for _, monitor in monitors:
@@ -218,8 +220,10 @@ class PeerEndpoint:
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._closed or (len(frames) == 1 and not frames[0]):  # it only wakes the reader
             return None
-        if self._shortcuts is not None and is_mark(frames[-1]):
-            self._shortcuts.send_back(frames.pop(), source)
+        if self._shortcuts is not None and is_mark(frames[0]):
+            self._shortcuts.send_back(frames.pop(0), source)
+            if not frames:
+                return None
         return self._on_frames(source, frames)
 
     def _watch_loop(self) -> None:

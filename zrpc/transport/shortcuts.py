@@ -9,7 +9,7 @@ sockets.
 Messages keep their order:
 
 - What was sent here is read before what its sender sent around after it (`zrpc.transport.inbox`).
-- What follows a message that went around goes around too, until the receiver has sent back the mark that was the last
+- What follows a message that went around goes around too, until the receiver has sent back the mark that was the first
   frame of that message. Where several threads send without a pause that may be never, and nothing is lost by it.
 
 A connection is used once the receiver has welcomed it, and neither side lets in another user's process. So nothing is
@@ -26,6 +26,7 @@ import struct
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ _NUMBER = struct.Struct("<Q")
 _MARK_NBYTES = len(_MARK) + _NUMBER.size
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _BACKLOG = 1024
+_ACCEPTED_MAX = 64
+"""So many connections are taken in between two messages: anybody may try to connect, and keep the reader busy."""
+
+
+_ONCE = select.EPOLLIN | select.EPOLLET if sys.platform.startswith("linux") else 0
 
 
 class Shortcuts:
@@ -66,7 +72,8 @@ class Shortcuts:
             self._listener.close()
             raise
         # Edge-triggered: one that cannot be accepted, for want of files, is not looked at before the next comes.
-        self._epoll.register(self._listener, select.EPOLLIN | select.EPOLLET)
+        self._epoll.register(self._listener, _ONCE)
+        self._listens_on = self._listener.fileno()
         self._connections: dict[int, tuple[socket.socket, Incarnation]] = {}  # by file; b"" until it says who sends
         self._by_source: dict[Incarnation, socket.socket] = {}
         self._ready: list[int] = []  # files
@@ -90,13 +97,18 @@ class Shortcuts:
         return bool(self._ready)
 
     def receive(self) -> tuple[Incarnation, bytes] | None:
-        """The next message, and who sent it; None if there is none. Senders take turns."""
+        """The next message, and who sent it; None if there is none, or none yet. Senders take turns."""
         while self.is_ready():
-            connection = self._connections.get(self._ready.pop())
-            if connection is None:
-                self._accept()
-            elif message := self._receive(*connection):
-                return connection[1], message
+            file = self._ready.pop()
+            connection = self._connections.get(file)
+            if connection is not None:
+                message = self._receive(*connection)
+                if message:
+                    return connection[1], message
+            elif file != self._listens_on:  # Ctrl-C struck where it was taken in or let go
+                self._unregister(file)
+            elif not self._accept():
+                break
         return None
 
     def receive_from(self, source: Incarnation) -> bytes | None:
@@ -119,21 +131,35 @@ class Shortcuts:
             sock.close()
         self._connections.clear()
 
-    def _accept(self) -> None:
-        while True:
+    def _accept(self) -> bool:
+        """Take in connections; false if there may be more."""
+        for _ in range(_ACCEPTED_MAX):
             try:
                 sock, _ = self._listener.accept()
             except OSError:  # there is none any more, or no file for it
-                return
+                return True
             try:
                 if not _is_of_this_user(sock):
                     raise PermissionError("another user's process connects")
+                sock.setblocking(False)
+                self._connections[sock.fileno()] = sock, b""
                 self._epoll.register(sock, select.EPOLLIN)
             except OSError:
-                sock.close()
-                continue
-            sock.setblocking(False)
-            self._connections[sock.fileno()] = sock, b""
+                self._drop(sock, b"")
+        self._epoll.modify(self._listens_on, _ONCE)  # look again
+        return False
+
+    def _drop(self, sock: socket.socket, source: Incarnation) -> None:
+        file = sock.fileno()
+        self._unregister(file)  # closing is not enough: a child that was forked has the connection too
+        self._connections.pop(file, None)
+        if self._by_source.get(source) is sock:
+            del self._by_source[source]
+        sock.close()
+
+    def _unregister(self, file: int) -> None:
+        with suppress(OSError):  # it never was, or is no more
+            self._epoll.unregister(file)
 
     def _receive(self, sock: socket.socket, source: Incarnation) -> bytes | None:
         try:
@@ -152,10 +178,7 @@ class Shortcuts:
             self._by_source[source] = sock
             self.send_back(_mark(0), source)
         else:
-            del self._connections[sock.fileno()]
-            if self._by_source.get(source) is sock:
-                del self._by_source[source]
-            sock.close()  # epoll forgets it
+            self._drop(sock, source)
         return None
 
 
@@ -197,7 +220,7 @@ class Shortcut:
 
     def send(self, frames: Sequence[Buffer]) -> bool:
         """Send one message; false: it must go around."""
-        if len(frames) != 1 or len(frames[0]) > MAX_NBYTES or not self._is_open:
+        if len(frames) != 1 or not 0 < len(frames[0]) <= MAX_NBYTES or not self._is_open:
             return False
         if self._around != self._confirmed:
             self._look()
@@ -219,6 +242,12 @@ class Shortcut:
             self._look()  # or what comes back would be too much to hold
         return _mark(self._around)
 
+    def is_unread(self) -> bool:
+        """Whether something that went around may not have been read yet, by a peer that is there."""
+        if self._is_open:
+            self._look()
+        return self._is_open and 0 <= self._confirmed < self._around
+
     def wait_read(self, timeout_s: float) -> None:
         """Wait until all that went around has been read, up to `timeout_s`; not for a peer that is gone.
 
@@ -227,9 +256,8 @@ class Shortcut:
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        while self._is_open and 0 <= self._confirmed < self._around and (left_s := deadline - time.monotonic()) > 0:
+        while self.is_unread() and (left_s := deadline - time.monotonic()) > 0:
             poll.poll(left_s * 1000)
-            self._look()
 
     def close(self) -> None:
         """What was sent is received all the same. Idempotent."""
@@ -250,7 +278,7 @@ class Shortcut:
 
 
 def is_mark(frame: Buffer) -> bool:
-    """Whether the last frame of a message is a mark, to be sent back."""
+    """Whether the first frame of a message is a mark, to be sent back."""
     return len(frame) == _MARK_NBYTES and frame[: len(_MARK)] == _MARK
 
 
@@ -268,6 +296,23 @@ def _make_socket() -> socket.socket:
 
 
 def _is_of_this_user(sock: socket.socket) -> bool:
-    """Whether the process at the other end is. Each side sees the same of the other, in whichever container it is."""
-    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(uid == os.geteuid())
+    """Whether the process at the other end is, for sure. Each side sees the same of the other.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    if len(credentials) != _CREDENTIALS.size:
+        raise PermissionError("it is not said whose process it is")
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    return bool(uid == os.geteuid() != _nobody())
+
+
+@cache
+def _nobody() -> int:
+    """The user that all those look like who are not known in this container."""
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65_534

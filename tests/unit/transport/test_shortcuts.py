@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def test_nothing_is_sent_before_it_is_welcome() -> None:
         sender.close()
 
 
-@pytest.mark.parametrize("frames", [[bytes(MAX_NBYTES + 1)], [b"head", b"body"], []])
+@pytest.mark.parametrize("frames", [[bytes(MAX_NBYTES + 1)], [b"head", b"body"], [], [b""]])
 def test_other_messages_go_around(frames: list[Buffer]) -> None:
     with pair() as (sender, receiver, _):
         assert not sender.send(frames)
@@ -158,6 +159,47 @@ def test_a_sender_that_is_gone_is_forgotten_when_all_it_sent_is_received() -> No
         assert receiver.receive_from(me) is None
 
 
+def test_a_sender_that_is_gone_is_forgotten_though_a_forked_child_has_its_connection_too() -> None:
+    me = new_incarnation()
+    with receiving() as (receiver, peer):
+        sender = open_shortcut(me, peer, receiver)
+        another = open_shortcut(new_incarnation(), peer, receiver)
+        child = os.fork()
+        if not child:
+            signal.pause()
+        try:
+            sender.close()
+            assert receiver.receive() is None
+            assert not receiver.is_ready(), "or the reader would turn in circles"
+            assert another.send([b"x"])
+            message = receiver.receive()
+            assert message is not None
+            assert message[1] == b"x"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            another.close()
+
+
+def test_a_connection_that_is_half_let_go_is_let_go() -> None:
+    """As if Ctrl-C had struck in between."""
+    with pair() as (sender, receiver, me):
+        sock, _ = receiver._connections.pop(receiver._by_source[me].fileno())
+        assert sender.send([b"x"])
+        assert receiver.receive() is None
+        assert not receiver.is_ready()
+        sock.close()
+
+
+def test_nobody_waits_for_a_receiver_that_reads_no_more() -> None:
+    with pair() as (sender, receiver, _):
+        sender.go_around()
+        assert sender.is_unread()
+        receiver.close()
+        assert not sender.is_unread()
+        sender.wait_read(WAIT_S)
+
+
 def test_senders_take_turns() -> None:
     names = [new_incarnation() for _ in range(3)]
     with receiving() as (receiver, peer):
@@ -185,6 +227,38 @@ def test_other_users_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not sender.send([b"unwanted"])
         assert receiver.receive() is None
         sender.close()
+
+
+def test_where_all_strangers_look_the_same_nobody_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as the user that stands for all those whom it does not know."""
+    me = new_incarnation()
+    with receiving() as (receiver, peer):
+        sender = Shortcut(me, peer)
+        monkeypatch.setattr(shortcuts, "_nobody", os.geteuid)
+        assert Shortcut.make(me, peer) is None
+        assert receiver.receive() is None
+        assert not receiver._connections
+        sender.close()
+
+
+def test_many_that_connect_at_once_do_not_keep_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcuts, "_ACCEPTED_MAX", 3)
+    with pair() as (sender, receiver, me):
+        strangers = [shortcuts._make_socket() for _ in range(10)]
+        for stranger in strangers:
+            stranger.connect(receiver._listener.getsockname())
+        assert sender.send([b"x"])
+        came = []
+        for turn in range(10):
+            message = receiver.receive()
+            assert len(receiver._connections) <= 1 + 3 * (turn + 1)
+            came += [message] if message else []
+        assert came == [(me, b"x")]
+        assert len(receiver._connections) == 11
+        for stranger in strangers:
+            stranger.close()
+        assert receiver.receive() is None
+        assert len(receiver._connections) == 1
 
 
 def test_one_that_cannot_be_looked_at_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +398,49 @@ def test_messages_keep_their_order_whichever_way_they_go() -> None:
         shortcut = a.endpoint._outboxes[b.id]._shortcut
         assert shortcut is not None
         assert 0 < shortcut._around < len(names), "both ways were used"
+
+
+@pytest.mark.usefixtures("local")
+def test_marks_that_nobody_had_room_for_are_asked_for_again() -> None:
+    """Thousands go around, and their sender does not look when they are read at last."""
+    with peers() as (a, b):
+        for _ in range(2):
+            a.endpoint.send(b.id, [b"head", b"body"])
+        b.arrivals.wait_messages(2)
+        box = a.endpoint._outboxes[b.id]
+        shortcut = box._shortcut
+        assert shortcut is not None
+        until(lambda: not box.is_unread() and shortcut._confirmed == 2, "both are known to be read")
+        with b.endpoint.inbox._nobody_reading():
+            for _ in range(1500):
+                a.endpoint.send(b.id, [b"head", b"body"])
+        b.arrivals.wait_messages(1502)
+        assert box.is_unread()
+        box.flush(WAIT_S)
+        until(lambda: not box.is_unread(), "all that went around is known to be read")
+
+
+@pytest.mark.parametrize("count", [1, outbox.SHORTCUT_AFTER + 10])
+@pytest.mark.parametrize("is_local", [False, True])
+def test_what_looks_like_a_mark_arrives_too(monkeypatch: pytest.MonkeyPatch, count: int, is_local: bool) -> None:
+    monkeypatch.setattr(Peer, "local", is_local)
+    frames: list[Buffer] = [b"head", shortcuts._mark(7)]
+    with peers() as (a, b):
+        for _ in range(count):
+            a.endpoint.send(b.id, frames)
+        assert [list(map(bytes, came)) for _, came in b.arrivals.wait_messages(count)] == [frames] * count
+
+
+@pytest.mark.usefixtures("local")
+def test_nobody_waits_for_a_mark_that_was_never_sent() -> None:
+    """The message with which a shortcut is made went around without one."""
+    with peers() as (a, b):
+        a.endpoint.send(b.id, [b"x"])
+        b.arrivals.wait_messages(1)
+        box = a.endpoint._outboxes[b.id]
+        until(box.is_unread, "the shortcut is welcome")
+        box.flush(WAIT_S)
+        until(lambda: not box.is_unread(), "all that went around is known to be read")
 
 
 @pytest.mark.usefixtures("local")
