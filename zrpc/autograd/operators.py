@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from zrpc.autograd.functions import Edge, Found, Gradients, RecvInfo
 
 
+_Kind = tuple[torch.Size, torch.dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """A node with one input, all of whose outputs go to one receive function.
@@ -34,14 +37,16 @@ class Operator:
         received: the receive function.
         info: where its tensors came from.
         slots: for each output of the node, the input of the receive function; None where nothing needs the output.
-        wanted: shape and dtype of each input of the receive function.
+        takes: shape and dtype of the input of the node.
+        wanted: those of each input of the receive function.
     """
 
     node: Any
     received: Any
     info: RecvInfo
     slots: tuple[int | None, ...]
-    wanted: tuple[tuple[torch.Size, torch.dtype], ...]
+    takes: _Kind
+    wanted: tuple[_Kind, ...]
 
     @classmethod
     def at(cls, edges: Sequence[Edge]) -> Operator | None:
@@ -56,15 +61,18 @@ class Operator:
         info = recv_info(received)
         if info is None:
             return None
-        metadata = received._input_metadata
-        if any(one.device.type != "cpu" for one in metadata):
+        metadata = [*node._input_metadata, *received._input_metadata]
+        if any([one.device.type != "cpu" for one in metadata]):
             return None
         slots = [None if follower is None else slot for follower, slot in node.next_functions]
-        return cls(node, received, info, tuple(slots), tuple((torch.Size(one.shape), one.dtype) for one in metadata))
+        takes, *wanted = [(torch.Size(one.shape), one.dtype) for one in metadata]
+        return cls(node, received, info, tuple(slots), takes, tuple(wanted))
 
     def run(self, gradient: torch.Tensor | None) -> Gradients:
         """The gradients for the receive function."""
         sums: list[torch.Tensor | None] = [None] * len(self.wanted)
+        if gradient is not None and (gradient.shape, gradient.dtype) != self.takes:
+            gradient = fit(gradient, self.node, 0)
         with torch.no_grad():
             outputs = self.node(gradient)
             for slot, output in zip(self.slots, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):

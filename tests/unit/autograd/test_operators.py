@@ -131,6 +131,18 @@ def test_no_gradient_is_handed_on_as_none() -> None:
     assert operator.run(None) == [None, None]
 
 
+def test_a_gradient_of_another_shape_and_dtype_is_made_to_fit() -> None:
+    a, b, _ = received()
+    operator = OperatorSend([a * b], to=1).operator
+    assert operator is not None
+    for_a, for_b = operator.run(torch.ones(4, 2, 3, dtype=torch.float64))
+    assert for_a is not None
+    assert for_a.dtype is torch.float32
+    assert torch.equal(for_a, 4 * b.detach().expand(2, 3))
+    assert for_b is not None
+    assert torch.equal(for_b, 4 * a.detach().sum(0, keepdim=True))
+
+
 def test_a_repeated_gradient_of_a_tensor_that_was_given_twice_needs_no_memory() -> None:
     a, *_ = received()
     operator = OperatorSend([torch.add(a, a)], to=1).operator
