@@ -163,6 +163,29 @@ def test_operators_elsewhere_are_differentiated_as_here(cluster_in_each_mode: Cl
     cluster_in_each_mode.run(operators_elsewhere, 2)
 
 
+def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + y
+
+
+def gradients_of_one_sum(rank: int) -> None:
+    if rank:
+        return
+    for size in (4, 300_000):
+        for function in (torch.add, add):
+            x, y = [torch.ones(size, requires_grad=True) for _ in range(2)]
+            weights = torch.arange(float(size))
+            with autograd.context() as context_id:
+                autograd.backward(context_id, [(rpc.rpc_sync("worker1", function, args=(x, y)) * weights).sum()])
+                gradients = autograd.get_gradients(context_id)
+                assert torch.equal(gradients[x], weights)
+                gradients[x].zero_()  # whoever has one may write to it; `clip_grad_norm_` does
+                assert torch.equal(gradients[y], weights)
+
+
+def test_no_two_leaves_share_a_gradient(cluster: Cluster) -> None:
+    cluster.run(gradients_of_one_sum, 2)
+
+
 def unused_results(rank: int) -> None:
     if rank:
         return

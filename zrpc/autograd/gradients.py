@@ -31,6 +31,9 @@ def pack(gradients: Gradients) -> Payload:
 def unpack(payload: Payload) -> Gradients:
     """Put them together again. The payload loses its tensors: a gradient that nobody else holds need not be copied.
 
+    No two of them share memory, though their senders' may have (`x + y` has one gradient for both): who gets one may
+    write to it.
+
     Raises:
         ProtocolError: there are fewer tensors than gradients, or more.
     """
@@ -90,7 +93,20 @@ def _take(wanted: int, payload: Payload) -> deque[torch.Tensor]:
         raise ProtocolError(f"{len(payload.tensors)} tensors came for {wanted} gradients")
     tensors = deque(payload.tensors)
     payload.tensors = []
+    if len(tensors) > 1:
+        _part(tensors)
     return tensors
+
+
+def _part(tensors: deque[torch.Tensor]) -> None:
+    """Give those a copy that share their memory with an earlier one. Parts of sparse ones never come shared."""
+    seen: set[int] = set()
+    for index in range(len(tensors)):
+        if tensors[index].layout is torch.strided:
+            storage = tensors[index].untyped_storage()._cdata
+            if storage in seen:
+                tensors[index] = tensors[index].clone()
+            seen.add(storage)
 
 
 def _fill(present: bytes, tensors: deque[torch.Tensor]) -> Gradients:
