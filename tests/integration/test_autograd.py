@@ -167,6 +167,33 @@ def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x + y
 
 
+LIBRARY = torch.library.Library("zrpc_tests", "DEF")
+LIBRARY.define("bounded(Tensor x) -> Tensor")
+
+
+def bounded(x: torch.Tensor) -> torch.Tensor:
+    result = x.clone()
+    result.register_hook(lambda gradient: gradient.clamp(-1, 1))  # type: ignore[no-untyped-call]
+    return result
+
+
+LIBRARY.impl("bounded", bounded, "CompositeImplicitAutograd")
+
+
+def hooks_in_operators(rank: int) -> None:
+    if rank:
+        return
+    x = torch.ones(3, requires_grad=True)
+    with autograd.context() as context_id:
+        result = rpc.rpc_sync("worker1", torch.ops.zrpc_tests.bounded, args=(x,))
+        autograd.backward(context_id, [(result * 5).sum()])
+        assert torch.equal(autograd.get_gradients(context_id)[x], torch.ones(3))
+
+
+def test_hooks_that_an_operator_of_the_users_sets_are_run(cluster: Cluster) -> None:
+    cluster.run(hooks_in_operators, 2)
+
+
 def gradients_of_one_sum(rank: int) -> None:
     if rank:
         return

@@ -201,8 +201,15 @@ class BackwardPass:
         self._settle()
 
     def mark(self, message_ids: Sequence[GlobalId]) -> Further:
-        """SMART mode: send functions of this worker take part. Returns those elsewhere that follow."""
-        return self.marking.mark(message_ids, self.context.sends())
+        """SMART mode: send functions of this worker take part. Returns those elsewhere that follow.
+
+        Raises:
+            AutogradError: "Error on Node <rank>: ..." where one is not there, or spent.
+        """
+        try:
+            return self.marking.mark(message_ids, self.context.sends())
+        except AutogradError as error:
+            raise self._described(error) from error
 
     def lose(self, rank: int, text: str) -> None:
         """The worker of `rank` is gone: fail if gradients were to come from there."""

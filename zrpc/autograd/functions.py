@@ -149,8 +149,17 @@ class SendFunction:
 
     @property
     def next_functions(self) -> tuple[Edge, ...]:
+        """The same as `edges`, under the name that torch's has."""
+        return self.edges
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
         """The edges into the graph, one a tensor that was sent."""
         return self.locate().edges
+
+    def prepare(self) -> None:
+        """Do now what need not be done when gradients come."""
+        self.locate()
 
     @property
     def operator(self) -> Operator | None:

@@ -54,7 +54,7 @@ class AutogradHook:
         message_id = self._next_id()
         function = (OperatorSend if payload.is_unseen else SendFunction)(tensors, to.id)
         context.add_send(message_id, function)
-        payload.after = function.locate
+        payload.after = function.prepare
         return [context.context_id, message_id]
 
     def receive(

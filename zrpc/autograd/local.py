@@ -75,14 +75,14 @@ class LocalPass:
         ] = []  # in the streams of threads that brought or made gradients; the next to run joins them
         self._graph = Graph()
         self._root = self._graph.add_source(edges_of(roots)) if roots else NO_NODE
-        self._lone = LoneSends(self._sends, even_operators=not (_profiler_enabled() or torch.is_anomaly_enabled()))
+        self._lone = LoneSends(self._sends, even_operators=not _needs_engine())
         self._numbers = {
-            message_id: self._graph.add_source(send.next_functions)
+            message_id: self._graph.add_source(send.edges)
             for message_id, send in self._sends.items()
             if message_id not in self._lone
         }
         for message_id, send in self._lone.part_with(self._graph.numbers).items():
-            self._numbers[message_id] = self._graph.add_source(send.next_functions)
+            self._numbers[message_id] = self._graph.add_source(send.edges)
         self._taps = Taps(is_left_alone)
         self._splittable = frozenset(
             number for number in self._graph.leaves if self._taps.open(self._graph.nodes[number])
@@ -133,7 +133,7 @@ class LocalPass:
             elif operator is None:
                 self._begin_at_leaves(job, taken, lone, gradients)
             else:
-                _check_count(gradients, lone.next_functions)
+                _check_count(gradients, lone.edges)
         if lone is not None and operator is not None:
             self._run_operator(lone, operator, gradients)
             return
@@ -219,9 +219,9 @@ class LocalPass:
 
     def _begin_at_leaves(self, job: Job, taken: list[Taken], send: SendFunction, gradients: Gradients) -> None:
         """The same for a send function that leads to lone leaves. Call it under the lock."""
-        _check_count(gradients, send.next_functions)
+        _check_count(gradients, send.edges)
         hooked: dict[Any, list[tuple[int, torch.Tensor | None]]] = {}
-        for (node, slot), gradient in zip(send.next_functions, gradients, strict=True):
+        for (node, slot), gradient in zip(send.edges, gradients, strict=True):
             if not self._taps.open(node):
                 hooked.setdefault(node, []).append((slot, gradient))
             elif gradient is not None:
@@ -259,6 +259,11 @@ class _SegmentRun:
         """See `Run.take`. Appending is atomic: CUDA nodes run on threads of their own."""
         if not any(leaf is one for one in self._without):  # what hooks make of no gradient is none
             self.taken.append((leaf, gradient))
+
+
+def _needs_engine() -> bool:
+    """Whether somebody looks at what torch's engine does, or this thread is inside it: nodes act otherwise there."""
+    return _profiler_enabled() or torch.is_anomaly_enabled() or torch._C._current_graph_task_id() != -1
 
 
 def _check_count(gradients: Gradients, edges: Sequence[object]) -> None:

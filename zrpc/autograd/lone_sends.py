@@ -40,7 +40,7 @@ class LoneSends:
             if send.operator is not None and even_operators:
                 self._sends[message_id] = send
                 continue
-            for node, _ in send.next_functions:
+            for node, _ in send.edges:
                 if not is_leaf(node):
                     break
             else:
@@ -57,7 +57,7 @@ class LoneSends:
         first: dict[Node, GlobalId] = {}
         parted: dict[GlobalId, None] = {}
         for message_id, send in self._sends.items():
-            for node, _ in send.next_functions:
+            for node, _ in send.edges:
                 other = first.setdefault(node, message_id)
                 if node in reached or other != message_id:
                     parted |= {other: None, message_id: None}
@@ -65,7 +65,7 @@ class LoneSends:
 
     def nodes(self) -> list[Node]:
         """The nodes of the leaves for which gradients are still to come."""
-        return [node for send in self._sends.values() for node, _ in send.next_functions if is_leaf(node)]
+        return [node for send in self._sends.values() for node, _ in send.edges if is_leaf(node)]
 
     def ranks(self) -> set[int]:
         """From where they are to come."""

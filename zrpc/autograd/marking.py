@@ -60,7 +60,7 @@ class Marking:
                 if function is None:
                     raise AutogradError(f"there is no send function {message_id} in this context")
                 self._marked[message_id] = function
-                self._graph.add_source(function.next_functions)
+                self._graph.add_source(function.edges)
             return self._further()
 
     def _further(self) -> Further:

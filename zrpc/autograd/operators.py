@@ -9,6 +9,8 @@ and all of it would travel.
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,7 @@ class Operator:
 
     @classmethod
     def at(cls, edges: Sequence[Edge]) -> Operator | None:
-        """What `edges` lead to; None if it is anything else, or not on the CPU."""
+        """What `edges` lead to; None if it is anything else, not on the CPU, or of real and complex numbers."""
         node: Any = edges[0][0]
         if len(edges) != 1 or not _is_plain(node.__class__) or len(node._input_metadata) != 1:
             return None
@@ -62,7 +64,7 @@ class Operator:
         if info is None:
             return None
         metadata = [*node._input_metadata, *received._input_metadata]
-        if any([one.device.type != "cpu" for one in metadata]):
+        if any([one.device.type != "cpu" for one in metadata]) or len({one.dtype.is_complex for one in metadata}) != 1:
             return None
         slots = [None if follower is None else slot for follower, slot in node.next_functions]
         takes, *wanted = [(torch.Size(one.shape), one.dtype) for one in metadata]
@@ -93,12 +95,23 @@ class OperatorSend(SendFunction):
         to: the rank of the caller.
     """
 
-    __slots__ = ("_is_spent", "_operator")
+    __slots__ = ("_is_spent", "_lock", "_operator")
 
     def __init__(self, tensors: Sequence[torch.Tensor], to: int) -> None:
         super().__init__(tensors, to)
         self._operator: Operator | None = None
         self._is_spent = False
+        self._lock = threading.Lock()  # the gradients may come before `prepare` is done
+
+    @property
+    def next_functions(self) -> tuple[Edge, ...]:
+        """See `SendFunction.next_functions`. None are left when it is spent."""
+        return () if self._is_spent else super().next_functions
+
+    def prepare(self) -> None:
+        """See `SendFunction.prepare`."""
+        with suppress(AutogradError):  # they have come, and it is spent
+            self.locate()
 
     def locate(self) -> Found:
         """See `SendFunction.locate`.
@@ -106,12 +119,13 @@ class OperatorSend(SendFunction):
         Raises:
             AutogradError: a pass has used it, which freed what the operator had saved.
         """
-        if self._is_spent:
-            raise AutogradError(
-                "Trying to backward through the graph a second time: what an operator that was called in this context "
-                "had saved is freed. Specify retain_graph=True for the first pass, or use a context for each"
-            )
-        return super().locate()
+        with self._lock:
+            if self._is_spent:
+                raise AutogradError(
+                    "Trying to backward through the graph a second time: what an operator that was called in this "
+                    "context had saved is freed. Give the first pass retain_graph=True, or each a context of its own"
+                )
+            return super().locate()
 
     @property
     def operator(self) -> Operator | None:
@@ -121,9 +135,10 @@ class OperatorSend(SendFunction):
 
     def spend(self) -> None:
         """See `SendFunction.spend`. Frees what the operator has saved."""
-        if self._operator is not None and _saves(self._operator.node.__class__):
-            self._is_spent = True
-            self._operator, self._found = None, ()
+        with self._lock:
+            if self._operator is not None and _saves(self._operator.node.__class__):
+                self._is_spent = True
+                self._operator, self._found = None, ()
 
     def _find(self, tensors: Sequence[torch.Tensor]) -> Found:
         found = super()._find(tensors)
@@ -145,7 +160,7 @@ def add(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 @cache
 def _is_plain(kind: type) -> bool:
     """Whether nodes of that kind do what torch's operators do, and keep what they save where `_saves` finds it."""
-    return not issubclass(kind, torch._C._FunctionBase) and kind.__name__ != "CopySlices"
+    return not issubclass(kind, torch._C._FunctionBase) and kind.__name__ not in ("CopySlices", "CppFunction")
 
 
 @cache

@@ -65,7 +65,6 @@ BY_THEMSELVES: dict[str, Program] = {
     "in place": lambda a, b, c: a.add_(b),
     "sum": lambda a, b, c: a.sum(),
     "double": lambda a, b, c: torch.add(a, torch.ones(2, 3, dtype=torch.float64)),
-    "complex": lambda a, b, c: torch.mul(a, torch.tensor(2j)),
     "one of several": lambda a, b, c: torch.max(a, 0).values,
 }
 
@@ -76,6 +75,9 @@ PLANNED_FOR: dict[str, Program] = {
     "what came": lambda a, b, c: a,
     "in place of a part": lambda a, b, c: _add_to_first_row(a * 1),
     "a leaf": lambda a, b, c: torch.ones(2, 3, requires_grad=True),
+    "a node of no class of its own": lambda a, b, c: torch._foreach_mul([a], [c])[0],
+    "complex of real": lambda a, b, c: torch.mul(a, torch.tensor(2j)),
+    "real or complex": lambda a, b, c: torch.where(c > 2, a, c * 1j),
     "something of its own": lambda a, b, c: torch.mul(a, torch.ones(2, 3, requires_grad=True)),
 }
 
@@ -217,6 +219,44 @@ def test_what_was_saved_is_freed_and_a_second_pass_says_so() -> None:
     assert saved() is None
     with pytest.raises(AutogradError, match="retain_graph=True"):
         run(sends, [torch.ones(2, 3)])
+
+
+def test_a_pass_may_be_over_before_the_answer_has_been_followed_up() -> None:
+    a, b, _ = received()
+    send = OperatorSend([a * b], to=1)
+    assert len(run({ID: send}, [torch.ones(2, 3)])) == 1
+    send.prepare()
+    assert send.next_functions == ()
+    with pytest.raises(AutogradError, match="a second time"):
+        send.locate()
+
+
+class RunsAPass(Function):
+    """Its backward runs a distributed pass."""
+
+    sends: dict[GlobalId, SendFunction]
+    delivered: list[Gradients]
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
+        return a * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        RunsAPass.delivered = run(RunsAPass.sends, [torch.ones(2, 3)])
+        return gradient
+
+
+def test_a_pass_within_another_that_wants_something_else() -> None:
+    """Nodes that are called inside torch's engine leave out what it does not want."""
+    a, b, _ = received()
+    RunsAPass.sends = {ID: OperatorSend([a * b], to=1)}
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(RunsAPass.apply(x).sum(), [x])  # type: ignore[no-untyped-call]
+    (gradients,) = RunsAPass.delivered
+    for_a = gradients[0]
+    assert for_a is not None
+    assert torch.equal(for_a, b.detach().expand(2, 3))
 
 
 def test_what_saves_nothing_can_be_run_again_as_in_torch() -> None:
