@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 GB = 1 << 30
-"""As in compare.py: 2^30 bytes."""
+"""2^30 bytes."""
 WINDOW = 256
 QUICKER = 10
 """`--quick` makes so many times fewer calls."""

@@ -9,7 +9,7 @@ from zrpc_broker import defaults
 from zrpc_broker.main import serve
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Parse the arguments and serve; the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m zrpc_broker",
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heartbeat-interval", type=float, default=defaults.HEARTBEAT_INTERVAL_S, metavar="SECONDS")
     parser.add_argument("--missed", type=int, default=defaults.MISSED_MAX, help="silent intervals before it is lost")
     parser.add_argument("--verbose", action="store_true", help="log who comes and goes")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     return serve(args.bind, args.heartbeat_interval, args.missed, args.verbose)
 
 

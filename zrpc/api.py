@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from zrpc.wire.messages import BuiltinCall, Message, PythonCall
 from zrpc.wire.scripting import qualified_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from zrpc.agent.agent import Agent
     from zrpc.agent.call import Call
@@ -52,8 +53,9 @@ def rpc_sync(
     Args:
         to: name, rank or `WorkerInfo` of the callee.
         func: what the callee runs: a torch operator, or anything callable that pickle can name or copy.
-        args: positional arguments; tensors in them are sent without a copy and may be written to again on return.
-        kwargs: keyword arguments.
+        args: positional arguments, a tuple or a list; tensors in them are sent without a copy and may be written to
+            again on return.
+        kwargs: keyword arguments, a dict.
         timeout: seconds; 0: no limit; by default `rpc_timeout` of the options.
 
     Returns:
@@ -62,7 +64,14 @@ def rpc_sync(
     Raises:
         NotInitializedError: `init_rpc` was not called.
         UnknownWorkerError: no such worker.
+        TypeError: `func` cannot be called, or `args` or `kwargs` are of another type.
+        ValueError: `to` is of another type.
+        ConfigError: `timeout` is no number of seconds.
         SerializationError: an argument or the result cannot be sent.
+        DeviceError: a tensor cannot be brought to the device where it should arrive.
+        OverloadedError: too much is on the way to that worker already, for as long as the time limit.
+        LimitError: this process may open no more files.
+        AgentClosedError: this worker shut down meanwhile.
         RpcTimeoutError: the time ran out; it is not known whether `func` ran.
         PeerLostError: the callee died or left; it is not known whether `func` ran.
         Exception: whatever `func` raised there, with the remote traceback as its cause.
@@ -159,7 +168,8 @@ def _limit_s(timeout: float) -> float | None:
 
 def _take_apart(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str | None, Payload]:
     """A torch operator's name and its packed arguments; for everything else None and a pickle."""
-    call_args, call_kwargs = tuple(args or ()), dict(kwargs or {})
+    call_args = args if type(args) is tuple else _as_tuple(args)
+    call_kwargs = {} if kwargs is None else _as_dict(kwargs)
     op = operator_name(func)
     if op is not None:
         try:
@@ -167,6 +177,18 @@ def _take_apart(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str |
         except values.UnpackableError:
             pass
     return None, _pickle_call((func, call_args, call_kwargs))
+
+
+def _as_tuple(args: Any) -> tuple[Any, ...]:
+    if args is not None and not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple or a list, as in args=(x,), not a {type(args).__name__}")
+    return tuple(args or ())
+
+
+def _as_dict(kwargs: Any) -> dict[str, Any]:
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a dict, name -> argument, not a {type(kwargs).__name__}")
+    return dict(kwargs)
 
 
 def function_name(func: Callable[..., Any]) -> str:

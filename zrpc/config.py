@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -25,7 +26,7 @@ MAX_TIMEOUT_S = 1e9
 DEFAULT_BUSY_POLL_S = 0.001
 DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
-"""An unanswered small call takes 2 to 3 KB of its caller, so this is 0.6 GB, and 0.25 GB of the callee."""
+"""An unanswered small call takes 1.3 to 2 KB of its caller (`benchmarks/memory.py`), so this is up to 0.5 GB."""
 DEFAULT_PINNED_POOL_NBYTES = 1 << 30
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
@@ -36,7 +37,7 @@ INIT_SCHEMES = ("env", "tcp", "file", "broker")
 class RpcBackendOptions:
     """How a worker reaches the others and serves their calls.
 
-    Attributes may be changed until `init_rpc`; later only `rpc_timeout` has an effect.
+    Attributes may be changed until `init_rpc`; later it has no effect.
 
     Args:
         num_worker_threads: handler threads that run user functions; one more is added while all of them wait for remote
@@ -67,6 +68,7 @@ class RpcBackendOptions:
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
+        ValueError: device maps or devices as `set_device_map` and `set_devices` do not take them.
     """
 
     DEFAULT_BIND = "tcp://127.0.0.1:0"
@@ -90,7 +92,7 @@ class RpcBackendOptions:
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
-        self.busy_poll_s = check_timeout(busy_poll_s, "busy_poll_s")
+        self.busy_poll_s = check_timeout(busy_poll_s, "busy_poll_s", "never poll")
         self.pinned_pool_nbytes = _whole(pinned_pool_nbytes, "pinned_pool_nbytes", 0)
         self.rpc_timeout = rpc_timeout
         self.init_method = init_method
@@ -99,9 +101,11 @@ class RpcBackendOptions:
         self.shared_memory = shared_memory
         self.cuda_ipc = cuda_ipc
         self.bind = bind
+        if not isinstance(device_maps, Mapping | None):
+            raise ConfigError(f"device_maps must be a dict, worker name -> {{device: device}}, not {device_maps!r}")
         for worker, device_map in (device_maps or {}).items():
             self.set_device_map(worker, device_map)
-        if devices:
+        if devices is not None:
             self.set_devices(devices)
 
     @property
@@ -132,8 +136,13 @@ class RpcBackendOptions:
         Whether the whole map fits the devices that both workers have is checked by `init_rpc`, for all workers at once.
 
         Raises:
+            ConfigError: `to` is no name, or `device_map` no dict of devices.
             ValueError: `device_map` maps two devices to one, or one that was mapped to another before.
         """
+        if not isinstance(to, str) or not isinstance(device_map, Mapping):
+            raise ConfigError(
+                f"a device map must be a worker's name and {{device: device}}, not {to!r}: {device_map!r}"
+            )
         merged = dict(self.device_maps.get(to, {}))
         for source, target in _as_devices(device_map).items():
             if merged.get(source, target) != target:
@@ -148,8 +157,11 @@ class RpcBackendOptions:
         """Name the CUDA devices that this worker uses.
 
         Raises:
+            ConfigError: what is no list, or no device.
             ValueError: a device that is not a CUDA one.
         """
+        if isinstance(devices, str) or not isinstance(devices, Iterable):
+            raise ConfigError(f"devices must be a list, such as ['cuda:0'], not {devices!r}")
         named = [_as_device(device) for device in devices]
         for device in named:
             if device.type != "cuda":
@@ -173,8 +185,13 @@ def _check_kinds(shared_memory: Any, cuda_ipc: Any, bind: Any) -> None:
         raise ConfigError(f"bind must be an address such as 'tcp://127.0.0.1:0', not {bind!r}")
 
 
-def check_timeout(value: Any, what: str) -> float:
+def check_timeout(value: Any, what: str, zero: str = "no limit") -> float:
     """`value` as seconds.
+
+    Args:
+        value: a number or a timedelta.
+        what: what it is called, for errors.
+        zero: what 0 stands for, likewise.
 
     Returns:
         The seconds; 0, no limit, also for what is longer than a thread can wait.
@@ -184,9 +201,9 @@ def check_timeout(value: Any, what: str) -> float:
     """
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):
-        raise ConfigError(f"{what} must be a number of seconds (0: no limit), not {value!r}")
+        raise ConfigError(f"{what} must be a number of seconds (0: {zero}), not {value!r}")
     if seconds < 0 or seconds != seconds:
-        raise ConfigError(f"{what} must be 0 (no limit) or more seconds, not {value!r}")
+        raise ConfigError(f"{what} must be 0 ({zero}) or more seconds, not {value!r}")
     return float(seconds) if seconds < MAX_TIMEOUT_S else 0.0
 
 
@@ -198,7 +215,10 @@ def _as_device(device: Device) -> torch.device:
     """A number is a CUDA device, whether or not there is one on this host."""
     import torch
 
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    try:
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"{device!r} is not a device such as 'cuda:0', 'cpu' or 0: {error}") from error
 
 
 def _one_to_one(device_map: DeviceMap) -> DeviceMap:

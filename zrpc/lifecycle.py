@@ -57,19 +57,21 @@ def init_rpc(
 ) -> None:
     """Make this process a worker of a group, ready to call and to be called.
 
-    Returns when all `world_size` workers are there. With `world_size` None and no WORLD_SIZE in the environment, the
-    group may grow and shrink, and nobody is waited for.
+    Returns when all `world_size` workers are there. Without a world size the group may grow and shrink, and nobody is
+    waited for.
 
     Args:
         name: this worker's name, unique in the group: letters, digits, underscores, colons and dashes, at most 127.
         backend: accepted for programs written for torch.distributed.rpc; there is one backend here.
         rank: this worker's rank, unique in the group; -1: RANK of the environment, or the broker's choice.
-        world_size: how many workers the group has.
+        world_size: how many workers the group has; None: where `rank` is -1, WORLD_SIZE of the environment, if it is
+            set.
         rpc_backend_options: everything else; see `RpcBackendOptions`.
 
     Raises:
         AlreadyInitializedError: this process is a worker already.
         ConfigError: an argument, option or environment variable that cannot be used.
+        RuntimeError: a name with other characters, an empty or a longer one.
         RendezvousError: store or broker cannot be reached, or somebody did not come within `rpc_timeout` seconds.
         RefusedError: the name or rank is taken, or the others were started with another world size.
     """
@@ -77,6 +79,8 @@ def init_rpc(
     options = RpcBackendOptions() if rpc_backend_options is None else rpc_backend_options
     if not isinstance(options, RpcBackendOptions):
         raise ConfigError(f"rpc_backend_options must be an instance of RpcBackendOptions, not {type(options).__name__}")
+    if not isinstance(name, str):
+        raise ConfigError(f"name must be a str, not {name!r}")
     if is_agent_set():
         raise AlreadyInitializedError("RPC is already initialized: call shutdown() before init_rpc() again")
     init_method = init_method_of(options)
@@ -108,11 +112,14 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
     Args:
         graceful: first wait until every worker of a static group has come here too and its calls are done. A worker
             that is lost is not waited for: it ends the wait with an error.
-        timeout: seconds to wait for the others; 0: no limit.
+        timeout: seconds for each of the steps: to wait for the others, for references to be given up, for calls to end,
+            and for the others again; 0: no limit, but `RREF_DRAIN_S` for references.
 
     Raises:
         NotInitializedError: this process is no worker.
-        PeerLostError: a worker died or did not come; this one is shut down all the same.
+        ConfigError: `timeout` is no number of seconds.
+        PeerLostError: a worker died; this one is shut down all the same.
+        RpcTimeoutError: the others did not come within `timeout`; the same.
     """
     agent = current_agent()
     limit_s = check_timeout(timeout, "timeout")
@@ -129,7 +136,7 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
 
 
 def finish_work(agent: Agent, timeout_s: float) -> None:
-    """Give up this worker's references and wait until nothing is under way; `timeout_s` 0: no limit."""
+    """Give up this worker's references and wait until nothing is under way, up to `timeout_s` for each; see these."""
     delete_rrefs(agent, timeout_s)
     finish_calls(agent, timeout_s)
 
@@ -243,10 +250,17 @@ def _nothing(_: object) -> None:
 
 
 def init_method_of(options: RpcBackendOptions) -> str:
-    """Where the workers meet: as the options say or, if they say nothing, as the launcher does."""
-    if options.init_method == DEFAULT_INIT_METHOD:
-        return os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)
-    return options.init_method
+    """Where the workers meet: as the options say or, if they say nothing, as the launcher does.
+
+    Raises:
+        ConfigError: what the launcher says is no place.
+    """
+    if options.init_method != DEFAULT_INIT_METHOD:
+        return options.init_method
+    try:
+        return RpcBackendOptions(init_method=os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)).init_method
+    except ConfigError as error:
+        raise ConfigError(f"the environment variable {INIT_METHOD_VARIABLE} cannot be used: {error}") from error
 
 
 def _join_limit_s(options: RpcBackendOptions) -> float:

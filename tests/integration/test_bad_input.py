@@ -12,9 +12,12 @@ import torch
 import zrpc as rpc
 from tests.integration.harness import Cluster, free_port
 from zrpc import errors
+from zrpc.nn import RemoteModule
+from zrpc.optim import DistributedOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 class Unpicklable:
@@ -66,6 +69,14 @@ def calls_that_cannot_work(rank: int) -> list[str]:
         (errors.ConfigError, "seconds", lambda: rpc.rpc_sync(to, double, args=(1,), timeout=-3)),
         (errors.ConfigError, "seconds", lambda: rpc.rpc_sync(to, double, args=(1,), timeout="1")),  # type: ignore[arg-type]
         (TypeError, "double", lambda: rpc.rpc_sync(to, double, args=(1, 2, 3))),
+        (TypeError, r"as in args=\(x,\), not a Tensor", lambda: rpc.rpc_sync(to, double, args=torch.zeros(1))),  # type: ignore[arg-type]
+        (TypeError, r"as in args=\(x,\), not a str", lambda: rpc.remote(to, double, args="ab")),
+        (TypeError, r"as in args=\(x,\), not a int", lambda: rpc.rpc_async(to, double, args=0)),  # type: ignore[arg-type]
+        (TypeError, "kwargs must be a dict", lambda: rpc.rpc_sync(to, double, kwargs=[("n", 1)])),  # type: ignore[arg-type]
+        (errors.ConfigError, "seconds", lambda: rpc.RRef(1).to_here(timeout=-2)),
+        (errors.ConfigError, "seconds", lambda: rpc.RRef(1).to_here("soon")),  # type: ignore[arg-type]
+        (TypeError, "must be RRefs", lambda: DistributedOptimizer(torch.optim.SGD, [torch.ones(1)], lr=0.1)),  # type: ignore[list-item]
+        (TypeError, "must be an RRef", lambda: RemoteModule.init_from_module_rref(to, 3)),  # type: ignore[arg-type]
         (RuntimeError, "aten::add", lambda: rpc.rpc_sync(to, torch.add, args=(1, "x", 2))),
         (RuntimeError, "local_value|to_here", lambda: rpc.remote(to, double, args=(1,)).local_value()),
         (errors.AlreadyInitializedError, "already initialized", lambda: rpc.init_rpc("again", rank=rank, world_size=2)),
@@ -80,7 +91,7 @@ def calls_that_cannot_work(rank: int) -> list[str]:
 def test_calls_that_cannot_work(cluster_in_each_mode: Cluster) -> None:
     mine, theirs = cluster_in_each_mode.run(calls_that_cannot_work, 2, timeout_s=90)
     assert mine == theirs
-    assert len(mine) == 18
+    assert len(mine) == 26
 
 
 def before_and_after(rank: int, init_method: str) -> None:
@@ -150,6 +161,13 @@ def at_rank_one(rank: int, init_method: str) -> tuple[str, str]:
         ({"shared_memory": "yes"}, "shared_memory must be True or False"),
         ({"cuda_ipc": "yes"}, "cuda_ipc must be True or False"),
         ({"bind": "localhost"}, "bind must be an address"),
+        ({"busy_poll_s": -1}, "0 \\(never poll\\) or more"),
+        ({"device_maps": [1]}, "device_maps must be a dict"),
+        ({"device_maps": {"ps": [1]}}, "a device map must be"),
+        ({"device_maps": {"ps": {"tpu:x": 0}}}, "'tpu:x' is not a device"),
+        ({"devices": "cuda:0"}, "devices must be a list"),
+        ({"devices": 3}, "devices must be a list"),
+        ({"devices": [1.5]}, "1.5 is not a device"),
     ],
 )
 def test_options_of_the_wrong_type(options: dict[str, Any], words: str) -> None:
@@ -166,6 +184,21 @@ def test_a_rank_without_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
         rpc.init_rpc("worker", world_size=2)
     with pytest.raises(RuntimeError, match="Worker name must match"):
         rpc.init_rpc("no good name", rank=0, world_size=2)
+    with pytest.raises(errors.ConfigError, match="name must be a str"):
+        rpc.init_rpc(3, rank=0, world_size=2)  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigError, match="rank must be a whole number, not '0'"):
+        rpc.init_rpc("worker", rank="0", world_size=2)  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigError, match=r"world_size must be a whole number, not 2\.0"):
+        rpc.init_rpc("worker", rank=0, world_size=2.0)  # type: ignore[arg-type]
     monkeypatch.setitem(os.environ, "RANK", "first")
     with pytest.raises(errors.ConfigError, match="RANK must be a whole number"):
         rpc.init_rpc("worker", world_size=2)
+
+
+def test_a_place_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = rpc.RpcBackendOptions(init_method=f"file://{tmp_path}/missing/store")
+    with pytest.raises(errors.ConfigError, match=r"there is no folder .*missing"):
+        rpc.init_rpc("worker", rank=0, world_size=1, rpc_backend_options=options)
+    monkeypatch.setenv("ZRPC_INIT_METHOD", "nowhere")
+    with pytest.raises(errors.ConfigError, match="ZRPC_INIT_METHOD cannot be used: init_method must be"):
+        rpc.init_rpc("worker", rank=0, world_size=1)

@@ -96,7 +96,7 @@ def test_without_a_broker_they_are_told_where_rank_0_is(command: list[str], scri
     assert "ZRPC_BROKER=None ZRPC_INIT_METHOD=env:// MASTER_ADDR=127.0.0.1 MASTER_PORT=" in done.stdout
 
 
-def test_a_module_can_be_launched(script: Path) -> None:
+def test_a_module_can_be_launched() -> None:
     done = run(PEERS, "-n", 1, "-m", "json.tool", "--help")
     assert done.returncode == 0
     assert "worker 0 | usage:" in done.stdout

@@ -62,13 +62,17 @@ def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = Fa
         roots: tensors of one element each.
         retain_graph: keep what the graph saved, for another pass.
         mode: "fast": every tensor that was sent in the context and requires grad must have contributed to `roots`; if
-            one did not, this waits for ever. "smart": first find out which did, at the price of one more round.
+            one did not, this waits until the context is released, a worker is lost, or a time limit ends. "smart":
+            first find out which did, at the price of one more round.
 
     Raises:
         TypeError: an argument is of another type.
+        ValueError: there is no such mode.
+        NotInitializedError: this process is no worker.
         AutogradError: there is no such context, `roots` cannot be differentiated, or something went wrong on another
             worker ("Error on Node <rank>: ..."). Some gradients may have been added to the context.
         PeerLostError: a worker that takes part died.
+        RpcTimeoutError: gradients that were sent were not answered within the default time limit (`rpc_timeout`).
         Exception: what a function or hook of the graph raised here.
     """
     if not isinstance(context_id, int) or not isinstance(roots, list | tuple) or not _are_tensors(roots):
@@ -87,6 +91,7 @@ def get_gradients(context_id: int) -> dict[torch.Tensor, torch.Tensor]:
 
     Raises:
         AutogradError: there is no such context.
+        NotInitializedError: this process is no worker.
     """
     return current_service().contexts.get(context_id).gradients()
 

@@ -56,7 +56,7 @@ class AutogradService:
             raise AutogradError(f"a backward pass is under way in autograd context {context_id}: wait for its end")
         backward = self._join(context, self._agent.ids.next(), retain_graph, began_here=True)
         try:
-            sends = self._mark_all(context, backward, roots) if smart else context.sends()
+            sends = self._mark_all(backward, roots) if smart else context.sends()
             backward.drive(roots, sends)
         except BaseException as error:
             backward.fail(error)
@@ -262,9 +262,7 @@ class AutogradService:
 
     # ---- SMART mode ------------------------------------------------------------------------------------------------
 
-    def _mark_all(
-        self, context: DistAutogradContext, backward: BackwardPass, roots: Sequence[torch.Tensor]
-    ) -> Mapping[GlobalId, SendFunction]:
+    def _mark_all(self, backward: BackwardPass, roots: Sequence[torch.Tensor]) -> Mapping[GlobalId, SendFunction]:
         """Find out, here and elsewhere, which send functions take part; returns those here."""
         marked = threading.Event()
         errors: list[BaseException] = []

@@ -44,11 +44,17 @@ _kept_alive: list[Iterator[Any]] = []
 
 
 def resolve_rank(rank: int, world_size: int | None, init_method: str) -> tuple[int, int | None]:
-    """Rank and world size, taken from RANK and WORLD_SIZE where the call left them out and the launcher set them.
+    """Rank and world size. Where the call left the rank out, RANK and WORLD_SIZE say what it did not.
+
+    A rank without a world size is that of a group that grows, as in torch.
 
     Raises:
-        ConfigError: a variable is not a whole number, or a static group has no rank from 0 to world_size - 1.
+        ConfigError: one of them, or a variable, is no whole number, or the rank in a static group is not one of 0 to
+            world_size - 1.
     """
+    for what, value in (("rank", rank), ("world_size", world_size)):
+        if not isinstance(value, int | None) or isinstance(value, bool) or (value is None and what == "rank"):
+            raise ConfigError(f"{what} must be a whole number, not {value!r}")
     if rank < 0:
         rank = _int_from_env("RANK", -1)
         if world_size is None:
@@ -69,11 +75,16 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     others.
 
     Raises:
-        ConfigError: `init_method`, or an environment variable that it needs, cannot be used.
+        ConfigError: `init_method`, or an environment variable that it needs, cannot be used, or its file's folder is
+            not there.
         RendezvousError: the store's host does not answer within `timeout_s` seconds.
     """
     import torch.distributed as dist
 
+    url = urlparse(init_method)
+    folder = os.path.dirname(url.path)
+    if url.scheme == "file" and not os.path.isdir(folder):  # torch would try for ever
+        raise ConfigError(f"init_method {init_method!r} cannot be used: there is no folder {folder!r}")
     timeout = timedelta(seconds=timeout_s)
     try:
         if world_size is None:

@@ -106,7 +106,13 @@ class RemoteModule(nn.Module):
 
         Returns:
             A RemoteModule that shares the module with the others on it.
+
+        Raises:
+            TypeError: `module_rref` is no RRef.
         """
+        if not isinstance(module_rref, RRef):
+            kind = type(module_rref).__name__
+            raise TypeError(f"module_rref must be an RRef, as get_module_rref() gives it, not a {kind}")
         made = RemoteModule.__new__(RemoteModule)
         nn.Module.__init__(made)
         made._place(remote_device)
@@ -118,6 +124,9 @@ class RemoteModule(nn.Module):
 
         Args:
             recurse: those of its submodules too.
+
+        Raises:
+            NotInitializedError: this process is no worker.
         """
         found: list[RRef[nn.Parameter]] = rpc_sync(self.on, _parameter_rrefs, args=(self.module_rref, recurse))
         return found

@@ -36,6 +36,7 @@ class DistributedOptimizer:
         kwargs: its keyword arguments.
 
     Raises:
+        TypeError: one of `params_rref` is no RRef.
         Exception: whatever a constructor raised on one of the owners.
     """
 
@@ -44,6 +45,9 @@ class DistributedOptimizer:
     ) -> None:
         by_owner: defaultdict[WorkerInfo, list[RRef[Any]]] = defaultdict(list)
         for param in params_rref:
+            if not isinstance(param, RRef):
+                kind = type(param).__name__
+                raise TypeError(f"params_rref must be RRefs, as RRef(parameter) makes them, and one is a {kind}")
             by_owner[param.owner()].append(param)
         made = [
             rpc_async(owner, _make, args=(optimizer_class, params, args, kwargs)) for owner, params in by_owner.items()

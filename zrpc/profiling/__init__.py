@@ -30,7 +30,6 @@ class ExecMode(Enum):
 
     SYNC = "sync"
     ASYNC = "async"
-    ASYNC_JIT = "async_jit"
     REMOTE = "remote"
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 UNSENT_GRACE_S = 2.0
 """How long a shutdown waits for forks that nobody is known to have. Those in answers are with their readers by then."""
 
+_FORK_PHRASE = "Cannot call fork an UserRRef after deletion."
 _UNCONFIRMED = (UserState.CREATING, UserState.FORKING)
 _DELETED = (UserState.GONE, UserState.LEAVING, UserState.LEAVING_UNCONFIRMED)
 
@@ -96,14 +97,14 @@ class Ledger:
         """
         me = self.agent.info.id
         with self._lock:
-            self._check_open("Cannot call fork an UserRRef after deletion.")
+            self._check_open(_FORK_PHRASE)
             child = self.agent.ids.next()
             if cell is not None:
                 self._table.share_owned(rref_id, child)
                 self._cells.setdefault(rref_id, cell)
             else:
                 assert fork_id is not None
-                self._check_usable(owner, rref_id, fork_id, "Cannot call fork an UserRRef after deletion.")
+                self._check_usable(owner, rref_id, fork_id, _FORK_PHRASE)
                 if self._table.user_state(fork_id) is UserState.DOUBTFUL:
                     raise RRefError(f"{rref_id} cannot be shared: asking its owner, worker {owner}, to count it failed")
                 self._table.share_used(fork_id, child)

@@ -139,9 +139,9 @@ class OwnerTable:
             owned.forks[fork_id] = holder
         return self._settle(rref_id)
 
-    def shared(self, rref_id: RRefId, fork_id: ForkId, holder: int = UNSENT) -> None:
+    def shared(self, rref_id: RRefId, fork_id: ForkId) -> None:
         """This worker pickled its own RRef: `fork_id` counts from now on."""
-        self._enter(rref_id, OwnerEvent.SHARED).forks[fork_id] = holder
+        self._enter(rref_id, OwnerEvent.SHARED).forks[fork_id] = UNSENT
 
     def sent(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
         """The fork that `shared` counted is on its way to `holder`."""

@@ -8,7 +8,7 @@ import torch
 
 from zrpc.agent.current import current_agent
 from zrpc.agent.future import Future, future_of, settle
-from zrpc.config import UNSET_RPC_TIMEOUT_S
+from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
 from zrpc.errors import RpcTimeoutError, RRefError
 from zrpc.rref.cell import Cell
 from zrpc.rref.forkdata import ForkData
@@ -27,7 +27,6 @@ T = TypeVar("T")
 NO_CONTEXT = -1
 """The `dist_autograd_ctx_id` of a backward pass outside distributed autograd."""
 _FETCH_PHRASE = "Cannot call to_here() on it after deletion."
-_FORK_PHRASE = "Cannot call fork an UserRRef after deletion."
 
 
 class RRef(Generic[T]):
@@ -95,6 +94,7 @@ class RRef(Generic[T]):
             timeout: seconds; 0: no limit; by default the agent's time limit, and none on the owner.
 
         Raises:
+            ConfigError: `timeout` is no number of seconds.
             RpcTimeoutError: the time ran out, of this call or of the `remote` that was to create the value.
             PeerLostError: the owner died or left.
             RRefError: the RRef was deleted, because this worker shut down.
@@ -102,7 +102,7 @@ class RRef(Generic[T]):
         """
         self._check_creation()
         if self._cell is not None:
-            return self._cell.wait(max(0.0, timeout))  # type: ignore[no-any-return]
+            return self._cell.wait(_wait_s(timeout))  # type: ignore[no-any-return]
         return pickling.loads(self._fetch(timeout, waited=True).wait())  # type: ignore[no-any-return]
 
     def to_here_async(self, timeout: float = UNSET_RPC_TIMEOUT_S) -> Future[T]:
@@ -117,8 +117,9 @@ class RRef(Generic[T]):
             agent = self._ledger.agent
             return future_of(self._fetch(timeout, waited=False), pickling.loads, agent.completions)
         future: Future[T] = Future()
-        if timeout > 0 and not cell.is_set():
-            self._ledger.agent.submit(lambda: settle(future, lambda: cell.wait(timeout)))
+        limit_s = _wait_s(timeout)
+        if limit_s and not cell.is_set():
+            self._ledger.agent.submit(lambda: settle(future, lambda: cell.wait(limit_s)))
         else:
             cell.when_set(lambda: settle(future, cell.get))
         return future
@@ -311,6 +312,11 @@ def backward_from(ledger: Ledger, value: object, context_id: int, retain_graph: 
 
 def _limit_s(timeout: float) -> float | None:
     return None if timeout == UNSET_RPC_TIMEOUT_S else timeout
+
+
+def _wait_s(timeout: float) -> float:
+    """How long the owner waits for its own value, in seconds; 0: no limit."""
+    return 0.0 if timeout == UNSET_RPC_TIMEOUT_S else check_timeout(timeout, "timeout")
 
 
 def _failed(future: torch.futures.Future[Any]) -> bool:

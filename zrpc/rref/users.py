@@ -98,7 +98,7 @@ class UserTable:
             return self._orphan(fork)
         return [] if parent == owner else [AskOwner(owner, RRefForkRequest(rref_id, fork_id))]
 
-    def share(self, fork_id: ForkId, child: ForkId, holder: int = UNSENT) -> None:
+    def share(self, fork_id: ForkId, child: ForkId) -> None:
         """`fork_id` is pickled for somebody as `child`: it stays until `child` is accepted.
 
         Raises:
@@ -106,7 +106,7 @@ class UserTable:
         """
         fork = self._fork(fork_id, fork_id, UNSENT)
         self._step(fork, UserEvent.SHARED)
-        fork.children[child] = holder
+        fork.children[child] = UNSENT
         self._parent_of[child] = fork_id
 
     def sent(self, child: ForkId, holder: int) -> None:

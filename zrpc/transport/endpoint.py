@@ -33,7 +33,7 @@ class Endpoint(Protocol):
         """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""
 
     def interrupt(self) -> None:
-        """What a thread in `inbox.read_until` waits for has come without a message: let it look."""
+        """What a thread in `inbox.wait_for` waits for has come without a message: let it look."""
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.

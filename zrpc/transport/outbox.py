@@ -36,18 +36,15 @@ class Outbox:
 
     Args:
         sock: what messages are sent on. The outbox closes it.
-        prefix: what each message begins with.
         make_shortcut: makes what messages are sent on instead, where it takes them. The outbox closes it.
     """
 
     def __init__(
         self,
         sock: Socket,
-        prefix: Sequence[Buffer] = (),
         make_shortcut: Callable[[], Shortcut | None] | None = None,
     ) -> None:
         self._sock = sock
-        self._prefix = list(prefix)
         self._make_shortcut = make_shortcut
         self._shortcut: Shortcut | None = None
         self._left_without = SHORTCUT_AFTER
@@ -73,9 +70,9 @@ class Outbox:
                 raise zmq.ZMQError(zmq.ETERM)
             if not self._queue and self._shortcut is not None and self._shortcut.send(frames):
                 return True
-            message = [*self._prefix, *frames]
+            message = [*frames]
             if self._shortcut is not None:
-                message.insert(len(self._prefix), self._shortcut.go_around())
+                message.insert(0, self._shortcut.go_around())
             elif self._make_shortcut is not None:
                 self._left_without -= 1
                 if not self._left_without:
@@ -121,7 +118,7 @@ class Outbox:
                         return
             if self._shortcut is not None and self._shortcut.is_unread():
                 with suppress(zmq.Again):  # marks that nobody looked for may be lost, but this one's is
-                    send_frames(self._sock, [*self._prefix, self._shortcut.go_around()])
+                    send_frames(self._sock, [self._shortcut.go_around()])
 
     def is_unread(self) -> bool:
         """Whether `wait_read` would wait."""

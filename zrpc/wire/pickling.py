@@ -79,11 +79,6 @@ def register_reducer(cls: type, reducer: Callable[[Any], Reduced]) -> None:
     _dispatch_table[cls] = reducer
 
 
-def is_pickling() -> bool:
-    """Whether this thread is inside `dumps`: objects that must not be pickled elsewhere ask this."""
-    return _under_way.sending is not None
-
-
 def board(key: bytes, passenger: Passenger) -> None:
     """Let `passenger` travel in the payload that this thread makes. For reducers, which put `key` into the stream."""
     payload = _under_way.sending

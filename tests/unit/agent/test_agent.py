@@ -337,6 +337,7 @@ def test_the_loss_of_a_stranger_is_nobodys_business() -> None:
     with workers("a") as (a,):
         a.endpoint.lose(new_incarnation(), "who?")
         a.group.on_left(new_incarnation(), False, "who?")
+        assert [info.name for info in a.agent.members.all()] == ["a"]
 
 
 def test_answers_to_one_who_is_gone_are_dropped() -> None:

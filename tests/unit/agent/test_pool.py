@@ -206,12 +206,20 @@ def test_close_runs_what_is_queued_and_takes_no_more() -> None:
 
 
 def test_close_does_not_wait_for_ever() -> None:
-    release = threading.Event()
+    release, closed = threading.Event(), threading.Event()
     with pool(4) as handlers:
         for _ in range(4):
             handlers.submit(lambda: wait(release))
-        handlers.close(0.01)
+
+        def close() -> None:
+            handlers.close(0.01)
+            closed.set()
+
+        closer = threading.Thread(target=close)
+        closer.start()
+        wait(closed)  # the tasks still run
         release.set()
+        closer.join()
 
 
 def test_a_task_may_close_the_pool() -> None:
@@ -227,8 +235,9 @@ def test_a_task_may_close_the_pool() -> None:
 
 
 def test_waiting_outside_of_a_pool_is_nobodys_business() -> None:
-    with blocking(), blocking():
-        pass
+    with pool(1) as handlers, blocking(), blocking():
+        handlers.submit(lambda: None)
+        assert handlers._waiting == 0
 
 
 def test_idle_threads_are_counted() -> None:

@@ -514,7 +514,7 @@ def test_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         empty(c.workers)
 
 
-def test_a_value_asked_for_in_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_asked_for_in_time_only() -> None:
     cell = Cell()
     with pytest.raises(RpcTimeoutError):
         cell.wait(0.01)

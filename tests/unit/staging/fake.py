@@ -124,7 +124,6 @@ class FakeAccelerator:
         self._released = threading.Condition(self._lock)
         self._num_held = 0
         self._here = threading.local()
-        self._num_devices = num_devices
         self._room_nbytes = room_nbytes
         self._streams: list[FakeStream] = []
         self._defaults = {f"cuda:{index}": self._stream(f"cuda:{index}") for index in range(num_devices)}

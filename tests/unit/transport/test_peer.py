@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -148,13 +147,19 @@ def test_what_is_queued_at_the_close_is_still_sent(monkeypatch: pytest.MonkeyPat
         assert [frames for _, frames in b.arrivals.wait_messages(5_000)] == [numbered(n) for n in range(5_000)]
 
 
-def test_what_nobody_reads_is_given_up_at_the_close() -> None:
-    with peers(start=False) as (a, b), ExitStack() as patches:
-        patches.enter_context(pytest.MonkeyPatch.context()).setattr(sockets, "HIGH_WATER_MARK", 5)
+def test_what_nobody_reads_is_given_up_at_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "HIGH_WATER_MARK", 5)
+    with peers(start=False) as (a, b):
         a.start()
-        for _ in range(100):
+        for _ in range(1000):
             a.endpoint.send(b.id, [bytes(100_000)])
+        outbox = a.endpoint._outboxes[b.id]
+        num_left = 1000 - len(outbox._queue)
         a.endpoint.close(0.05)
+        assert not outbox._queue
+        b.start()
+        b.arrivals.wait_messages(1)
+        assert num_left < 1000
 
 
 # ---- peers that go ---------------------------------------------------------------------------------------------------
@@ -289,6 +294,7 @@ def test_close_is_idempotent_and_ends_everything() -> None:
 def test_an_endpoint_that_never_started_closes() -> None:
     with peers(1, start=False) as (a,):
         a.endpoint.close(1.0)
+        assert a.endpoint._context.closed
 
 
 def test_an_endpoint_may_be_closed_by_what_it_calls() -> None:

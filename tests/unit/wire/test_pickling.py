@@ -265,21 +265,6 @@ def test_dumps_within_dumps_keeps_its_own_tensors() -> None:
     assert torch.equal(after[3], b)
 
 
-class Asking:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return bool, (pickling.is_pickling(),)
-
-
-def test_objects_can_ask_whether_they_are_pickled_by_zrpc() -> None:
-    assert not pickling.is_pickling()
-    assert roundtrip([Asking()]) == [True]
-    assert pickle.loads(pickle.dumps(Asking())) is False
-    assert not pickling.is_pickling()
-    with pytest.raises(SerializationError):
-        pickling.dumps([threading.Lock()])
-    assert not pickling.is_pickling()
-
-
 def test_threads_pickle_side_by_side() -> None:
     failures: list[BaseException] = []
     barrier = threading.Barrier(4)
