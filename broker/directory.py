@@ -16,6 +16,7 @@ ask for a certain one; in a dynamic run at once. They are the lowest free ones, 
 from __future__ import annotations
 
 import itertools
+import reprlib
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,7 @@ def _malformed(wanted: Register) -> str | None:
     """What is wrong with a registration whatever the group."""
     values: list[object] = [wanted.name, wanted.rank, wanted.world_size, wanted.card, wanted.group]
     if [type(value) for value in values] != [str, int, int, dict, str]:
-        return f"{wanted!r} is malformed: install the same zrpc on workers and broker"
+        return f"{reprlib.repr(wanted)} is malformed: install the same zrpc on workers and broker"
     try:
         WorkerInfo(wanted.name, wanted.rank)
     except RuntimeError as error:

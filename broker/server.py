@@ -70,13 +70,17 @@ class Broker:
         for source in self._hub.take_active():
             self._liveness.heard(source, now)
         for event in events:
-            self._on_event(event, now)
+            try:
+                self._on_event(event, now)
+            except Exception:  # whatever one message does, the others are served
+                _log.exception("an event was not carried out")
         lost, probe = self._liveness.tick(now)
         for member in lost:
             self._lose(member, "it has said nothing for too long: its process hangs, or its host is cut off")
         if probe:
             for member in self._liveness.members():
-                self._tell(member, Heartbeat())
+                if self._hub.has_said_hello(member):  # else it cannot be told yet, and is not lost for that
+                    self._tell(member, Heartbeat())
 
     def _on_event(self, event: Event, now: float) -> None:
         if isinstance(event, Control):

@@ -175,6 +175,7 @@ class Agent:
         self._carrier.wind_down()
         self._server.pool.close(flush_s)
         self._stagers.close(flush_s)
+        self._carrier.flush()
         self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
         self._carrier.close(flush_s)
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
@@ -265,29 +266,33 @@ class Agent:
         routes = self._peers.routes(to)
         route = routes.replies if goes_back else routes.requests
         envelope = seal(message, call_id, payload, extras, route)
-        call = Call(self, call_id, to, message, limit_s)
+        call = Call(self, call_id, to, message, limit_s, waited)
         try:
             left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
         except ZrpcError as error:
             call.complete(None, error)
             return call
-        self._calls.add(call)
-        if envelope.is_arriving and not waited:
-            self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
-        else:
-            try:
-                self._peers.send(to, envelope)
-            except Exception as error:
-                self._calls.finish(call_id, None, error)
-                return call
-            if payload is not None and payload.passengers:
-                payload.has_left()
-        if payload is not None and payload.after is not None:
-            payload.after()
-        if not waited:
-            self._carrier.inbox.num_sent += 1
-            if limit_s:
-                self._calls.limit(call_id, left_s)
+        try:
+            self._calls.add(call)
+            if envelope.is_arriving and not waited:
+                self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
+            else:
+                try:
+                    self._peers.send(to, envelope)
+                except Exception as error:
+                    self._calls.finish(call_id, None, error)
+                    return call
+                if payload is not None and payload.passengers:
+                    payload.has_left()
+            if payload is not None and payload.after is not None:
+                payload.after()
+            if not waited:
+                self._carrier.inbox.num_sent += 1
+                if limit_s:
+                    self._calls.limit(call_id, left_s)
+        except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
+            self._calls.finish(call_id, None, interrupt)
+            raise
         if self._closed:  # the sweep of close() may have passed by
             self._calls.finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call

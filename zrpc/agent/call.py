@@ -46,6 +46,10 @@ class CallOwner(Protocol):
 class Call:
     """A request that was sent, or could not be. Any thread may use it.
 
+    Args:
+        owner: ends it, and opens its answer.
+        waited: one thread waits for it, at once, and keeps its time limit: if that is interrupted, it has ended.
+
     Attributes:
         peer: who was called.
         message: what was asked.
@@ -55,11 +59,14 @@ class Call:
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_mark", "_opened", "_owner", "_payload",
-        "call_id", "is_read_for", "message", "peer", "timeout_s",
+        "_waited", "call_id", "is_read_for", "message", "peer", "timeout_s",
     )  # fmt: skip
 
-    def __init__(self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float) -> None:
+    def __init__(
+        self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float, waited: bool = False
+    ) -> None:
         self._owner = owner
+        self._waited = waited
         self.call_id = call_id
         self.peer = peer
         self.message = message
@@ -172,13 +179,18 @@ class Call:
 
     def _await(self) -> None:
         self.is_read_for = True
-        self._owner.wait_for(self, self._deadline)
-        if self._callbacks is None:
-            return
-        self.block(self._deadline)  # this worker shuts down, or the time is up
-        if self._callbacks is not None and self._owner.abandon(self.call_id):
-            self.expire()
-        self.block(None)
+        try:
+            self._owner.wait_for(self, self._deadline)
+            if self._callbacks is None:
+                return
+            self.block(self._deadline)  # this worker shuts down, or the time is up
+            if self._callbacks is not None and self._owner.abandon(self.call_id):
+                self.expire()
+            self.block(None)
+        except BaseException as interrupt:
+            if self._waited and self._owner.abandon(self.call_id):
+                self.complete(None, interrupt)
+            raise
 
     def _timed_out(self) -> RpcTimeoutError:
         return RpcTimeoutError(

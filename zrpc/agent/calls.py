@@ -49,8 +49,10 @@ class Calls:
             if answer is not None:
                 self._on_late(answer)
             return
-        self._gates[call.peer.id].leave(call_id)
-        call.complete(answer, error)
+        try:
+            self._gates[call.peer.id].leave(call_id)
+        finally:  # Ctrl-C may strike where a caller reads, and this may be another's
+            call.complete(answer, error)
         if error is not None and call.is_read_for:
             self._interrupt()
 

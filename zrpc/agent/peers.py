@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 LINGER_S = 5.0
 """How long a worker of a group that cannot be stays for the others to see why."""
+
+log = logging.getLogger("zrpc")
 
 
 class PeerRoutes(NamedTuple):
@@ -188,7 +191,10 @@ class Peers:
             self.registry.add(member)
             reason = self._gone_early.pop(member.incarnation, None)
         if not self.is_static and member.card.get("device_maps"):
-            self._use_devices()
+            try:
+                self._use_devices()
+            except Exception as error:  # it will be refused, or finds out by itself
+                log.warning("what the device maps of %s ask for is not there: %s", member.info, error)
         if reason is not None:
             self._forget(member.incarnation, reason)
 

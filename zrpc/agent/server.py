@@ -15,6 +15,7 @@ from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import Request
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
+from zrpc.transport.lanes import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception
 from zrpc.wire.messages import Message, Reply
 from zrpc.wire.payload import Payload, seal
@@ -173,7 +174,8 @@ class Server:
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
-            if envelope.buffers and (waiting_nbytes := self._peers.queued_nbytes(to)):
+            is_large = envelope.buffers or len(envelope.data) > COUNTED_MIN_NBYTES
+            if is_large and (waiting_nbytes := self._peers.queued_nbytes(to)):
                 self._gates[to.id].check_answer(waiting_nbytes, self._peers.me, to)
             if envelope.is_arriving:
                 self._send_soon(partial(self._send_arriving, request, envelope, payload))

@@ -5,6 +5,7 @@ Those for several send functions together have, packed, a `[created_on, local_id
 
 from __future__ import annotations
 
+import reprlib
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -61,9 +62,9 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
         entries = msgpack.unpackb(payload.data)
         several = [(global_id([created_on, local_id]), present) for created_on, local_id, present in entries]
     except Exception as error:
-        raise ProtocolError(f"{bytes(payload.data)!r:.300} does not say which gradients came") from error
+        raise ProtocolError(f"{reprlib.repr(bytes(payload.data))} does not say which gradients came") from error
     if not all([type(present) is bytes for _, present in several]):
-        raise ProtocolError(f"{entries!r:.300} does not say which gradients came")
+        raise ProtocolError(f"{reprlib.repr(entries)} does not say which gradients came")
     tensors = _take(sum([_count(present) for _, present in several]), payload)
     return [(message_id, _fill(present, tensors)) for message_id, present in several]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -67,7 +68,7 @@ class Attachments:
             ProtocolError: the slab is not there, or it is smaller.
         """
         if [type(part) for part in descriptor] != [int] * 4:
-            raise ProtocolError(f"{descriptor!r} describes no slab")
+            raise ProtocolError(f"{reprlib.repr(descriptor)} describes no slab")
         pid, fd, number, nbytes = descriptor
         memory = self._map(source, pid, fd, number)
         if not 0 < nbytes <= memory.room:

@@ -20,6 +20,7 @@ A batch is one frame, `0xC1`, `0x03` and a msgpack array of the messages, which 
 from __future__ import annotations
 
 import logging
+import reprlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -123,5 +124,5 @@ def messages_of(frames: Sequence[Buffer]) -> list[bytes]:
     except Exception as error:
         raise ProtocolError(f"a batch of messages cannot be read: {error}") from error
     if type(messages) is not list or not all([type(message) is bytes for message in messages]):
-        raise ProtocolError(f"a batch holds {messages!r:.100} instead of messages")
+        raise ProtocolError(f"a batch holds {reprlib.repr(messages)} instead of messages")
     return messages

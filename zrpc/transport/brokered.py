@@ -14,6 +14,7 @@ A second thread, the watcher, reads the two sockets' monitors and drains the que
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from zrpc.wire.envelope import Buffer
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
     from zrpc.transport.endpoint import OnFrames, OnLost
+
+log = logging.getLogger("zrpc")
 
 DRAIN_INTERVAL_MS = 2
 JOIN_MIN_S = 0.1
@@ -252,7 +255,10 @@ class BrokeredEndpoint:
         if source != BROKER:
             return self._deliver(source, frames)
         if len(frames) > 1 or frames[0]:  # else it only wakes the reader
-            self.on_control(frames)
+            try:
+                self.on_control(frames)
+            except Exception:  # whatever one message does, the next one is read
+                log.exception("a message of the broker was not carried out")
         return None
 
     def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
@@ -288,6 +294,7 @@ class BrokeredEndpoint:
 
     def _on_monitor(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.heard_at = time.monotonic()
             self._connections_up += 1
         elif self._connections_up:
             self.lose_broker(f"the connection to the broker at {self.address} broke")

@@ -206,10 +206,14 @@ class Carrier:
         self._is_over = True
         self._batches.close()
 
+    def flush(self) -> None:
+        """Give the transport all that waits for peers that have not read what was sent before."""
+        self._lanes.flush()
+
     def close(self, flush_s: float) -> None:
         """See `Endpoint.close`. Idempotent."""
         self.wind_down()
-        self._lanes.flush()
+        self.flush()
         self._endpoint.close(flush_s)
         if self._shared_memory is not None:
             self._shared_memory.close()

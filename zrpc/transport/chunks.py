@@ -14,6 +14,7 @@ transfers by descriptors `[number, nbytes]`. A chunk of a transfer of 0 bytes ta
 from __future__ import annotations
 
 import itertools
+import reprlib
 import struct
 import threading
 import weakref
@@ -193,7 +194,7 @@ class Transfers:
             ProtocolError: it has not, or not all of it: a connection that breaks and is made again loses messages.
         """
         if [type(part) for part in descriptor] != [int, int]:
-            raise ProtocolError(f"{descriptor!r} describes no transfer")
+            raise ProtocolError(f"{reprlib.repr(descriptor)} describes no transfer")
         number, nbytes = descriptor
         transfer = self._incoming.pop((source, number), None)
         if transfer is None or transfer.loan.nbytes != nbytes:

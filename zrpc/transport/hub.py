@@ -250,7 +250,9 @@ class Hub:
     def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
         destination = parts.pop(0).bytes
         if destination == BROKER:
-            self._events.append(Control(source, [part.bytes for part in parts]))
+            frames: list[Buffer] = [part.bytes for part in parts]
+            if any(frames):  # else it is what an interrupted sender leaves behind (`zrpc.transport.inbox.send_frames`)
+                self._events.append(Control(source, frames))
             return
         room = self._peer(source).room
         peer = None if room is None else room.get(destination)

@@ -32,7 +32,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -375,16 +375,28 @@ class Inbox:
 def send_frames(sock: Socket, frames: list[Buffer]) -> None:
     """Send one message without blocking. Until it has left, the memory of large frames must stay as it is.
 
+    Where Ctrl-C interrupts it, an empty frame follows: the rest of a message that is damaged by it, or a message that
+    nobody heeds.
+
     Raises:
         zmq.Again: the high-water mark is reached; nothing was sent.
         zmq.ZMQError: the socket is closed, or (ROUTER) the peer is not connected; nothing was sent.
     """
     last = len(frames) - 1
-    for index, frame in enumerate(frames):
-        flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-        _send(sock, frame, flags, len(frame) <= SEND_COPY_MAX_NBYTES, False)
+    try:
+        for index, frame in enumerate(frames):
+            flags = zmq.NOBLOCK if index == last else _AND_MORE
+            _send(sock, frame, flags, len(frame) <= SEND_COPY_MAX_NBYTES, False)
+    except zmq.ZMQError:
+        raise
+    except BaseException:  # Ctrl-C: what has left, if anything, must not be taken for the beginning of the next message
+        if last:
+            with suppress(zmq.ZMQError):
+                _send(sock, b"", zmq.NOBLOCK, True, False)
+        raise
 
 
+_AND_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _send: Any = zmq.backend.Socket.send
 """Without what `Socket.send` does for groups and routing ids, which takes a fifth of the time."""
 

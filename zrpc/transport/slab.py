@@ -73,10 +73,11 @@ class SlabMemory:
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_pins", "address", "beside", "is_left", "was_pinned")
+    __slots__ = ("_mapped", "_pid", "_pins", "address", "beside", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
+        self._pid = os.getpid()
         self.address = address_of(mapped) + HEADER_NBYTES
         self.beside: object = None
         self.is_left = False
@@ -120,8 +121,12 @@ class SlabMemory:
         self._mapped[_STATE] = _HELD
 
     def free(self) -> None:
-        """Nobody holds it any more. For its holder, or its owner where nobody was told of it."""
-        self._mapped[_STATE] = _FREE
+        """Nobody holds it any more. For its holder, or its owner where nobody was told of it.
+
+        A child that was forked holds what its parent holds, and lets go of nothing.
+        """
+        if os.getpid() == self._pid:
+            self._mapped[_STATE] = _FREE
 
     def begin_filling(self) -> None:
         """What belongs into it comes later. For its owner, before it tells the receiver of it."""

@@ -11,6 +11,7 @@ The broker uses this module, so it knows nothing of torch.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -219,14 +220,14 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
     if not isinstance(header, list) or not header or header[0] != PROTOCOL_VERSION:
         version = header[0] if isinstance(header, list) and header else header
         raise ProtocolError(
-            f"the peer speaks version {version!r} of the protocol and this worker version {PROTOCOL_VERSION}: "
-            "install the same zrpc on both"
+            f"the peer speaks version {reprlib.repr(version)} of the protocol and this worker version "
+            f"{PROTOCOL_VERSION}: install the same zrpc on both"
         )
     if len(header) != _HEADER_LENGTH:
         raise ProtocolError(f"a header has {len(header)} fields instead of {_HEADER_LENGTH}")
     _, code, call_id, fields, extras, table, buffers, data = header
     if (type(call_id), type(table), type(buffers), type(data), type(extras)) not in _HEADER_TYPES:
-        raise ProtocolError(f"a header {header!r:.300} has a part of a wrong type")
+        raise ProtocolError(f"a header {reprlib.repr(header)} has a part of a wrong type")
     message = make_message(code, fields)
     damage = _fill_in(buffers, frames, fetch) if buffers or len(frames) > 1 else None
     return Envelope(message, call_id, extras, data, table, buffers, damage)

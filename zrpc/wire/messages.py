@@ -7,6 +7,7 @@ Codes are part of the protocol: a code is never used again for another message.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -59,7 +60,7 @@ def global_id(value: Any) -> GlobalId:
     """
     if type(value) is list and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         return GlobalId(*value)
-    raise ProtocolError(f"{value!r} is not a global id")
+    raise ProtocolError(f"{reprlib.repr(value)} is not a global id")
 
 
 def _ids(values: list[Any]) -> list[GlobalId]:
@@ -114,14 +115,14 @@ def make_message(code: object, values: object) -> Message:
     """
     cls = MESSAGES.get(code) if type(code) is int else None
     if cls is None:
-        raise ProtocolError(f"message code {code!r} is not known here: install the same zrpc on both sides")
+        raise ProtocolError(f"message code {reprlib.repr(code)} is not known here: install the same zrpc on both sides")
     if type(values) is list:
         kinds = list(map(type, values))
         if kinds == FIELD_TYPES[cls] or _fit(kinds, FIELD_TYPES[cls]):
             for place, restore in _RESTORERS[cls]:
                 values[place] = restore(values[place])
             return cls(*values)
-    raise ProtocolError(f"the fields {values!r} do not make a {cls.__name__}")
+    raise ProtocolError(f"the fields {reprlib.repr(values)} do not make a {cls.__name__}")
 
 
 def _fit(kinds: list[type], wanted: list[type]) -> bool:

@@ -857,3 +857,61 @@ def test_options_are_taken_over() -> None:
     worker = Worker(network, "a", 0, RpcBackendOptions(rpc_timeout=7, num_worker_threads=3))
     assert worker.agent.rpc_timeout_s == 7
     worker.agent.close(0.0)
+
+
+# ---- interrupts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_is_interrupted_while_it_is_sent_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with workers("a", "b") as (a, b):
+        with monkeypatch.context() as patched:
+            patched.setattr(a.agent._peers, "send", interrupt)
+            for waited in (True, False):
+                with pytest.raises(KeyboardInterrupt):
+                    a.agent.request(b.info, FETCH, timeout_s=0, waited=waited)
+        assert a.agent.quiesce(WAIT_S)
+
+
+def test_a_call_whose_only_thread_is_interrupted_has_ended_and_another_is_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    gate = Gate()
+    with workers("a", "b") as (a, b):
+        b.agent.handle(RRefFetch, gate, inline=True)
+        waited, other = (a.agent.request(b.info, FETCH, timeout_s=0, waited=waited) for waited in (True, False))
+        for call in (waited, other):
+            with monkeypatch.context() as patched:
+                patched.setattr(a.endpoint.inbox, "wait_for", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    call.wait()
+        assert waited.done()
+        assert not other.done()
+        assert a.agent.counts()["client_active_calls"] == 1
+        gate.wait(2)
+        for request in gate.requests:
+            request.reply(pickling.dumps("late"))
+        assert pickling.loads(other.wait()) == "late"
+
+
+def test_large_answers_leave_before_the_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    with workers("a") as (a,):
+        monkeypatch.setattr(a.agent._carrier, "flush", lambda: steps.append("flush"))
+        monkeypatch.setattr(a.group, "leave", lambda timeout_s: steps.append("leave"))
+        a.agent.close(1.0)
+    assert steps[:2] == ["flush", "leave"]
+
+
+def test_a_newcomer_whose_device_maps_cannot_be_is_no_end_of_the_reader(caplog: pytest.LogCaptureFixture) -> None:
+    with workers("a", "b", dynamic=True) as (a, b):
+        for rank, maps in enumerate(({"a": 5}, 5), 7):
+            a.group.on_joined(Member(WorkerInfo(f"n{rank}", rank), new_incarnation(), {"device_maps": maps}))
+            assert f"what the device maps of WorkerInfo(id={rank}" in caplog.text
+        b.agent.handle(RRefFetch, lambda request: request.reply(pickling.dumps(5)), inline=True)
+        assert pickling.loads(a.agent.request(b.info, FETCH).wait()) == 5

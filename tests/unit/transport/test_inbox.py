@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -406,3 +407,45 @@ def test_a_reader_that_waits_for_something_itself_leaves_nothing_lying() -> None
         here.send(b"call")
         assert done.wait(WAIT_S)
         assert left == [False, False]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that interrupt")
+def test_interrupts_tear_no_message() -> None:
+    """What is left of one is not taken for the beginning of the next."""
+
+    is_armed = False
+
+    def strike(*_: object) -> None:
+        nonlocal is_armed
+        if is_armed:
+            is_armed = False
+            raise KeyboardInterrupt
+
+    count, interrupts = 30_000, 0
+    with zmq.Context() as context, context.socket(zmq.PAIR) as sender, context.socket(zmq.PAIR) as receiver:
+        receiver.setsockopt(zmq.RCVHWM, 0)
+        sender.setsockopt(zmq.SNDHWM, 0)
+        receiver.bind("inproc://interrupts")
+        sender.connect("inproc://interrupts")
+        before = signal.signal(signal.SIGALRM, strike)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        try:
+            for _ in range(count):
+                try:
+                    is_armed = True
+                    send_frames(sender, [b"first", b"second", b"third", b"last"])
+                    is_armed = False
+                except KeyboardInterrupt:
+                    interrupts += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        whole, torn = [b"first", b"second", b"third", b"last"], []
+        came = 0
+        while receiver.poll(0):
+            frames = receiver.recv_multipart()
+            came += frames == whole
+            torn += [] if frames == whole else [frames]
+    assert all(frames.pop() == b"" and frames == whole[: len(frames)] for frames in torn)
+    assert came >= count - interrupts
+    assert 0 < len(torn) <= interrupts

@@ -431,3 +431,19 @@ def test_pinned_slabs_are_unpinned_at_the_end() -> None:
         assert pins.pinned
         attachments.close()
         assert not pins.pinned
+
+
+def test_a_forked_child_lets_go_of_nothing(attachments: Attachments) -> None:
+    """It has its parent's references, and drops them when it ends, or before."""
+    with pool() as sender:
+        descriptor = place(sender, buffer(MIN_NBYTES))
+        loan: list[memoryview] = [attachments.fetch(A, descriptor, [])]
+        child = os.fork()
+        if not child:
+            loan.clear()
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert sender.counts()["held"] == 1
+        loan.clear()
+        assert sender.counts()["held"] == 0

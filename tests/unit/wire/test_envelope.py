@@ -40,6 +40,7 @@ from zrpc.wire.messages import (
     RRefForkRequest,
     RRefUserDelete,
     Welcome,
+    make_message,
 )
 from zrpc.wire.payload import open_payload
 
@@ -284,3 +285,12 @@ def test_memory_that_cannot_be_opened_damages_the_message_and_leaves_its_head_re
     assert envelope.buffers[1] == b"here"
     with pytest.raises(ProtocolError, match="no such slab"):
         open_payload(envelope)
+
+
+def test_fields_nested_beyond_measure_are_refused_as_others_are() -> None:
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
+    for code, values in ((1, [nested]), (nested, []), (1, nested)):
+        with pytest.raises(ProtocolError):
+            make_message(code, values)
