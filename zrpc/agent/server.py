@@ -174,7 +174,7 @@ class Server:
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
-            is_large = envelope.buffers or len(envelope.data) > COUNTED_MIN_NBYTES
+            is_large = len(envelope.buffers) > 0 or len(envelope.data) > COUNTED_MIN_NBYTES
             if is_large and (waiting_nbytes := self._peers.queued_nbytes(to)):
                 self._gates[to.id].check_answer(waiting_nbytes, self._peers.me, to)
             if envelope.is_arriving:
