@@ -22,7 +22,7 @@ import zrpc as rpc
 from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
-from zrpc.transport import chunks, inbox
+from zrpc.transport import chunks, outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,7 +158,11 @@ def talk(to: str, path: str, thread: int) -> None:
 
 
 def keep_and_drop(rank: int, path: str) -> dict[str, int]:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, inbox.SEND_COPY_MAX_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES, COPY_MAX_NBYTES
+    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, outbox.SEND_COPY_MAX_NBYTES = (
+        CHUNK_MIN_NBYTES,
+        CHUNK_NBYTES,
+        COPY_MAX_NBYTES,
+    )
     meet(rank, path)
     threads = [threading.Thread(target=talk, args=(f"worker{1 - rank}", path, n)) for n in range(THREADS)]
     for thread in threads:
@@ -251,7 +255,11 @@ def is_untouched(kind: str, nbytes: int) -> bool:
 
 
 def write_to_all(rank: int, path: str) -> None:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, inbox.SEND_COPY_MAX_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES, COPY_MAX_NBYTES
+    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, outbox.SEND_COPY_MAX_NBYTES = (
+        CHUNK_MIN_NBYTES,
+        CHUNK_NBYTES,
+        COPY_MAX_NBYTES,
+    )
     meet(rank, path)
     nbytes = RANGES[path][0] + 24_000 // 8 * 8 * (path == CHUNKS)
     me, other = f"worker{rank}", f"worker{1 - rank}"

@@ -275,15 +275,9 @@ class Agent:
         try:
             self._calls.add(call)
             if envelope.is_arriving and not waited:
-                self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
-            else:
-                try:
-                    self._peers.send(to, envelope)
-                except Exception as error:
-                    self._calls.finish(call_id, None, error)
-                    return call
-                if payload is not None and payload.passengers:
-                    payload.has_left()
+                self._stagers.submit(partial(self._send, call, envelope, payload))
+            elif not self._send(call, envelope, payload):
+                return call
             if payload is not None and payload.after is not None:
                 payload.after()
             if not waited:
@@ -297,17 +291,18 @@ class Agent:
             self._calls.finish(call_id, None, AgentClosedError("this worker has shut down"))
         return call
 
-    def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
-        """Send a request as its tensors come from their devices. Runs on a stager thread."""
+    def _send(self, call: Call, envelope: Envelope, payload: Payload | None) -> bool:
+        """Send a request, on a stager thread as its tensors come from their devices. False: the call has ended."""
         if call.done():  # its time is over, or its peer is lost
-            return
+            return False
         try:
             self._peers.send(call.peer, envelope)
         except Exception as error:
             self._calls.finish(call.call_id, None, error)
-            return
-        if payload is not None:
+            return False
+        if payload is not None and payload.passengers:
             payload.has_left()
+        return True
 
     def notify(
         self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None

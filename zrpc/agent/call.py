@@ -63,7 +63,7 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float, waited: bool = False
+        self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float, waited: bool
     ) -> None:
         self._owner = owner
         self._waited = waited

@@ -34,7 +34,7 @@ class LoneSends:
         AutogradError: one is spent.
     """
 
-    def __init__(self, sends: Mapping[GlobalId, SendFunction], even_operators: bool = True) -> None:
+    def __init__(self, sends: Mapping[GlobalId, SendFunction], *, even_operators: bool) -> None:
         self._sends: dict[GlobalId, SendFunction] = {}
         for message_id, send in sends.items():
             if send.operator is not None and even_operators:

@@ -251,7 +251,7 @@ class Hub:
         destination = parts.pop(0).bytes
         if destination == BROKER:
             frames: list[Buffer] = [part.bytes for part in parts]
-            if any(frames):  # else it is what an interrupted sender leaves behind (`zrpc.transport.inbox.send_frames`)
+            if any(frames):  # else it is what an interrupted sender leaves behind (`zrpc.transport.outbox.send_frames`)
                 self._events.append(Control(source, frames))
             return
         room = self._peer(source).room

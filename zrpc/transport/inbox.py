@@ -32,11 +32,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
-
-import zmq
+from typing import TYPE_CHECKING, Protocol
 
 from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
@@ -57,10 +55,6 @@ UNREAD_MAX_S = 0.02
 STREAK = 3
 SHORT_RUN = 16
 CLOSE_WAIT_S = 5.0
-SEND_COPY_MAX_NBYTES = 512 << 10
-"""Larger frames are sent without a copy. That costs a change of threads: pyzmq has a thread that lets go of the memory,
-and it wants the interpreter's lock. Echoes over loopback TCP, without and with the copy: 330 and 250 µs of 100 KiB, 530
-and 350 of 512 KiB; from 1 MiB on no difference shows, and series of large ones are a quarter slower with it."""
 
 Work = Callable[[], None]
 Take = Callable[[bytes, list[Buffer]], Work | None]
@@ -370,35 +364,6 @@ class Inbox:
             return True
         finally:
             self._is_watched = False
-
-
-def send_frames(sock: Socket, frames: list[Buffer]) -> None:
-    """Send one message without blocking. Until it has left, the memory of large frames must stay as it is.
-
-    Where Ctrl-C interrupts it, an empty frame follows: the rest of a message that is damaged by it, or a message that
-    nobody heeds.
-
-    Raises:
-        zmq.Again: the high-water mark is reached; nothing was sent.
-        zmq.ZMQError: the socket is closed, or (ROUTER) the peer is not connected; nothing was sent.
-    """
-    last = len(frames) - 1
-    try:
-        for index, frame in enumerate(frames):
-            flags = zmq.NOBLOCK if index == last else _AND_MORE
-            _send(sock, frame, flags, len(frame) <= SEND_COPY_MAX_NBYTES, False)
-    except zmq.ZMQError:
-        raise
-    except BaseException:  # Ctrl-C: what has left, if anything, must not be taken for the beginning of the next message
-        if last:
-            with suppress(zmq.ZMQError):
-                _send(sock, b"", zmq.NOBLOCK, True, False)
-        raise
-
-
-_AND_MORE = zmq.NOBLOCK | zmq.SNDMORE
-_send: Any = zmq.backend.Socket.send
-"""Without what `Socket.send` does for groups and routing ids, which takes a fifth of the time."""
 
 
 def _nothing() -> None:

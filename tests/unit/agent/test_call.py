@@ -32,7 +32,7 @@ class Owner:
         self.open: Callable[[Envelope], Payload] = lambda envelope: Payload(envelope.data)
 
     def call(self, timeout_s: float = 0.0) -> Call:
-        call = Call(self, 7, PEER, MESSAGE, timeout_s)
+        call = Call(self, 7, PEER, MESSAGE, timeout_s, waited=False)
         self.calls[7] = call
         return call
 

@@ -35,7 +35,7 @@ def lone_among(sends: dict[GlobalId, SendFunction], *roots: torch.Tensor) -> lis
     """The numbers of those that are lone in a pass from `roots`."""
     graph = Graph()
     graph.add_source(edges_of(roots))
-    lone = LoneSends(sends)
+    lone = LoneSends(sends, even_operators=True)
     for message_id, send in sends.items():
         if message_id not in lone:
             graph.add_source(send.next_functions)

@@ -13,8 +13,9 @@ import pytest
 import zmq
 
 from tests.waiting import until
-from zrpc.transport.inbox import READERS, Inbox, send_frames
+from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.io_thread import IoThread
+from zrpc.transport.outbox import send_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

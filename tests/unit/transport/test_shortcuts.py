@@ -17,8 +17,9 @@ from tests.unit.transport.endpoints import WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.ids import new_incarnation
 from zrpc.transport import outbox, shortcuts
-from zrpc.transport.inbox import SHORT_RUN, Inbox, send_frames
+from zrpc.transport.inbox import SHORT_RUN, Inbox
 from zrpc.transport.io_thread import IoThread
+from zrpc.transport.outbox import send_frames
 from zrpc.transport.shortcuts import MAX_NBYTES, Shortcut, Shortcuts, is_mark
 
 if TYPE_CHECKING:
