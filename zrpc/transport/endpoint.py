@@ -38,8 +38,8 @@ class Endpoint(Protocol):
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.
 
-        Frames larger than `zrpc.transport.outbox.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is held,
-        and must stay unchanged, until ZeroMQ has let go of it.
+        Frames larger than `zrpc.transport.outbox.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is
+        held, and must stay unchanged, until ZeroMQ has let go of it.
 
         Raises:
             PeerLostError: the worker is not connected, or known to be lost.
