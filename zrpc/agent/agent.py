@@ -275,7 +275,7 @@ class Agent:
         try:
             self._calls.add(call)
             if envelope.is_arriving and not waited:
-                self._stagers.submit(partial(self._send, call, envelope, payload))
+                self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
             elif not self._send(call, envelope, payload):
                 return call
             if payload is not None and payload.after is not None:
@@ -292,7 +292,7 @@ class Agent:
         return call
 
     def _send(self, call: Call, envelope: Envelope, payload: Payload | None) -> bool:
-        """Send a request, on a stager thread as its tensors come from their devices. False: the call has ended."""
+        """Send a request; false: the call has ended."""
         if call.done():  # its time is over, or its peer is lost
             return False
         try:
@@ -303,6 +303,10 @@ class Agent:
         if payload is not None and payload.passengers:
             payload.has_left()
         return True
+
+    def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
+        """The same on a stager thread, as its tensors come from their devices."""
+        self._send(call, envelope, payload)
 
     def notify(
         self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None
