@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import zmq
 
 from tests.integration.broker_harness import TIMEOUT_S
+from tests.integration.harness import free_port
 from tests.waiting import until
 from zrpc.ids import Incarnation, new_incarnation
 from zrpc.transport.brokered import BrokeredEndpoint
-from zrpc.transport.hub import BROKER, Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
+from zrpc.transport.hub import BROKER, RECEIVER, SENDER, Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
+from zrpc.wire.envelope import Envelope, decode, encode
+from zrpc.wire.messages import Heartbeat, Register, Welcome
+from zrpc_broker.server import Broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +115,53 @@ def test_a_connection_that_goes_is_hinted_at_and_found_by_a_message(
     hub.wait(Hint())
     a.send(b.incarnation, [b"x"])
     assert "gone" in hub.wait_unreachable(b.incarnation)
+
+
+def test_a_broker_that_comes_late_was_not_silent_before() -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    endpoint = BrokeredEndpoint(address, new_incarnation())
+    try:
+        endpoint.open()
+        endpoint.heard_at = 0.0  # long ago
+        began = time.monotonic()
+        hub = Hub(address)
+        try:
+            until(endpoint.is_connected, "the endpoint is connected")
+            assert endpoint.heard_at >= began
+        finally:
+            hub.close()
+    finally:
+        endpoint.close(flush_s=0.0)
+
+
+def test_a_worker_that_registers_before_its_hello_is_not_probed_and_served_later() -> None:
+    broker = Broker("tcp://127.0.0.1:0")
+    serving = threading.Thread(target=broker.run)
+    serving.start()
+    incarnation = new_incarnation()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sender, context.socket(zmq.DEALER) as receiver:
+        try:
+            sender.setsockopt(zmq.ROUTING_ID, SENDER + incarnation)
+            sender.connect(broker.address)
+            sender.send_multipart([BROKER, *encode(Envelope(Register("early", 0, 1, {}, "default"), 1))])
+            sender.send_multipart([BROKER, *encode(Envelope(Heartbeat(), 0))])
+            until(lambda: incarnation in broker._liveness.members(), "it is watched")
+            other = BrokeredEndpoint(broker.address, new_incarnation())
+            other.open()
+            try:
+                until(other.is_connected, "another worker is there")
+            finally:
+                other.close(flush_s=0.0)
+            until(lambda: broker._liveness._probes, "everybody is to be probed, as some connection went")
+            until(lambda: not broker._liveness._probes, "everybody was probed")
+            receiver.setsockopt(zmq.ROUTING_ID, RECEIVER + incarnation)
+            receiver.setsockopt(zmq.RCVTIMEO, int(TIMEOUT_S * 1000))
+            receiver.connect(broker.address)
+            receiver.send(b"")
+            assert isinstance(decode(receiver.recv_multipart()[1:]).message, Welcome)
+        finally:
+            broker.stop()
+            serving.join()
 
 
 def test_what_is_not_from_a_worker_is_dropped_with_a_word(

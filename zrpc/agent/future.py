@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from zrpc.agent.pool import blocking
+from zrpc.errors import ZrpcError
 from zrpc.staging import handover
 from zrpc.wire.exceptions import RemoteTraceback
 
@@ -197,7 +198,7 @@ def fail(future: torch.futures.Future[Any], error: Exception) -> None:
 
 
 def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
-    """End `future` with what `make` returns or raises.
+    """End `future` with what `make` returns or raises. What is no error, such as Ctrl-C, is raised here too.
 
     The error's traceback keeps the frames of this function and its callers. If none of them still has the future, it
     goes as soon as the program drops it, and need not wait for the garbage collector to say that it failed.
@@ -207,6 +208,9 @@ def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
     except Exception as error:
         fail(future, error)
         del future
+    except BaseException as interrupt:
+        fail(future, ZrpcError(f"the outcome was lost when {type(interrupt).__name__} interrupted who was to make it"))
+        raise
     else:
         if handover.streams is not None and isinstance(future, Future):
             future._mark = handover.streams.mark()

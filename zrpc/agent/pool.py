@@ -3,6 +3,7 @@
 The pool keeps `size` threads able to work. A thread that waits for a remote call says so (`blocking`), and while it
 waits it does not count: work that is queued gets another thread. So calls that call back, however deep, cannot use up
 the pool and wait for each other for ever. Threads are started when there is work for them, and those over `size` end.
+Where the system gives no more threads, work waits for those that there are; each piece of work that comes tries again.
 """
 
 from __future__ import annotations
@@ -109,7 +110,18 @@ class HandlerPool:
             self._started += 1
             self._threads.add(thread)
             self._idle += 1
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._threads.discard(thread)
+                self._idle -= 1
+                log.error(
+                    "no thread can be started (%s); tasks that wait: %d, threads that there are: %d. "
+                    "Raise the limit of processes (ulimit -u, pids.max), or set num_worker_threads lower",
+                    error,
+                    self._queue.qsize(),
+                    len(self._threads),
+                )
 
     def _work(self) -> None:
         _here.pool = self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import weakref
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from tests.unit.agent.test_call import ANSWER, Owner
 from zrpc.agent.completions import Completions
 from zrpc.agent.future import Future, fail, future_of
 from zrpc.agent.pool import HandlerPool
+from zrpc.errors import ZrpcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -170,6 +172,25 @@ def test_then_hands_errors_on_as_torch_does() -> None:
     with pytest.raises(NotImplementedError, match="of the callback"):
         done(1).then(raise_own).wait()
     assert failed.then(lambda _: "recovered").wait() == "recovered"
+
+
+def test_a_future_ends_though_who_makes_its_outcome_is_interrupted() -> None:
+    def interrupted(_: object) -> str:
+        raise KeyboardInterrupt
+
+    owner = Owner()
+    with completer(read_by_caller=True) as completions:
+        future = future_of(owner.call(), interrupted, completions)
+        owner.finish(ANSWER)
+        with pytest.raises(KeyboardInterrupt):
+            future.wait()
+        with pytest.raises(ZrpcError, match="KeyboardInterrupt interrupted who was to make it"):
+            future.wait()
+        origin: Future[int] = Future()
+        child = origin.then(lambda _: sys.exit(1))
+        completions.submit(lambda: origin.set_result(1))
+        with pytest.raises(ZrpcError, match="SystemExit interrupted"):
+            child.wait()
 
 
 def test_then_wants_a_function() -> None:

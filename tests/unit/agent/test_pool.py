@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import pytest
@@ -190,6 +191,30 @@ def test_a_task_that_fails_does_not_take_its_thread_along(caplog: pytest.LogCapt
         wait(done)
         assert handlers.counts()[0] == 1
     assert len(caplog.records) == 3
+
+
+def test_work_waits_where_the_system_gives_no_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ran: SimpleQueue[int] = SimpleQueue()
+    start, release = threading.Thread.start, threading.Event()
+    with pool(2) as handlers:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        handlers.submit(lambda: ran.put(1))
+        assert handlers.counts() == (0, 0)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        handlers.submit(lambda: ran.put(2))
+        assert [ran.get(timeout=WAIT_S), ran.get(timeout=WAIT_S)] == [1, 2]
+        handlers.submit(lambda: wait(release))
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        for number in (3, 4):
+            handlers.submit(lambda number=number: ran.put(number))  # type: ignore[misc]
+        release.set()
+        assert [ran.get(timeout=WAIT_S), ran.get(timeout=WAIT_S)] == [3, 4]
+    assert "(can't start new thread); tasks that wait: 1, threads that there are: 0." in caplog.messages[0]
 
 
 def test_close_runs_what_is_queued_and_takes_no_more() -> None:
