@@ -229,7 +229,8 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.membership.broker import BrokerGroup
     from zrpc.transport.brokered import BrokeredEndpoint
 
-    endpoint = BrokeredEndpoint("tcp://" + init_method.removeprefix(BROKER_SCHEME), new_incarnation())
+    address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
+    endpoint = BrokeredEndpoint(address, new_incarnation(), local=options.shared_memory)
     return Agent(
         options,
         endpoint,

@@ -98,8 +98,8 @@ class Seen:
 class Worker:
     """A worker as far as transport and membership go."""
 
-    def __init__(self, address: str, group: str | None = None) -> None:
-        self.endpoint = BrokeredEndpoint(address, new_incarnation())
+    def __init__(self, address: str, group: str | None = None, *, local: bool = True) -> None:
+        self.endpoint = BrokeredEndpoint(address, new_incarnation(), local=local)
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()

@@ -8,6 +8,9 @@ A connection to the broker that breaks is not made again: the broker's ROUTER dr
 would lose messages without a word. Every peer is then reported lost, and the broker, which sees the receiving
 connection go, tells the others.
 
+Small messages between workers of one host pass the broker by (`zrpc.transport.shortcuts`). It relays what goes around,
+and tells of comings, goings and losses as ever; what somebody who is gone has sent on its shortcut is delivered before.
+
 A second thread, the watcher, reads the two sockets' monitors and drains the queue of what did not fit into the socket.
 """
 
@@ -18,6 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
@@ -27,8 +31,10 @@ from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.threads import join
 from zrpc.transport import io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
-from zrpc.transport.inbox import READERS, Inbox, Work
+from zrpc.transport.inbox import READERS, Inbox, Work, do_all
 from zrpc.transport.outbox import Outbox
+from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
+from zrpc.transport.way import Way
 from zrpc.wire.envelope import Buffer
 
 if TYPE_CHECKING:
@@ -56,6 +62,7 @@ class BrokeredEndpoint:
     Args:
         address: the broker's, `broker://host:port` or `tcp://host:port`.
         incarnation: this life of the worker.
+        local: pass the broker by on the way to workers of this host.
 
     Attributes:
         on_control: takes the broker's own messages. Set it before `open`.
@@ -69,9 +76,10 @@ class BrokeredEndpoint:
     credit_nbytes = 64 << 20
     """What is on the way may lie in the broker, once for each worker that sends to the same one."""
 
-    def __init__(self, address: str, incarnation: Incarnation) -> None:
+    def __init__(self, address: str, incarnation: Incarnation, *, local: bool = False) -> None:
         self.incarnation = incarnation
         self.address = address
+        self._local = local
         self.on_control: OnControl = _ignore
         self.on_broker_lost: Callable[[str], None] = _ignore
         self.heard_at = time.monotonic()
@@ -85,19 +93,21 @@ class BrokeredEndpoint:
         receiver.send(b"")
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
-        self.inbox = Inbox(receiver, self._take, self._is_over, carrier)
+        self._shortcuts = Shortcuts.make(incarnation) if local else None
+        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self._shortcuts)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
         self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
         self._lock = threading.Lock()  # owns what follows and the wake sockets
-        self._peers: set[Incarnation] = set()
+        self._ways: dict[Incarnation, Way | None] = {}  # to those who are there
         self._gone: dict[Incarnation, str] = {}
         self._broker_lost: str | None = None
         self._connections_up = 0
         self._clogged = False
         self._closed = False
         self._threads: list[threading.Thread] = []
+        self._last_works: list[Work] = []  # of whoever reads
         self._deliver_lock = threading.Lock()  # owns what came before `start`
         self._early: list[tuple[Incarnation, list[Buffer] | str]] = []
         self._started = False
@@ -120,9 +130,11 @@ class BrokeredEndpoint:
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to a worker; see `Endpoint.send`."""
-        if to not in self._peers:
-            raise self._refusal(to)
-        self._send(to, frames)
+        try:
+            way = self._ways[to]
+        except KeyError:
+            raise self._refusal(to) from None
+        self._send(to, frames, way)
 
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`: the broker tells of every loss."""
@@ -148,6 +160,9 @@ class BrokeredEndpoint:
         self._outbox.drain()
         can_flush = self.is_connected() and self._broker_lost is None
         self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
+        for way in self._ways.values():
+            if way is not None:
+                self._outbox.close_way(way)
         self.inbox.close()
         wakes = (self._watcher_end, self._reader_wake, self._watcher_wake)
         for sock in (*wakes, self._sender_monitor, self._receiver_monitor):
@@ -169,7 +184,7 @@ class BrokeredEndpoint:
 
     def tell_broker(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the broker itself. Raises what `send` raises."""
-        self._send(BROKER, frames)
+        self._send(BROKER, frames, None)
 
     def is_connected(self) -> bool:
         """Whether both connections to the broker are made."""
@@ -177,16 +192,20 @@ class BrokeredEndpoint:
 
     def add_peer(self, peer: Incarnation) -> None:
         """A worker can be sent to from now on."""
+        way = Way(partial(Shortcut.make, self.incarnation, peer)) if self._local else None
         with self._lock:
-            self._peers.add(peer)
+            self._ways.setdefault(peer, way)
 
     def remove_peer(self, peer: Incarnation, reason: str) -> bool:
         """A worker cannot be sent to any more; false if that was known already."""
+        self._deliver_last_words(peer)
         with self._lock:
-            known = peer in self._peers
-            self._peers.discard(peer)
+            known = peer in self._ways
+            way = self._ways.pop(peer, None)
             self._gone.setdefault(peer, reason)
-            return known
+        if way is not None:
+            self._outbox.close_way(way)
+        return known
 
     def lose_peer(self, peer: Incarnation, reason: str) -> None:
         """The same for one that is lost: `on_lost` is told, once."""
@@ -199,7 +218,7 @@ class BrokeredEndpoint:
             if self._closed or self._broker_lost is not None:
                 return
             self._broker_lost = reason
-            peers = list(self._peers)
+            peers = list(self._ways)
             self._wake(self._reader_wake)
         for peer in peers:
             self.lose_peer(peer, reason)
@@ -225,11 +244,11 @@ class BrokeredEndpoint:
         with contextlib.suppress(zmq.Again):
             sock.send_multipart([BROKER, b""], zmq.NOBLOCK)
 
-    def _send(self, to: bytes, frames: Sequence[Buffer]) -> None:
+    def _send(self, to: bytes, frames: Sequence[Buffer], way: Way | None) -> None:
         if self._broker_lost is not None:
             raise self._refusal(to)
         try:
-            sent = self._outbox.send([to, *frames])
+            sent = self._outbox.send(frames, to, way)
         except zmq.ZMQError as error:
             raise self._refusal(to) from error
         if not sent:
@@ -249,17 +268,31 @@ class BrokeredEndpoint:
         return self._closed or self._broker_lost is not None
 
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
-        if self._is_over():
+        if self._is_over() or (source == BROKER and len(frames) == 1 and not frames[0]):  # that only wakes the reader
             return None
-        self.heard_at = time.monotonic()
+        if not self.inbox.is_on_shortcut:
+            self.heard_at = time.monotonic()
         if source != BROKER:
+            if self._shortcuts is not None and is_mark(frames[0]):
+                self._shortcuts.send_back(frames.pop(0), source)
+                if not frames:
+                    return None
             return self._deliver(source, frames)
-        if len(frames) > 1 or frames[0]:  # else it only wakes the reader
-            try:
-                self.on_control(frames)
-            except Exception:  # whatever one message does, the next one is read
-                log.exception("a message of the broker was not carried out")
-        return None
+        try:
+            self.on_control(frames)
+        except Exception:  # whatever one message does, the next one is read
+            log.exception("a message of the broker was not carried out")
+        works, self._last_works = self._last_works, []
+        return partial(do_all, works) if works else None
+
+    def _deliver_last_words(self, peer: Incarnation) -> None:
+        """The broker says that a worker is gone: what it has sent on its shortcut comes before that."""
+        if self._shortcuts is None or not self.inbox.is_read_here:
+            return
+        for message in self._shortcuts.forget(peer):
+            work = self._deliver(peer, [message])
+            if work is not None:
+                self._last_works.append(work)
 
     def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
         """Hand over a worker's message, or the reason why it is lost; keep it if nobody takes it yet."""

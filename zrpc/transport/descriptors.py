@@ -37,7 +37,7 @@ def check_room(count: int) -> None:
         raise LimitError(
             f"no socket can be made, as this process may not open {count + SPARE} more files ({error.strerror}; "
             f"{describe()}). A worker needs {PER_PEER} files for each worker that it talks to: raise the limit with "
-            "`ulimit -n`, or use a broker, with which a worker has two connections however many it talks to"
+            "`ulimit -n`, or use a broker, with which it needs 2 for each on its own host, and none for others"
         ) from error
     finally:
         for fd in held:

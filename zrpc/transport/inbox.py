@@ -40,7 +40,7 @@ from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from zrpc.transport.io_thread import IoThread
     from zrpc.transport.shortcuts import Shortcuts
@@ -146,6 +146,11 @@ class Inbox:
     def serves_queue_here(self) -> bool:
         """Whether this thread is a reader at work that had not to wait for it, so that more may lie there."""
         return self._serves_queue == threading.get_ident()
+
+    @property
+    def is_on_shortcut(self) -> bool:
+        """Whether what `take` is given now came on a shortcut, and no message of the socket lies behind it."""
+        return self._short_run > 0
 
     def describe(self) -> str:
         """Who reads and who does not, for the log."""
@@ -364,6 +369,12 @@ class Inbox:
             return True
         finally:
             self._is_watched = False
+
+
+def do_all(works: Sequence[Work]) -> None:
+    """Several pieces of work, as one."""
+    for work in works:
+        work()
 
 
 def _nothing() -> None:

@@ -29,6 +29,7 @@ from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
 from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
 from zrpc.transport.watch import EVENTS, ConnectionWatch
+from zrpc.transport.way import Way
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -211,8 +212,8 @@ class PeerEndpoint:
                 sock.close()
                 monitor.close()
                 raise self._gone(peer) from error
-            make_shortcut = partial(Shortcut.make, self.incarnation, peer) if self._local else None
-            outbox = self._outboxes[peer] = Outbox(sock, make_shortcut=make_shortcut)
+            way = Way(partial(Shortcut.make, self.incarnation, peer)) if self._local else None
+            outbox = self._outboxes[peer] = Outbox(sock, way)
             self._new_monitors.append((peer, monitor))
             self._wake_watcher()
             return outbox

@@ -116,6 +116,17 @@ class Shortcuts:
         sock = self._by_source.get(source)
         return None if sock is None else self._receive(sock, source)
 
+    def forget(self, source: Incarnation) -> list[bytes]:
+        """`source` is gone: what it has sent. Nothing more of it is received, should it live after all."""
+        messages: list[bytes] = []
+        sock = self._by_source.get(source)
+        if sock is not None:
+            while (message := self._receive(sock, source)) is not None:
+                messages.append(message)
+            if self._by_source.get(source) is sock:
+                self._drop(sock, source)
+        return messages
+
     def send_back(self, mark: Buffer, source: Incarnation) -> None:
         """A mark of `source` came: what it is the last frame of has been read, and all that was sent before."""
         sock = self._by_source.get(source)

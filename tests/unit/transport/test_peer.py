@@ -14,14 +14,14 @@ from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLostError
 from zrpc.ids import new_incarnation
-from zrpc.transport import outbox, sockets
+from zrpc.transport import outbox, sockets, way
 from zrpc.transport.peer import PeerEndpoint
 
 
 @pytest.fixture(params=[False, True], ids=["tcp", "local"], autouse=True)
 def local(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", request.param)
-    monkeypatch.setattr(outbox, "SHORTCUT_AFTER", 1)
+    monkeypatch.setattr(way, "SHORTCUT_AFTER", 1)
 
 
 def numbered(number: int) -> list[bytes]:

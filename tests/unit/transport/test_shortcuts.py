@@ -16,7 +16,7 @@ import zmq
 from tests.unit.transport.endpoints import WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.ids import new_incarnation
-from zrpc.transport import outbox, shortcuts
+from zrpc.transport import shortcuts, way
 from zrpc.transport.inbox import SHORT_RUN, Inbox
 from zrpc.transport.io_thread import IoThread
 from zrpc.transport.outbox import send_frames
@@ -63,7 +63,7 @@ def pair() -> Iterator[tuple[Shortcut, Shortcuts, bytes]]:
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", True)
-    monkeypatch.setattr(outbox, "SHORTCUT_AFTER", 1)
+    monkeypatch.setattr(way, "SHORTCUT_AFTER", 1)
 
 
 # ---- one shortcut ----------------------------------------------------------------------------------------------------
@@ -199,6 +199,16 @@ def test_nobody_waits_for_a_receiver_that_reads_no_more() -> None:
         receiver.close()
         assert not sender.is_unread()
         sender.wait_read(WAIT_S)
+
+
+def test_of_one_who_is_gone_what_it_sent_is_received_and_no_more() -> None:
+    with pair() as (sender, receiver, me):
+        for number in range(3):
+            assert sender.send([b"%d" % number])
+        assert receiver.forget(me) == [b"0", b"1", b"2"]
+        assert not sender.send([b"after"])
+        assert receiver.receive() is None
+        assert receiver.forget(me) == []
 
 
 def test_senders_take_turns() -> None:
@@ -396,7 +406,7 @@ def test_messages_keep_their_order_whichever_way_they_go() -> None:
         for thread in range(num_threads):
             numbers = [int.from_bytes(name[1:], "little") for name in names if name[0] == thread]
             assert numbers == list(range(num_rounds * each))
-        shortcut = a.endpoint._outboxes[b.id]._shortcut
+        shortcut = a.endpoint._outboxes[b.id]._way._shortcut
         assert shortcut is not None
         assert 0 < shortcut._around < len(names), "both ways were used"
 
@@ -409,7 +419,7 @@ def test_marks_that_nobody_had_room_for_are_asked_for_again() -> None:
             a.endpoint.send(b.id, [b"head", b"body"])
         b.arrivals.wait_messages(2)
         box = a.endpoint._outboxes[b.id]
-        shortcut = box._shortcut
+        shortcut = box._way._shortcut
         assert shortcut is not None
         until(lambda: not box.is_unread() and shortcut._confirmed == 2, "both are known to be read")
         with b.endpoint.inbox._nobody_reading():
@@ -421,7 +431,7 @@ def test_marks_that_nobody_had_room_for_are_asked_for_again() -> None:
         until(lambda: not box.is_unread(), "all that went around is known to be read")
 
 
-@pytest.mark.parametrize("count", [1, outbox.SHORTCUT_AFTER + 10])
+@pytest.mark.parametrize("count", [1, way.SHORTCUT_AFTER + 10])
 @pytest.mark.parametrize("is_local", [False, True])
 def test_what_looks_like_a_mark_arrives_too(monkeypatch: pytest.MonkeyPatch, count: int, is_local: bool) -> None:
     monkeypatch.setattr(Peer, "local", is_local)
@@ -450,7 +460,7 @@ def test_after_a_pause_messages_take_the_shortcut_again() -> None:
         a.endpoint.send(b.id, [b"first"])  # before it is welcome
         a.endpoint.send(b.id, [b"head", bytes(5000)])
         b.arrivals.wait_messages(2)
-        shortcut = a.endpoint._outboxes[b.id]._shortcut
+        shortcut = a.endpoint._outboxes[b.id]._way._shortcut
         assert shortcut is not None
 
         def takes_it() -> bool:
@@ -465,19 +475,19 @@ def test_workers_that_share_no_memory_have_none() -> None:
     with peers() as (a, b):
         a.endpoint.send(b.id, [b"hello"])
         b.arrivals.wait_messages(1)
-        assert a.endpoint._outboxes[b.id]._shortcut is None
+        assert a.endpoint._outboxes[b.id]._way is None
         assert Shortcut.make(new_incarnation(), b.id) is None
 
 
 def test_a_peer_that_is_seldom_sent_to_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", True)
     with peers() as (a, b):
-        for _ in range(outbox.SHORTCUT_AFTER - 1):
+        for _ in range(way.SHORTCUT_AFTER - 1):
             a.endpoint.send(b.id, [b"x"])
-        assert a.endpoint._outboxes[b.id]._shortcut is None
+        assert a.endpoint._outboxes[b.id]._way._shortcut is None
         a.endpoint.send(b.id, [b"x"])
-        assert a.endpoint._outboxes[b.id]._shortcut is not None
-        b.arrivals.wait_messages(outbox.SHORTCUT_AFTER)
+        assert a.endpoint._outboxes[b.id]._way._shortcut is not None
+        b.arrivals.wait_messages(way.SHORTCUT_AFTER)
 
 
 @pytest.mark.usefixtures("local")

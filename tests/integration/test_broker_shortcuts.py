@@ -1,0 +1,149 @@
+"""Workers of one host that pass their broker by: messages keep their order, and the broker has its say."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.integration.broker_harness import TIMEOUT_S, Broker, Worker, running_broker, workers
+from tests.waiting import until
+from zrpc.errors import PeerLostError
+from zrpc.transport import way
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zrpc.transport.shortcuts import Shortcut
+    from zrpc.wire.envelope import Buffer
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there are shortcuts on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(way, "SHORTCUT_AFTER", 1)
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    with running_broker() as started:
+        yield started
+
+
+def shortcut_between(a: Worker, b: Worker) -> Shortcut:
+    """The shortcut from `a` to `b`, once it is taken. So far they have exchanged nothing."""
+    count = len(b.seen.frames)
+    a.endpoint.send(b.incarnation, [b"first"])  # it makes the shortcut
+    path = a.endpoint._ways[b.incarnation]
+    assert path is not None
+    shortcut = path._shortcut
+    assert shortcut is not None
+
+    def takes_it() -> bool:
+        nonlocal count
+        count += 1
+        before = shortcut._around
+        a.endpoint.send(b.incarnation, [b"small"])
+        return shortcut._around == before
+
+    until(takes_it, "a message takes the shortcut")
+    b.seen.wait(lambda: len(b.seen.frames) == count + 1)
+    b.seen.frames.clear()
+    return shortcut
+
+
+def test_messages_keep_their_order_past_the_broker_and_through_it(broker: Broker) -> None:
+    """Some are too large for a shortcut, some come in hundreds without a pause; several threads send."""
+    num_threads, num_rounds, each = 3, 10, 150
+    with workers(broker.address, "a", "b") as (a, b):
+        shortcut = shortcut_between(a, b)
+        together = threading.Barrier(num_threads + 1)
+
+        def send(thread: int) -> None:
+            chance = random.Random(thread)
+            for turn in range(num_rounds):
+                together.wait(TIMEOUT_S)
+                for number in range(turn * each, (turn + 1) * each):
+                    kind = chance.random()
+                    rest: list[Buffer] = [bytes(20_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
+                    a.endpoint.send(b.incarnation, [bytes([thread]) + number.to_bytes(4, "little"), *rest])
+
+        threads = [threading.Thread(target=send, args=(thread,)) for thread in range(num_threads)]
+        for one in threads:
+            one.start()
+        for turn in range(num_rounds):
+            together.wait(TIMEOUT_S)
+            b.seen.wait(lambda turn=turn: len(b.seen.frames) == (turn + 1) * num_threads * each)  # type: ignore[misc]
+        for one in threads:
+            one.join()
+        names = [bytes(frames[0]) for _, frames in b.seen.frames]
+        for thread in range(num_threads):
+            numbers = [int.from_bytes(name[1:], "little") for name in names if name[0] == thread]
+            assert numbers == list(range(num_rounds * each))
+        assert 2 < shortcut._around < len(names), "both ways were used"
+
+
+def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Broker) -> None:
+    count = 200
+    with workers(broker.address, "a", "b") as (a, b):
+        shortcut = shortcut_between(a, b)
+        came_before: list[int] = []
+        b.group._on_left = lambda *_: came_before.append(len(b.seen.frames))  # type: ignore[assignment]
+        b.hold.clear()
+        around = shortcut._around
+        for number in range(count):
+            a.endpoint.send(b.incarnation, [number.to_bytes(4, "little")])
+        assert shortcut._around == around, "all of it took the shortcut"
+        a.close()
+        b.hold.set()
+        until(lambda: came_before, "the goodbye has come")
+        assert came_before == [count]
+        assert [int.from_bytes(frames[0], "little") for _, frames in b.seen.frames] == list(range(count))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a way to make a process hang")
+def test_a_hanging_broker_is_noticed_by_workers_that_pass_it_by() -> None:
+    with running_broker("--heartbeat-interval", "0.05") as broker, workers(broker.address, "a", "b") as (a, b):
+        shortcuts = [shortcut_between(a, b), shortcut_between(b, a)]
+        around = [shortcut._around for shortcut in shortcuts]
+        broker.process.send_signal(signal.SIGSTOP)
+
+        def lost() -> bool:
+            try:
+                a.endpoint.send(b.incarnation, [b"small"])
+                b.endpoint.send(a.incarnation, [b"small"])
+            except PeerLostError:
+                return True
+            return False
+
+        until(lost, "the broker is taken for dead", within_s=5.0)
+        assert [shortcut._around for shortcut in shortcuts] == around, "what came meanwhile took the shortcuts"
+        for one, other in ((a, b), (b, a)):
+            one.seen.wait(lambda one=one, other=other: other.incarnation in dict(one.seen.lost), timeout_s=5.0)  # type: ignore[misc]
+            assert "has said nothing" in one.seen.lost[0][1]
+
+
+def test_a_worker_that_shares_no_memory_is_reached_through_the_broker(broker: Broker) -> None:
+    a, b = Worker(broker.address), Worker(broker.address, local=False)
+    try:
+        for worker, name in ((a, "a"), (b, "b")):
+            worker.join(name, None)
+            worker.start()
+        a.group.refresh()
+        for _ in range(3):
+            a.endpoint.send(b.incarnation, [b"there"])
+            b.endpoint.send(a.incarnation, [b"back"])
+        a.seen.wait(lambda: a.seen.frames == [(b.incarnation, [b"back"])] * 3)
+        b.seen.wait(lambda: b.seen.frames == [(a.incarnation, [b"there"])] * 3)
+        there, back = a.endpoint._ways[b.incarnation], b.endpoint._ways[a.incarnation]
+        assert there is not None
+        assert there._shortcut is None
+        assert back is None
+    finally:
+        a.close()
+        b.close()
