@@ -160,7 +160,7 @@ class BrokeredEndpoint:
         self._outbox.drain()
         can_flush = self.is_connected() and self._broker_lost is None
         self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
-        for way in self._ways.values():
+        for way in list(self._ways.values()):
             if way is not None:
                 self._outbox.close_way(way)
         self.inbox.close()

@@ -96,6 +96,19 @@ class Lane(Generic[T]):
         self.queued_nbytes = 0
         return freed
 
+    def take_back(self, messages: Sequence[tuple[T, int]]) -> None:
+        """These, with their sizes, were to be sent and were not, nor were marks behind them: they come next."""
+        self._queue.extendleft(reversed(messages))
+        nbytes = sum(nbytes for _, nbytes in messages)
+        self.queued_nbytes += nbytes
+        self._sent -= nbytes
+        self._marked = self._confirmed  # else a mark that was not sent might be waited for
+
+    def drop(self, message: T) -> None:
+        """The last message is not to be sent after all, if it waits."""
+        if self._queue and self._queue[-1][0] is message:
+            self.queued_nbytes -= self._queue.pop()[1]
+
     def _advance(self) -> list[T | Mark]:
         now: list[T | Mark] = []
         while self._queue and self._has_credit(self._queue[0][1]):
@@ -146,9 +159,12 @@ class Lanes:
     def send(self, peer: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message, or keep it until the peer has read enough of what was sent before. Never waits.
 
+        Where it raises, the message is not kept; those of others that waited before it are.
+
         Raises:
             PeerLostError: the peer is gone.
             AgentClosedError: this end is closed.
+            OverloadedError: too much waits to leave.
         """
         locked = self._lanes.get(peer)
         if len(frames) == 1 and len(frames[0]) <= COUNTED_MIN_NBYTES and (locked is None or locked.is_clear):
@@ -157,7 +173,11 @@ class Lanes:
         if locked is None:
             locked = self._lanes.setdefault(peer, _Locked(self._credit_nbytes))
         with locked.lock:
-            self._carry_out(peer, locked, locked.lane.send(frames, nbytes_of(frames)))
+            try:
+                self._carry_out(peer, locked, locked.lane.send(frames, nbytes_of(frames)))
+            except BaseException:
+                locked.lane.drop(frames)
+                raise
 
     def is_mark(self, frames: Sequence[Buffer]) -> bool:
         """Whether `frames` are neither an envelope nor a chunk, but flow control."""
@@ -197,10 +217,17 @@ class Lanes:
                 self._carry_out(peer, locked, locked.lane.release())
 
     def _carry_out(self, peer: Incarnation, locked: _Locked, steps: list[Sequence[Buffer] | Mark]) -> None:
-        """Send `steps`. Call it under the lock."""
+        """Send `steps`; what is not sent waits again. Call it under the lock."""
         locked.is_clear = False
-        for step in steps:
-            self._send(peer, (_HEADER.pack(MAGIC, _MARK, step.total),) if isinstance(step, Mark) else step)
+        for index, step in enumerate(steps):
+            try:
+                self._send(peer, (_HEADER.pack(MAGIC, _MARK, step.total),) if isinstance(step, Mark) else step)
+            except BaseException as error:
+                unsent = (
+                    steps[index:] if isinstance(error, ZrpcError) else steps[index + 1 :]
+                )  # Ctrl-C: it may have left
+                locked.lane.take_back([(step, nbytes_of(step)) for step in unsent if not isinstance(step, Mark)])
+                raise
         locked.is_clear = not locked.lane.num_queued
 
     def _confirm(self, source: Incarnation, mark: bytes) -> None:

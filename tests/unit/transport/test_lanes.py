@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zrpc.errors import PeerLostError
+from zrpc.errors import OverloadedError, PeerLostError
 from zrpc.transport.lanes import COUNTED_MIN_NBYTES, Lane, Lanes, Mark
 
 if TYPE_CHECKING:
@@ -124,11 +124,15 @@ class Wire:
         self.queues: dict[Incarnation, deque[tuple[Incarnation, list[bytes]]]] = {A: deque(), B: deque()}
         self.arrived: list[list[bytes]] = []
         self.unknown: set[Incarnation] = set()
+        self.errors: list[BaseException] = []
+        """Raised by the next sends, the last one first."""
 
     def sender(self, source: Incarnation) -> Callable[[Incarnation, Sequence[Buffer]], None]:
         def send(to: Incarnation, frames: Sequence[Buffer]) -> None:
             if to in self.unknown:
                 raise PeerLostError("it is not connected")
+            if self.errors:
+                raise self.errors.pop()
             self.queues[to].append((source, [bytes(frame) for frame in frames]))
 
         return send
@@ -197,6 +201,41 @@ def test_what_waits_for_a_lost_peer_is_dropped() -> None:
     wire.unknown.add(B)
     with pytest.raises(PeerLostError):
         wire.lanes[A].send(B, [b"x", LARGE])
+
+
+def test_what_waited_is_sent_later_where_there_is_no_room_for_it() -> None:
+    wire = Wire()
+    names = [b"%d" % number for number in range(60)]
+    for name in names:
+        wire.lanes[A].send(B, [name, LARGE])
+    assert wire.lanes[A].queued_nbytes(B)
+    wire.read(B)
+    wire.errors = [OverloadedError("no room")] * 100
+    wire.read(A)  # marks came back, and what they let go cannot leave
+    assert 0 < len(wire.errors) < 100
+    del wire.errors[1:]
+    with pytest.raises(OverloadedError):
+        wire.lanes[A].send(B, [b"refused", LARGE])
+    wire.lanes[A].send(B, [b"last", LARGE])
+    wire.settle()
+    assert [frames[0] for frames in wire.arrived] == [*names, b"last"]
+    assert wire.lanes[A].queued_nbytes(B) == 0
+
+
+def test_an_interrupt_loses_nothing_of_others() -> None:
+    wire = Wire()
+    for number in range(60):
+        wire.lanes[A].send(B, [b"%d" % number, LARGE])
+    wire.read(B)
+    wire.errors = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        wire.read(A)
+    wire.settle()
+    wire.lanes[A].send(B, [b"last", LARGE])
+    wire.settle()
+    arrived = [frames[0] for frames in wire.arrived]
+    assert len(arrived) == 60
+    assert arrived[-1] == b"last", "all but the one that may have left"
 
 
 def test_flushing_gives_everything_to_the_transport() -> None:
