@@ -153,10 +153,10 @@ class Agent:
     def say_goodbye(self, timeout_s: float) -> None:
         """Tell the peers of a dynamic group that this worker leaves; wait up to `timeout_s` for them to know.
 
-        From then on a call of theirs to its name is for the next worker of that name. In a static group nobody may come
-        again, and with a broker the broker tells.
+        From then on a call of theirs to its name is for the next worker of that name. A broker tells of it too, but
+        what workers of one host send each other may be quicker. In a static group nobody may come again.
         """
-        if self.is_static_group or self.address is None or self._closed:
+        if self.is_static_group or self._closed:
             return
         with suppress(Exception):  # the store may be gone
             self.refresh()

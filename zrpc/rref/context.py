@@ -144,7 +144,7 @@ class RRefContext(Ledger):
     def _begin(self, request: Request[Any]) -> Cell:
         """The cell for what `request` creates. The RRef's life here begins, unless it is over already."""
         message = request.message
-        source = self._living(request.source)
+        source = self.living(request.source.id)
         self._watch(source)
         found: list[Cell] = []
 
@@ -203,7 +203,7 @@ class RRefContext(Ledger):
 
     def serve_fork_request(self, request: Request[RRefForkRequest]) -> None:
         """Count a new user."""
-        message, holder = request.message, self._living(request.source)
+        message, holder = request.message, self.living(request.source.id)
         self._watch(holder, message.rref_id.created_on)
 
         def arrive(table: RRefTable) -> list[Action]:
@@ -233,7 +233,7 @@ class RRefContext(Ledger):
 
     def _cell_for(self, request: Request[Any], rref_id: RRefId, fork_id: ForkId) -> Cell | None:
         """Where the value is or will be; None, and an answer that says why, if it is gone."""
-        asker = self._living(request.source)
+        asker = self.living(request.source.id)
         self._watch(asker, rref_id.created_on)
         with self._lock:
             refused = self._closed or self._table.value_wanted(rref_id, fork_id, asker) is Availability.REFUSED
@@ -246,14 +246,6 @@ class RRefContext(Ledger):
             )
             request.fail(RRefError(f"The value of {rref_id} is gone: {why}"))
         return cell
-
-    def _living(self, source: WorkerInfo) -> int:
-        """The rank of a sender. In a dynamic group one who was lost and sends again is a new worker of that rank."""
-        if not self.agent.is_static_group:
-            with self._lock:
-                if not self._closed and self._table.is_lost(source.id) and self.agent.members.member(source.id):
-                    self._table.peer_joined(source.id)
-        return source.id
 
 
 def install(agent: Agent) -> None:

@@ -113,11 +113,13 @@ class Ledger:
     def sent(self, fork: ForkData, holder: WorkerInfo) -> None:
         """`fork` leaves for `holder`: if `holder` is lost, so is the fork."""
         self._watch(holder.id)
+        self.living(holder.id)
         self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.id))
 
     def receive_used(self, fork: ForkData, announced: bool) -> None:
         """A fork of another worker's RRef came."""
         self._watch(fork.owner)
+        self.living(fork.owner)
         self._decide(
             lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner, fork.parent, announced=announced)
         )
@@ -149,6 +151,17 @@ class Ledger:
                 f"The value of the RRef {fork.rref_id} is gone: it was deleted, because those who handed it on died"
             )
         return cell, availability is Availability.AWAITED
+
+    def living(self, rank: int) -> int:
+        """`rank`, of somebody who sends, or is sent to, or owns what is sent.
+
+        In a dynamic group it may be a new worker of a rank whose last one was lost: what comes from it counts again.
+        """
+        if not self.agent.is_static_group:
+            with self._lock:
+                if not self._closed and self._table.is_lost(rank) and self.agent.members.member(rank):
+                    self._table.peer_joined(rank)
+        return rank
 
     def note_dropped(self, owner_awaited: RRefId | None, fork_id: ForkId) -> None:
         """An RRef object was freed: a fork, or (`owner_awaited`) this worker's own. For `__del__`: from anywhere."""

@@ -1,0 +1,81 @@
+"""A worker of a dynamic group leaves and comes again under its name and rank: it is a new one, with all its rights."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import zrpc as rpc
+from tests.waiting import until
+from zrpc import errors
+
+if TYPE_CHECKING:
+    from tests.integration.harness import Cluster
+
+LIVES = 4
+CALLS = 60
+"""With so many small messages workers of one host pass a broker by."""
+
+_over = threading.Event()
+
+
+def end() -> None:
+    _over.set()
+
+
+def read(rref: rpc.RRef[int]) -> int:
+    return rref.to_here()
+
+
+def hand_on(rref: rpc.RRef[int]) -> int:
+    return rpc.rpc_sync("worker1", read, args=(rref,))
+
+
+def number() -> int:
+    return int(_number)
+
+
+_number = 0
+
+
+def ask_guest() -> int:
+    return rpc.rpc_sync("guest", number)
+
+
+def ask_on() -> int:
+    return rpc.rpc_sync("worker1", ask_guest)
+
+
+def is_here(name: str) -> bool:
+    try:
+        rpc.get_worker_info(name)
+    except errors.UnknownWorkerError:
+        return False
+    return True
+
+
+def program(rank: int, method: str) -> None:
+    global _number
+    options = rpc.RpcBackendOptions(init_method=method)
+    if rank < 2:
+        rpc.init_rpc(f"worker{rank}", rank=rank, world_size=None, rpc_backend_options=options)
+        assert _over.wait(60.0)
+        rpc.shutdown(graceful=False)
+        return
+    for life in range(LIVES):
+        _number = life
+        rpc.init_rpc("guest", rank=2, world_size=None, rpc_backend_options=options)
+        for name in ("worker0", "worker1"):
+            until(lambda name=name: is_here(name), f"{name} is here")  # type: ignore[misc]
+        for _ in range(CALLS if life == 0 else 1):
+            assert rpc.rpc_sync("worker0", hand_on, args=(rpc.RRef(life),)) == life
+            assert rpc.rpc_sync("worker0", ask_on) == life
+        if life == LIVES - 1:
+            for name in ("worker0", "worker1"):
+                rpc.rpc_sync(name, end)
+        rpc.shutdown(graceful=False)
+
+
+def test_a_worker_that_comes_again_is_called_and_shares_rrefs(cluster_in_each_mode: Cluster) -> None:
+    cluster = cluster_in_each_mode
+    cluster.run(program, 3, args=(cluster.new_init_method(),), init=False)
