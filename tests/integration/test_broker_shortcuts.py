@@ -18,6 +18,8 @@ from zrpc.transport import way
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from zrpc.ids import Incarnation
+    from zrpc.transport.inbox import Work
     from zrpc.transport.shortcuts import Shortcut
     from zrpc.wire.envelope import Buffer
 
@@ -93,6 +95,14 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
     with workers(broker.address, "a", "b") as (a, b):
         shortcut = shortcut_between(a, b)
         came_before: list[int] = []
+        may_work: list[bool] = []
+        deliver = b.endpoint._on_frames
+
+        def on_frames(source: Incarnation, frames: list[Buffer]) -> Work | None:
+            may_work.append(b.endpoint.inbox.can_work)
+            return deliver(source, frames)
+
+        b.endpoint._on_frames = on_frames
         b.group._on_left = lambda *_: came_before.append(len(b.seen.frames))  # type: ignore[assignment]
         b.hold.clear()
         around = shortcut._around
@@ -104,6 +114,8 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
         until(lambda: came_before, "the goodbye has come")
         assert came_before == [count]
         assert [int.from_bytes(frames[0], "little") for _, frames in b.seen.frames] == list(range(count))
+        assert not any(may_work[-count // 2 :]), "one that waits for another of them would keep that from being served"
+        until(lambda: b.endpoint.inbox.can_work, "readers are given work again")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a way to make a process hang")

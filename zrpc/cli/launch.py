@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -78,7 +78,7 @@ class Cluster:
         self._screen = Screen(sys.stdout, max(map(len, self._places)))
         self._processes: dict[str, ManagedProcess] = {}
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._deadline: float | None = None
+        self._timer: threading.Timer | None = None
 
     def run(self) -> int:
         """Start everything and follow it until nobody is left."""
@@ -86,8 +86,9 @@ class Cluster:
             try:
                 self._begin()
                 while self._supervisor.phase is not Phase.OVER:
-                    self._carry_out(self._next_event()(self._supervisor))
+                    self._carry_out(self._events.get()(self._supervisor))
             finally:
+                self._set_deadline(None)
                 for process in self._processes.values():
                     process.kill()
         self._screen.end_line()
@@ -99,16 +100,27 @@ class Cluster:
         """Queue an event. Any thread, or a signal handler: a SimpleQueue may be put to while a put is under way."""
         self._events.put(event)
 
-    def _next_event(self) -> Event:
-        timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        try:
-            return self._events.get(timeout=timeout)
-        except queue.Empty:
-            self._deadline = None
-            if self._supervisor.phase is Phase.STARTING:
-                _say(f"the broker does not listen after {BROKER_START_S:g} s")
-                return Supervisor.failed_to_start
-            return Supervisor.grace_over
+    def _set_deadline(self, after_s: float | None) -> None:
+        """Nothing may take longer from now on; None: there is no hurry.
+
+        A timer puts an event: a SimpleQueue of Python 3.11 that is asked to wait for so long may wait for ever.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+            self._timer = None
+        if after_s is not None:
+            timer = threading.Timer(after_s, lambda: self._put(partial(self._on_deadline, timer)))
+            self._timer = timer
+            timer.start()
+
+    def _on_deadline(self, timer: threading.Timer, supervisor: Supervisor) -> list[Action]:
+        if timer is not self._timer:  # it was cancelled a moment too late
+            return []
+        if supervisor.phase is Phase.STARTING:
+            _say(f"the broker does not listen after {BROKER_START_S:g} s")
+            return supervisor.failed_to_start()
+        return supervisor.grace_over()
 
     def _interrupted(self, number: int, supervisor: Supervisor) -> list[Action]:
         if supervisor.phase in (Phase.STARTING, Phase.RUNNING):
@@ -138,7 +150,7 @@ class Cluster:
 
     def _begin(self) -> None:
         if self._options.broker:
-            self._deadline = time.monotonic() + BROKER_START_S
+            self._set_deadline(BROKER_START_S)
             self._start_broker()
         else:
             self._meeting = self._meet_at_master()
@@ -147,12 +159,12 @@ class Cluster:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, StartWorkers):
-                self._deadline = None
+                self._set_deadline(None)
                 self._start_workers()
             elif isinstance(action, Report):
                 self._report(action)
             elif action is Stop.TERMINATE:
-                self._deadline = time.monotonic() + self._options.grace_s
+                self._set_deadline(self._options.grace_s)
                 for process in self._processes.values():
                     process.terminate()
             else:

@@ -31,7 +31,7 @@ from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.threads import join
 from zrpc.transport import io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
-from zrpc.transport.inbox import READERS, Inbox, Work, do_all
+from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
 from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
 from zrpc.transport.way import Way
@@ -107,7 +107,6 @@ class BrokeredEndpoint:
         self._clogged = False
         self._closed = False
         self._threads: list[threading.Thread] = []
-        self._last_works: list[Work] = []  # of whoever reads
         self._deliver_lock = threading.Lock()  # owns what came before `start`
         self._early: list[tuple[Incarnation, list[Buffer] | str]] = []
         self._started = False
@@ -282,17 +281,14 @@ class BrokeredEndpoint:
             self.on_control(frames)
         except Exception:  # whatever one message does, the next one is read
             log.exception("a message of the broker was not carried out")
-        works, self._last_works = self._last_works, []
-        return partial(do_all, works) if works else None
+        return None
 
     def _deliver_last_words(self, peer: Incarnation) -> None:
         """The broker says that a worker is gone: what it has sent on its shortcut comes before that."""
-        if self._shortcuts is None or not self.inbox.is_read_here:
-            return
-        for message in self._shortcuts.forget(peer):
-            work = self._deliver(peer, [message])
-            if work is not None:
-                self._last_works.append(work)
+        if self._shortcuts is not None and self.inbox.is_read_here:
+            with self.inbox.taking_several():
+                for message in self._shortcuts.forget(peer):
+                    self._deliver(peer, [message])
 
     def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
         """Hand over a worker's message, or the reason why it is lost; keep it if nobody takes it yet."""

@@ -15,7 +15,6 @@ from zrpc.errors import PeerLostError, ProtocolError
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers
 from zrpc.transport.filling import Filling
-from zrpc.transport.inbox import do_all
 from zrpc.transport.lanes import Lanes
 from zrpc.wire.envelope import Envelope, Exported, decode, encode
 
@@ -265,7 +264,7 @@ class Carrier:
             self._lanes.receive(source, frames)
         elif is_batch(frames):
             works = [work for message in messages_of(frames) if (work := self._on_frames(source, [message]))]
-            return partial(do_all, works) if works else None  # answers are none
+            return partial(_do_all, works) if works else None  # answers are none
         else:
             raise ProtocolError(f"a message of {len(frames)} frames begins with {bytes(frames[0][:2])!r}")
         return None
@@ -279,3 +278,8 @@ class Carrier:
 
 def _nothing_to_pin(_: Buffer) -> None:
     """No memory is shared."""
+
+
+def _do_all(works: list[Work]) -> None:
+    for work in works:
+        work()

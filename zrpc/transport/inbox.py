@@ -33,14 +33,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Protocol
 
 from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from zrpc.transport.io_thread import IoThread
     from zrpc.transport.shortcuts import Shortcuts
@@ -119,7 +119,10 @@ class Inbox:
         self._begun: list[Buffer] = []  # of a message whose reader was interrupted
         self._held: list[Buffer] = []  # a message of the socket, before which others are handed on
         self._short_run = 0
-        self._calls = SimpleQueue[bool]()  # to the parked readers: true, read now; false, keep watch
+        self._takes_several = False
+        # To the parked readers: true, read now; false, keep watch. A SimpleQueue of Python 3.11 would not do: where
+        # several threads take from it, one with a time limit may wait for ever [`unit/transport/test_inbox.py`].
+        self._calls = Queue[bool]()
         self._parked: set[int] = set()  # each reader changes its own entry
         self._is_watched = False
         self._activity = 0  # by readers and callers; a hint, like `num_sent`
@@ -130,7 +133,16 @@ class Inbox:
     @property
     def can_work(self) -> bool:
         """Whether the thread that reads now may be given work: it is a reader, and another is there to take over."""
-        return bool(self._parked) and not self.is_read_by_caller
+        return bool(self._parked) and not self.is_read_by_caller and not self._takes_several
+
+    @contextmanager
+    def taking_several(self) -> Iterator[None]:
+        """Messages are taken one after the other within the take of another one: none may give this thread work."""
+        self._takes_several = True
+        try:
+            yield
+        finally:
+            self._takes_several = False
 
     @property
     def is_reader_here(self) -> bool:
@@ -369,12 +381,6 @@ class Inbox:
             return True
         finally:
             self._is_watched = False
-
-
-def do_all(works: Sequence[Work]) -> None:
-    """Several pieces of work, as one."""
-    for work in works:
-        work()
 
 
 def _nothing() -> None:

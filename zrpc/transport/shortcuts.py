@@ -47,8 +47,12 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _BACKLOG = 1024
 _ACCEPTED_MAX = 64
 """So many connections are taken in between two messages: anybody may try to connect, and keep the reader busy."""
+_LAST_MAX = 16_384
+"""So many messages are received of one who is gone: more than the kernel holds, if it does not live and send more."""
 
 
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+"""A receiver that is gone is an error, and no SIGPIPE, which a program may have made deadly again."""
 _ONCE = select.EPOLLIN | select.EPOLLET if sys.platform.startswith("linux") else 0
 
 
@@ -121,7 +125,7 @@ class Shortcuts:
         messages: list[bytes] = []
         sock = self._by_source.get(source)
         if sock is not None:
-            while (message := self._receive(sock, source)) is not None:
+            while len(messages) < _LAST_MAX and (message := self._receive(sock, source)) is not None:
                 messages.append(message)
             if self._by_source.get(source) is sock:
                 self._drop(sock, source)
@@ -132,7 +136,7 @@ class Shortcuts:
         sock = self._by_source.get(source)
         if sock is not None:
             with suppress(OSError):  # it is gone, or does not look; then it goes on to go around
-                sock.send(mark)
+                sock.send(mark, _NO_SIGNAL)
 
     def close(self) -> None:
         """Receive nothing any more. Idempotent."""
@@ -213,7 +217,7 @@ class Shortcut:
             self._sock.connect(_address(peer))
             if not _is_of_this_user(self._sock):
                 raise PermissionError("another user's process listens there")
-            self._sock.send(_HELLO + me)
+            self._sock.send(_HELLO + me, _NO_SIGNAL)
         except OSError:
             self._sock.close()
             raise
@@ -238,7 +242,7 @@ class Shortcut:
             if self._around != self._confirmed:
                 return False
         try:
-            self._sock.send(frames[0])
+            self._sock.send(frames[0], _NO_SIGNAL)
             return True
         except BlockingIOError:  # the peer is late to read
             return False

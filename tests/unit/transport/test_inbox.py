@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from queue import Empty
 from typing import TYPE_CHECKING
 
 import pytest
@@ -251,6 +253,39 @@ def test_work_may_wait_for_what_a_message_brings() -> None:
         here.send(b"answer")
         assert finished.wait(WAIT_S)
         assert here.took[b"answer"] in (asker, *(f"reader-{n}" for n in range(READERS)))
+
+
+def test_a_reader_that_keeps_watch_comes_back_though_another_takes_what_it_is_called_by() -> None:
+    """With a SimpleQueue of Python 3.11 one of five such runs stood still in the end."""
+    with office(start=False) as post:
+        calls = post.inbox._calls
+        looked, over = [time.monotonic()], threading.Event()
+
+        def keep_watch() -> None:
+            while not over.is_set():
+                with suppress(Empty):
+                    calls.get(timeout=0.0005)
+                looked.append(time.monotonic())
+
+        def sleep() -> None:
+            while not over.is_set():
+                calls.get()
+
+        threads = [threading.Thread(target=work) for work in (keep_watch, sleep)]
+        for thread in threads:
+            thread.start()
+        chance, end = random.Random(1), time.monotonic() + 3.0
+        while time.monotonic() < end:
+            calls.put(False)
+            time.sleep(0.0004 + chance.random() * 0.0003)
+        count = len(looked)
+        until(lambda: len(looked) > count + 2, "the one that keeps watch looks up", within_s=5.0)
+        over.set()
+        calls.put(False)
+        calls.put(False)
+        for thread in threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
 
 
 def test_messages_keep_their_order_whoever_reads() -> None:
