@@ -349,7 +349,7 @@ class Left(Message):
 @_message(45)
 @dataclass(frozen=True, slots=True)
 class Leave(Message):
-    """The worker shuts down. Worker to broker; without one, to everybody in a dynamic group."""
+    """The worker shuts down. Worker to broker, and in a dynamic group to everybody."""
 
 
 @_message(46, idempotent=True)
