@@ -262,3 +262,14 @@ def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def is_member(name: str) -> bool:
+    """Whether the worker `name` is in this worker's group now. Called in workers."""
+    from zrpc import api, errors
+
+    try:
+        api.get_worker_info(name)
+    except errors.UnknownWorkerError:
+        return False
+    return True

@@ -6,8 +6,8 @@ import threading
 from typing import TYPE_CHECKING
 
 import zrpc as rpc
+from tests.integration.harness import is_member
 from tests.waiting import until
-from zrpc import errors
 
 if TYPE_CHECKING:
     from tests.integration.harness import Cluster
@@ -46,14 +46,6 @@ def ask_on() -> int:
     return rpc.rpc_sync("worker1", ask_guest)
 
 
-def is_here(name: str) -> bool:
-    try:
-        rpc.get_worker_info(name)
-    except errors.UnknownWorkerError:
-        return False
-    return True
-
-
 def program(rank: int, method: str) -> None:
     global _number
     options = rpc.RpcBackendOptions(init_method=method)
@@ -66,7 +58,7 @@ def program(rank: int, method: str) -> None:
         _number = life
         rpc.init_rpc("guest", rank=2, world_size=None, rpc_backend_options=options)
         for name in ("worker0", "worker1"):
-            until(lambda name=name: is_here(name), f"{name} is here")  # type: ignore[misc]
+            until(lambda name=name: is_member(name), f"{name} is here")  # type: ignore[misc]
         for _ in range(CALLS if life == 0 else 1):
             assert rpc.rpc_sync("worker0", hand_on, args=(rpc.RRef(life),)) == life
             assert rpc.rpc_sync("worker0", ask_on) == life

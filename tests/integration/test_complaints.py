@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import zrpc as rpc
-from tests.integration.harness import Cluster
+from tests.integration.harness import Cluster, is_member
 from tests.waiting import until
 from zrpc import errors
 from zrpc.gather import all_gather
@@ -364,14 +364,6 @@ def test_nothing_leaks_at_shutdown(cluster: Cluster) -> None:
 
 
 # ---- dynamic groups --------------------------------------------------------------------------------------------------
-
-
-def is_member(name: str) -> bool:
-    try:
-        rpc.get_worker_info(name)
-    except errors.UnknownWorkerError:
-        return False
-    return True
 
 
 def join_dynamic(rank: int, method: str, size: int) -> None:

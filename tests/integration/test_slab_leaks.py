@@ -24,6 +24,7 @@ import torch
 
 import zrpc as rpc
 from tests.integration import harness
+from tests.integration.harness import is_member
 from tests.waiting import until
 from zrpc import errors
 from zrpc.agent.current import current_agent
@@ -53,14 +54,6 @@ SURVIVORS = ("worker0", "worker1")
 def join(name: str, rank: int, method: str) -> None:
     rpc.init_rpc(name, rank=rank, world_size=None, rpc_backend_options=rpc.RpcBackendOptions(init_method=method))
     until(lambda: all(is_member(survivor) for survivor in SURVIVORS), "both survivors are there", census)
-
-
-def is_member(name: str) -> bool:
-    try:
-        rpc.get_worker_info(name)
-    except errors.UnknownWorkerError:
-        return False
-    return True
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------

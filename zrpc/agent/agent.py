@@ -25,13 +25,7 @@ from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
-from zrpc.errors import (
-    AgentClosedError,
-    PeerLostError,
-    ProtocolError,
-    RpcTimeoutError,
-    ZrpcError,
-)
+from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.staging import handover
 from zrpc.staging.cuda import CudaAccelerator

@@ -223,9 +223,8 @@ class Lanes:
             try:
                 self._send(peer, (_HEADER.pack(MAGIC, _MARK, step.total),) if isinstance(step, Mark) else step)
             except BaseException as error:
-                unsent = (
-                    steps[index:] if isinstance(error, ZrpcError) else steps[index + 1 :]
-                )  # Ctrl-C: it may have left
+                has_stayed = isinstance(error, ZrpcError)  # Ctrl-C: it may have left
+                unsent = steps[index if has_stayed else index + 1 :]
                 locked.lane.take_back([(step, nbytes_of(step)) for step in unsent if not isinstance(step, Mark)])
                 raise
         locked.is_clear = not locked.lane.num_queued
