@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.broker_harness import TIMEOUT_S, Broker, Worker, running_broker, workers
+from tests.unit.transport.endpoints import check_order, mixed_message
 from tests.waiting import until
 from zrpc.errors import PeerLostError
 from zrpc.transport import way
@@ -71,9 +72,7 @@ def test_messages_keep_their_order_past_the_broker_and_through_it(broker: Broker
             for turn in range(num_rounds):
                 together.wait(TIMEOUT_S)
                 for number in range(turn * each, (turn + 1) * each):
-                    kind = chance.random()
-                    rest: list[Buffer] = [bytes(20_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
-                    a.endpoint.send(b.incarnation, [bytes([thread]) + number.to_bytes(4, "little"), *rest])
+                    a.endpoint.send(b.incarnation, mixed_message(thread, number, chance))
 
         threads = [threading.Thread(target=send, args=(thread,)) for thread in range(num_threads)]
         for one in threads:
@@ -84,9 +83,7 @@ def test_messages_keep_their_order_past_the_broker_and_through_it(broker: Broker
         for one in threads:
             one.join()
         names = [bytes(frames[0]) for _, frames in b.seen.frames]
-        for thread in range(num_threads):
-            numbers = [int.from_bytes(name[1:], "little") for name in names if name[0] == thread]
-            assert numbers == list(range(num_rounds * each))
+        check_order(names, num_threads, num_rounds * each)
         assert 2 < shortcut._around < len(names), "both ways were used"
 
 

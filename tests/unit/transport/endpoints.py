@@ -10,12 +10,26 @@ from zrpc.ids import Incarnation, new_incarnation
 from zrpc.transport.peer import PeerEndpoint
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Iterator
 
     from zrpc.wire.envelope import Buffer
 
 WAIT_S = 20.0
 LOOPBACK = "tcp://127.0.0.1:0"
+
+
+def mixed_message(thread: int, number: int, chance: random.Random) -> list[Buffer]:
+    """Message `number` of a thread that sends: mostly small, a few too large for a shortcut, or of two frames."""
+    kind = chance.random()
+    rest: list[Buffer] = [bytes(20_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
+    return [bytes([thread]) + number.to_bytes(4, "little"), *rest]
+
+
+def check_order(names: list[bytes], num_threads: int, count: int) -> None:
+    """`names` are the first frames of `count` such messages of each thread, in the order in which they were sent."""
+    for thread in range(num_threads):
+        assert [int.from_bytes(name[1:], "little") for name in names if name[0] == thread] == list(range(count))
 
 
 class Arrivals:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from tests.unit.transport.endpoints import WAIT_S, Peer, peers
+from tests.unit.transport.endpoints import WAIT_S, Peer, check_order, mixed_message, peers
 from tests.waiting import until
 from zrpc.ids import new_incarnation
 from zrpc.transport import shortcuts, way
@@ -390,9 +390,7 @@ def test_messages_keep_their_order_whichever_way_they_go() -> None:
             for turn in range(num_rounds):
                 together.wait(WAIT_S)
                 for number in range(turn * each, (turn + 1) * each):
-                    kind = chance.random()
-                    rest: list[Buffer] = [bytes(20_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
-                    a.endpoint.send(b.id, [bytes([thread]) + number.to_bytes(4, "little"), *rest])
+                    a.endpoint.send(b.id, mixed_message(thread, number, chance))
 
         threads = [threading.Thread(target=send, args=(thread,)) for thread in range(num_threads)]
         for one in threads:
@@ -403,9 +401,7 @@ def test_messages_keep_their_order_whichever_way_they_go() -> None:
         for one in threads:
             one.join()
         names = [bytes(frames[0]) for _, frames in messages]
-        for thread in range(num_threads):
-            numbers = [int.from_bytes(name[1:], "little") for name in names if name[0] == thread]
-            assert numbers == list(range(num_rounds * each))
+        check_order(names, num_threads, num_rounds * each)
         shortcut = a.endpoint._outboxes[b.id]._way._shortcut
         assert shortcut is not None
         assert 0 < shortcut._around < len(names), "both ways were used"
