@@ -3,10 +3,11 @@
 python -m benchmarks                              all, three rounds: about 10 minutes on 2 cores
 python -m benchmarks --rounds 1 --quick           a look: about 2 minutes
 python -m benchmarks --only zrpc,grpc --rows noop,sink_16MB
+python -m benchmarks --limits                     zrpc and TensorPipe beside what the machine allows: about 5 minutes
 
 The contenders run in turn, A B C A B C, each in fresh processes. The table is printed and written to
-benchmarks/results/contenders.md, the picture beside it. A contender that is not installed stays in the table, which
-says so.
+benchmarks/results/contenders.md (with limits to limits.md), the picture beside it. A contender that is not installed
+stays in the table, which says so.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 LIMIT_S = 240.0
 """For one contender in one round."""
-_OURS = ("zrpc", "torch")
+_ALWAYS_NAMED = ("zrpc", "torch", "zmq")
 RESULTS = ROOT / "benchmarks" / "results"
+FRAMEWORKS = [key for key, entry in CONTENDERS.items() if not entry.is_limit]
+LIMITS = ["zrpc", "tensorpipe", "bare-memory", "zrpc-tcp", "tensorpipe-tcp", "bare-zeromq", "bare-tcp"]
 
 
 def main() -> None:
@@ -46,18 +49,19 @@ def main() -> None:
             if key in results.missing:
                 continue
             began = time.monotonic()
-            measured = _measure(key, args.rows, args.quick)
-            for row, value in measured.items():
+            for row, value in _measure(key, args.rows, args.quick).items():
                 results.add(key, row, value)
             print(f"round {round_number}: {CONTENDERS[key].label}: {time.monotonic() - began:.0f} s", flush=True)
     for key in args.only:
         if key not in results.missing and not any(results.values.get((key, row)) for row in args.rows):
             results.missing[key] = FAILED
-    here = facts(*dict.fromkeys(entry.distribution for entry in CONTENDERS.values() if entry.needs not in _OURS))
+    measured = [CONTENDERS[key] for key in args.only]
+    here = facts(*dict.fromkeys(entry.distribution for entry in measured if entry.needs not in _ALWAYS_NAMED))
     args.out.mkdir(parents=True, exist_ok=True)
     table = results.markdown(here, args.rounds)
-    (args.out / "contenders.md").write_text(table)
-    draw(results, here, args.out / "contenders.png")
+    name = "limits" if args.only is LIMITS else "contenders"
+    (args.out / f"{name}.md").write_text(table)
+    draw(results, here, args.out / f"{name}.png")
     print(f"\n{table}")
 
 
@@ -67,7 +71,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tenth of the calls")
-    parser.add_argument("--only", type=_some_of(CONTENDERS), default=list(CONTENDERS), help="contenders, by their keys")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", type=_some_of(CONTENDERS), default=FRAMEWORKS, help="contenders, by their keys")
+    which.add_argument("--limits", dest="only", action="store_const", const=LIMITS, help="zrpc beside the limits")
     parser.add_argument("--rows", type=_some_of(ROWS), default=list(ROWS), help="rows, by their keys")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where table and picture go")
     return parser.parse_args()

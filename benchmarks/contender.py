@@ -61,6 +61,7 @@ class Entry:
         needs: the package without which it is "not installed".
         distribution: what to `pip install` for it.
         speaks_torch: whether it is a `TorchContender`.
+        is_limit: whether it is what the machine allows, and no framework.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Entry:
     needs: str
     distribution: str
     speaks_torch: bool = False
+    is_limit: bool = False
 
     def is_installed(self) -> bool:
         """Whether it can be measured here."""
@@ -88,5 +90,8 @@ CONTENDERS = {
     "rpyc": Entry("RPyC", "rpyc:Rpyc", "rpyc", "rpyc"),
     "grpc": Entry("gRPC", "grpc:Grpc", "grpc", "grpcio"),
     "ray": Entry("Ray", "ray:Ray", "ray", "ray"),
+    "bare-memory": Entry("bare shared memory", "bare:memory", "torch", "torch", is_limit=True),
+    "bare-zeromq": Entry("bare ZeroMQ", "bare:zeromq", "zmq", "pyzmq", is_limit=True),
+    "bare-tcp": Entry("bare TCP", "bare:tcp", "torch", "torch", is_limit=True),
 }
 """Measured in this order, in every round. A new one is an entry here and a module under benchmarks/contenders."""

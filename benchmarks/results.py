@@ -11,7 +11,13 @@ from benchmarks.rows import ROWS, Row
 NOT_INSTALLED = "not installed"
 FAILED = "failed"
 NOT_OFFERED = "-"
-PAIRS = (("zrpc", "tensorpipe"), ("zrpc-tcp", "tensorpipe-tcp"))
+PAIRS = (
+    ("zrpc", "tensorpipe"),
+    ("zrpc", "bare-memory"),
+    ("zrpc-tcp", "tensorpipe-tcp"),
+    ("zrpc-tcp", "bare-zeromq"),
+    ("zrpc-tcp", "bare-tcp"),
+)
 """Of these the table says how many times better the first is."""
 
 
