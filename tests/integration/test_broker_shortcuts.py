@@ -14,7 +14,7 @@ from tests.integration.broker_harness import TIMEOUT_S, Broker, Worker, running_
 from tests.unit.transport.endpoints import check_order, mixed_message
 from tests.waiting import until
 from zrpc.errors import PeerLostError
-from zrpc.transport import way
+from zrpc.transport import descriptors, way
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,3 +156,14 @@ def test_a_worker_that_shares_no_memory_is_reached_through_the_broker(broker: Br
     finally:
         a.close()
         b.close()
+
+
+def test_where_files_are_not_plenty_the_broker_is_the_way(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "are_plenty", lambda: False)
+    with workers(broker.address, "a", "b") as (a, b):
+        for number in range(20):
+            a.endpoint.send(b.incarnation, [b"%d" % number])
+        b.seen.wait(lambda: len(b.seen.frames) == 20)
+        path = a.endpoint._ways[b.incarnation]
+        assert path is not None
+        assert path._shortcut is None

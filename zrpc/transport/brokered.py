@@ -10,6 +10,7 @@ connection go, tells the others.
 
 Small messages between workers of one host pass the broker by (`zrpc.transport.shortcuts`). It relays what goes around,
 and tells of comings, goings and losses as ever; what somebody who is gone has sent on its shortcut is delivered before.
+They take no more than half of the files that this process may open: nobody who uses a broker raises that limit.
 
 A second thread, the watcher, reads the two sockets' monitors and drains the queue of what did not fit into the socket.
 """
@@ -93,7 +94,7 @@ class BrokeredEndpoint:
         receiver.send(b"")
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
-        self._shortcuts = Shortcuts.make(incarnation) if local else None
+        self._shortcuts = Shortcuts.make(incarnation, is_thrifty=True) if local else None
         self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self._shortcuts)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
@@ -191,7 +192,7 @@ class BrokeredEndpoint:
 
     def add_peer(self, peer: Incarnation) -> None:
         """A worker can be sent to from now on."""
-        way = Way(partial(Shortcut.make, self.incarnation, peer)) if self._local else None
+        way = Way(partial(Shortcut.make_thriftily, self.incarnation, peer)) if self._local else None
         with self._lock:
             self._ways.setdefault(peer, way)
 

@@ -6,6 +6,7 @@ calls wait until their time is over. So it is asked before a socket is made whet
 
 from __future__ import annotations
 
+import math
 import os
 
 from zrpc.errors import LimitError
@@ -37,7 +38,7 @@ def check_room(count: int) -> None:
         raise LimitError(
             f"no socket can be made, as this process may not open {count + SPARE} more files ({error.strerror}; "
             f"{describe()}). A worker needs {PER_PEER} files for each worker that it talks to: raise the limit with "
-            "`ulimit -n`, or use a broker, with which it needs 2 for each on its own host, and none for others"
+            "`ulimit -n`, or use a broker, with which it needs none"
         ) from error
     finally:
         for fd in held:
@@ -62,10 +63,12 @@ def make_room(count: int) -> bool:
 
 def is_scarce() -> bool:
     """Whether few more files can be opened."""
-    if resource is None:
-        return False
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft != resource.RLIM_INFINITY and count_open() + PER_ENDPOINT > soft
+    return count_open() + PER_ENDPOINT > _allowed()
+
+
+def are_plenty() -> bool:
+    """Whether this process has at most half of the files open that it may: more is for what it cannot do without."""
+    return count_open() * 2 <= _allowed()
 
 
 def count_open() -> int:
@@ -81,3 +84,10 @@ def describe() -> str:
     if resource is None:
         return "no limit is known"
     return f"{count_open()} of at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are open"
+
+
+def _allowed() -> float:
+    if resource is None:
+        return math.inf
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else soft

@@ -29,6 +29,8 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
+from zrpc.transport import descriptors
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -61,12 +63,14 @@ class Shortcuts:
 
     Args:
         me: whose it is.
+        is_thrifty: take connections in only while this process may open many more files.
 
     Raises:
         OSError: there cannot be one.
     """
 
-    def __init__(self, me: Incarnation) -> None:
+    def __init__(self, me: Incarnation, *, is_thrifty: bool = False) -> None:
+        self._is_thrifty = is_thrifty
         self._listener = _make_socket()
         try:
             self._listener.bind(_address(me))
@@ -83,10 +87,10 @@ class Shortcuts:
         self._ready: list[int] = []  # files
 
     @classmethod
-    def make(cls, me: Incarnation) -> Shortcuts | None:
+    def make(cls, me: Incarnation, *, is_thrifty: bool = False) -> Shortcuts | None:
         """The receiving end of that worker; None where there cannot be one."""
         try:
-            return cls(me) if sys.platform.startswith("linux") else None
+            return cls(me, is_thrifty=is_thrifty) if sys.platform.startswith("linux") else None
         except OSError:
             return None
 
@@ -156,6 +160,8 @@ class Shortcuts:
             try:
                 if not _is_of_this_user(sock):
                     raise PermissionError("another user's process connects")
+                if self._is_thrifty and not descriptors.are_plenty():
+                    raise OSError("files are for what cannot be done without")
                 sock.setblocking(False)
                 self._connections[sock.fileno()] = sock, b""
                 self._epoll.register(sock, select.EPOLLIN)
@@ -233,6 +239,11 @@ class Shortcut:
         except OSError:
             return None
 
+    @classmethod
+    def make_thriftily(cls, me: Incarnation, peer: Incarnation) -> Shortcut | None:
+        """The same, but only while this process may open many more files."""
+        return cls.make(me, peer) if descriptors.are_plenty() else None
+
     def send(self, frames: Sequence[Buffer]) -> bool:
         """Send one message; false: it must go around."""
         if len(frames) != 1 or not 0 < len(frames[0]) <= MAX_NBYTES or not self._is_open:
@@ -247,7 +258,7 @@ class Shortcut:
         except BlockingIOError:  # the peer is late to read
             return False
         except OSError:
-            self._is_open = False
+            self.close()
             return False
 
     def go_around(self) -> bytes:
@@ -268,6 +279,8 @@ class Shortcut:
 
         ZeroMQ drops what a Unix socket still holds, if its sender closes it while the receiver takes in no more.
         """
+        if not self._is_open:
+            return
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
@@ -285,11 +298,11 @@ class Shortcut:
             while mark := self._sock.recv(_MARK_NBYTES):
                 (number,) = _NUMBER.unpack(mark[len(_MARK) :])
                 self._confirmed = max(self._confirmed, min(number, self._around))
-            self._is_open = False
+            self.close()
         except BlockingIOError:
             pass
         except (OSError, struct.error):
-            self._is_open = False
+            self.close()
 
 
 def is_mark(frame: Buffer) -> bool:

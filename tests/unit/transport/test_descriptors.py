@@ -61,6 +61,13 @@ def test_scarce(set_limit: Callable[[int], None]) -> None:
     assert descriptors.is_scarce()
 
 
+def test_plenty(set_limit: Callable[[int], None]) -> None:
+    set_limit(descriptors.count_open() + 10)
+    assert descriptors.are_plenty()
+    set_limit(descriptors.count_open() - 10)
+    assert not descriptors.are_plenty(), "more than half are open"
+
+
 def test_a_socket_that_would_not_get_its_files_is_not_made(set_limit: Callable[[int], None]) -> None:
     with sockets.make_context() as context, sockets.make_socket(context, zmq.DEALER) as sock:
         set_limit(descriptors.PER_PEER)

@@ -16,7 +16,7 @@ import zmq
 from tests.unit.transport.endpoints import WAIT_S, Peer, check_order, mixed_message, peers
 from tests.waiting import until
 from zrpc.ids import new_incarnation
-from zrpc.transport import shortcuts, way
+from zrpc.transport import descriptors, shortcuts, way
 from zrpc.transport.inbox import SHORT_RUN, Inbox
 from zrpc.transport.io_thread import IoThread
 from zrpc.transport.outbox import send_frames
@@ -285,6 +285,29 @@ def test_one_that_cannot_be_looked_at_is_turned_away(monkeypatch: pytest.MonkeyP
             assert Shortcut.make(me, peer) is None
         assert not sender.send([b"x"])
         sender.close()
+
+
+def test_who_is_thrifty_makes_and_takes_in_none_where_files_are_not_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    me, peer = new_incarnation(), new_incarnation()
+    receiver = Shortcuts(peer, is_thrifty=True)
+    before = descriptors.count_open()
+    first = Shortcut.make_thriftily(me, peer)
+    assert first is not None
+    assert receiver.receive() is None
+    receiver.send_back(first.go_around(), me)
+    assert first.send([b"small"])
+    assert receiver.receive() == (me, b"small")
+    monkeypatch.setattr(descriptors, "are_plenty", lambda: False)
+    assert Shortcut.make_thriftily(me, peer) is None
+    second = Shortcut.make(new_incarnation(), peer)
+    assert second is not None
+    assert receiver.receive() is None
+    assert not second.send([b"small"]), "it goes around"
+    assert descriptors.count_open() == before + 2, "the ends of the first"
+    assert first.send([b"small"]), "the ones that there are stay"
+    assert receiver.receive() == (me, b"small")
+    first.close()
+    receiver.close()
 
 
 def test_one_that_says_something_else_first_is_turned_away() -> None:
