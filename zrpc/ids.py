@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 MAX_NAME_LENGTH = 128
 _NAME = re.compile(r"^[A-Za-z0-9\-_:]+$")
@@ -23,7 +23,7 @@ def new_incarnation() -> Incarnation:
 
 
 class WorkerInfo:
-    """A worker's name and rank: what a call may be addressed to.
+    """A worker's name and rank: what a call may be addressed to. Immutable.
 
     Args:
         name: 1 to 127 letters, digits, underscores, colons or dashes; unique in its group.
@@ -34,6 +34,8 @@ class WorkerInfo:
     """
 
     __slots__ = ("id", "name")
+    name: str
+    id: int
 
     def __init__(self, name: str, id: int) -> None:
         if not _NAME.fullmatch(name) or len(name) >= MAX_NAME_LENGTH:
@@ -41,8 +43,11 @@ class WorkerInfo:
                 f"Worker name must match {_NAME.pattern}, and must be non-empty and shorter than "
                 f"{MAX_NAME_LENGTH} chars, but got {name!r}"
             )
-        self.name = name
-        self.id = int(id)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "id", int(id))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a WorkerInfo cannot be changed: {name} is set by the group")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, WorkerInfo) and self.id == other.id and self.name == other.name

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import torch
+
 import zrpc as rpc
+import zrpc.autograd as dist_autograd
 from tests.integration.harness import is_member
 from tests.waiting import until
 
@@ -46,6 +49,17 @@ def ask_on() -> int:
     return rpc.rpc_sync("worker1", ask_guest)
 
 
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+def check_gradients() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with dist_autograd.context() as context_id:
+        dist_autograd.backward(context_id, [rpc.rpc_sync("worker0", thrice, args=(x,)).sum()])
+        assert torch.equal(dist_autograd.get_gradients(context_id)[x], torch.full((2,), 3.0))
+
+
 def program(rank: int, method: str) -> None:
     global _number
     options = rpc.RpcBackendOptions(init_method=method)
@@ -62,6 +76,7 @@ def program(rank: int, method: str) -> None:
         for _ in range(CALLS if life == 0 else 1):
             assert rpc.rpc_sync("worker0", hand_on, args=(rpc.RRef(life),)) == life
             assert rpc.rpc_sync("worker0", ask_on) == life
+        check_gradients()
         if life == LIVES - 1:
             for name in ("worker0", "worker1"):
                 rpc.rpc_sync(name, end)

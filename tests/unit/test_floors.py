@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc",),
     ("zrpc.compat",),
     ("zrpc.cli",),
+    ("zrpc.__main__",),
 )
 """From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
 

@@ -31,6 +31,14 @@ def test_worker_infos_are_values() -> None:
     assert pickle.loads(pickle.dumps(info)) == info
 
 
+@pytest.mark.parametrize("attribute", ["name", "id", "other"])
+def test_worker_infos_cannot_be_changed(attribute: str) -> None:
+    info = WorkerInfo("ps", 1)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        setattr(info, attribute, 2)
+    assert info == WorkerInfo("ps", 1)
+
+
 def test_global_ids_are_tuples_with_words() -> None:
     assert GlobalId(1, 2) == (1, 2)
     assert repr(GlobalId(1, 2)) == "GloballyUniqueId(created_on=1, local_id=2)"

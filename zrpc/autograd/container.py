@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 RANK_SHIFT = 48
 """A context id has its creator's rank in the upper 16 bits and a counter in the lower 48, as torch's."""
+
+FIRST_MAX = 1 << 46
+"""The counter begins anywhere below: the contexts of a worker that comes again under its rank are other ones."""
 
 MAX_RELEASED = 4096
 """How many released contexts of other workers are remembered, so that late messages do not make them again."""
@@ -32,7 +36,7 @@ class ContextContainer:
     def __init__(self, rank: Callable[[], int], on_foreign: Callable[[int], None] = lambda _: None) -> None:
         self._rank = rank
         self._on_foreign = on_foreign
-        self._counter = itertools.count()
+        self._counter = itertools.count(random.SystemRandom().randrange(FIRST_MAX))
         self._lock = threading.Lock()
         self._contexts: dict[int, DistAutogradContext] = {}
         self._released: OrderedDict[int, None] = OrderedDict()

@@ -12,9 +12,9 @@ from zrpc.autograd import gradients as codec
 from zrpc.autograd.backward_pass import Arrived, BackwardPass, ForSend
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
-from zrpc.errors import AgentClosedError, AutogradError, UnknownWorkerError
+from zrpc.errors import AgentClosedError, AutogradError, PeerLostError, UnknownWorkerError
 from zrpc.rref.janitor import Janitor
-from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, Message, ReleaseContexts
+from zrpc.wire.messages import AbortBackward, BackwardRequest, JoinContexts, MarkSends, Message, ReleaseContexts
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +107,14 @@ class AutogradService:
                 self._arrive(backward, lambda: codec.unpack_several(call.result()))
             done(error)
 
-        worker = self._agent.members.by_rank(info.source)
-        call = self._agent.request(worker, message, codec.pack(gradients), goes_back=not info.by_answer)
+        call = self._agent.request(
+            self._member(info.source), message, codec.pack(gradients), goes_back=not info.by_answer
+        )
         call.add_done_callback(answered)
 
     def may_answer_with(self, info: RecvInfo) -> bool:
         """See `Peers.may_answer_with`."""
-        routes = self._agent.routes(self._agent.members.by_rank(info.source))
+        routes = self._agent.routes(self._member(info.source))
         return routes.requests.devices == routes.replies.devices
 
     def watch(self, rank: int) -> None:
@@ -173,6 +174,19 @@ class AutogradService:
         request.reply()
         return (lambda: _do_all(work)) if work else None
 
+    def on_join(self, request: Request[JoinContexts]) -> None:
+        """Serve one who knows contexts of this worker from somebody who is gone, on the reading thread."""
+        over = []
+        for context_id in request.message.context_ids:
+            context = self.contexts.find(context_id)
+            if context is not None:
+                context.add_known_worker(request.source.id)
+            if self.contexts.find(context_id) is None:  # it may have ended just before it was told who knows it
+                over.append(context_id)
+        request.reply()
+        if over:
+            self._notify(request.source.id, ReleaseContexts(over))
+
     def on_abort(self, request: Request[AbortBackward]) -> None:
         """Serve the end of a failed pass, on the reading thread."""
         message = request.message
@@ -182,12 +196,23 @@ class AutogradService:
         request.reply()
 
     def on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
-        """A peer is gone: its contexts are over, and so are passes that wait for gradients from it."""
+        """A peer is gone: its contexts are over, and so are passes that wait for gradients from it.
+
+        It may have been the only one to tell this worker of others' contexts, and of their end: so it is their creators
+        who are to tell from now on.
+        """
+        known: defaultdict[int, list[int]] = defaultdict(list)
         for context in self.contexts.all():
-            if context.context_id >> RANK_SHIFT == worker.id:
+            creator = context.context_id >> RANK_SHIFT
+            if creator == worker.id:
                 self._release(context.context_id, _at_once)
-            elif (active := context.active) is not None:
+                continue
+            known[creator].append(context.context_id)
+            if (active := context.active) is not None:
                 active.lose(worker.id, f"{worker}, which is lost: {reason}")
+        for creator, context_ids in known.items():
+            if creator != self.rank:
+                self._notify(creator, JoinContexts(context_ids))
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -289,8 +314,13 @@ class AutogradService:
 
     def _ask(self, rank: int, message: Message, payload: Payload | None, done: Done) -> None:
         """Send a request; `done(error)` is called with its outcome, maybe on the reading thread."""
-        worker = self._agent.members.by_rank(rank)
-        self._agent.request(worker, message, payload).add_done_callback(lambda call: done(call.error))
+        self._agent.request(self._member(rank), message, payload).add_done_callback(lambda call: done(call.error))
+
+    def _member(self, rank: int) -> WorkerInfo:
+        worker = self._worker(rank)
+        if worker is None:  # a group that may shrink does not know any more who that was
+            raise PeerLostError(f"the worker of rank {rank} is not in the group any more")
+        return worker
 
     def _worker(self, rank: int) -> WorkerInfo | None:
         try:

@@ -10,7 +10,7 @@ from zrpc.autograd.ddp import watch_models
 from zrpc.autograd.hook import AutogradHook
 from zrpc.autograd.service import AutogradService
 from zrpc.rref.ledger import Ledger
-from zrpc.wire.messages import AbortBackward, BackwardRequest, MarkSends, ReleaseContexts
+from zrpc.wire.messages import AbortBackward, BackwardRequest, JoinContexts, MarkSends, ReleaseContexts
 
 if TYPE_CHECKING:
     from zrpc.agent.agent import Agent
@@ -24,6 +24,7 @@ def install(agent: Agent) -> None:
     agent.handle(BackwardRequest, service.on_backward, inline=True)
     agent.handle(MarkSends, service.on_mark, inline=False)
     agent.handle(ReleaseContexts, service.on_release, inline=True)
+    agent.handle(JoinContexts, service.on_join, inline=True)
     agent.handle(AbortBackward, service.on_abort, inline=True)
     agent.on_peer_lost(service.on_peer_lost)
     if Ledger in agent.extensions:

@@ -138,6 +138,7 @@ class RemoteModule(nn.Module):
     def train(self, mode: bool = True) -> RemoteModule:
         """Put the remote module into training mode (or, if not `mode`, evaluation mode)."""
         rpc_sync(self.on, _set_training, args=(self.module_rref, mode))
+        self.training = mode
         return self
 
     def eval(self) -> RemoteModule:

@@ -63,6 +63,9 @@ class PeerEndpoint:
         self.incarnation = incarnation
         self._context, carrier = io_thread.make_context()
         router = sockets.make_socket(self._context, zmq.ROUTER)
+        # A peer connects again while this process stands still, for which the connection before is still there: without
+        # this the new one would be taken in and never read.
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
             self.address = sockets.bind(router, bind)
             if local and sys.platform.startswith("linux"):

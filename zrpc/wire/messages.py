@@ -285,6 +285,14 @@ class MarkSends(Message):
     autograd_message_ids: list[GlobalId]
 
 
+@_message(35, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class JoinContexts(Message):
+    """The sender knows these contexts of the receiver's: tell it when they are over, at once if they are."""
+
+    context_ids: list[int]
+
+
 # ---- worker and broker -----------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import Function
 
 from tests.unit.autograd.cluster import Cluster, Worker
 from tests.waiting import until
+from zrpc.autograd.container import ContextContainer
 from zrpc.autograd.leaves import _taps
 from zrpc.errors import AgentClosedError, AutogradError, PeerLostError
 from zrpc.ids import GlobalId
@@ -19,6 +21,8 @@ from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from zrpc.autograd.functions import RecvInfo
 
 
 @pytest.fixture
@@ -214,6 +218,34 @@ def test_a_context_ends_everywhere(cluster: Cluster) -> None:
     )
 
 
+def test_a_context_ends_where_a_worker_told_of_it_that_is_gone(cluster: Cluster) -> None:
+    first, second, third = cluster.workers
+    with first.context() as context_id:
+        first.call(second, lambda worker: worker.call(third, lambda _: None))
+        cluster.kill(second)
+        until(
+            lambda: first.service.contexts.get(context_id)._known_worker_ids() == {1, 2},
+            "the creator knows who else has the context",
+        )
+        assert third.service.contexts.find(context_id) is not None
+    until(lambda: third.service.contexts.find(context_id) is None, "the context is released")
+
+
+def test_a_context_that_is_over_ends_where_nobody_told_of_its_end(cluster: Cluster) -> None:
+    first, second, third = cluster.workers
+    with first.context() as context_id:
+        pass
+    assert third.service.contexts.get_or_create(context_id) is not None, "a call is late, and its sender dies"
+    cluster.kill(second)
+    until(lambda: third.service.contexts.find(context_id) is None, "the context is released")
+
+
+def test_a_worker_that_a_group_does_not_know_any_more_is_lost(cluster: Cluster) -> None:
+    info = SimpleNamespace(source=7)
+    with pytest.raises(PeerLostError, match="the worker of rank 7 is not in the group any more"):
+        cluster.workers[0].service.may_answer_with(cast("RecvInfo", info))
+
+
 def test_a_late_message_does_not_bring_a_context_back(cluster: Cluster) -> None:
     first, second, _ = cluster.workers
     with first.context() as context_id:
@@ -237,6 +269,13 @@ def test_ids_have_the_rank_above_a_counter(cluster: Cluster) -> None:
             seen.add(context_id)
     assert len(seen) == 3
     assert worker.service.contexts.max_id == (2 << 48) + 281474976710655
+
+
+def test_who_comes_again_under_a_rank_has_other_contexts() -> None:
+    lives = [ContextContainer(lambda: 2) for _ in range(2)]
+    first, second = (life.new().context_id for life in lives)
+    assert first >> 48 == second >> 48 == 2
+    assert first != second
 
 
 def test_a_thread_has_one_context_at_a_time(cluster: Cluster) -> None:

@@ -28,6 +28,12 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage:" in output
 
 
+def test_it_is_a_module_too() -> None:
+    command = [sys.executable, "-m", "zrpc", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"zrpc {importlib.metadata.version('zrpc')}\n"
+
+
 @pytest.mark.parametrize("args", [["nonsense"], ["broker", "--missed", "x"], ["launch"], ["launch", "-n", "0", "x.py"]])
 def test_bad_input_exits_with_2(args: list[str]) -> None:
     assert zrpc(*args)[0] == 2

@@ -143,8 +143,10 @@ def test_training_mode_is_the_remote_modules() -> None:
     module = RemoteModule("w1/cpu", Sum)
     assert module.eval() is module
     assert not module.get_module_rref().local_value().training
+    assert not module.training
     module.train()
     assert module.get_module_rref().local_value().training
+    assert module.training
 
 
 @pytest.mark.parametrize("name", [*home._UNSUPPORTED, "parameters"])

@@ -359,3 +359,16 @@ def test_a_message_of_no_worker_does_no_harm() -> None:
 def test_loopback_is_the_default_of_the_tests() -> None:
     with peers(1) as (a,):
         assert a.endpoint.address.startswith(LOOPBACK[:-1])
+
+
+def test_a_connection_that_comes_again_is_read_though_the_one_before_still_stands() -> None:
+    source = new_incarnation()
+    with peers(1) as (b,), sockets.make_context() as context:
+        before, again = (sockets.make_socket(context, zmq.DEALER, identity=source) for _ in range(2))
+        with before, again:
+            sockets.connect(before, b.endpoint.address)
+            before.send(b"before")
+            assert b.arrivals.wait_messages(1) == [(source, [b"before"])]
+            sockets.connect(again, b.endpoint.address)
+            again.send(b"again")
+            assert b.arrivals.wait_messages(2)[1:] == [(source, [b"again"])]

@@ -23,6 +23,7 @@ from zrpc.wire.messages import (
     Failure,
     Forming,
     Heartbeat,
+    JoinContexts,
     Joined,
     Leave,
     Left,
@@ -67,6 +68,7 @@ GOLDEN: list[tuple[Message, str]] = [
     (BackwardRequest(1 << 48, R, F, True), "98011e0794cf00010000000000009201029203ce00011170c3c09090c400"),
     (RRefBackward(R, F, 5, False), "98011f07949201029203ce0001117005c2c09090c400"),
     (ReleaseContexts([5, 7]), "9801200791920507c09090c400"),
+    (JoinContexts([5, 7]), "9801230791920507c09090c400"),
     (AbortBackward(5, F, "why"), "9801210793059203ce00011170a3776879c09090c400"),
     (MarkSends(5, F, True, [R, F]), "9801220794059203ce00011170c3929201029203ce00011170c09090c400"),
     (

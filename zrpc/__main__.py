@@ -1,0 +1,5 @@
+"""The console command `zrpc`, as `python -m zrpc`."""
+
+from zrpc.cli import main
+
+main()
