@@ -62,7 +62,7 @@ class PeerEndpoint:
     def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False) -> None:
         self.incarnation = incarnation
         self._context, carrier = io_thread.make_context()
-        router = sockets.make_socket(self._context, zmq.ROUTER)
+        router = sockets.make_socket(self._context, zmq.ROUTER, heartbeats=False)
         # A peer connects again while this process stands still, for which the connection before is still there: without
         # this the new one would be taken in and never read.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -200,7 +200,7 @@ class PeerEndpoint:
             address = self._addresses.get(peer)
             if self._closed or peer in self._lost or address is None:
                 raise self._gone(peer)
-            sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation)
+            sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation, heartbeats=False)
             try:
                 monitor = sockets.make_monitor(self._context, sock, EVENTS)
             except zmq.ZMQError:

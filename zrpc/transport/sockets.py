@@ -1,7 +1,8 @@
 """Making ZeroMQ sockets: the one place where their options, and later their keys, are set.
 
-Every socket gets linger 0 at its creation (an exit never waits for a peer that is gone), ZMTP heartbeats (a TCP
-connection that died silently is noticed), a bounded high-water mark and a bounded message size.
+Every socket gets linger 0 at its creation (an exit never waits for a peer that is gone), a bounded high-water mark and
+a bounded message size. A connection that died silently is noticed by ZMTP heartbeats, which a process that stands still
+does not answer, or by the kernel, which does not mind that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ Socket = zmq.Socket[bytes]
 
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 10_000
+KEEPALIVE_S = 5
+UNACKNOWLEDGED_MAX_MS = 15_000
+"""So long the other host's kernel may say nothing, or take no data as the process there does not read it."""
 HIGH_WATER_MARK = 10_000
 MAX_FRAME_NBYTES = 1 << 40
 BACKLOG = 1024
@@ -54,8 +58,16 @@ def make_context() -> Context:
     return context
 
 
-def make_socket(context: Context, kind: int, identity: bytes | None = None) -> Socket:
+def make_socket(context: Context, kind: int, identity: bytes | None = None, *, heartbeats: bool = True) -> Socket:
     """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has.
+
+    Args:
+        context: whose it is.
+        kind: its type.
+        identity: its routing id.
+        heartbeats: connections end where the other process stands still, and what lies unread in them is lost. Else
+            they end where the other host's kernel is silent, or the process there has not read for long what fills
+            the kernel's buffers.
 
     Raises:
         LimitError: this process may not open the files that the socket, its monitor and its connection need.
@@ -67,8 +79,14 @@ def make_socket(context: Context, kind: int, identity: bytes | None = None) -> S
     sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
     sock.setsockopt(zmq.BACKLOG, BACKLOG)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    if heartbeats:
+        sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    else:
+        sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+        sock.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MAX_MS)
     sock.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
     sock.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)

@@ -168,6 +168,13 @@ def test_every_socket_is_made_with_the_same_options(make: Make) -> None:
     assert sock.getsockopt(zmq.MAXMSGSIZE) == sockets.MAX_FRAME_NBYTES
 
 
+def test_the_kernel_may_say_who_is_gone_instead_of_heartbeats() -> None:
+    with sockets.make_context() as context, sockets.make_socket(context, zmq.DEALER, heartbeats=False) as sock:
+        assert sock.getsockopt(zmq.HEARTBEAT_IVL) == 0
+        assert sock.getsockopt(zmq.TCP_KEEPALIVE) == 1
+        assert sock.getsockopt(zmq.TCP_MAXRT) == sockets.UNACKNOWLEDGED_MAX_MS
+
+
 def test_a_socket_may_have_an_identity() -> None:
     with sockets.make_context() as context, sockets.make_socket(context, zmq.DEALER, identity=b"12345678") as sock:
         assert sock.getsockopt(zmq.ROUTING_ID) == b"12345678"
