@@ -28,7 +28,7 @@ Socket = zmq.Socket[bytes]
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 10_000
 KEEPALIVE_S = 5
-UNACKNOWLEDGED_MAX_MS = 15_000
+UNACKNOWLEDGED_MAX_MS = 30_000
 """So long the other host's kernel may say nothing, or take no data as the process there does not read it."""
 HIGH_WATER_MARK = 10_000
 MAX_FRAME_NBYTES = 1 << 40
