@@ -3,7 +3,7 @@
 python -m benchmarks                              all, three rounds: about 10 minutes on 2 cores
 python -m benchmarks --rounds 1 --quick           a look: about 2 minutes
 python -m benchmarks --only zrpc,grpc --rows noop,sink_16MB
-python -m benchmarks --limits                     zrpc and TensorPipe beside what the machine allows: about 5 minutes
+python -m benchmarks --limits                     zrpc and TensorPipe beside what the machine allows: about 3 minutes
 
 The contenders run in turn, A B C A B C, each in fresh processes. The table is printed and written to
 benchmarks/results/contenders.md (with limits to limits.md), the picture beside it. A contender that is not installed
