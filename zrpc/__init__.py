@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zrpc.rref.rref import RRef as RRef
 
 _HOMES = {
-    "Future": "zrpc.agent.future",
+    "Future": "zrpc.agent.collection",  # which lets torch.futures see failures of its futures
     "RRef": "zrpc.rref.rref",
     "RpcBackendOptions": "zrpc.config",
     "WorkerInfo": "zrpc.ids",

@@ -59,7 +59,11 @@ class DeviceError(ZrpcError):
 
 
 class RemoteError(ZrpcError):
-    """A remote exception whose own type could not be rebuilt here; the message holds the remote traceback."""
+    """A remote exception whose own class could not be made here.
+
+    It is also of the nearest base class that could be, if that says more than `Exception`; else its message holds the
+    remote traceback.
+    """
 
 
 class RRefError(ZrpcError):

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
@@ -316,7 +317,7 @@ class Agent:
             raise ProtocolError(f"{type(message).__name__} is not idempotent: it must not be sent twice")
 
         def settle(call: Call) -> None:
-            if isinstance(call.error, RpcTimeoutError) and not self._closed:
+            if issubclass(type(call.error), RpcTimeoutError) and not self._closed:
                 self.submit(lambda: self.notify(to, message, on_done))
             elif on_done is not None:
                 on_done(call.error)

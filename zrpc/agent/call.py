@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
+from zrpc.exception_text import without_traceback
 from zrpc.staging import handover
 from zrpc.wire.messages import Failure
 
@@ -213,4 +214,4 @@ class Call:
             if handover.streams is not None:
                 self._mark = handover.streams.mark()
         except BaseException as error:
-            self._error = error.with_traceback(None)  # the same; and where it was unpacked is of no interest
+            self._error = without_traceback(error)  # the same; and where it was unpacked is of no interest

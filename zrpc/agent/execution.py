@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zrpc.errors import ProtocolError
+from zrpc.exception_text import log_error, text_of
 from zrpc.wire import pickling
 
 if TYPE_CHECKING:
@@ -40,8 +42,13 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     observer = _observer
     if observer is None:
         return func(*args, **kwargs)
-    with observer():
-        return func(*args, **kwargs)
+    failures: list[BaseException] = []
+    with observer():  # no error passes through it: see `Request.run`
+        try:
+            return func(*args, **kwargs)
+        except BaseException as failure:
+            failures.append(failure)
+    raise failures.pop()
 
 
 def execute_python(payload: Payload) -> Any:
@@ -49,17 +56,27 @@ def execute_python(payload: Payload) -> Any:
 
     Raises:
         SerializationError: this process lacks the function.
+        TypeError: it is an `async def` function.
         RuntimeError: the function is TorchScript and raised anything.
         Exception: whatever the function raises.
     """
     func, args, kwargs = pickling.loads(payload)
     payload.let_go()
     try:
-        return _run(func, args, kwargs)
+        result = _run(func, args, kwargs)
+        if isinstance(result, CoroutineType):
+            result.close()  # it is not to be awaited, and says so otherwise
+            raise TypeError(
+                f"{result.__qualname__} is an `async def` function (a coroutine function), which a worker does not "
+                "run: call a function that runs it, with asyncio.run() for example"
+            )
+        return result
     except torch.jit.Error as error:
         if not isinstance(func, torch.jit.ScriptFunction):
             raise
-        raise RuntimeError(str(error)) from error  # as from an operator: callers of compiled code expect no class of it
+        raise RuntimeError(
+            text_of(error)
+        ) from error  # as from an operator: callers of compiled code expect no class of it
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
@@ -127,7 +144,7 @@ def when_done(
     def finish(future: torch.futures.Future[Any]) -> None:
         try:
             value = future.wait()
-        except Exception as error:
+        except BaseException as error:
             on_error(error)
         else:
             on_value(value)
@@ -140,31 +157,29 @@ def when_done(
 
 def serve_python(request: Request[PythonCall]) -> None:
     """Handle a `PythonCall`. Runs on a handler thread."""
-    try:
-        with request.context():
-            if not request.message.async_execution:
-                request.reply(pickling.dumps(execute_python(request.payload)))
-                return
-            when_done(
-                execute_python(request.payload),
-                "this one",
-                lambda value: _reply(request, value),
-                request.fail,
-            )
-    except BaseException as error:
-        log.error("a function called by %s raised", request.source, exc_info=error)
-        request.fail(error)
+
+    def work() -> None:
+        result = execute_python(request.payload)
+        if request.message.async_execution:
+            when_done(result, "this one", lambda value: _reply(request, value), request.fail)
+        else:
+            request.reply(pickling.dumps(result))
+
+    failure = request.run(work)
+    if failure is not None:
+        log_error(log, "a function called by %s raised", request.source, error=failure)
+        del failure
 
 
 def serve_builtin(request: Request[BuiltinCall]) -> None:
     """Handle a `BuiltinCall`."""
-    try:
-        with request.context():
-            payload = pickling.dumps(execute_builtin(request.message.op, request.payload))
-            payload.is_unseen = request.message.op.startswith("aten::")  # others may be anybody's code
-            request.reply(payload)
-    except BaseException as error:
-        request.fail(error)
+
+    def work() -> None:
+        payload = pickling.dumps(execute_builtin(request.message.op, request.payload))
+        payload.is_unseen = request.message.op.startswith("aten::")  # others may be anybody's code
+        request.reply(payload)
+
+    request.run(work)
 
 
 def _reply(request: Request[PythonCall], value: Any) -> None:

@@ -19,8 +19,9 @@ import torch
 
 from zrpc.agent.pool import blocking
 from zrpc.errors import ZrpcError
+from zrpc.exception_text import cause_of, context_of, describe, is_interrupt, without_traceback
 from zrpc.staging import handover
-from zrpc.wire.exceptions import RemoteTraceback
+from zrpc.wire.exceptions import remote_traceback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -53,14 +54,16 @@ class Token:
 
     def __init__(self, failure: Failure) -> None:
         self._failure = weakref.ref(failure)
-        self._error: Exception = RuntimeError(f"{type(failure.error).__name__}: {failure.error}")
+        self._error: Exception = RuntimeError(describe(failure.error))
 
     def take(self, error: Exception) -> None:
         """The Python part goes: from now on the token holds the error, without the ways back."""
-        link: BaseException | None = error
-        while link is not None and link.__traceback__ is not None:
-            link.__traceback__ = None
-            link = link.__cause__ or link.__context__
+        links: list[BaseException] = [error]
+        seen: set[int] = set()
+        while links:
+            link = without_traceback(links.pop())
+            seen.add(id(link))
+            links += [one for one in (cause_of(link), context_of(link)) if one is not None and id(one) not in seen]
         self._error = error
 
     def raise_error(self) -> None:
@@ -108,10 +111,11 @@ class Future(torch.futures.Future[T]):
             return
         error = failure.error
         if not failure.seen and not self._has_callback:
-            where = f"\n{error.__cause__}" if isinstance(error.__cause__, RemoteTraceback) else ""
-            text = "%s failed, and nobody asked for its outcome: %s: %s%s"
+            remote = remote_traceback(error)
+            where = f"\n{remote}" if remote is not None else ""
+            text = "%s failed, and nobody asked for its outcome: %s%s"
             # Without exc_info: to format a traceback parses source, and Python 3.11 cannot do that within a parse.
-            log.warning(text, self.origin, type(error).__name__, error, where)
+            log.warning(text, self.origin, describe(error), where)
         token.take(error)
 
     def set_exception(self, result: Any) -> None:
@@ -198,7 +202,7 @@ def fail(future: torch.futures.Future[Any], error: Exception) -> None:
 
 
 def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
-    """End `future` with what `make` returns or raises. What is no error, such as Ctrl-C, is raised here too.
+    """End `future` with what `make` returns or raises. What interrupts this thread, as Ctrl-C does, is raised here too.
 
     The error's traceback keeps the frames of this function and its callers. If none of them still has the future, it
     goes as soon as the program drops it, and need not wait for the garbage collector to say that it failed.
@@ -208,9 +212,10 @@ def settle(future: torch.futures.Future[T], make: Callable[[], T]) -> None:
     except Exception as error:
         fail(future, error)
         del future
-    except BaseException as interrupt:
-        fail(future, ZrpcError(f"the outcome was lost when {type(interrupt).__name__} interrupted who was to make it"))
-        raise
+    except BaseException as failure:
+        fail(future, ZrpcError(f"the outcome was lost: {describe(failure)} was raised while it was made"))
+        if is_interrupt(failure):
+            raise
     else:
         if handover.streams is not None and isinstance(future, Future):
             future._mark = handover.streams.mark()
@@ -233,9 +238,7 @@ def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.f
     except RuntimeError:
         raise
     except Exception as error:
-        raise RuntimeError(
-            f"Got the following error when running the callback: {type(error).__name__}: {error}"
-        ) from error
+        raise RuntimeError(f"Got the following error when running the callback: {describe(error)}") from error
 
 
 class Answer:

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from zrpc.exception_text import log_error
 from zrpc.threads import join
 
 if TYPE_CHECKING:
@@ -138,8 +139,9 @@ class HandlerPool:
                     task()
                 else:
                     self.around(task)
-            except BaseException:
-                log.exception("a handler thread's task failed")
+            except BaseException as error:
+                log_error(log, "a handler thread's task failed", error=error)
+                del error
             del task
             with self._lock:
                 if len(self._threads) - self._waiting > self._size and self._queue.empty():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from zrpc.agent.pool import blocking
+from zrpc.exception_text import log_error
 from zrpc.wire.messages import Message
 from zrpc.wire.payload import Payload, open_payload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zrpc.agent.hooks import CallHook, Hooks
     from zrpc.ids import WorkerInfo
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from zrpc.wire.route import Stager
 
 M = TypeVar("M", bound=Message)
+
+log = logging.getLogger("zrpc")
 
 _nothing = nullcontext()
 
@@ -88,6 +92,37 @@ class Request(Generic[M]):
             for hook, meta in asked:
                 stack.enter_context(hook.receive(self.source, meta, self.payload, False))
             yield
+
+    def run(self, work: Callable[[], None]) -> BaseException | None:
+        """Run `work`, which answers, in what the caller's hooks ask for. What it raises is the answer.
+
+        An error does not pass through the contexts of the hooks: `contextlib` cannot take one whose class is frozen.
+
+        Returns:
+            What it raised.
+        """
+        failures: list[BaseException] = []
+        try:
+            with self.context():
+                try:
+                    work()
+                except BaseException as failure:
+                    failures.append(failure)
+        except BaseException as failure:
+            failures.append(failure)
+        if not failures:
+            return None
+        if self.answered:
+            log_error(
+                log,
+                "%s of %s was answered, and then failed",
+                type(self.message).__name__,
+                self.source,
+                error=failures[0],
+            )
+        else:
+            self.fail(failures[0])
+        return failures.pop()
 
     def reply(self, payload: Payload | None = None) -> None:
         """Answer that the request was carried out, with what came of it."""

@@ -15,6 +15,7 @@ from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import Request
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
+from zrpc.exception_text import log_error
 from zrpc.transport.lanes import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception
 from zrpc.wire.messages import Message, Reply
@@ -189,8 +190,8 @@ class Server:
         except (PeerLostError, AgentClosedError):
             raise
         except Exception as unsendable:
-            failure, rebuilt_from = dump_exception(unsendable if error is None else error)
-            self._peers.send(to, seal(failure, request.call_id, rebuilt_from if error is None else None, None))
+            failure, rebuilt_from = dump_exception(unsendable if error is None else error, attachments=False)
+            self._peers.send(to, seal(failure, request.call_id, rebuilt_from, None))
             return True
         if payload is not None and payload.after is not None:
             payload.after()
@@ -207,7 +208,7 @@ class Server:
             except (PeerLostError, AgentClosedError):
                 raise
             except Exception as unsendable:
-                failure, rebuilt_from = dump_exception(unsendable)
+                failure, rebuilt_from = dump_exception(unsendable, attachments=False)
                 self._peers.send(to, seal(failure, request.call_id, rebuilt_from, None))
         except (PeerLostError, AgentClosedError) as gone:
             log.debug("the answer to %s was not sent: %s", to, gone)
@@ -228,7 +229,7 @@ def _run(handler: Handler, request: Request[Any]) -> Work | None:
         return handler(request)
     except BaseException as error:
         if request.answered:
-            log.exception("the handler of %s failed after its answer", type(request.message).__name__)
+            log_error(log, "the handler of %s failed after its answer", type(request.message).__name__, error=error)
         else:
             request.fail(error)
     return None

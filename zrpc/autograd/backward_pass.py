@@ -29,6 +29,7 @@ from zrpc.autograd.ddp import WholeLeaves
 from zrpc.autograd.local import LocalPass
 from zrpc.autograd.marking import Further, Marking
 from zrpc.errors import AutogradError, PeerLostError, RpcTimeoutError
+from zrpc.exception_text import set_cause, text_of
 from zrpc.staging import handover
 
 if TYPE_CHECKING:
@@ -294,10 +295,10 @@ class BackwardPass:
 
     def _described(self, error: BaseException) -> BaseException:
         """`error` with the rank of the worker where it came up, for those elsewhere."""
-        if isinstance(error, AutogradError) and str(error).startswith(_PREFIX):
+        if isinstance(error, AutogradError) and text_of(error).startswith(_PREFIX):
             return error
-        described = AutogradError(f"{_PREFIX}{self._peers.rank}: {error}")
-        described.__cause__ = error
+        described = AutogradError(f"{_PREFIX}{self._peers.rank}: {text_of(error)}")
+        set_cause(described, error)
         return described
 
     # ---- what goes out ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from zrpc.autograd.backward_pass import Arrived, BackwardPass, ForSend
 from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
 from zrpc.errors import AgentClosedError, AutogradError, PeerLostError, UnknownWorkerError
+from zrpc.exception_text import text_of
 from zrpc.rref.janitor import Janitor
 from zrpc.wire.messages import AbortBackward, BackwardRequest, JoinContexts, MarkSends, Message, ReleaseContexts
 
@@ -60,7 +61,7 @@ class AutogradService:
             backward.drive(roots, sends)
         except BaseException as error:
             backward.fail(error)
-            self._call_off(context, backward.pass_id, str(error))
+            self._call_off(context, backward.pass_id, text_of(error))
             raise
 
     def release(self, context_id: int) -> None:

@@ -46,7 +46,6 @@ ATTRIBUTES = {
     "torch.distributed.optim": {"DistributedOptimizer": "zrpc.compat.optimizer"},
     "torch.distributed.nn": {"RemoteModule": "zrpc.nn.remote_module"},
     "torch.nn.parallel.distributed": {"RRef": "zrpc.rref.rref", "RPC_AVAILABLE": "zrpc.compat.native"},
-    "torch.futures": {"collect_all": "zrpc.compat.futures", "wait_all": "zrpc.compat.futures"},
 }
 """Module of torch -> names in it, each with the module of zrpc that has the replacement under the same name."""
 

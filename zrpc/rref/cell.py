@@ -6,7 +6,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.pool import blocking
-from zrpc.errors import RpcTimeoutError
+from zrpc.errors import RemoteError, RpcTimeoutError
+from zrpc.exception_text import describe, set_cause
 from zrpc.staging import handover
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class Cell:
         self._set(value, None)
 
     def set_error(self, error: BaseException) -> None:
-        """As `set_value`: whoever asks for the value gets `error` raised."""
+        """As `set_value`: to ask for the value raises `error`, or tells of it if it would end a thread that asks."""
+        if not issubclass(type(error), Exception):
+            raised, error = error, RemoteError(f"making the value raised {describe(error)}")
+            set_cause(error, raised)
         self._set(None, error)
 
     def when_set(self, callback: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.execution import execute_builtin, execute_python, when_done
 from zrpc.errors import RpcTimeoutError, RRefError
+from zrpc.exception_text import text_of
 from zrpc.rref.cell import Cell
 from zrpc.rref.ledger import Ledger
 from zrpc.rref.owners import Availability
@@ -89,8 +90,8 @@ class RRefContext(Ledger):
 
         def answered(call: Call) -> None:
             error = call.error
-            if error is not None and not isinstance(error, RpcTimeoutError):  # else the function may still run
-                cell.set_error(RRefError(f"RRef creation via rpc.remote() failed: {error}"))
+            if error is not None and not issubclass(type(error), RpcTimeoutError):  # else the function may still run
+                cell.set_error(RRefError(f"RRef creation via rpc.remote() failed: {text_of(error)}"))
                 self._decide(lambda table: table.finish_here(rref_id))
 
         try:
@@ -173,11 +174,7 @@ class RRefContext(Ledger):
             return None
 
         def answer() -> None:
-            try:
-                with request.context():
-                    request.reply(pickling.dumps(cell.get()))
-            except BaseException as error:
-                request.fail(error)
+            request.run(lambda: request.reply(pickling.dumps(cell.get())))
 
         if cell.is_set():
             return answer
@@ -191,13 +188,12 @@ class RRefContext(Ledger):
         if cell is None:
             return
 
+        def work() -> None:
+            backward_from(self, cell.get(), message.context_id, message.retain_graph)
+            request.reply()
+
         def run() -> None:
-            try:
-                with request.context():
-                    backward_from(self, cell.get(), message.context_id, message.retain_graph)
-                request.reply()
-            except BaseException as error:
-                request.fail(error)
+            request.run(work)
 
         cell.when_set(lambda: self.agent.submit(run))
 

@@ -10,6 +10,7 @@ from zrpc.agent.current import current_agent
 from zrpc.agent.future import Future, future_of, settle
 from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
 from zrpc.errors import RpcTimeoutError, RRefError
+from zrpc.exception_text import describe, text_of
 from zrpc.rref.cell import Cell
 from zrpc.rref.forkdata import ForkData
 from zrpc.rref.ledger import Ledger
@@ -276,13 +277,13 @@ class RRef(Generic[T]):
             RRefError: anything else went wrong.
         """
         error = self._call.error if self._call is not None and self._call.done() else None
-        if isinstance(error, RpcTimeoutError):
+        if error is not None and issubclass(type(error), RpcTimeoutError):
             raise RpcTimeoutError(
                 f"RRef creation via rpc.remote() timed out, and it is possible that the RRef on the owner node "
-                f"{self._owner} does not exist: {error}"
+                f"{self._owner} does not exist: {describe(error)}"
             ) from error
         if error is not None:
-            raise RRefError(f"RRef creation via rpc.remote() on {self._owner} failed: {error}") from error
+            raise RRefError(f"RRef creation via rpc.remote() on {self._owner} failed: {text_of(error)}") from error
 
 
 def receive(ledger: Ledger, fork: ForkData, announced: bool = False) -> RRef[Any]:

@@ -1,23 +1,27 @@
-"""Remote exceptions: how one travels, and how it is raised again.
+"""Remote exceptions as outcomes of calls: how one is sent, and how it is raised again.
 
-An exception travels as its class, its arguments and its attributes, and is put together again without calling its
-constructor, so a class whose constructor takes other arguments than it passes on does not get in the way. A class that
-says itself how it is pickled (`__reduce__`) is taken at its word. The remote traceback is attached as `__cause__`.
-Where class or arguments cannot travel, the caller gets a `RemoteError` with the text.
+What: `dump_exception` makes the message and payload of a failed call, `load_exception` makes the exception that the
+caller gets. How an exception is pickled, wherever it is in a payload, is in `zrpc.wire.exception_state`.
+
+Invariants: neither raises, whatever the class of the exception does. Where on the remote worker it was raised is the
+last of the causes of what the caller gets: its `__cause__`, if it had none of its own.
+
+Threads: any. Failure: see `zrpc.exception_text`.
 """
 
 from __future__ import annotations
 
-import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zrpc.errors import RemoteError, SerializationError
-from zrpc.wire import pickling
+from zrpc.errors import RemoteError, SerializationError, ZrpcError
+from zrpc.exception_text import cause_of, class_name, format_exception, set_cause, text_of
+from zrpc.wire import exception_state, pickling
 from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
+from zrpc.wire.stand_in import as_stand_in, is_plain_stand_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from zrpc.ids import WorkerInfo
 
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class RemoteTraceback(Exception):  # it is no error: it shows where one came from
-    """Where on the remote worker an exception was raised; the cause of the exception as raised here."""
+    """Where on the remote worker an exception was raised: the last of its causes, as it is raised here."""
 
     def __init__(self, worker: WorkerInfo, text: str) -> None:
         super().__init__(worker, text)
@@ -36,6 +40,8 @@ class RemoteTraceback(Exception):  # it is no error: it shows where one came fro
         return f"On {self.worker}:\n{self.text}"
 
 
+pickling.register_base_reducer(BaseException, exception_state.reduce_exception)
+
 _translators: list[Translator] = []
 
 
@@ -44,63 +50,53 @@ def translate_with(translator: Translator) -> None:
     _translators.append(translator)
 
 
-def dump_exception(error: BaseException) -> tuple[Failure, Payload]:
-    """The message and payload that carry `error`."""
-    text = "".join(traceback.format_exception(error))
-    failure = Failure(type(error).__qualname__, _text_of(error), text)
-    for form in _forms(error):
-        try:
-            return failure, pickling.dumps(form)
-        except SerializationError:
-            continue
-    return failure, Payload()
+def dump_exception(error: BaseException, *, attachments: bool = True) -> tuple[Failure, Payload]:
+    """The message and payload that carry `error`; without `attachments`, what of it has tensors or RRefs in it
+    is left out."""
+    failure = Failure(class_name(type(error)), text_of(error), format_exception(error))
+    try:
+        return failure, pickling.dumps(error, attachments=attachments)
+    except SerializationError:
+        return failure, Payload()
 
 
 def load_exception(worker: WorkerInfo, failure: Failure, payload: Payload) -> BaseException:
     """The exception that `worker` answered with, ready to be raised."""
     try:
-        form = pickling.loads(payload)
-        error = _rebuild(*form) if isinstance(form, tuple) else form
-    except Exception:
-        error = None
-    if not isinstance(error, Exception):
-        error = RemoteError(f"On {worker}:\n{failure.type_name}: {failure.text}\n{failure.traceback}")
+        received = pickling.loads(payload)
+    except ZrpcError:
+        received = None
     remote = RemoteTraceback(worker, failure.traceback)
+    error: Exception
+    if issubclass(type(received), Exception) and not is_plain_stand_in(received):
+        error = received
+    else:
+        text = f"On {worker}:\n{failure.type_name}: {failure.text}\n{failure.traceback}"
+        told = as_stand_in(received, text) if issubclass(type(received), Exception) else None
+        error = told if isinstance(told, Exception) else RemoteError(text)
     for translate in _translators:
         error = translate(error, str(remote))
-    error.__cause__ = remote
+    _add_cause(error, remote)
     return error
 
 
-def _forms(error: BaseException) -> Iterator[Any]:
-    """What to try to pickle for `error`, the best first."""
-    cls = type(error)
-    if cls.__reduce__ is not _interpreters(cls).__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
-        yield error
-        yield cls, error.args, {}
-        return
-    reduced = error.__reduce__()
-    assert isinstance(
-        reduced, tuple
-    )  # the interpreter's own classes give (class, arguments) or (class, arguments, state)
-    yield cls, reduced[1], (reduced[2] if len(reduced) > 2 else {}) or {}
-    yield cls, reduced[1], {}
+def remote_traceback(error: BaseException) -> RemoteTraceback | None:
+    """Where on another worker `error` was raised; None if it was raised here."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if type(cause) is RemoteTraceback:
+            return cause
+        seen.add(id(cause))
+        cause = cause_of(cause)
+    return None
 
 
-def _rebuild(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
-    error = cls.__new__(cls, *args)
-    _interpreters(cls).__init__(error, *args)  # fills the fields that the interpreter keeps outside __dict__
-    BaseException.__setstate__(error, state)
-    return error
-
-
-def _interpreters(cls: type[BaseException]) -> type[BaseException]:
-    """The nearest base of `cls`, or itself, that is one of the interpreter's own classes."""
-    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as nested:
-        return f"<its text cannot be made: {nested!r}>"
+def _add_cause(error: BaseException, remote: RemoteTraceback) -> None:
+    """Make `remote` the last cause of `error`. It tells all that a traceback of an earlier worker tells."""
+    seen = {id(error)}
+    last = error
+    while (cause := cause_of(last)) is not None and id(cause) not in seen and type(cause) is not RemoteTraceback:
+        seen.add(id(cause))
+        last = cause
+    set_cause(last, remote)

@@ -184,12 +184,12 @@ def test_a_future_ends_though_who_makes_its_outcome_is_interrupted() -> None:
         owner.finish(ANSWER)
         with pytest.raises(KeyboardInterrupt):
             future.wait()
-        with pytest.raises(ZrpcError, match="KeyboardInterrupt interrupted who was to make it"):
+        with pytest.raises(ZrpcError, match="KeyboardInterrupt was raised while it was made"):
             future.wait()
         origin: Future[int] = Future()
         child = origin.then(lambda _: sys.exit(1))
         completions.submit(lambda: origin.set_result(1))
-        with pytest.raises(ZrpcError, match="SystemExit interrupted"):
+        with pytest.raises(ZrpcError, match="SystemExit: 1 was raised"):
             child.wait()
 
 

@@ -213,7 +213,7 @@ def test_work_waits_where_the_system_gives_no_thread(
         for number in (3, 4):
             handlers.submit(lambda number=number: ran.put(number))  # type: ignore[misc]
         release.set()
-        assert [ran.get(timeout=WAIT_S), ran.get(timeout=WAIT_S)] == [3, 4]
+        assert {ran.get(timeout=WAIT_S), ran.get(timeout=WAIT_S)} == {3, 4}
     assert "(can't start new thread); tasks that wait: 1, threads that there are: 0." in caplog.messages[0]
 
 

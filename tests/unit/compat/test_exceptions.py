@@ -40,14 +40,16 @@ def test_others_are_runtime_errors_too(cls: type[Exception]) -> None:
     assert REMOTE in str(raised)
 
 
-class MadeOfTwoError(Exception):
-    def __new__(cls, code: int, text: str) -> MadeOfTwoError:
-        return super().__new__(cls, text)
+class FinalError(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("there is no class below this one")
 
 
 def test_where_one_object_cannot_be_both_it_is_a_runtime_error() -> None:
-    error = MadeOfTwoError(1, "gone")
-    error.args = ("gone",)
+    error = FinalError(1, "gone")
     raised = as_torch_raises(error, REMOTE)
     assert type(raised) is RuntimeError
     assert REMOTE in str(raised)

@@ -1,14 +1,15 @@
-"""wait_all and collect_all."""
+"""torch.futures.wait_all and collect_all, as torch has them, on zrpc's futures."""
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 import torch
+from torch.futures import collect_all, wait_all  # before zrpc is imported
 
-from zrpc.agent.future import Future
-from zrpc.compat.futures import collect_all, wait_all
+from zrpc import Future
 
 
 def of(value: int) -> Future[int]:
@@ -42,6 +43,25 @@ def test_the_first_error_does_not_wait_for_the_others() -> None:
     with pytest.raises(ValueError, match="first"):
         wait_all([never, failed(ValueError("first")), failed(KeyError("second"))])
     never.set_result(0)
+
+
+def test_an_error_that_is_no_exception_ends_it_too() -> None:
+    origin: Future[int] = Future()
+    never: Future[int] = Future()
+    collected = collect_all([never, origin.then(lambda _: sys.exit(3))])
+    thread = threading.Thread(target=origin.set_result, args=(1,))
+    thread.start()
+    with pytest.raises(RuntimeError, match="SystemExit: 3"):
+        collected.wait()
+    thread.join()
+    never.set_result(0)
+
+
+def test_futures_of_torch_alone_are_torchs_business() -> None:
+    plain: torch.futures.Future[int] = torch.futures.Future()
+    plain.set_result(3)
+    assert wait_all([plain]) == [3]
+    assert not isinstance(collect_all([plain]), Future)
 
 
 def test_what_comes_after_an_error_changes_nothing() -> None:

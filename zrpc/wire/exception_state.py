@@ -1,0 +1,176 @@
+"""How any exception in a payload is pickled and made again.
+
+What: the outcome of a call, members of a group, `__cause__` and `__context__`, exceptions that are attributes of
+others, arguments or results: all travel as `ExceptionState`. It has the class, the arguments, and each attribute and
+slot as a stream of its own, so that one which cannot be pickled, or not be made again, takes no other along. The
+constructor of a user's class is not called. A class that defines `__reduce__`, `__reduce_ex__` or `__setstate__` is
+made as these say; if that raises, as any other.
+
+Invariants: pickling an exception never fails, and neither does making one again. An exception arrives as its own class
+if that can be imported, and with its own text; else as a `RemoteError` that is also of the nearest base class that can
+be. An exception that is met twice in a payload, or that leads back to itself, arrives as one object.
+
+Threads: any; the tables of a payload belong to the thread that reads or writes it.
+
+Failure: `zrpc.exception_text.is_interrupt` says which errors are not the class's own and are raised.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import sys
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from zrpc.errors import RemoteError
+from zrpc.exception_text import cause_of, class_name, context_of, is_interrupt, repr_of, suppresses_context, text_of
+from zrpc.wire import pickling
+from zrpc.wire.exception_fields import (
+    ExceptionState,
+    Part,
+    Unsent,
+    constructor_args,
+    dict_of,
+    interpreters_base,
+    slot_values,
+)
+from zrpc.wire.exception_rebuild import again, make
+from zrpc.wire.stand_in import MARK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_PROTOCOL = 5
+MAX_REPR = 10_000
+"""How many characters are sent of an argument that cannot be pickled."""
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+
+
+def reduce_exception(error: BaseException) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The reducer of all exceptions."""
+    memo = pickling.sending_memo()
+    known = memo.get(id(error))
+    if known is not None:
+        return again, (known[0],)
+    number = len(memo)
+    memo[id(error)] = (number, error)  # the second keeps the id taken
+    try:
+        return make, tuple(_take_apart(number, error))
+    except BaseException as failure:
+        if is_interrupt(failure):
+            raise
+        cls = type(error)
+        nearest = ("builtins", interpreters_base(cls).__name__)
+        text = text_of(error)
+        return make, (number, [nearest], False, class_name(cls), text, None, [(False, text)], {}, {}, {}, True, False)
+
+
+def _take_apart(number: int, error: BaseException) -> ExceptionState:
+    cls = type(error)
+    parts = _Parts()
+    importable = [one for one in _bases(cls) if _find(one) is one]
+    is_own = importable[:1] == [cls]
+    return ExceptionState(
+        number=number,
+        classes=[(one.__module__, class_name(one)) for one in importable],
+        has_own_class=is_own,
+        name=class_name(cls),
+        text=text_of(error),
+        reduced=_reduced(error) if is_own else None,
+        args=[parts.argument(one) for one in constructor_args(error)],
+        attributes=parts.of(dict_of(error)),
+        slots=parts.of(slot_values(error)),
+        links=parts.of({
+            name: link
+            for name, link in (("cause", cause_of(error)), ("context", context_of(error)))
+            if link is not None
+        }),
+        suppresses_context=suppresses_context(error),
+        is_whole=parts.is_whole,
+    )  # fmt: skip
+
+
+class _Parts:
+    """Pickles the parts of one exception, and notes whether all of them could be."""
+
+    def __init__(self) -> None:
+        self.is_whole = True
+
+    def of(self, values: dict[str, Any]) -> dict[str, Part]:
+        """Those of `values` that can be pickled."""
+        parts = {}
+        for name, value in list(values.items()):
+            part = self._part(value) if type(name) is str else None
+            if part is not None:
+                parts[name] = part
+            else:
+                self.is_whole = False
+        return parts
+
+    def argument(self, value: object) -> Part:
+        """`value`, or what stands for it."""
+        part = self._part(value)
+        if part is not None:
+            return part
+        self.is_whole = False
+        return True, pickling.dump_part(Unsent(repr_of(value, MAX_REPR)))
+
+    def _part(self, value: object) -> Part | None:
+        if type(value) in _PLAIN:
+            return False, value
+        try:
+            return True, pickling.dump_part(value)
+        except BaseException as failure:
+            if is_interrupt(failure):
+                raise
+            return None
+
+
+def _reduced(error: BaseException) -> tuple[bytes, bytes | None] | None:
+    """How its own class would have it pickled, if it says anything about that."""
+    try:
+        cls: Any = type(error)
+        interpreters: Any = interpreters_base(cls)
+        reducer = copyreg.dispatch_table.get(cls)
+        says = (
+            reducer is not None
+            or cls.__reduce__ is not interpreters.__reduce__
+            or cls.__reduce_ex__ is not object.__reduce_ex__
+            or cls.__setstate__ is not interpreters.__setstate__
+        )
+        if not says:
+            return None
+        reduced: Any = reducer(error) if reducer is not None else error.__reduce_ex__(_PROTOCOL)
+        if not isinstance(reduced, tuple):
+            return None
+        function, args, *state = reduced
+        made = pickling.dump_part((function, args))
+        return made, pickling.dump_part(state[0]) if state and state[0] is not None else None
+    except BaseException as failure:
+        if is_interrupt(failure):
+            raise
+        return None
+
+
+def _bases(cls: type) -> Iterator[type]:
+    """`cls` and its bases, without stand-ins for classes of another worker, down to one of the interpreter's own."""
+    is_stand_in = MARK in vars(cls)
+    ours = RemoteError.__mro__ if is_stand_in else ()
+    for base in type.mro(cls):
+        if MARK in vars(base) or (base in ours and base.__module__ != "builtins"):
+            continue
+        if is_stand_in and base is RuntimeError:
+            continue
+        yield base
+        if base.__module__ == "builtins":
+            return
+
+
+def _find(cls: type) -> object | None:
+    """What is found under the name of `cls`, as pickle looks for it."""
+    try:
+        return attrgetter(class_name(cls))(sys.modules[cls.__module__])  # type: ignore[no-any-return]
+    except BaseException as failure:
+        if is_interrupt(failure):
+            raise
+        return None
