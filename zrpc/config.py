@@ -65,6 +65,9 @@ class RpcBackendOptions:
         cuda_ipc: let tensors go from device to device, without the host between, to workers of this host that allow it
             too (`docs/cuda.md`). Off by default, as it has never run on a device. It takes up to 512 MiB of a device's
             memory for each such worker; `shared_memory` must be allowed.
+        propagate_grad_mode: let `torch.no_grad` and `torch.inference_mode` hold for calls that are made under them in
+            a distributed autograd context, so that their results do not require grad. False: callees record all the
+            same, as in torch.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -87,8 +90,11 @@ class RpcBackendOptions:
         busy_poll_s: float = DEFAULT_BUSY_POLL_S,
         pinned_pool_nbytes: int = DEFAULT_PINNED_POOL_NBYTES,
         cuda_ipc: bool = False,
+        propagate_grad_mode: bool = True,
     ) -> None:
-        _check_kinds(shared_memory, cuda_ipc, bind)
+        _check_kinds(
+            {"shared_memory": shared_memory, "cuda_ipc": cuda_ipc, "propagate_grad_mode": propagate_grad_mode}, bind
+        )
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
@@ -100,6 +106,7 @@ class RpcBackendOptions:
         self.devices: list[torch.device] = []
         self.shared_memory = shared_memory
         self.cuda_ipc = cuda_ipc
+        self.propagate_grad_mode = propagate_grad_mode
         self.bind = bind
         if not isinstance(device_maps, Mapping | None):
             raise ConfigError(f"device_maps must be a dict, worker name -> {{device: device}}, not {device_maps!r}")
@@ -177,8 +184,8 @@ def _whole(value: Any, what: str, least: int) -> int:
     return int(value)
 
 
-def _check_kinds(shared_memory: Any, cuda_ipc: Any, bind: Any) -> None:
-    for name, value in (("shared_memory", shared_memory), ("cuda_ipc", cuda_ipc)):
+def _check_kinds(switches: dict[str, Any], bind: Any) -> None:
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, not {value!r}")
     if not isinstance(bind, str) or not bind.startswith("tcp://"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -271,3 +271,77 @@ def data_parallel(rank: int, store: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_models_in_distributed_data_parallel_average_their_gradients(cluster: Cluster, tmp_path: Path) -> None:
     cluster.run(data_parallel, 2, args=(str(tmp_path / "gloo"),))
+
+
+def doubled(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
+    """Twice `x`, and the modes that this worker is in."""
+    return 2 * x, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def doubled_by_another(to: str, x: torch.Tensor) -> Any:
+    return rpc.rpc_sync(to, doubled, args=(x,))
+
+
+@rpc.functions.async_execution
+def doubled_later(to: str, x: torch.Tensor) -> Any:
+    return rpc.rpc_async(to, doubled, args=(x,)).then(lambda future: future.wait())
+
+
+def itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def grad_modes(rank: int, holds: bool) -> None:
+    to, me = f"worker{1 - rank}", f"worker{rank}"
+    x = torch.ones(3, requires_grad=True)
+    held = rpc.RRef(x)
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)):
+        is_inference = mode is torch.inference_mode and holds
+        with autograd.context():
+            with mode():
+                results = [
+                    rpc.rpc_sync(to, doubled, args=(x,)),
+                    rpc.rpc_async(to, doubled, args=(x,)).wait(),
+                    rpc.remote(to, doubled, args=(x,)).to_here(),
+                    rpc.rpc_sync(to, doubled_by_another, args=(me, x)),
+                    rpc.rpc_sync(to, doubled_later, args=(me, x)),
+                ]
+                y = rpc.rpc_sync(to, torch.mul, args=(x, 2))
+                view = rpc.rpc_sync(to, torch.ops.aten.view, args=(x, [3, 1]))
+                same = rpc.rpc_sync(to, itself, args=(x,))
+                fetched = rpc.rpc_sync(to, fetch, args=(held,))
+            for result, grad, inference in results:
+                assert (grad, inference) == (not holds, is_inference)
+                assert result.requires_grad is not holds
+            for result in (y, view, same, fetched):
+                assert result.requires_grad is not holds
+            after, grad, inference = rpc.rpc_sync(to, doubled, args=(x,))
+            assert (after.requires_grad, grad, inference) == (True, True, False), "a mode outlived its call"
+        with mode():
+            _, grad, inference = rpc.rpc_sync(to, doubled, args=(x,))
+            assert (grad, inference) == (True, False), "outside of a context"
+
+
+def fetch(held: rpc.RRef[torch.Tensor]) -> torch.Tensor:
+    return held.to_here()
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_grad_mode_of_a_caller_holds_for_its_calls_unless_it_is_not_to(cluster: Cluster, holds: bool) -> None:
+    cluster.run(grad_modes, 2, args=(holds,), propagate_grad_mode=holds)
+
+
+def gradients_beside_no_grad(rank: int) -> None:
+    """What is made without gradients is a constant to what is made with them, as on one worker."""
+    to = f"worker{1 - rank}"
+    x = torch.full((2,), 3.0, requires_grad=True)
+    with autograd.context() as context_id:
+        with torch.no_grad():
+            constant, *_ = rpc.rpc_sync(to, doubled, args=(x,))
+        y, *_ = rpc.rpc_sync(to, doubled, args=(x,))
+        autograd.backward(context_id, [(y * constant).sum()])
+        assert torch.equal(autograd.get_gradients(context_id)[x], torch.full((2,), 12.0))
+
+
+def test_what_is_made_without_gradients_is_a_constant(cluster_in_each_mode: Cluster) -> None:
+    cluster_in_each_mode.run(gradients_beside_no_grad, 2)

@@ -131,7 +131,7 @@ def test_windows_that_cannot_be(name: str, value: Any) -> None:
     assert getattr(RpcBackendOptions(**{name: 0}), name) == 0  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["shared_memory", "cuda_ipc"])
+@pytest.mark.parametrize("name", ["shared_memory", "cuda_ipc", "propagate_grad_mode"])
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be True or False, not "):

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zrpc.autograd import grad_mode
 from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
+from zrpc.autograd.grad_mode import GradMode
 from zrpc.autograd.operators import OperatorSend
 from zrpc.ids import GlobalId, WorkerInfo
 from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Message
@@ -29,51 +31,83 @@ class AutogradHook:
     A call of user code carries the context even if it sends no tensors: it may answer with some. A call of a torch
     operator answers with tensors that require grad only if it got some.
 
+    Where gradients are off at the caller, in a context, its grad mode is a third item, and holds for the call: nothing
+    of it is recorded, and what it answers with does not require grad. The context id is None if the call needs none.
+
     Args:
         container: the contexts of this worker.
         next_id: gives out autograd message ids.
+        sends_mode: whether the grad mode of callers on this worker travels.
     """
 
     key = "autograd"
 
-    def __init__(self, container: ContextContainer, next_id: Callable[[], GlobalId]) -> None:
+    def __init__(
+        self, container: ContextContainer, next_id: Callable[[], GlobalId], sends_mode: Callable[[], bool]
+    ) -> None:
         self._container = container
         self._next_id = next_id
+        self._sends_mode = sends_mode
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """See `CallHook.send`."""
-        context = self._context_of(request_meta)
+        if request_meta is not None:
+            return self._send_answer(to, payload, request_meta)
+        context = self._container.find_current()
         if context is None:
             return None
-        tensors = [tensor for tensor in payload.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
-        if not tensors and (request_meta is not None or isinstance(message, _BUILTIN)):
+        if not torch.is_grad_enabled():
+            return self._send_without_grad(context, to, message, payload)
+        tensors = [tensor for tensor in payload.tensors if tensor.requires_grad]
+        if tensors:
+            return self._send_tensors(context, to, payload, tensors)
+        if isinstance(message, _BUILTIN):
             return None
         context.add_known_worker(to.id)
-        if not tensors:
-            return [context.context_id, None]
+        return [context.context_id, None]
+
+    def receive(
+        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
+    ) -> AbstractContextManager[None]:
+        """See `CallHook.receive`. What comes for a released context is served without one."""
+        context_id, message_id, mode = _parse(meta)
+        container = self._container
+        context = None if context_id is None else container.get_or_create(context_id)
+        if context is not None and message_id is not None:
+            _receive_tensors(context, RecvInfo(source.id, message_id, is_reply), payload)
+        active = _nothing if is_reply or context is None else container.activate(context)
+        return active if mode is GradMode.ENABLED else grad_mode.Entered(mode, active)
+
+    def _send_answer(self, to: WorkerInfo, payload: Payload, request_meta: object) -> object | None:
+        context_id, _, mode = _parse(request_meta)
+        if mode is not GradMode.ENABLED:
+            payload.tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in payload.tensors]
+            return None
+        context = None if context_id is None else self._container.find(context_id)
+        if context is None or not torch.is_grad_enabled():
+            return None
+        tensors = [tensor for tensor in payload.tensors if tensor.requires_grad]
+        return self._send_tensors(context, to, payload, tensors) if tensors else None
+
+    def _send_tensors(
+        self, context: DistAutogradContext, to: WorkerInfo, payload: Payload, tensors: list[torch.Tensor]
+    ) -> object:
+        context.add_known_worker(to.id)
         message_id = self._next_id()
         function = (OperatorSend if payload.is_unseen else SendFunction)(tensors, to.id)
         context.add_send(message_id, function)
         payload.after = function.prepare
         return [context.context_id, message_id]
 
-    def receive(
-        self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
-    ) -> AbstractContextManager[None]:
-        """See `CallHook.receive`. What comes for a released context is served without one."""
-        context_id, message_id = _parse(meta)
-        container = self._container
-        context = container.get_or_create(context_id)
-        if context is None:
-            return _nothing
-        if message_id is not None:
-            _receive_tensors(context, RecvInfo(source.id, message_id, is_reply), payload)
-        return _nothing if is_reply else container.activate(context)
-
-    def _context_of(self, request_meta: object | None) -> DistAutogradContext | None:
-        if request_meta is None:
-            return self._container.find_current()
-        return self._container.find(_parse(request_meta)[0])
+    def _send_without_grad(
+        self, context: DistAutogradContext, to: WorkerInfo, message: Message, payload: Payload
+    ) -> object | None:
+        mode = [int(grad_mode.current())] if self._sends_mode() else []
+        if isinstance(message, _BUILTIN):  # needs no context
+            is_needed = mode and any(tensor.requires_grad for tensor in payload.tensors)
+            return [None, None, *mode] if is_needed else None
+        context.add_known_worker(to.id)
+        return [context.context_id, None, *mode]
 
 
 def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payload) -> None:
@@ -84,7 +118,8 @@ def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payl
         payload.tensors[place] = output
 
 
-def _parse(meta: object) -> tuple[int, GlobalId | None]:
+def _parse(meta: object) -> tuple[int | None, GlobalId | None, GradMode]:
     fields: Any = meta
-    context_id, message_id = fields
-    return context_id, None if message_id is None else GlobalId(*message_id)
+    context_id, message_id, *mode = fields
+    mode_here = grad_mode.received(mode[0]) if mode else GradMode.ENABLED
+    return context_id, None if message_id is None else GlobalId(*message_id), mode_here

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def install(agent: Agent) -> None:
     """Make `agent` take part in distributed autograd. To be called after RRefs are installed, and before it joins."""
     service = agent.extensions[AutogradService] = AutogradService(agent)
-    agent.add_hook(AutogradHook(service.contexts, lambda: agent.ids.next()))
+    agent.add_hook(AutogradHook(service.contexts, lambda: agent.ids.next(), lambda: agent.options.propagate_grad_mode))
     agent.handle(BackwardRequest, service.on_backward, inline=True)
     agent.handle(MarkSends, service.on_mark, inline=False)
     agent.handle(ReleaseContexts, service.on_release, inline=True)

@@ -335,7 +335,8 @@ def test_operators_carry_the_context_only_with_tensors_that_require_grad(cluster
         assert meta[0] == context_id
         assert isinstance(meta[1], GlobalId)
         with torch.no_grad():
-            assert hook.send(to, builtin, Payload(tensors=[ones()]), None) is None
+            assert hook.send(to, builtin, plain, None) is None
+            assert hook.send(to, builtin, Payload(tensors=[ones()]), None) == [None, None, 1]
         assert hook.send(to, builtin, plain, [context_id, None]) is None
 
 
