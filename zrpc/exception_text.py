@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import logging
+    from types import TracebackType
 
 MAX_LENGTH = 1_000_000
 """How many characters of one text are kept."""
@@ -75,7 +76,7 @@ def format_exception(error: BaseException) -> str:
         if is_interrupt(failure):
             raise
     try:
-        where = "".join(traceback.format_tb(_FIELDS["__traceback__"].__get__(error)))
+        where = "".join(traceback.format_tb(traceback_of(error)))
     except BaseException as failure:
         if is_interrupt(failure):
             raise
@@ -90,7 +91,7 @@ def log_error(log: logging.Logger, message: str, *args: object, error: BaseExcep
     """
     try:
         traceback.format_exception(error)
-        log.error(message, *args, exc_info=(type(error), error, _FIELDS["__traceback__"].__get__(error)))
+        log.error(message, *args, exc_info=(type(error), error, traceback_of(error)))
     except BaseException as failure:
         if is_interrupt(failure):
             raise
@@ -146,6 +147,11 @@ def set_suppresses_context(error: BaseException, is_suppressed: bool) -> None:
 def set_args(error: BaseException, args: tuple[Any, ...]) -> None:
     """Set `error.args`."""
     _FIELDS["args"].__set__(error, args)
+
+
+def traceback_of(error: BaseException) -> TracebackType | None:
+    """`error.__traceback__`."""
+    return _FIELDS["__traceback__"].__get__(error)  # type: ignore[no-any-return]
 
 
 def without_traceback(error: BaseException) -> BaseException:

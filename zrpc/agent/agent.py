@@ -392,7 +392,7 @@ class Agent:
         if self._closed:
             return
         self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
-        error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
-        self._calls.lose(worker.id, error)
+        text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
+        self._calls.lose(worker.id, lambda: PeerLostError(text))
         for listener in self._lost_listeners:
             self.submit(partial(listener, worker, reason))

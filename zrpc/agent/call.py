@@ -17,6 +17,7 @@ from zrpc.errors import RpcTimeoutError
 from zrpc.exception_text import without_traceback
 from zrpc.staging import handover
 from zrpc.wire.messages import Failure
+from zrpc.wire.raisable import Raisable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +61,7 @@ class Call:
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_mark", "_opened", "_owner", "_payload",
-        "_waited", "call_id", "is_read_for", "message", "peer", "timeout_s",
+        "_raised", "_waited", "call_id", "is_read_for", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class Call:
         self._opened = False
         self._payload: Payload | None = None
         self._error: BaseException | None = None
+        self._raised: Raisable | None = None
         self._mark: Mark | None = None  # in the streams of the thread that opened the answer
         self.is_read_for = False
 
@@ -139,6 +141,9 @@ class Call:
             if not self._opened:
                 self._open()
             error, payload, mark = self._error, self._payload, self._mark
+            if error is not None:
+                self._raised = self._raised or Raisable(error)
+                error = self._raised.take()
         if error is not None:
             try:
                 raise error

@@ -60,11 +60,11 @@ class Calls:
         """Take a call out, which its caller ends; false if it is done already. It still counts at its gate."""
         return self._under_way.pop(call_id, None) is not None
 
-    def lose(self, rank: int, error: BaseException) -> None:
-        """End the calls to the worker of `rank`."""
+    def lose(self, rank: int, make_error: Callable[[], BaseException]) -> None:
+        """End the calls to the worker of `rank`, each with an error of its own."""
         for call_id, call in list(self._under_way.items()):
             if call.peer.id == rank:
-                self.finish(call_id, None, error)
+                self.finish(call_id, None, make_error())
 
     def close(self, make_error: Callable[[], BaseException]) -> None:
         """End all calls, each with an error of its own. Idempotent."""

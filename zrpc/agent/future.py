@@ -22,6 +22,7 @@ from zrpc.errors import ZrpcError
 from zrpc.exception_text import cause_of, context_of, describe, is_interrupt, without_traceback
 from zrpc.staging import handover
 from zrpc.wire.exceptions import remote_traceback
+from zrpc.wire.raisable import Raisable, copy_exception
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -40,10 +41,11 @@ log = logging.getLogger("zrpc")
 class Failure:
     """The error of a future that failed, and whether anybody has seen it."""
 
-    __slots__ = ("__weakref__", "error", "seen")
+    __slots__ = ("__weakref__", "error", "raisable", "seen")
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+        self.raisable = Raisable(error)
         self.seen = False
 
 
@@ -70,9 +72,9 @@ class Token:
         """For C++, which calls it for whoever asks for the outcome, `torch.futures.wait_all` included."""
         failure = self._failure()
         if failure is None:
-            raise self._error
+            raise copy_exception(self._error)
         failure.seen = True
-        raise failure.error
+        raise failure.raisable.take()
 
 
 class Origin:

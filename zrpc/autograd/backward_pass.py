@@ -31,6 +31,7 @@ from zrpc.autograd.marking import Further, Marking
 from zrpc.errors import AutogradError, PeerLostError, RpcTimeoutError
 from zrpc.exception_text import set_cause, text_of
 from zrpc.staging import handover
+from zrpc.wire.raisable import copy_exception
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ class BackwardPass:
         while (arrived := self._next()) is not None:
             self._run_send(arrived)
         if self._error is not None:
-            raise self._error
+            raise copy_exception(self._error)
 
     def answer_to(self, asked: Asked) -> bool:
         """Let `asked` wait for the end of this pass; False if another request does, or nobody has to."""

@@ -9,6 +9,7 @@ from zrpc.agent.pool import blocking
 from zrpc.errors import RemoteError, RpcTimeoutError
 from zrpc.exception_text import describe, set_cause
 from zrpc.staging import handover
+from zrpc.wire.raisable import Raisable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +26,7 @@ class Cell:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] | None = []
         self._value: Any = None
-        self._error: BaseException | None = None
+        self._error: Raisable | None = None
         self._mark: Mark | None = None  # in the streams of the thread that made the value
 
     @classmethod
@@ -63,7 +64,7 @@ class Cell:
     def get(self) -> Any:
         """The value of a cell that is set. Not a copy. Raises the error if it was set to one."""
         if self._error is not None:
-            raise self._error
+            raise self._error.copy()
         if self._mark is not None:
             self._mark.join()
         return self._value
@@ -89,7 +90,8 @@ class Cell:
             callbacks = self._callbacks
             if callbacks is None:
                 return
-            self._value, self._error = value, error
+            self._value = value
+            self._error = None if error is None else Raisable(error)
             if handover.streams is not None:
                 self._mark = handover.streams.mark()
             self._callbacks = None

@@ -398,3 +398,13 @@ def test_an_error_outlives_the_future_where_torch_still_has_it() -> None:
 def test_only_exceptions_are_errors() -> None:
     with pytest.raises(AssertionError, match="not an Exception"):
         Future[int]().set_exception(3)
+
+
+def test_the_traceback_of_a_failure_does_not_grow_with_those_who_ask() -> None:
+    future = done(ValueError("x"))
+    lengths = set()
+    for _ in range(50):
+        with pytest.raises(ValueError, match="x") as caught:
+            future.wait()
+        lengths.add(len(caught.traceback))
+    assert len(lengths) == 1

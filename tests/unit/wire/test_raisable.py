@@ -1,0 +1,97 @@
+"""Exceptions that are raised several times."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import pytest
+
+from tests.unit.wire import test_exception_state as kinds
+from zrpc.wire.raisable import Raisable, copy_exception
+
+
+def length(traceback: TracebackType | None) -> int:
+    count = 0
+    while traceback is not None:
+        traceback, count = traceback.tb_next, count + 1
+    return count
+
+
+def lengths_of(raisable: Raisable, times: int) -> set[int]:
+    """How long tracebacks get when it is raised so often."""
+    found = set()
+    for _ in range(times):
+        try:
+            raise raisable.take()
+        except Exception as error:
+            found.add(length(error.__traceback__))
+    return found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x", 2),
+        OSError(2, "No such file", "/f"),
+        kinds.SlottedBelow(),
+        kinds.Frozen(7),
+        kinds.FrozenSlotted(7),
+        kinds.Quota(3, 4),
+        kinds.Refused(403),
+        ExceptionGroup("g", [kinds.Quota(3, 4)]),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        kinds.Final("f"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_copy_is_of_the_same_class_with_the_same_fields(error: Exception) -> None:
+    vars(error)["extra"] = [1]
+    set_cause = vars(BaseException)["__cause__"].__set__
+    set_cause(error, KeyError("cause"))
+    copied = copy_exception(error)
+    assert copied is not error
+    assert type(copied) is type(error)
+    assert copied.args == error.args
+    assert vars(copied) == vars(error)
+    assert copied.__cause__ is error.__cause__
+    assert copied.__suppress_context__ is error.__suppress_context__
+    assert repr(copied) == repr(error)
+
+
+def test_the_first_raises_the_exception_itself_and_others_copies() -> None:
+    error = ValueError("x")
+    raisable = Raisable(error)
+    assert raisable.take() is error
+    assert raisable.take() is not error
+
+
+def test_tracebacks_do_not_grow_with_each_raise() -> None:
+    try:
+        raise ValueError("x")
+    except ValueError as error:
+        raisable = Raisable(error)
+    assert lengths_of(raisable, 100) == {2}
+    assert length(raisable.error.__traceback__) == 2
+
+
+def test_threads_that_raise_at_once_do_not_share_an_exception() -> None:
+    raisable = Raisable(ValueError("x"))
+    seen: list[BaseException] = []
+    start = threading.Barrier(8)
+
+    def ask() -> None:
+        start.wait()
+        for _ in range(200):
+            try:
+                raise raisable.take()
+            except ValueError as error:
+                seen.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(error) for error in seen}) == len(seen) == 1600
+    assert {length(error.__traceback__) for error in seen} == {1}

@@ -1,0 +1,80 @@
+"""An exception that several threads, or one thread several times, may raise.
+
+What: each time an exception is raised, the interpreter adds to its `__traceback__` the frames that it passes, with all
+that these refer to, and sets its `__context__`. So an exception that is kept is raised once at most, and then copies.
+
+Invariants: what is kept never changes. Threads: any. Failure: a class whose instances cannot be copied has the
+exception itself raised, with the traceback that it came with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zrpc.exception_text import (
+    args_of,
+    cause_of,
+    context_of,
+    is_interrupt,
+    set_args,
+    set_cause,
+    set_context,
+    set_suppresses_context,
+    suppresses_context,
+    traceback_of,
+)
+from zrpc.wire.exception_fields import constructor_args, dict_of, new, slots_of
+
+
+class Raisable:
+    """Keeps one exception, to raise it, once, and copies of it.
+
+    Attributes:
+        error: the exception. Not to be raised but by `take`.
+    """
+
+    __slots__ = ("_traceback", "_unraised", "error")
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self._traceback = traceback_of(error)
+        self._unraised = [error]
+
+    def take(self) -> BaseException:
+        """What to raise: the exception itself for the first thread that asks, then copies."""
+        try:
+            return self._unraised.pop()
+        except IndexError:
+            return self.copy()
+
+    def copy(self) -> BaseException:
+        """A copy to raise: of the same class, with the same fields, links and traceback."""
+        return BaseException.with_traceback(copy_exception(self.error), self._traceback)
+
+
+def copy_exception(error: BaseException) -> BaseException:
+    """A shallow copy of `error`, made without calling its class; `error` itself if there can be none."""
+    cls = type(error)
+    try:
+        copied = new(cls, constructor_args(error))
+        if type(copied) is not cls:
+            return error
+        dict_of(copied).update(dict_of(error))
+        for descriptor in slots_of(cls).values():
+            _copy_slot(descriptor, error, copied)
+    except BaseException as failure:
+        if is_interrupt(failure):
+            raise
+        return error
+    set_args(copied, args_of(error))
+    set_cause(copied, cause_of(error))
+    set_context(copied, context_of(error))
+    set_suppresses_context(copied, suppresses_context(error))
+    return copied
+
+
+def _copy_slot(descriptor: Any, error: BaseException, copied: BaseException) -> None:
+    try:
+        descriptor.__set__(copied, descriptor.__get__(error))
+    except (AttributeError, TypeError):  # never set, or not to be set
+        return
