@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.unit.wire import test_exception_state as kinds
 from zrpc.wire.raisable import Raisable, copy_exception
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 def length(traceback: TracebackType | None) -> int:
