@@ -18,7 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"zrpc": ROOT / "zrpc", "zrpc_broker": ROOT / "broker"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("zrpc.errors", "zrpc.exception_text", "zrpc.config", "zrpc.ids", "zrpc.functions", "zrpc.threads"),
+    (
+        "zrpc.errors",
+        "zrpc.exception_text",
+        "zrpc.finalizers",
+        "zrpc.control",
+        "zrpc.config",
+        "zrpc.ids",
+        "zrpc.functions",
+        "zrpc.threads",
+    ),
     ("zrpc.wire",),
     ("zrpc.staging",),
     ("zrpc.transport",),

@@ -26,6 +26,7 @@ from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
+from zrpc.control import ControlThread
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
 from zrpc.staging import handover
@@ -104,8 +105,10 @@ class Agent:
             options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh(),
             self.staging, self._stagers.submit,
         )  # fmt: skip
+        self._dropped = HandlerPool(1, "zrpc-finalizer")
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
-        self._calls = Calls(self._gates, self._carrier.interrupt, self._on_late)
+        self.control = ControlThread(lambda: self._calls.expire_due())
+        self._calls = Calls(self._gates, self._carrier.interrupt, self._on_late, self.control.wake)
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
@@ -124,6 +127,7 @@ class Agent:
 
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
+        self.control.start()
         self._carrier.inbox.on_callers_left = self.completions.catch_up
         self._carrier.inbox.polling.busy_poll_s = self.options.busy_poll_s
         self._carrier.start(self._on_envelope, self._peers.lose)
@@ -176,6 +180,8 @@ class Agent:
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
         self.staging.close(flush_s)
+        self.control.close(flush_s)
+        self._dropped.close(flush_s)
         if self.staging.streams is not None:
             handover.order_by(None)
 
@@ -198,7 +204,7 @@ class Agent:
         self.hooks[hook.key] = hook
 
     def on_peer_lost(self, listener: Callable[[WorkerInfo, str], None]) -> None:
-        """Call `listener(worker, reason)` when a peer is gone, on a handler thread."""
+        """Call `listener(worker, reason)` when a peer is gone, on the control thread: it must not wait."""
         self._lost_listeners.append(listener)
 
     def watch(self, to: WorkerInfo) -> None:
@@ -208,6 +214,10 @@ class Agent:
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
         self._server.pool.submit(task)
+
+    def drop(self, garbage: list[Any]) -> None:
+        """Let go of values, on a thread of their own: their `__del__` is user code. The caller keeps none of them."""
+        self._dropped.submit(garbage.clear)
 
     def memory_card(self) -> list[Any] | None:
         """What the membership card says of this worker's shared memory."""
@@ -318,7 +328,7 @@ class Agent:
 
         def settle(call: Call) -> None:
             if issubclass(type(call.error), RpcTimeoutError) and not self._closed:
-                self.submit(lambda: self.notify(to, message, on_done))
+                self.control.submit(lambda: self.notify(to, message, on_done))
             elif on_done is not None:
                 on_done(call.error)
 
@@ -395,4 +405,4 @@ class Agent:
         text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
         self._calls.lose(worker.id, lambda: PeerLostError(text))
         for listener in self._lost_listeners:
-            self.submit(partial(listener, worker, reason))
+            self.control.submit(partial(listener, worker, reason))

@@ -21,14 +21,21 @@ class Calls:
         gates: are told of calls that ended.
         interrupt: lets the thread that reads look whether its call is done; needed where no message ended it.
         on_late: is given answers that nobody waits for any more.
+        wake: has `expire_due` called soon.
     """
 
-    def __init__(self, gates: Gates, interrupt: Callable[[], None], on_late: Callable[[Envelope], None]) -> None:
+    def __init__(
+        self,
+        gates: Gates,
+        interrupt: Callable[[], None],
+        on_late: Callable[[Envelope], None],
+        wake: Callable[[], None],
+    ) -> None:
         self._gates = gates
         self._interrupt = interrupt
         self._on_late = on_late
         self._under_way: dict[int, Call] = {}
-        self._deadlines = Deadlines(self._expire, self._under_way.__contains__)
+        self._deadlines = Deadlines(self._expire, self._under_way.__contains__, wake)
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -55,6 +62,10 @@ class Calls:
             call.complete(answer, error)
         if error is not None and call.is_read_for:
             self._interrupt()
+
+    def expire_due(self) -> float | None:
+        """End the calls whose time is over; see `Deadlines.run_due`."""
+        return self._deadlines.run_due()
 
     def abandon(self, call_id: int) -> bool:
         """Take a call out, which its caller ends; false if it is done already. It still counts at its gate."""

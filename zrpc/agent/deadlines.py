@@ -1,15 +1,20 @@
 """Time limits of calls that no thread of their own waits for.
 
-Deadlines are kept in buckets of `TICK_S`; a thread sleeps until the next bucket is due. To add one costs an append, and
-nothing is done when a call ends in time: its deadline finds nothing to end. Once most of them are of calls that have
-ended, these are swept out, so that what is kept depends on how many calls are under way, not on how long they may take.
+What: deadlines are kept in buckets of `TICK_S`. To add one costs an append, and nothing is done when a call ends in
+time: its deadline finds nothing to end. Once most of them are of calls that have ended, these are swept out, so that
+what is kept depends on how many calls are under way, not on how long they may take.
+
+Invariants: each key expires once, unless the table is closed first; those of an earlier tick first.
+
+Threads: `add` from any thread, signal handlers included: it takes no lock. All else on the control thread.
 """
 
 from __future__ import annotations
 
 import heapq
-import threading
 import time
+from collections import deque
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,68 +26,74 @@ SWEEP_MIN_COUNT = 4096
 
 
 class Deadlines:
-    """Calls `expire(key)` for each key when its time has come. The tables are owned by the condition.
+    """Calls `expire(key)` for each key when its time has come.
 
     Args:
         expire: ends what has not ended.
         is_live: whether it has not.
+        wake: has `run_due` called soon.
     """
 
-    def __init__(self, expire: Callable[[int], None], is_live: Callable[[int], bool]) -> None:
+    def __init__(self, expire: Callable[[int], None], is_live: Callable[[int], bool], wake: Callable[[], None]) -> None:
         self._expire = expire
         self._is_live = is_live
-        self._condition = threading.Condition()
+        self._wake = wake
+        self._added: deque[tuple[int, int]] = deque()  # ticks and keys that are not in the buckets yet
+        self._next_tick: float = inf  # when `run_due` will be called at the latest
         self._buckets: dict[int, list[int]] = {}
-        self._due: list[int] = []
+        self._due: list[int] = []  # a heap of the buckets' ticks
         self._count = 0  # of keys, and of those whose time has come since the last sweep
         self._sweep_at = SWEEP_MIN_COUNT
         self._closed = False
-        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """How many keys are kept, those that have ended and were not swept out yet included."""
+        return len(self._added) + sum(map(len, self._buckets.values()))
 
     def add(self, key: int, after_s: float) -> None:
         """`key` expires `after_s` seconds from now, or up to `TICK_S` later."""
         tick = int((time.monotonic() + after_s) / TICK_S) + 1
-        with self._condition:
-            self._count += 1
-            if self._count > self._sweep_at:
-                self._sweep()
-            bucket = self._buckets.get(tick)
-            if bucket is not None:
-                bucket.append(key)
-                return
-            self._buckets[tick] = [key]
-            heapq.heappush(self._due, tick)
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="zrpc-deadlines", daemon=True)
-                self._thread.start()
-            elif self._due[0] == tick:
-                self._condition.notify()
+        self._added.append((tick, key))
+        if tick < self._next_tick:
+            self._next_tick = tick
+            self._wake()
+        elif len(self._added) >= SWEEP_MIN_COUNT and len(self._added) % SWEEP_MIN_COUNT == 0:
+            self._wake()
+
+    def run_due(self) -> float | None:
+        """Expire what is due; the seconds until more will be. None: nothing is kept."""
+        while not self._closed:
+            self._next_tick = -inf  # whoever adds meanwhile need not wake: what is added is looked at once more
+            self._take_added()
+            while self._due and self._due[0] * TICK_S <= time.monotonic():
+                for key in self._buckets.pop(heapq.heappop(self._due)):
+                    self._expire(key)
+            self._next_tick = self._due[0] if self._due else inf
+            if not self._added:
+                return self._due[0] * TICK_S - time.monotonic() if self._due else None
+        return None
 
     def close(self) -> None:
-        """End the thread; what has not expired never will. Idempotent."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        """What has not expired never will. Idempotent."""
+        self._closed = True
+
+    def _take_added(self) -> None:
+        while self._added:
+            tick, key = self._added.popleft()
+            self._count += 1
+            bucket = self._buckets.get(tick)
+            if bucket is None:
+                self._buckets[tick] = [key]
+                heapq.heappush(self._due, tick)
+            else:
+                bucket.append(key)
+            if self._count > self._sweep_at:
+                self._sweep()
 
     def _sweep(self) -> None:
-        """Forget what has ended. Call it under the condition; what it costs is twice one look for each key added."""
+        """Forget what has ended. What it costs is twice one look for each key added."""
         live = {tick: [key for key in keys if self._is_live(key)] for tick, keys in self._buckets.items()}
         self._buckets = {tick: keys for tick, keys in live.items() if keys}
         self._due = sorted(self._buckets)  # a heap
         self._count = sum(map(len, self._buckets.values()))
         self._sweep_at = max(SWEEP_MIN_COUNT, 2 * self._count)
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                if self._closed:
-                    return
-                wait_s = self._due[0] * TICK_S - time.monotonic() if self._due else None
-                if wait_s is None or wait_s > 0:
-                    self._condition.wait(wait_s)
-                    continue
-                keys = self._buckets.pop(heapq.heappop(self._due))
-            for key in keys:
-                self._expire(key)

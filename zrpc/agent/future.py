@@ -13,10 +13,12 @@ import asyncio
 import logging
 import sys
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from zrpc import finalizers
 from zrpc.agent.pool import blocking
 from zrpc.errors import ZrpcError
 from zrpc.exception_text import cause_of, context_of, describe, is_interrupt, without_traceback
@@ -111,14 +113,10 @@ class Future(torch.futures.Future[T]):
         failure, token = self._failure, self._token
         if failure is None or token is None or sys.is_finalizing():
             return
-        error = failure.error
         if not failure.seen and not self._has_callback:
-            remote = remote_traceback(error)
-            where = f"\n{remote}" if remote is not None else ""
-            text = "%s failed, and nobody asked for its outcome: %s%s"
-            # Without exc_info: to format a traceback parses source, and Python 3.11 cannot do that within a parse.
-            log.warning(text, self.origin, describe(error), where)
-        token.take(error)
+            finalizers.defer(partial(_warn, self.origin, failure.error))
+        failure.raisable.drop_traceback()
+        token.take(failure.error)
 
     def set_exception(self, result: Any) -> None:
         """End with the error `result`. It is logged if nobody ever asks for the outcome."""
@@ -196,6 +194,12 @@ class Future(torch.futures.Future[T]):
         self.add_done_callback(on_done)
         yield from waiter
         return self.wait()
+
+
+def _warn(origin: object, error: Exception) -> None:
+    remote = remote_traceback(error)
+    where = f"\n{remote}" if remote is not None else ""
+    log.warning("%s failed, and nobody asked for its outcome: %s%s", origin, describe(error), where)
 
 
 def fail(future: torch.futures.Future[Any], error: Exception) -> None:

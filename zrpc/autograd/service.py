@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from zrpc import finalizers
 from zrpc.agent.pool import blocking
 from zrpc.autograd import gradients as codec
 from zrpc.autograd.backward_pass import Arrived, BackwardPass, ForSend
@@ -14,7 +15,6 @@ from zrpc.autograd.container import RANK_SHIFT, ContextContainer
 from zrpc.autograd.marking import Countdown, Further
 from zrpc.errors import AgentClosedError, AutogradError, PeerLostError, UnknownWorkerError
 from zrpc.exception_text import text_of
-from zrpc.rref.janitor import Janitor
 from zrpc.wire.messages import AbortBackward, BackwardRequest, JoinContexts, MarkSends, Message, ReleaseContexts
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from zrpc.transport.inbox import Work
     from zrpc.wire.payload import Payload
 
+CLOSE_FLUSH_S = 5.0
+"""How long a worker that shuts down may take to tell of contexts that it released."""
+
 Done = Callable[[BaseException | None], None]
 
 
 class AutogradService:
-    """What `install` puts into `agent.extensions`. Any thread may use it; the lock owns the making of the janitor.
+    """What `install` puts into `agent.extensions`. Any thread may use it.
 
     Attributes:
         contexts: the contexts of this worker.
@@ -41,10 +44,8 @@ class AutogradService:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._lock = threading.Lock()
         self.contexts = ContextContainer(lambda: agent.info.id, self.watch)
-        self._janitor: Janitor | None = None
-        self._released: deque[tuple[DistAutogradContext, int | None]] = deque()  # to be told of; by the janitor
+        self._released: deque[tuple[DistAutogradContext, int | None]] = deque()  # to be told of; by the control thread
         self._closed = False
 
     # ---- for users -------------------------------------------------------------------------------------------------
@@ -78,10 +79,8 @@ class AutogradService:
         for context in self.contexts.all():
             if (active := context.active) is not None:
                 active.fail(AgentClosedError("this worker shut down during a backward pass"))
-        with self._lock:
-            self._closed, janitor = True, self._janitor
-        if janitor is not None:
-            janitor.close()
+        self._closed = True
+        self._agent.control.flush(CLOSE_FLUSH_S)
 
     def debug_info(self) -> dict[str, int]:
         """How many contexts there are, and how many of them have a pass under way."""
@@ -258,17 +257,12 @@ class AutogradService:
 
     def _tell_soon(self, context: DistAutogradContext, told_by: int | None) -> None:
         """Tell of a released context, away from the thread that released it."""
-        with self._lock:
-            if self._closed:
-                return
-            if self._janitor is None:
-                self._janitor = Janitor(self._tell_released)
+        if not self._closed:
             self._released.append((context, told_by))
-            self._janitor.note("released")
+            finalizers.defer(self._tell_released)
 
-    def _tell_released(self, note: object) -> None:
-        """Tell of all that is noted by now, in one message to each worker; the later notes of a round find nothing."""
-        del note
+    def _tell_released(self) -> None:
+        """Tell of all that is released by now, in one message to each worker; later tasks of a round find nothing."""
         by_rank: defaultdict[int, list[int]] = defaultdict(list)
         while self._released:
             context, told_by = self._released.popleft()

@@ -1,8 +1,9 @@
 """The reference counts of one worker at work: the table under its lock, the values it keeps, and what it asks for.
 
 Every event goes the same way (`_decide`): the table decides under the lock, values that nobody uses are taken out under
-the same lock (so that a value shared again in that moment is not lost), and messages are sent after it. Values and
-RRefs are let go of by the janitor: their `__del__` is user code, and user code runs under no lock.
+the same lock (so that a value shared again in that moment is not lost), and messages are sent after it. What `__del__`
+of RRefs sees is left to the control thread. Values are let go of on a thread of their own (`Agent.drop`): their
+`__del__` is user code.
 
 Any thread may call in. `_lock` owns `_table`, `_cells`, `_num_sending` and `_closed`; `_watched` only saves calls.
 """
@@ -12,14 +13,15 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zrpc import finalizers
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RRefError, UnknownWorkerError
 from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
 from zrpc.rref.cell import Cell
 from zrpc.rref.forkdata import ForkData
-from zrpc.rref.janitor import Janitor
 from zrpc.rref.owners import Availability
 from zrpc.rref.states import UserState
 from zrpc.rref.table import RRefTable
@@ -80,7 +82,6 @@ class Ledger:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._table_made: RRefTable | None = None
-        self._janitor: Janitor | None = None
         self._cells: dict[RRefId, Cell] = {}
         self._watched: set[int] = set()
         self._num_sending = 0
@@ -235,11 +236,9 @@ class Ledger:
             forks = self._table.owned_forks() if self._table_made else {}
             garbage = list(self._cells.values())
             self._cells.clear()
-            janitor = self._janitor
             self._changed.notify_all()
-        if janitor is not None:
-            janitor.drop(garbage)
-            janitor.close()
+        if garbage:
+            self.agent.drop(garbage)
         if forks and not ignore_leak:
             leaks = [(rref_id, fork_id) for rref_id, held in forks.items() for fork_id in held]
             raise RRefError("\n".join(f"Leaking RRef {rref_id} with fork Id {fork_id}" for rref_id, fork_id in leaks))
@@ -263,7 +262,6 @@ class Ledger:
         """The table; it is made at first use, when the agent has a rank. Call it under the lock."""
         if self._table_made is None:
             self._table_made = RRefTable(self.agent.info.id)
-            self._janitor = Janitor(self._on_note)
         return self._table_made
 
     def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
@@ -281,9 +279,8 @@ class Ledger:
                     orphans.append((action, self._cells.setdefault(action.rref_id, Cell())))
             self._num_sending += sum(isinstance(action, Tell | AskOwner) for action in actions)
             self._changed.notify_all()
-            janitor = self._janitor
-        if garbage and janitor is not None:
-            janitor.drop(garbage)
+        if garbage:
+            self.agent.drop(garbage)
         for orphan, cell in orphans:
             cell.set_error(PeerLostError(f"The worker {orphan.creator} died before it created {orphan.rref_id}"))
         for action in actions:
@@ -307,9 +304,8 @@ class Ledger:
         self.agent.notify(to, action.message, done)
 
     def _note(self, note: Note) -> None:
-        janitor = self._janitor
-        if janitor is not None and not self._closed:
-            janitor.note(note)
+        if not self._closed:
+            finalizers.defer(partial(self._on_note, note))
 
     def _on_note(self, note: Note) -> None:
         if isinstance(note, ForkData):

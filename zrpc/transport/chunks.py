@@ -18,7 +18,7 @@ import reprlib
 import struct
 import threading
 import weakref
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from zrpc import finalizers
 from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.ids import Incarnation
 from zrpc.wire.envelope import Arriving, Buffer
@@ -35,6 +36,8 @@ MAGIC = 0xC1
 MIN_NBYTES = 20 << 20
 """Smaller buffers travel as one frame: glibc keeps up to 32 MiB, and a heap of its threads has room for three of 20."""
 CHUNK_NBYTES = 1 << 20
+MAX_RATIO = 1.25
+"""A kept buffer serves for one that is up to so many times smaller: batches of varying length use it again."""
 KEPT_MAX_NBYTES = 1 << 30
 """Destination buffers kept for use again; more than that are given back to the system."""
 _FIRST_BYTE = bytes([MAGIC])
@@ -65,7 +68,9 @@ def _plain(nbytes: int) -> Bytes:
 
 
 class WarmBuffers:
-    """Destination buffers, handed out and taken back when nobody sees them any more. The table is owned by the lock.
+    """Destination buffers, handed out and taken back when nobody sees them any more. The lock owns what is kept.
+
+    What is kept longest without use makes room for what comes back.
 
     Attributes:
         make: makes fresh memory of so many bytes.
@@ -73,34 +78,58 @@ class WarmBuffers:
 
     def __init__(self, kept_max_nbytes: int = KEPT_MAX_NBYTES) -> None:
         self.make: Callable[[int], Bytes] = _plain
-        self._lock = threading.RLock()  # a loan may die, and come back, while this thread is in here
-        self._kept: defaultdict[int, list[Bytes]] = defaultdict(list)
-        self._kept_nbytes = 0
+        self._lock = threading.Lock()
+        self._kept: list[Bytes] = []  # the one used last is the last
         self._kept_max_nbytes = kept_max_nbytes
+        self._returned: deque[Bytes] = deque()  # by a weakref callback, which may run anywhere
         self._loans: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def kept_nbytes(self) -> int:
+        """How much is kept for use again."""
+        with self._lock:
+            self._take_back()
+            return sum(memory.nbytes for memory in self._kept)
 
     def lend(self, nbytes: int) -> Bytes:
         """Writable memory of `nbytes`, its content undefined; it comes back by itself when nobody sees it any more."""
         with self._lock:
-            kept = self._kept[nbytes]
-            memory = kept.pop() if kept else None
-            if memory is not None:
-                self._kept_nbytes -= nbytes
+            self._take_back()
+            memory = self._find(nbytes)
         if memory is None:
             memory = self.make(nbytes)
-        loan: Bytes = np.frombuffer(memory.data, np.uint8)  # views of it keep it alive, and not `memory`
+        loan: Bytes = np.frombuffer(memory.data, np.uint8, nbytes)  # views of it keep it alive, and not `memory`
         whole = memory
 
-        def take_back(reference: weakref.ref[Any]) -> None:
+        def on_freed(reference: weakref.ref[Any]) -> None:
             self._loans.pop(id(reference), None)
-            with self._lock:
-                if self._kept_nbytes + whole.nbytes <= self._kept_max_nbytes:
-                    self._kept[whole.nbytes].append(whole)
-                    self._kept_nbytes += whole.nbytes
+            self._returned.append(whole)
+            finalizers.defer(self._settle)
 
-        reference = weakref.ref(loan, take_back)
+        reference = weakref.ref(loan, on_freed)
         self._loans[id(reference)] = reference
         return loan
+
+    def _find(self, nbytes: int) -> Bytes | None:
+        """The smallest that is kept of at least `nbytes`, and not of so many more that too much would lie idle."""
+        fitting = [memory for memory in self._kept if nbytes <= memory.nbytes <= nbytes * MAX_RATIO]
+        if not fitting:
+            return None
+        found = min(fitting, key=lambda memory: memory.nbytes)
+        self._kept = [memory for memory in self._kept if memory is not found]
+        return found
+
+    def _take_back(self) -> None:
+        """Keep what was returned, as far as there is room. Call it under the lock."""
+        while self._returned:
+            self._kept.append(self._returned.popleft())
+        nbytes = sum(memory.nbytes for memory in self._kept)
+        while nbytes > self._kept_max_nbytes:
+            nbytes -= self._kept.pop(0).nbytes
+
+    def _settle(self) -> None:
+        with self._lock:
+            self._take_back()
 
 
 @dataclass(slots=True)

@@ -47,6 +47,10 @@ class Raisable:
         except IndexError:
             return self.copy()
 
+    def drop_traceback(self) -> None:
+        """Keep the traceback that the exception came with no longer: it refers to frames, and these to others."""
+        self._traceback = None
+
     def copy(self) -> BaseException:
         """A copy to raise: of the same class, with the same fields, links and traceback."""
         return BaseException.with_traceback(copy_exception(self.error), self._traceback)

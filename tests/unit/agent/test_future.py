@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.unit.agent.test_call import ANSWER, Owner
+from zrpc import finalizers
 from zrpc.agent.completions import Completions
 from zrpc.agent.future import Future, fail, future_of
 from zrpc.agent.pool import HandlerPool
@@ -298,6 +299,7 @@ def test_waiting_makes_room_in_the_pool() -> None:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    finalizers.run_pending()
     return [record.getMessage() for record in caplog.records if record.name == "zrpc"]
 
 

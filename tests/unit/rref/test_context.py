@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.unit.rref.workers import Chaos, Worker, cluster
+from tests.waiting import until
 from zrpc.errors import OverloadedError, PeerLostError, ProtocolError, RpcTimeoutError, RRefError, SerializationError
 from zrpc.rref import ledger as ledger_module
 from zrpc.rref.cell import Cell
@@ -450,7 +451,7 @@ def test_a_leak_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         o.rrefs.destroy(ignore_leak=False)
 
 
-def test_values_are_let_go_of_by_the_janitor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_let_go_of_on_a_thread_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
 
     class Tracked:
@@ -465,8 +466,8 @@ def test_values_are_let_go_of_by_the_janitor(monkeypatch: pytest.MonkeyPatch) ->
         assert threads == []
         _kept.clear()
         empty(c.workers)
-        o.rrefs.destroy(ignore_leak=False)
-        assert threads == ["zrpc-janitor"]
+        until(lambda: threads, "the value is let go of")
+        assert threads == ["zrpc-finalizer-0"]
 
 
 def test_plain_pickle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

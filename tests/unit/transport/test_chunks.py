@@ -218,9 +218,31 @@ def test_no_more_memory_is_kept_than_allowed() -> None:
     buffers = WarmBuffers(kept_max_nbytes=2500)
     loans = [buffers.lend(1000) for _ in range(4)]
     del loans
-    assert buffers._kept_nbytes == 2000
-    assert len(buffers._kept[1000]) == 2
-    assert not buffers._loans
+    assert buffers.kept_nbytes == 2000
+
+
+def test_what_was_not_used_for_longest_makes_room_for_sizes_that_are_used_now() -> None:
+    buffers = WarmBuffers(kept_max_nbytes=100)
+    for nbytes in range(10, 30):
+        buffers.lend(nbytes)
+    buffers.lend(50)
+    made: list[int] = []
+    buffers.make = lambda nbytes: np.zeros(made.append(nbytes) or nbytes, np.uint8)  # type: ignore[func-returns-value]
+    for _ in range(5):
+        assert buffers.lend(50).nbytes == 50
+    assert made == [], "memory that was used last is warm"
+    assert buffers.kept_nbytes <= 100
+
+
+def test_batches_that_vary_in_length_use_memory_again() -> None:
+    made: list[int] = []
+    buffers = WarmBuffers()
+    buffers.make = lambda nbytes: np.zeros(made.append(nbytes) or nbytes, np.uint8)  # type: ignore[func-returns-value]
+    for nbytes in (1000, 950, 900, 980):
+        assert buffers.lend(nbytes).nbytes == nbytes
+    assert made == [1000]
+    assert buffers.lend(500).nbytes == 500
+    assert made == [1000, 500], "half of it would lie idle"
 
 
 def test_destination_buffers_are_made_as_the_worker_says() -> None:
