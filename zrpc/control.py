@@ -20,7 +20,7 @@ import time
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from zrpc import finalizers
+from zrpc import finalizers, threads
 from zrpc.exception_text import log_error
 
 if TYPE_CHECKING:
@@ -46,17 +46,15 @@ class ControlThread:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._looks_for_finalizers = False
         self._rest_until = 0.0
-        self._thread = threading.Thread(target=self._run, name="zrpc-control", daemon=True)
-        self._is_started = False
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to run tasks.
 
         Raises:
-            RuntimeError: the system gives no thread.
+            LimitError: the system gives no thread.
         """
-        self._thread.start()
-        self._is_started = True
+        self._thread = threads.start(self._run, "zrpc-control")
         finalizers.wake_with(self._on_deferred)
 
     def submit(self, task: Task) -> None:
@@ -69,7 +67,7 @@ class ControlThread:
 
     def flush(self, timeout_s: float) -> None:
         """Wait until all that was submitted and deferred by now is done, up to `timeout_s`."""
-        if not self._is_started or threading.current_thread() is self._thread:
+        if self._thread in (None, threading.current_thread()):
             finalizers.run_pending()
             return
         done = threading.Event()
@@ -80,10 +78,10 @@ class ControlThread:
     def close(self, timeout_s: float) -> None:
         """Run what was submitted, then end; wait up to `timeout_s` for it. Idempotent."""
         finalizers.do_not_wake(self._on_deferred)
-        if self._is_started:
+        if self._thread is not None:
             self._tasks.put(None)
             if threading.current_thread() is not self._thread:
-                self._thread.join(timeout_s)
+                threads.join(self._thread, timeout_s)
 
     def _on_deferred(self) -> None:
         if not self._looks_for_finalizers:

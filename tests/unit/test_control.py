@@ -10,6 +10,7 @@ import time
 import pytest
 
 from zrpc.control import ControlThread
+from zrpc.errors import LimitError
 
 WAIT_S = 20.0
 
@@ -99,7 +100,7 @@ def test_where_there_is_no_thread_to_be_had_nothing_has_begun(monkeypatch: pytes
     control = ControlThread()
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
+        with pytest.raises(LimitError, match=r"zrpc-control cannot be started .*can.t start new thread.*ulimit -u"):
             control.start()
     control.flush(0.0)
     control.close(0.0)

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from zrpc import threads
 from zrpc.errors import AgentClosedError, PeerLostError
-from zrpc.threads import join
 from zrpc.transport import io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
@@ -156,7 +156,7 @@ class BrokeredEndpoint:
         deadline = time.monotonic() + flush_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
+                threads.join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
         self._outbox.drain()
         can_flush = self.is_connected() and self._broker_lost is None
         self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
@@ -178,9 +178,7 @@ class BrokeredEndpoint:
                 return
             readers = [(self.inbox.run, f"zrpc-reader-{number}") for number in range(READERS)]
         for target, name in (*readers, (self._watch_loop, "zrpc-watcher")):
-            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
-        for thread in self._threads:
-            thread.start()
+            self._threads.append(threads.start(target, name))
 
     def tell_broker(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the broker itself. Raises what `send` raises."""
@@ -310,17 +308,19 @@ class BrokeredEndpoint:
         poller = zmq.Poller()
         for sock in (self._watcher_end, self._sender_monitor, self._receiver_monitor):
             poller.register(sock, zmq.POLLIN)
-        while not self._closed and self._broker_lost is None:
-            ready = dict(poller.poll(DRAIN_INTERVAL_MS if self._clogged else None))
-            if self._watcher_end in ready:
-                self._watcher_end.recv_multipart()
-            for monitor in (self._sender_monitor, self._receiver_monitor):
-                if monitor in ready:
-                    self._on_monitor(int(recv_monitor_message(monitor)["event"]))
-            if self._clogged:
-                self._clogged = False
-                if not self._outbox.drain():
-                    self._clogged = True
+        threads.keep_running(partial(self._watch_once, poller), self._is_over)
+
+    def _watch_once(self, poller: zmq.Poller) -> None:
+        ready = dict(poller.poll(DRAIN_INTERVAL_MS if self._clogged else None))
+        if self._watcher_end in ready:
+            self._watcher_end.recv_multipart()
+        for monitor in (self._sender_monitor, self._receiver_monitor):
+            if monitor in ready:
+                self._on_monitor(int(recv_monitor_message(monitor)["event"]))
+        if self._clogged:
+            self._clogged = False
+            if not self._outbox.drain():
+                self._clogged = True
 
     def _on_monitor(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc.errors import PeerLostError, ProtocolError
+from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers
 from zrpc.transport.filling import Filling
@@ -282,4 +283,8 @@ def _nothing_to_pin(_: Buffer) -> None:
 
 def _do_all(works: list[Work]) -> None:
     for work in works:
-        work()
+        try:
+            work()
+        except BaseException as error:  # the others are of other calls
+            log_error(log, "a request failed in an unexpected way", error=error)
+            del error

@@ -36,6 +36,8 @@ from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Protocol
 
+from zrpc import threads
+from zrpc.exception_text import log_error
 from zrpc.transport.polling import Polling
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
@@ -175,24 +177,26 @@ class Inbox:
     def run(self) -> None:
         """Be a reader, until `is_over`."""
         self._readers.add(threading.get_ident())
-        while not self._is_over():
-            if self._lock.acquire(blocking=False):
-                work = self._read()
-                if work is not None:
-                    self._activity += 1
-                    if not self._is_watched:
-                        self._calls.put(False)
-                    try:
-                        work()
-                    except BaseException:  # this thread has more to do
-                        log.exception("a request failed in an unexpected way")
-                    del work  # it holds what it was given, shared memory among it
-                    continue
-                self._park(watch=True)
-            else:
-                self._park(watch=False)
+        threads.keep_running(self._read_and_work, self._is_over)
         self.on_queue_empty()
         self._calls.put(True)  # the others end too
+
+    def _read_and_work(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._park(watch=False)
+            return
+        work = self._read()
+        if work is None:
+            self._park(watch=True)
+            return
+        self._activity += 1
+        if not self._is_watched:
+            self._calls.put(False)
+        try:
+            work()
+        except BaseException as error:  # this thread has more to do
+            log_error(log, "a request failed in an unexpected way", error=error)
+            del error
 
     def _read(self) -> Work | None:
         """Read under the lock, which is held, until there is work to do or the socket is left to callers."""

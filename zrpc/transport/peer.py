@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from zrpc import threads
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
-from zrpc.threads import join
 from zrpc.transport import io_thread, sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
@@ -100,9 +100,7 @@ class PeerEndpoint:
         self._on_frames, self._on_lost = on_frames, on_lost
         readers = [(self.inbox.run, f"zrpc-reader-{number}") for number in range(READERS)]
         for target, name in (*readers, (self._watch_loop, "zrpc-watcher")):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._threads.append(threads.start(target, name))
 
     def connect(self, peer: Incarnation, address: str) -> None:
         """Say where `peer` listens; the connection is made with the first message to it."""
@@ -157,7 +155,7 @@ class PeerEndpoint:
         deadline = time.monotonic() + flush_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
+                threads.join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
         self.inbox.end()
         with self._lock:
             outboxes, self._outboxes = list(self._outboxes.values()), {}
@@ -231,17 +229,19 @@ class PeerEndpoint:
         return self._on_frames(source, frames)
 
     def _watch_loop(self) -> None:
-        while not self._closed:
-            self._watch.poll(DRAIN_INTERVAL_MS if self._clogged else None, self._declare_lost)
-            with self._lock:
-                added, self._new_monitors = self._new_monitors, []
-                clogged, self._clogged = self._clogged, set()  # a sender that finds its queue anew puts it back
-                queues = [(peer, outbox) for peer in clogged if (outbox := self._outboxes.get(peer)) is not None]
-            for peer, monitor in added:
-                self._watch.add(peer, monitor)
-            still = [peer for peer, outbox in queues if not outbox.drain()]
-            with self._lock:
-                self._clogged.update(still)
+        threads.keep_running(self._watch_once, lambda: self._closed)
+
+    def _watch_once(self) -> None:
+        self._watch.poll(DRAIN_INTERVAL_MS if self._clogged else None, self._declare_lost)
+        with self._lock:
+            added, self._new_monitors = self._new_monitors, []
+            clogged, self._clogged = self._clogged, set()  # a sender that finds its queue anew puts it back
+            queues = [(peer, outbox) for peer in clogged if (outbox := self._outboxes.get(peer)) is not None]
+        for peer, monitor in added:
+            self._watch.add(peer, monitor)
+        still = [peer for peer, outbox in queues if not outbox.drain()]
+        with self._lock:
+            self._clogged.update(still)
 
     def _declare_lost(self, peer: Incarnation, reason: str) -> None:
         with self._lock:

@@ -64,3 +64,21 @@ def test_a_closed_copier_copies_on_the_callers_thread() -> None:
     copier.copy(target, source)
     assert np.array_equal(target, source)
     assert not helpers()
+
+
+def test_where_no_thread_is_to_be_had_the_caller_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    copier = Copier()
+    source = pattern(SPLIT_MIN_NBYTES, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        refused = np.zeros_like(source)
+        copier.copy(refused, source)
+    later = np.zeros_like(source)
+    copier.copy(later, source)  # would wait for ever for a helper that never was
+    assert np.array_equal(refused, source)
+    assert np.array_equal(later, source)
+    assert helpers()
+    copier.close()
