@@ -30,7 +30,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from zrpc import threads
 from zrpc.errors import AgentClosedError, PeerLostError
-from zrpc.transport import io_thread, sockets
+from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
@@ -80,6 +80,7 @@ class BrokeredEndpoint:
     def __init__(self, address: str, incarnation: Incarnation, *, local: bool = False) -> None:
         self.incarnation = incarnation
         self.address = address
+        self._numeric_address = sockets.split_address(sockets.resolve(address))
         self._local = local
         self.on_control: OnControl = _ignore
         self.on_broker_lost: Callable[[str], None] = _ignore
@@ -113,8 +114,17 @@ class BrokeredEndpoint:
         self._started = False
         self._on_frames: OnFrames
         self._on_lost: OnLost
+        fork.drop_in_children(self)
 
     # ---- Endpoint ---------------------------------------------------------------------------------------------------
+
+    def local_ports(self) -> set[int]:
+        """See `fork.Connected`. It listens on none."""
+        return set()
+
+    def remote_addresses(self) -> set[tuple[str, int]]:
+        """See `fork.Connected`: the broker's."""
+        return {self._numeric_address}
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to deliver; see `Endpoint.start`. What came since `open` is delivered before this returns."""

@@ -24,7 +24,7 @@ import zmq
 
 from zrpc import threads
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
-from zrpc.transport import io_thread, sockets
+from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
 from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
@@ -94,6 +94,15 @@ class PeerEndpoint:
         self._threads: list[threading.Thread] = []
         self._on_frames: OnFrames
         self._on_lost: OnLost
+        fork.drop_in_children(self)
+
+    def local_ports(self) -> set[int]:
+        """See `fork.Connected`."""
+        return {sockets.split_address(self.address)[1]}
+
+    def remote_addresses(self) -> set[tuple[str, int]]:
+        """See `fork.Connected`."""
+        return {sockets.split_address(address) for address in self._addresses.values()}
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to read; see `Endpoint.start`."""
