@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -110,21 +111,42 @@ def _operator(op: str) -> Callable[..., Any]:
     return found
 
 
+class AsyncCalls:
+    """Counts functions marked with `async_execution` that have returned a future which is not done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num = 0
+
+    @property
+    def num(self) -> int:
+        """How many there are now."""
+        return self._num
+
+    def change(self, by: int) -> None:
+        """One more (1), or one less (-1)."""
+        with self._lock:
+            self._num += by
+
+
 def when_done(
-    result: Any, func_text: str, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]
+    result: Any, calls: AsyncCalls, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]
 ) -> None:
-    """Wait, without a thread, for the future that an async_execution function returned.
+    """Wait, without a thread, for the future that an async_execution function returned. `calls` counts it meanwhile.
 
     Raises:
         RuntimeError: `result` is no future.
     """
     if not isinstance(result, torch._C.Future):
+        kind = type(result).__name__
         raise RuntimeError(
             "Functions decorated with @rpc.async_function must return a torch.futures.Future object, "
-            f"but {func_text} returned a {type(result).__name__}"
+            f"but this one returned a {kind}. (Async functions must return an IValue of Future type, but got {kind})"
         )
+    calls.change(1)
 
     def finish(future: torch.futures.Future[Any]) -> None:
+        calls.change(-1)
         try:
             value = future.wait()
         except Exception as error:
@@ -145,12 +167,8 @@ def serve_python(request: Request[PythonCall]) -> None:
             if not request.message.async_execution:
                 request.reply(pickling.dumps(execute_python(request.payload)))
                 return
-            when_done(
-                execute_python(request.payload),
-                "this one",
-                lambda value: _reply(request, value),
-                request.fail,
-            )
+            result = execute_python(request.payload)
+            when_done(result, request.async_calls, lambda value: _reply(request, value), request.fail)
     except BaseException as error:
         log.error("a function called by %s raised", request.source, exc_info=error)
         request.fail(error)

@@ -131,7 +131,7 @@ class RRefContext(Ledger):
                 if async_execution:
                     when_done(
                         result,
-                        "this one",
+                        request.async_calls,
                         partial(finish_elsewhere, cell.set_value),
                         partial(finish_elsewhere, cell.set_error),
                     )

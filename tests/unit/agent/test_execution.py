@@ -74,7 +74,7 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
     futures = [kind() for _ in range(3)]
     watched = [futures[0], futures[1], futures[2].then(lambda future: future.value() + 1)]
     for future in watched:
-        execution.when_done(future, "f", outcomes.append, outcomes.append)
+        execution.when_done(future, execution.AsyncCalls(), outcomes.append, outcomes.append)
     assert outcomes == []
     error: Any = ValueError("x")
     futures[0].set_result(1)
@@ -85,7 +85,7 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
 
 def test_what_is_no_future_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future object, but f returned a str"):
-        execution.when_done("result", "f", print, print)
+        execution.when_done("result", execution.AsyncCalls(), print, print)
 
 
 def test_the_mark_of_asynchronous_functions() -> None:
