@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zrpc.agent.scripted import call_and_keep
 from zrpc.errors import ProtocolError
 from zrpc.wire import pickling
 
@@ -45,8 +46,12 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def execute_python(payload: Payload) -> Any:
+def execute_python(payload: Payload, *, keep: bool = False) -> Any:
     """Run the pickled function of `payload`.
+
+    Args:
+        payload: the pickled call.
+        keep: the result stays here; that of a TorchScript function may be a `ScriptValue`.
 
     Raises:
         SerializationError: this process lacks the function.
@@ -55,11 +60,11 @@ def execute_python(payload: Payload) -> Any:
     """
     func, args, kwargs = pickling.loads(payload)
     payload.let_go()
-    try:
+    if not isinstance(func, torch.jit.ScriptFunction):
         return _run(func, args, kwargs)
+    try:
+        return _run(call_and_keep, (func, args, kwargs), {}) if keep else _run(func, args, kwargs)
     except torch.jit.Error as error:
-        if not isinstance(func, torch.jit.ScriptFunction):
-            raise
         raise RuntimeError(str(error)) from error  # as from an operator: callers of compiled code expect no class of it
 
 
@@ -149,6 +154,8 @@ def when_done(
         calls.change(-1)
         try:
             value = future.wait()
+        except torch.jit.Error as error:  # of compiled code that was forked
+            on_error(RuntimeError(str(error)))
         except Exception as error:
             on_error(error)
         else:

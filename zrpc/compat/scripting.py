@@ -13,16 +13,18 @@ import linecache
 import sys
 import types
 import typing
-from functools import cache
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import torch
 import torch.jit.annotations
 
+from zrpc.agent.scripted import is_copied
+from zrpc.compat import script_views
+from zrpc.rref import travel
 from zrpc.rref.rref import RRef
+from zrpc.wire.pickling import register_reducer
 
 _annotations: Any = torch.jit.annotations
-_torch_rref_type: Any = getattr(torch._C, "RRefType", None)
 
 _SOURCE = """
 @torch.jit.ignore
@@ -31,8 +33,8 @@ def _to_here(link: Tensor, timeout: float) -> Value:
 
 
 @torch.jit.ignore
-def _local_value(link: Tensor) -> Value:
-    return rref_of(link).local_value()
+def _kept(link: Tensor, timeout: float) -> Kept:
+    return kept_of(link, timeout, wrap)
 
 
 @torch.jit.ignore
@@ -50,18 +52,32 @@ def _confirmed_by_owner(link: Tensor) -> bool:
     return rref_of(link).confirmed_by_owner()
 
 
+def _same(value: Value) -> Value:
+    return value
+
+
+@torch.jit.script
+def wrap(value: Value) -> Future[Value]:
+    return torch.jit.fork(_same, value)
+
+
 @torch.jit.script
 class ScriptRRef:
     def __init__(self, link: Tensor) -> None:
         self._script_link = link
 
     def to_here(self, timeout: float = -1.0) -> Value:
+        if _is_owner(self._script_link):
+            return _kept(self._script_link, timeout)GET
         return _to_here(self._script_link, timeout)
 
     def local_value(self) -> Value:
-        return _local_value(self._script_link)
+        return _kept(self._script_link, -1.0)GET
 
     def owner_name(self) -> str:
+        return _owner_name(self._script_link)
+
+    def owner(self) -> str:
         return _owner_name(self._script_link)
 
     def is_owner(self) -> bool:
@@ -73,14 +89,27 @@ class ScriptRRef:
 _numbers = itertools.count()
 
 
+_classes: dict[str, Any] = {}
+"""The TorchScript type of a value -> the class of RRefs to such values."""
+
+
 def install() -> None:
-    """Let annotations name zrpc's RRefs, and compiled functions take them."""
+    """Let annotations name zrpc's RRefs, and compiled functions take them and return them."""
     RRef._script_link = property(_link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
     internal: Any = torch._jit_internal
     for module in (internal, _annotations):
         module.RRef = RRef
         module.is_rref = _is_rref
     internal.is_rref_instance = _is_rref_instance
+    plain = _annotations.try_ann_to_type
+
+    def try_ann_to_type(ann: Any, loc: Any, rcb: Any = None) -> Any:
+        if _is_rref(ann):
+            (value,) = get_args(ann)
+            return plain(class_for(try_ann_to_type(value, loc, rcb), value), loc)
+        return plain(ann, loc, rcb)
+
+    _annotations.try_ann_to_type = try_ann_to_type
     _annotations.RRefType = _type_of_rref
 
 
@@ -96,25 +125,89 @@ def _is_rref_instance(obj: object) -> bool:
 
 def _type_of_rref(value_type: Any) -> Any:
     """The TorchScript type of an RRef whose value is of `value_type`."""
+    return _annotations.try_ann_to_type(class_for(value_type, None), None)
+
+
+def class_for(value_type: Any, annotation: Any) -> Any:
+    """The TorchScript class of RRefs to values of a type.
+
+    Args:
+        value_type: the type.
+        annotation: what Python calls it; None: to be found out.
+
+    Raises:
+        RuntimeError: that cannot be found out.
+    """
+    key = value_type.annotation_str
+    known = _classes.get(key)
+    if known is None:
+        annotation = _annotation_of(value_type) if annotation is None else annotation
+        known = _classes[key] = _make_class(annotation, is_copied(value_type))
+    return known
+
+
+def _annotation_of(value_type: Any) -> Any:
+    if value_type.kind() == "ClassType":
+        found = torch.jit._state._get_python_class(value_type.qualified_name())  # type: ignore[no-untyped-call]
+        if found is not None:
+            return found
     try:
-        cls = _class_for(value_type.annotation_str)
-    except (NameError, SyntaxError, AttributeError):  # a class of the program: only torch's own RRefs can hold it
-        return _torch_rref_type(value_type)
-    return _annotations.try_ann_to_type(cls, None)
+        return eval(value_type.annotation_str, {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device})
+    except (NameError, SyntaxError, AttributeError) as error:
+        raise RuntimeError(
+            f"the type {value_type.annotation_str} cannot be that of a value behind an RRef here: annotate the RRef where "
+            "it is an argument, as RRef[...]"
+        ) from error
 
 
-@cache
-def _class_for(annotation: str) -> Any:
+def _make_class(annotation: Any, copied: bool) -> Any:
+    source = _SOURCE.replace("GET", ".wait()" if copied else "")
     name = f"zrpc.compat.generated_{next(_numbers)}"
     filename = f"<{name}>"
     module = types.ModuleType(name)
     module.__file__ = filename
-    known = {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device}
-    vars(module).update(torch=torch, Tensor=torch.Tensor, Value=eval(annotation, known), rref_of=_rref_of)
+    namespace = {
+        "Future": torch.futures.Future,
+        "Tensor": torch.Tensor,
+        "Kept": torch.futures.Future[annotation] if copied else annotation,  # type: ignore[valid-type]
+        "Value": annotation,
+        "kept_of": _kept_of if copied else _local_value,
+        "rref_of": rref_of,
+        "torch": torch,
+    }
+    vars(module).update(namespace)
     sys.modules[name] = module
-    linecache.cache[filename] = (len(_SOURCE), None, _SOURCE.splitlines(keepends=True), filename)
-    exec(compile(_SOURCE, filename, "exec", dont_inherit=True), vars(module))
-    return vars(module)["ScriptRRef"]
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec", dont_inherit=True), vars(module))
+    made = vars(module)["ScriptRRef"]
+    state: Any = torch.jit._state
+    state._name_to_pyclass[f"__torch__.{name}.ScriptRRef"] = ReturnedRRef  # what Python gets of an instance
+    return made
+
+
+class ReturnedRRef(RRef[Any]):
+    """An RRef that compiled code returned: another object for the same fork, which the first one gives up."""
+
+    _original: RRef[Any]
+
+    @property
+    def _script_link(self) -> torch.Tensor:
+        return _link_of(self._original)
+
+    @_script_link.setter
+    def _script_link(self, link: torch.Tensor) -> None:  # TorchScript sets it on an object that is made without __init__
+        self._original = original = rref_of(link)
+        vars(self).update({name: value for name, value in vars(original).items() if name != "_original"})
+
+    def __del__(self) -> None:
+        """The original says that it goes."""
+
+
+def _reduce_returned(rref: ReturnedRRef) -> Any:
+    return travel.reduce(rref._original)
+
+
+register_reducer(ReturnedRRef, _reduce_returned)
 
 
 def _link_of(rref: RRef[Any]) -> torch.Tensor:
@@ -123,6 +216,20 @@ def _link_of(rref: RRef[Any]) -> torch.Tensor:
     return link
 
 
-def _rref_of(link: torch.Tensor) -> RRef[Any]:
+def rref_of(link: torch.Tensor) -> RRef[Any]:
+    """The RRef that compiled code has as `link`."""
     found: RRef[Any] = link.__dict__["rref"]
     return found
+
+
+def _kept_of(link: torch.Tensor, timeout: float, wrap: script_views.Wrap) -> Any:
+    return script_views.future_of(_local_value(link, timeout, wrap), wrap, link.__dict__)
+
+
+def _local_value(link: torch.Tensor, timeout: float, _: script_views.Wrap) -> Any:
+    rref = rref_of(link)
+    if not rref.is_owner():
+        raise RuntimeError(
+            f"Can't call RRef.local_value() on a non-owner RRef: call it on {rref.owner()}; to_here() copies the value"
+        )
+    return rref._kept_value(timeout)

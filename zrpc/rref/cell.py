@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.pool import blocking
+from zrpc.agent.scripted import ScriptValue
 from zrpc.errors import RpcTimeoutError
 from zrpc.staging import handover
 
@@ -57,7 +58,15 @@ class Cell:
         callback()
 
     def get(self) -> Any:
-        """The value of a cell that is set. Not a copy. Raises the error if it was set to one."""
+        """The value of a cell that is set; of a `ScriptValue`, what Python sees. Raises the error if it was set to one.
+
+        Other values are not copied.
+        """
+        value = self.kept()
+        return value.to_python() if type(value) is ScriptValue else value
+
+    def kept(self) -> Any:
+        """As `get`, but a `ScriptValue` as it is."""
         if self._error is not None:
             raise self._error
         if self._mark is not None:
@@ -71,6 +80,15 @@ class Cell:
             RpcTimeoutError: it did not come in time.
             BaseException: what making it raised.
         """
+        self.await_set(timeout_s)
+        return self.get()
+
+    def await_set(self, timeout_s: float = 0.0) -> None:
+        """Wait until the value or the error is here; `timeout_s` 0: no limit.
+
+        Raises:
+            RpcTimeoutError: it did not come in time.
+        """
         if self._callbacks is not None:
             arrived = threading.Event()
             self.when_set(arrived.set)
@@ -78,7 +96,6 @@ class Cell:
                 if not arrived.wait(timeout_s or None):
                     raise RpcTimeoutError(f"RPC ran for more than its time limit of {timeout_s * 1000:g} ms: "
                                           "the value of a local RRef was not set in time")  # fmt: skip
-        return self.get()
 
     def _set(self, value: Any, error: BaseException | None) -> None:
         with self._lock:

@@ -84,7 +84,7 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
 
 
 def test_what_is_no_future_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future object, but f returned a str"):
+    with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future object, but this one returned a str"):
         execution.when_done("result", execution.AsyncCalls(), print, print)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from zrpc.rref.proxy import RRefProxy
+from zrpc.rref.proxy import RRefProxy, _local_invoke, _local_invoke_async_execution
+from zrpc.rref.proxy import _call_method as _invoke_rpc
 
-__all__ = ["RRefProxy"]
+__all__ = ["RRefProxy", "_invoke_rpc", "_local_invoke", "_local_invoke_async_execution"]
