@@ -97,6 +97,12 @@ def rpc_async(
     return future_of(call, pickling.loads, agent.completions)
 
 
+def begin(mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> Future[T]:
+    """As `rpc_async`; profiles name the call after `mode`."""
+    agent = current_agent()
+    return future_of(_call(agent, mode, to, func, args, kwargs, timeout), pickling.loads, agent.completions)
+
+
 def remote(
     to: Worker,
     func: Callable[..., T],

@@ -13,7 +13,7 @@ import linecache
 import sys
 import types
 import typing
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import torch
 import torch.jit.annotations
@@ -23,6 +23,9 @@ from zrpc.compat import script_views
 from zrpc.rref import travel
 from zrpc.rref.rref import RRef
 from zrpc.wire.pickling import register_reducer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _annotations: Any = torch.jit.annotations
 
@@ -85,17 +88,50 @@ class ScriptRRef:
 
     def confirmed_by_owner(self) -> bool:
         return _confirmed_by_owner(self._script_link)
+
+
+@torch.jit.script
+def from_link(link: Tensor) -> ScriptRRef:
+    return ScriptRRef(link)
+
+
+@torch.jit.script
+def to_here(rref: ScriptRRef, timeout: float) -> Value:
+    return rref.to_here(timeout)
+
+
+@torch.jit.script
+def local_value(rref: ScriptRRef) -> Value:
+    return rref.local_value()
+
+
+@torch.jit.script
+def owner_name(rref: ScriptRRef) -> str:
+    return rref.owner_name()
+
+
+@torch.jit.script
+def is_owner(rref: ScriptRRef) -> bool:
+    return rref.is_owner()
+
+
+@torch.jit.script
+def confirmed_by_owner(rref: ScriptRRef) -> bool:
+    return rref.confirmed_by_owner()
+
+
+owner = owner_name
 """
 _numbers = itertools.count()
 
 
-_classes: dict[str, Any] = {}
-"""The TorchScript type of a value -> the class of RRefs to such values."""
+_helpers: dict[str, Any] = {}
+"""The TorchScript type of a value -> a module with the class of RRefs to such values."""
 
 
 def install() -> None:
     """Let annotations name zrpc's RRefs, and compiled functions take them and return them."""
-    RRef._script_link = property(_link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
+    RRef._script_link = property(link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
     internal: Any = torch._jit_internal
     for module in (internal, _annotations):
         module.RRef = RRef
@@ -139,50 +175,77 @@ def class_for(value_type: Any, annotation: Any) -> Any:
         RuntimeError: that cannot be found out.
     """
     key = value_type.annotation_str
-    known = _classes.get(key)
-    if known is None:
-        annotation = _annotation_of(value_type) if annotation is None else annotation
-        known = _classes[key] = _make_class(annotation, is_copied(value_type))
-    return known
+    if key not in _helpers:
+        _helpers[key] = _make_helpers(_annotation_of(key) if annotation is None else annotation, is_copied(value_type))
+    return _helpers[key].ScriptRRef
 
 
-def _annotation_of(value_type: Any) -> Any:
-    if value_type.kind() == "ClassType":
-        found = torch.jit._state._get_python_class(value_type.qualified_name())  # type: ignore[no-untyped-call]
-        if found is not None:
-            return found
+def helpers_named(annotation_str: str) -> Any:
+    """A module with the class of RRefs to values of that type, and compiled functions that call its methods.
+
+    Raises:
+        RuntimeError: it is not known, and cannot be found out, what Python calls the type.
+    """
+    if annotation_str not in _helpers:
+        annotation = _annotation_of(annotation_str)
+        class_for(_annotations.try_ann_to_type(annotation, None), annotation)
+    return _helpers[annotation_str]
+
+
+def helpers_of(rref_type: Any) -> Any:
+    """As `helpers_named`, for the type of such RRefs."""
+    return next(made for made in _helpers.values() if type_of(made).qualified_name() == rref_type.qualified_name())
+
+
+def type_of(helpers: Any) -> Any:
+    """The type of the RRefs of `helpers_named`."""
+    return _annotations.try_ann_to_type(helpers.ScriptRRef, None)
+
+
+def _annotation_of(annotation_str: str) -> Any:
+    found = torch.jit._state._get_python_class(annotation_str)  # type: ignore[no-untyped-call]
+    if found is not None:
+        return found
     try:
-        return eval(value_type.annotation_str, {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device})
+        return eval(annotation_str, {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device})
     except (NameError, SyntaxError, AttributeError) as error:
         raise RuntimeError(
-            f"the type {value_type.annotation_str} cannot be that of a value behind an RRef here: annotate the RRef where "
-            "it is an argument, as RRef[...]"
+            f"a value of the type {annotation_str} cannot be behind an RRef that compiled code makes: annotate an argument "
+            "with RRef of that type in a function that is compiled before"
         ) from error
 
 
-def _make_class(annotation: Any, copied: bool) -> Any:
-    source = _SOURCE.replace("GET", ".wait()" if copied else "")
-    name = f"zrpc.compat.generated_{next(_numbers)}"
-    filename = f"<{name}>"
-    module = types.ModuleType(name)
-    module.__file__ = filename
-    namespace = {
-        "Future": torch.futures.Future,
-        "Tensor": torch.Tensor,
+def _make_helpers(annotation: Any, copied: bool) -> Any:
+    names = {
         "Kept": torch.futures.Future[annotation] if copied else annotation,  # type: ignore[valid-type]
         "Value": annotation,
         "kept_of": _kept_of if copied else _local_value,
         "rref_of": rref_of,
-        "torch": torch,
     }
-    vars(module).update(namespace)
+    made = compile_source(_SOURCE.replace("GET", ".wait()" if copied else ""), names)
+    state: Any = torch.jit._state
+    state._name_to_pyclass[f"__torch__.{made.__name__}.ScriptRRef"] = ReturnedRRef  # what Python gets of an instance
+    return made
+
+
+def compile_source(source: str, names: Mapping[str, Any]) -> Any:
+    """A module of that source: TorchScript compiles source, and finds it by the module's name.
+
+    Args:
+        source: of the module.
+        names: what it uses, beside torch, Tensor, Future and Any.
+    """
+    name = f"zrpc.compat.generated_{next(_numbers)}"
+    filename = f"<{name}>"
+    module = types.ModuleType(name)
+    module.__file__ = filename
+    usual = {"Any": Any, "Future": torch.futures.Future, "Tensor": torch.Tensor, "torch": torch}
+    vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+    vars(module).update(usual)
     sys.modules[name] = module
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec", dont_inherit=True), vars(module))
-    made = vars(module)["ScriptRRef"]
-    state: Any = torch.jit._state
-    state._name_to_pyclass[f"__torch__.{name}.ScriptRRef"] = ReturnedRRef  # what Python gets of an instance
-    return made
+    return module
 
 
 class ReturnedRRef(RRef[Any]):
@@ -192,7 +255,7 @@ class ReturnedRRef(RRef[Any]):
 
     @property
     def _script_link(self) -> torch.Tensor:
-        return _link_of(self._original)
+        return link_of(self._original)
 
     @_script_link.setter
     def _script_link(self, link: torch.Tensor) -> None:  # TorchScript sets it on an object that is made without __init__
@@ -210,7 +273,8 @@ def _reduce_returned(rref: ReturnedRRef) -> Any:
 register_reducer(ReturnedRRef, _reduce_returned)
 
 
-def _link_of(rref: RRef[Any]) -> torch.Tensor:
+def link_of(rref: RRef[Any]) -> torch.Tensor:
+    """What stands for `rref` in compiled code."""
     link = torch.empty(0)
     link.__dict__["rref"] = rref
     return link

@@ -42,8 +42,8 @@ def find_function(name: str) -> Any:
     found = torch.jit._state._python_cu.find_function(name)
     if found is None:
         raise SerializationError(
-            f"there is no TorchScript function {name} here: compile {attribute} with torch.jit.script at the top level "
-            f"of {module}, which caller and callee both import"
+            f"attempted to get undefined function {attribute}: there is no TorchScript function {name} here. Compile "
+            f"{attribute} with torch.jit.script at the top level of {module}, which caller and callee both import"
         )
     return found
 
