@@ -10,6 +10,7 @@ import torch
 from zrpc.agent.current import current_agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
+from zrpc.agent.scripted import check_arguments
 from zrpc.config import UNSET_RPC_TIMEOUT_S
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
@@ -119,6 +120,8 @@ def remote(
     func, is_async = _sent(func)
     op, payload = _take_apart(func, args, kwargs)
     limit_s = _limit_s(timeout)
+    if isinstance(func, torch.jit.ScriptFunction):
+        check_arguments(func, args or (), kwargs or {})
 
     def make() -> RRef[T]:
         if op is not None:

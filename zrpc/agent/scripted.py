@@ -60,6 +60,28 @@ def call_and_keep(function: torch.jit.ScriptFunction[Any, Any], args: Sequence[A
     return ScriptValue(_keeping(function.qualified_name, function)(*arranged))  # type: ignore[attr-defined]
 
 
+def check_arguments(
+    function: torch.jit.ScriptFunction[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """See whether a call gives a TorchScript function what it takes: how many arguments, and of which names.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    schema: Any = function.schema  # type: ignore[attr-defined]
+    arguments = list(schema.arguments)
+    names = {argument.name for argument in arguments}
+    if len(args) > len(arguments):
+        raise RuntimeError(
+            f"{schema.name}() expected at most {len(arguments)} argument(s) but received {len(args)} argument(s). "
+            f"Declaration: {schema}"
+        )
+    if unknown := set(kwargs) - names:
+        raise RuntimeError(f"Unknown keyword argument '{min(unknown)}' for {schema.name}(). Declaration: {schema}")
+    if _arranged(schema, args, kwargs) is None:
+        raise RuntimeError(f"{schema.name}() misses arguments, or is given one twice. Declaration: {schema}")
+
+
 def _arranged(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
     """The arguments of a call in their order, defaults among them; None if they do not fit."""
     arguments = list(schema.arguments)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from zrpc import autograd
 from zrpc.agent.current import is_agent_set
 from zrpc.api import begin, remote
 from zrpc.autograd.wiring import current_service
@@ -61,6 +62,10 @@ def install() -> None:
             replace_calls(name, module._c._get_method(name).graph)
         return module
 
+    compiled = scripting.compile_source(_AUTOGRAD_SOURCE, {"autograd": autograd})
+    state: Any = torch.jit._state
+    state._set_jit_function_cache(autograd.get_gradients, compiled.get_gradients)  # what compiled code that names it calls
+    state._set_jit_function_cache(autograd.backward, compiled.dist_backward)
     native._jit_script_compile = compile_and_replace
     recursive.create_script_module_impl = make_and_replace
 
@@ -280,4 +285,24 @@ def call_finish(done: Future[Any]) -> Any:
 @torch.jit.script
 def call_create({_PARAMETERS}) -> Tensor:
     return rpc_remote({_ARGUMENTS})
+"""
+_AUTOGRAD_SOURCE = """
+@torch.jit.ignore
+def _get_gradients(context_id: int) -> Dict[Tensor, Tensor]:
+    return autograd.get_gradients(context_id)
+
+
+@torch.jit.ignore
+def _backward(context_id: int, roots: List[Tensor], retain_graph: bool, mode: str) -> None:
+    autograd.backward(context_id, roots, retain_graph, mode)
+
+
+@torch.jit.script
+def get_gradients(context_id: int) -> Dict[Tensor, Tensor]:
+    return _get_gradients(context_id)
+
+
+@torch.jit.script
+def dist_backward(context_id: int, roots: List[Tensor], retain_graph: bool = False, mode: str = "fast") -> None:
+    _backward(context_id, roots, retain_graph, mode)
 """

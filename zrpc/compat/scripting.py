@@ -64,9 +64,20 @@ def wrap(value: Value) -> Future[Value]:
     return torch.jit.fork(_same, value)
 
 
+@torch.jit.ignore
+def _refuse() -> Tensor:
+    return refuse()
+
+
 @torch.jit.script
 class ScriptRRef:
     def __init__(self, link: Tensor) -> None:
+        self._script_link = link
+
+    def __getstate__(self) -> Tensor:
+        return _refuse()
+
+    def __setstate__(self, link: Tensor) -> None:
         self._script_link = link
 
     def to_here(self, timeout: float = -1.0) -> Value:
@@ -145,6 +156,14 @@ def install() -> None:
             return plain(class_for(try_ann_to_type(value, loc, rcb), value), loc)
         return plain(ann, loc, rcb)
 
+    native: Any = torch._C
+    infer = native._jit_try_infer_type
+
+    def infer_type(obj: Any) -> Any:
+        inferred = _rref_type_of(obj)
+        return infer(obj) if inferred is None else native.InferredType(inferred)
+
+    native._jit_try_infer_type = infer_type
     _annotations.try_ann_to_type = try_ann_to_type
     _annotations.RRefType = _type_of_rref
 
@@ -157,6 +176,17 @@ def _is_rref(annotation: Any) -> bool:
 
 def _is_rref_instance(obj: object) -> bool:
     return isinstance(obj, RRef)
+
+
+def _rref_type_of(obj: object) -> Any:
+    """The TorchScript type of an RRef, or of a list of RRefs, that is an attribute of a module; None: it is no such."""
+    if isinstance(obj, list) and obj and all(isinstance(one, RRef) for one in obj):
+        inner = _rref_type_of(obj[0])
+        return None if inner is None else torch._C.ListType(inner)
+    if not isinstance(obj, RRef):
+        return None
+    of_value = _annotations.try_ann_to_type(obj._get_type(), None)  # asks the owner: nothing here says what it refers to
+    return None if of_value is None else _type_of_rref(of_value)
 
 
 def _type_of_rref(value_type: Any) -> Any:
@@ -220,6 +250,7 @@ def _make_helpers(annotation: Any, copied: bool) -> Any:
         "Kept": torch.futures.Future[annotation] if copied else annotation,  # type: ignore[valid-type]
         "Value": annotation,
         "kept_of": _kept_of if copied else _local_value,
+        "refuse": _refuse,
         "rref_of": rref_of,
     }
     made = compile_source(_SOURCE.replace("GET", ".wait()" if copied else ""), names)
@@ -239,7 +270,7 @@ def compile_source(source: str, names: Mapping[str, Any]) -> Any:
     filename = f"<{name}>"
     module = types.ModuleType(name)
     module.__file__ = filename
-    usual = {"Any": Any, "Future": torch.futures.Future, "Tensor": torch.Tensor, "torch": torch}
+    usual = {"Any": Any, "Dict": typing.Dict, "List": typing.List, "Future": torch.futures.Future, "Tensor": torch.Tensor, "torch": torch}
     vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
     vars(module).update(usual)
     sys.modules[name] = module
@@ -284,6 +315,13 @@ def rref_of(link: torch.Tensor) -> RRef[Any]:
     """The RRef that compiled code has as `link`."""
     found: RRef[Any] = link.__dict__["rref"]
     return found
+
+
+def _refuse() -> torch.Tensor:
+    raise RuntimeError(
+        "RRef jit pickling is only allowed inside RPC calls: an RRef cannot be saved to a file; save the value that "
+        "to_here() gives"
+    )
 
 
 def _kept_of(link: torch.Tensor, timeout: float, wrap: script_views.Wrap) -> Any:

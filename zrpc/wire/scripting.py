@@ -58,10 +58,16 @@ def _reduce_module(module: Any) -> Reduced:
     return _load_module, (saved.getvalue(),)
 
 
+def _reduce_bare_module(module: Any) -> Reduced:
+    """What compiled code returns of a module."""
+    return _reduce_module(_jit._recursive.wrap_cpp_module(module))
+
+
 def _load_module(saved: bytes) -> Any:
     return _jit.load(io.BytesIO(saved))
 
 
 register_reducer(torch.jit.ScriptFunction, _reduce_function)
+register_reducer(torch._C.ScriptModule, _reduce_bare_module)
 for _cls in (_jit.RecursiveScriptModule, _jit.TopLevelTracedModule):
     register_reducer(_cls, _reduce_module)
