@@ -8,6 +8,8 @@
 The last line is `torch JIT suite: P passed, F failed, S skipped of N`; the exit status is pytest's.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path
@@ -20,11 +22,11 @@ HERE = str(Path(__file__).parent)
 class Count:
     """Counts outcomes as pytest reports them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.passed = self.failed = self.skipped = 0
-        self.failures = []
+        self.failures: list[str] = []
 
-    def pytest_runtest_logreport(self, report):
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped:
             self.skipped += 1
         elif report.failed:
@@ -34,7 +36,7 @@ class Count:
             self.passed += 1
 
 
-def main():
+def main() -> int:
     sys.path.insert(0, HERE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
     count = Count()

@@ -1,7 +1,10 @@
 """PyTorch's TorchScript tests of RPC, imported unmodified from the installed torch. `run.py` runs them."""
 
+from __future__ import annotations
+
 import multiprocessing
 import sys
+from typing import Any
 
 import preload  # noqa: F401  # first: it puts zrpc in torch's place
 import torch.testing._internal.common_distributed as common_distributed
@@ -12,7 +15,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["preload"])
 
 
-def _spawn_from_fork_server(self):
+def _spawn_from_fork_server(self: Any) -> None:
     self._start_processes(_context.Process)
 
 

@@ -1,9 +1,9 @@
 """Results of TorchScript functions that stay TorchScript values.
 
-What a compiled function returns becomes a Python value on its way out: lists, dicts and instances of TorchScript classes
-are copied. Where the result is to be kept, for other compiled functions to change it in place, it must not come out. So
-a function that keeps is made around it, out of graphs: it runs the function and returns a future that holds the result.
-Whoever asks that future in Python gets a copy; compiled code that asks it gets the value itself.
+What a compiled function returns becomes a Python value on its way out: lists, dicts and instances of TorchScript
+classes are copied. Where the result is to be kept, for other compiled functions to change it in place, it must not come
+out. So another function is made around it, out of graphs: it runs the first and returns a future that holds the result.
+In Python the future gives a copy; compiled code that waits for it gets the value itself.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def is_copied(value_type: Any) -> bool:
 
 def call_and_keep(function: torch.jit.ScriptFunction[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a TorchScript function; a result that would come out as a copy stays inside, as a `ScriptValue`."""
-    schema: Any = function.schema  # type: ignore[attr-defined]
+    schema: Any = function.schema
     if not is_copied(schema.returns[0].type):
         return function(*args, **kwargs)
     arranged = _arranged(schema, args, kwargs)
     if arranged is None:
         return function(*args, **kwargs)  # raises, and says what fits
-    return ScriptValue(_keeping(function.qualified_name, function)(*arranged))  # type: ignore[attr-defined]
+    return ScriptValue(_keeping(function.qualified_name, function)(*arranged))
 
 
 def check_arguments(
@@ -68,7 +68,7 @@ def check_arguments(
     Raises:
         RuntimeError: it does not.
     """
-    schema: Any = function.schema  # type: ignore[attr-defined]
+    schema: Any = function.schema
     arguments = list(schema.arguments)
     names = {argument.name for argument in arguments}
     if len(args) > len(arguments):
@@ -122,13 +122,12 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _hold(value: Any) -> torch.futures.Future[Any]:
+    held: torch.futures.Future[Any] = _jit.fork(_same, value)
+    return held
+
+
 @cache
 def _holder() -> Any:
     """A compiled function that puts a value of any type into a future. Made at first use: compiling takes time."""
-    _same.__annotations__ = {"value": Any, "return": Any}
-
-    def hold(value):  # type: ignore[no-untyped-def]
-        return torch.jit.fork(_same, value)
-
-    hold.__annotations__ = {"value": Any, "return": torch.futures.Future[Any]}
-    return _jit.script(hold)
+    return _jit.script(_hold)

@@ -1,4 +1,4 @@
-"""The names of torch's RPC modules that nothing stands behind here, and why. docs/compatibility.md has the same table."""
+"""The names of torch's RPC modules that are missing here, and why. docs/compatibility.md has the same table."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ MISSING: dict[str, dict[str, str]] = {
         "_REMOTE_MODULE_ATTRIBUTES_IGNORE_FOR_PICKLING": _PICKLED_MODULE,
         "_SerializedRemoteModule": _PICKLED_MODULE,
         "_instantiate_template": _TEMPLATE,
+        "_internal_rpc_pickler": _PICKLED_MODULE,
         "_recursive_script_module_receiver": _PICKLED_MODULE,
         "_recursive_script_module_reducer": _PICKLED_MODULE,
         "_remote_module_receiver": _PICKLED_MODULE,

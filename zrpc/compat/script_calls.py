@@ -5,40 +5,36 @@ agent. It checks the arguments and finds out the type of the result; that is kep
 runs, each such node is replaced by calls of Python functions, which make the call with zrpc.
 
 How. `rpc_async` becomes a Python function that begins the call and returns a future, and a fork that waits for it and
-takes the result out. The fork is suspended while it waits and keeps no thread. `rpc_sync` becomes one Python function
-that waits. `remote` becomes an instance of the class that stands for RRefs (`zrpc.compat.scripting`), and methods of
-RRefs, where the compiler thought of torch's own, become that class's.
+takes the result out. The fork is suspended while it waits and keeps no thread. `rpc_sync` is the same without a fork.
+`remote` becomes an instance of the class that stands for RRefs (`zrpc.compat.scripting`), and methods of RRefs, where
+the compiler thought of torch's own, become that class's.
 
-Threads. After a wait, compiled code goes on on a thread of TorchScript, which lacks what zrpc keeps by thread: the
-autograd context and the profile. So the functions leave both where torch hands things on to such threads, before each
-call and before each fork of code that makes calls.
+Threads. See `zrpc.compat.script_threads`. A handler thread counts as waiting for as long as a call is under way that
+compiled code made on it: when it really waits is not seen.
 
 Not reached: methods of TorchScript classes, and code loaded from a file by `torch.jit.load`.
 """
 
 from __future__ import annotations
 
-import threading
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
 
 from zrpc import autograd
-from zrpc.agent.current import is_agent_set
+from zrpc.agent.pool import blocking
 from zrpc.api import begin, remote
-from zrpc.autograd.wiring import current_service
 from zrpc.compat import scripting
+from zrpc.compat.script_threads import Entered, may_block, snapshot
 from zrpc.ids import WorkerInfo
-from zrpc.profiling import ExecMode, session
-from zrpc.rref.rref import RRef
+from zrpc.profiling import ExecMode
 from zrpc.wire.scripting import find_function
 
 _SYNC, _ASYNC, _REMOTE = "prim::rpc_sync", "prim::rpc_async", "prim::rpc_remote"
 _CALLS = (_SYNC, _ASYNC, _REMOTE)
 _RREF_METHODS = ("to_here", "local_value", "owner", "owner_name", "is_owner", "confirmed_by_owner")
-_KEY = "zrpc.thread"
 _UNSET = -1.0
 
 _calling: set[str] = set()
@@ -47,7 +43,7 @@ _calling: set[str] = set()
 
 def install() -> None:
     """From now on calls in code that is compiled are zrpc's."""
-    recursive: Any = torch.jit._recursive  # type: ignore[attr-defined]
+    recursive: Any = torch.jit._recursive
     native: Any = torch._C
     compile_function, make_module = native._jit_script_compile, recursive.create_script_module_impl
 
@@ -64,7 +60,7 @@ def install() -> None:
 
     compiled = scripting.compile_source(_AUTOGRAD_SOURCE, {"autograd": autograd})
     state: Any = torch.jit._state
-    state._set_jit_function_cache(autograd.get_gradients, compiled.get_gradients)  # what compiled code that names it calls
+    state._set_jit_function_cache(autograd.get_gradients, compiled.get_gradients)  # called by compiled code
     state._set_jit_function_cache(autograd.backward, compiled.dist_backward)
     native._jit_script_compile = compile_and_replace
     recursive.create_script_module_impl = make_and_replace
@@ -157,74 +153,44 @@ def _helpers_for(rref_type: Any) -> Any:
 # ---- what compiled code calls --------------------------------------------------------------------------------------
 
 
-class _Snapshot:
-    """What a thread of zrpc's is in the midst of."""
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.session = session.current()
-        self.context = current_service().contexts.find_current() if is_agent_set() else None
-
-
-def _snapshot() -> _Snapshot:
-    """That of the thread where the compiled code began."""
-    if torch._C._is_key_in_tls(_KEY):
-        left: _Snapshot = torch._C._get_obj_in_tls(_KEY)
-        if left.thread != threading.get_ident():
-            return left
-    made = _Snapshot()
-    torch._C._stash_obj_in_tls(_KEY, made)
-    return made
-
-
-class _Entered(ExitStack):
-    """While it is entered this thread is in the midst of what the thread was in where the compiled code began."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        snapshot = _snapshot()
-        if snapshot.thread == threading.get_ident() or not is_agent_set():
-            return
-        if snapshot.context is not None:
-            self.enter_context(current_service().contexts.activate(snapshot.context))
-        self.callback(session.set_current, session.current())
-        session.set_current(snapshot.session)
-
-
 def _callee(to: Any) -> str | WorkerInfo:
     return to if isinstance(to, str | WorkerInfo) else str(to)
 
 
 def carry() -> int:
-    """Leave this thread's part where a fork finds it."""
-    _snapshot()
+    """Leave this thread's snapshot where a fork finds it."""
+    snapshot()
     return 0
 
 
-def sync(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
-    """Make a call and wait for its result."""
-    with _Entered():
-        return begin(ExecMode.ASYNC_JIT, _callee(to), find_function(name), args, kwargs or {}, timeout).wait()
-
-
 def start(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
-    """Begin a call; a future of its own future, once that is done: errors are taken out by `finish`."""
-    with _Entered():
+    """Begin a call; a future of its own future, once that is done: errors are taken out by `take`."""
+    waiting = blocking()
+    with Entered():
         future = begin(ExecMode.ASYNC_JIT, _callee(to), find_function(name), args, kwargs or {}, timeout)
-    done: torch.futures.Future[Any] = torch.futures.Future()
-    future.add_done_callback(done.set_result)
-    return done
+    waiting.__enter__()  # when compiled code waits is not seen: it may from now on
+
+    def is_over(_: object) -> None:
+        waiting.__exit__(None, None, None)
+
+    future.add_done_callback(is_over)
+    return scripting.handed_on(future)
 
 
-def take(done: Any) -> Any:
-    """The result of a call that is done."""
-    return done.value()
+def sync(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
+    """As `start`. On a thread that may block the call is over when this returns, which is quicker."""
+    if not may_block():
+        return start(to, name, args, kwargs, timeout)
+    future = begin(ExecMode.ASYNC_JIT, _callee(to), find_function(name), args, kwargs or {}, timeout)
+    with suppress(Exception):  # it is raised when the result is taken
+        future.wait()
+    return scripting.handed_on(future)
 
 
 def create(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> torch.Tensor:
     """Make a call whose result stays on the callee; what stands for the RRef in compiled code."""
-    with _Entered():
-        made: RRef[Any] = remote(_callee(to), find_function(name), args, kwargs or {}, timeout)
+    with Entered():
+        made: Any = remote(_callee(to), find_function(name), args, kwargs or {}, timeout)
     return scripting.link_of(made)
 
 
@@ -243,7 +209,7 @@ def rpc_carry() -> int:
 
 
 @torch.jit.ignore
-def rpc_sync({_PARAMETERS}) -> Any:
+def rpc_sync({_PARAMETERS}) -> Future[Any]:
     return sync({_ARGUMENTS})
 
 
@@ -254,7 +220,7 @@ def rpc_async({_PARAMETERS}) -> Future[Any]:
 
 @torch.jit.ignore
 def rpc_result(done: Any) -> Any:
-    return take(done)
+    return scripting.take(done)
 
 
 @torch.jit.ignore
@@ -269,7 +235,7 @@ def call_carry() -> int:
 
 @torch.jit.script
 def call_sync({_PARAMETERS}) -> Any:
-    return rpc_sync({_ARGUMENTS})
+    return rpc_result(rpc_sync({_ARGUMENTS}).wait())
 
 
 @torch.jit.script
@@ -288,21 +254,21 @@ def call_create({_PARAMETERS}) -> Tensor:
 """
 _AUTOGRAD_SOURCE = """
 @torch.jit.ignore
-def _get_gradients(context_id: int) -> Dict[Tensor, Tensor]:
+def _get_gradients(context_id: int) -> dict[Tensor, Tensor]:
     return autograd.get_gradients(context_id)
 
 
 @torch.jit.ignore
-def _backward(context_id: int, roots: List[Tensor], retain_graph: bool, mode: str) -> None:
+def _backward(context_id: int, roots: list[Tensor], retain_graph: bool, mode: str) -> None:
     autograd.backward(context_id, roots, retain_graph, mode)
 
 
 @torch.jit.script
-def get_gradients(context_id: int) -> Dict[Tensor, Tensor]:
+def get_gradients(context_id: int) -> dict[Tensor, Tensor]:
     return _get_gradients(context_id)
 
 
 @torch.jit.script
-def dist_backward(context_id: int, roots: List[Tensor], retain_graph: bool = False, mode: str = "fast") -> None:
+def dist_backward(context_id: int, roots: list[Tensor], retain_graph: bool = False, mode: str = "fast") -> None:
     _backward(context_id, roots, retain_graph, mode)
 """

@@ -1,9 +1,9 @@
 """Values behind RRefs as compiled code sees them, so that what it changes is changed for all.
 
-A value that a TorchScript function made is a TorchScript object already (`zrpc.agent.scripted`). One that Python made is
-not: TorchScript turns a list, a dict or an instance of one of its classes into one of its own. For as long as compiled
-code uses such a value, there is one view of it, which all compiled code shares. When the last user is done, which the
-RRef's link tells by going away, what has changed in the view is written back into the Python object.
+A value that a TorchScript function made is a TorchScript object already (`zrpc.agent.scripted`). One that Python made
+is not: TorchScript turns a list, a dict or an instance of one of its classes into one of its own. For as long as
+compiled code uses such a value, there is one view of it, which all compiled code shares. When the last use is over,
+which the RRef's link tells by going away, what has changed in the view is written back into the Python object.
 
 Invariants: a view that did not change writes nothing. Not seen: what Python code changes while compiled code uses the
 value too, in a value that compiled code changes.
@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakValueDictionary
 
 from zrpc.agent.scripted import ScriptValue
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-
 log = logging.getLogger("zrpc")
 
-Wrap = Callable[[Any], "torch._C.Future"] if TYPE_CHECKING else object
+Wrap = Callable[[Any], Any]
 """Makes a TorchScript value of a Python value, in a future."""
 
 

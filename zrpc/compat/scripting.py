@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 import torch
 import torch.jit.annotations
 
+from zrpc.agent.future import Future, settle
 from zrpc.agent.scripted import is_copied
 from zrpc.compat import script_views
+from zrpc.compat.script_threads import may_block
 from zrpc.rref import travel
 from zrpc.rref.rref import RRef
 from zrpc.wire.pickling import register_reducer
@@ -31,8 +33,13 @@ _annotations: Any = torch.jit.annotations
 
 _SOURCE = """
 @torch.jit.ignore
-def _to_here(link: Tensor, timeout: float) -> Value:
-    return rref_of(link).to_here(timeout)
+def _fetch(link: Tensor, timeout: float) -> Future[Any]:
+    return fetch(link, timeout)
+
+
+@torch.jit.ignore
+def _take(done: Any) -> Value:
+    return take(done)
 
 
 @torch.jit.ignore
@@ -83,7 +90,7 @@ class ScriptRRef:
     def to_here(self, timeout: float = -1.0) -> Value:
         if _is_owner(self._script_link):
             return _kept(self._script_link, timeout)GET
-        return _to_here(self._script_link, timeout)
+        return _take(_fetch(self._script_link, timeout).wait())
 
     def local_value(self) -> Value:
         return _kept(self._script_link, -1.0)GET
@@ -185,7 +192,7 @@ def _rref_type_of(obj: object) -> Any:
         return None if inner is None else torch._C.ListType(inner)
     if not isinstance(obj, RRef):
         return None
-    of_value = _annotations.try_ann_to_type(obj._get_type(), None)  # asks the owner: nothing here says what it refers to
+    of_value = _annotations.try_ann_to_type(obj._get_type(), None)  # asks the owner
     return None if of_value is None else _type_of_rref(of_value)
 
 
@@ -240,18 +247,20 @@ def _annotation_of(annotation_str: str) -> Any:
         return eval(annotation_str, {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device})
     except (NameError, SyntaxError, AttributeError) as error:
         raise RuntimeError(
-            f"a value of the type {annotation_str} cannot be behind an RRef that compiled code makes: annotate an argument "
-            "with RRef of that type in a function that is compiled before"
+            f"a value of the type {annotation_str} cannot be behind an RRef that compiled code makes: annotate an "
+            "argument with RRef of that type in a function that is compiled before"
         ) from error
 
 
 def _make_helpers(annotation: Any, copied: bool) -> Any:
     names = {
-        "Kept": torch.futures.Future[annotation] if copied else annotation,  # type: ignore[valid-type]
+        "Kept": torch.futures.Future[annotation] if copied else annotation,
         "Value": annotation,
+        "fetch": _fetch,
         "kept_of": _kept_of if copied else _local_value,
         "refuse": _refuse,
         "rref_of": rref_of,
+        "take": take,
     }
     made = compile_source(_SOURCE.replace("GET", ".wait()" if copied else ""), names)
     state: Any = torch.jit._state
@@ -270,7 +279,7 @@ def compile_source(source: str, names: Mapping[str, Any]) -> Any:
     filename = f"<{name}>"
     module = types.ModuleType(name)
     module.__file__ = filename
-    usual = {"Any": Any, "Dict": typing.Dict, "List": typing.List, "Future": torch.futures.Future, "Tensor": torch.Tensor, "torch": torch}
+    usual = {"Any": Any, "Future": torch.futures.Future, "Tensor": torch.Tensor, "torch": torch}
     vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
     vars(module).update(usual)
     sys.modules[name] = module
@@ -289,7 +298,7 @@ class ReturnedRRef(RRef[Any]):
         return link_of(self._original)
 
     @_script_link.setter
-    def _script_link(self, link: torch.Tensor) -> None:  # TorchScript sets it on an object that is made without __init__
+    def _script_link(self, link: torch.Tensor) -> None:  # TorchScript sets it on an object made without __init__
         self._original = original = rref_of(link)
         vars(self).update({name: value for name, value in vars(original).items() if name != "_original"})
 
@@ -315,6 +324,30 @@ def rref_of(link: torch.Tensor) -> RRef[Any]:
     """The RRef that compiled code has as `link`."""
     found: RRef[Any] = link.__dict__["rref"]
     return found
+
+
+def _fetch(link: torch.Tensor, timeout: float) -> Any:
+    rref = rref_of(link)
+    if not may_block():
+        return handed_on(rref.to_here_async(timeout))
+    done: Future[Any] = Future()
+    settle(done, lambda: rref.to_here(timeout))
+    return handed_on(done)
+
+
+def handed_on(future: Future[Any]) -> Any:
+    """A future for `future` itself, once that is done: compiled code takes no errors of Python from a future."""
+    done: torch.futures.Future[Any] = torch.futures.Future()
+    if future.done():
+        done.set_result(future)
+    else:
+        future.add_done_callback(done.set_result)
+    return done
+
+
+def take(done: Future[Any]) -> Any:
+    """The value of a future that is done, or its error."""
+    return done.value()
 
 
 def _refuse() -> torch.Tensor:

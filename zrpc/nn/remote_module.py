@@ -242,7 +242,11 @@ _RemoteModule = RemoteModule
 
 
 def _create_module(
-    module_cls: Callable[..., nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], device: str, scripted: bool = False
+    module_cls: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: str,
+    scripted: bool = False,
 ) -> nn.Module:
     module = module_cls(*args, **kwargs)
     if not isinstance(module, nn.Module):

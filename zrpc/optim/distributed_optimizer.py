@@ -57,8 +57,8 @@ class DistributedOptimizer:
         constructor = optimizer_class if functional is None else functional
         if not callable(constructor):
             raise TypeError(
-                f"optimizer_class is {optimizer_class!r}: pass a class of torch.optim, or a key that was registered with "
-                "torch.distributed.optim.utils.register_functional_optim in this process"
+                f"optimizer_class is {optimizer_class!r}: pass a class of torch.optim, or a key that this process has "
+                "registered with torch.distributed.optim.utils.register_functional_optim"
             )
         by_owner: defaultdict[WorkerInfo, list[RRef[Any]]] = defaultdict(list)
         for param in params_rref:

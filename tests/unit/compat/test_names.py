@@ -43,12 +43,14 @@ MODULES = (
 
 LIST_NAMES = """
 import importlib, inspect, json, sys
+from typing import TypeVar
 if sys.argv[1] == "zrpc":
     import zrpc.compat
     zrpc.compat.install()
 import torch.distributed.optim, torch.distributed.rpc
 HOMES = ("torch.distributed.rpc", "torch.distributed.autograd", "torch.distributed.optim", "torch.distributed.nn",
          "torch._C._distributed", "zrpc", "builtins", "None")
+USUAL = ("TYPE_CHECKING", "logger")
 MEMBERS = ("RRef", "WorkerInfo", "TensorPipeAgent", "RpcAgent", "DistAutogradContext", "RPCExecMode")
 
 def find(name):
@@ -56,17 +58,20 @@ def find(name):
         return getattr(torch._C, name.removeprefix("torch._C."))
     return importlib.import_module(name)
 
-def is_own(value):  # what a module merely imports from elsewhere is no name of RPC
-    return not inspect.ismodule(value) and str(getattr(value, "__module__", "None")).startswith(HOMES)
+def is_own(name, value):  # what a module merely imports from elsewhere is no name of RPC
+    if name[:2] == "__" or name in USUAL or inspect.ismodule(value) or isinstance(value, TypeVar):
+        return False
+    return str(getattr(value, "__module__", "None")).startswith(HOMES)
 
 names = {}
 for module in sys.argv[2:]:
     found = vars(find(module))
-    names[module] = {name: None for name, value in found.items() if not name.startswith("__") and is_own(value)}
+    names[module] = {name: None for name, value in found.items() if is_own(name, value)}
     for name in names[module]:
         if name in MEMBERS:
             names[module][name] = [member for member in dir(found[name]) if not member.startswith("__")]
-    names[module].update({name: None for name in getattr(find(module), "__all__", ())} if sys.argv[1] == "torch" else {})
+    if sys.argv[1] == "torch":
+        names[module].update(dict.fromkeys(getattr(find(module), "__all__", ())))
 asked = json.loads(sys.stdin.read() or "{}")
 for module, wanted in asked.items():
     for name in wanted:

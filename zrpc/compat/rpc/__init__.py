@@ -22,8 +22,11 @@ from zrpc.compat.rpc import internal as internal
 from zrpc.compat.rpc import options as options
 from zrpc.compat.rpc import rref_proxy as rref_proxy
 from zrpc.compat.rpc import server_process_global_profiler as server_process_global_profiler
+from zrpc.compat.rpc.api import AllGatherStates as AllGatherStates
+from zrpc.compat.rpc.api import RemoteProfilerManager as RemoteProfilerManager
 from zrpc.compat.rpc.api import _all_gather as _all_gather
 from zrpc.compat.rpc.api import _barrier as _barrier
+from zrpc.compat.rpc.api import _cleanup_python_rpc_handler as _cleanup_python_rpc_handler
 from zrpc.compat.rpc.api import _delete_all_user_and_unforked_owner_rrefs as _delete_all_user_and_unforked_owner_rrefs
 from zrpc.compat.rpc.api import _destroy_rref_context as _destroy_rref_context
 from zrpc.compat.rpc.api import _get_current_rpc_agent as _get_current_rpc_agent
@@ -39,9 +42,6 @@ from zrpc.compat.rpc.api import _set_and_start_rpc_agent as _set_and_start_rpc_a
 from zrpc.compat.rpc.api import _set_rpc_timeout as _set_rpc_timeout
 from zrpc.compat.rpc.api import _wait_all as _wait_all
 from zrpc.compat.rpc.api import _wait_all_workers as _wait_all_workers
-from zrpc.compat.rpc.api import AllGatherStates as AllGatherStates
-from zrpc.compat.rpc.api import RemoteProfilerManager as RemoteProfilerManager
-from zrpc.compat.rpc.api import _cleanup_python_rpc_handler as _cleanup_python_rpc_handler
 from zrpc.compat.rpc.api import get_rpc_timeout as get_rpc_timeout
 from zrpc.compat.rpc.api import get_worker_info, method_factory, new_method, remote, rpc_async, rpc_sync, shutdown
 from zrpc.compat.rpc.backend_registry import (

@@ -18,25 +18,25 @@ from zrpc import gather, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.api import get_worker_info, remote, rpc_sync
 from zrpc.compat import agent, invocation
-from zrpc.compat.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT, UNSET_RPC_TIMEOUT
 from zrpc.compat.missing import explaining
-from zrpc.compat.rpc.internal import PythonUDF, RPCExecMode, _build_rpc_profiling_key, _internal_rpc_pickler
-from zrpc.compat.rpc.stand_ins import (
-    AllGatherStates,
-    GenericWithOneTypeVar,
-    RemoteProfilerManager,
-    _cleanup_python_rpc_handler,
-    _enable_rpc_profiler,
-    _get_should_profile,
-    _invoke_rpc,
-    _rref_typeof_on_owner,
-    _rref_typeof_on_user,
-    docstring,
-    method,
-    method_factory,
-    method_name,
-    new_method,
-)
+from zrpc.compat.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT, UNSET_RPC_TIMEOUT
+from zrpc.compat.rpc.internal import PythonUDF, _internal_rpc_pickler
+from zrpc.compat.rpc.internal import RPCExecMode as RPCExecMode
+from zrpc.compat.rpc.internal import _build_rpc_profiling_key as _build_rpc_profiling_key
+from zrpc.compat.rpc.stand_ins import AllGatherStates as AllGatherStates
+from zrpc.compat.rpc.stand_ins import GenericWithOneTypeVar as GenericWithOneTypeVar
+from zrpc.compat.rpc.stand_ins import RemoteProfilerManager as RemoteProfilerManager
+from zrpc.compat.rpc.stand_ins import _cleanup_python_rpc_handler as _cleanup_python_rpc_handler
+from zrpc.compat.rpc.stand_ins import _enable_rpc_profiler as _enable_rpc_profiler
+from zrpc.compat.rpc.stand_ins import _get_should_profile as _get_should_profile
+from zrpc.compat.rpc.stand_ins import _invoke_rpc as _invoke_rpc
+from zrpc.compat.rpc.stand_ins import _rref_typeof_on_owner as _rref_typeof_on_owner
+from zrpc.compat.rpc.stand_ins import _rref_typeof_on_user as _rref_typeof_on_user
+from zrpc.compat.rpc.stand_ins import docstring as docstring
+from zrpc.compat.rpc.stand_ins import method as method
+from zrpc.compat.rpc.stand_ins import method_factory as method_factory
+from zrpc.compat.rpc.stand_ins import method_name as method_name
+from zrpc.compat.rpc.stand_ins import new_method as new_method
 from zrpc.config import check_timeout
 from zrpc.ids import WorkerInfo
 from zrpc.rref.ledger import Ledger
@@ -63,8 +63,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-P = _P = ParamSpec("P")
-T = _R = TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
+_P: Any = P
+_R: Any = T
 PyRRef = RRef
 
 DELETE_TIMEOUT_S = 100.0

@@ -80,7 +80,7 @@ def _to_device_map(device_map: Mapping[DeviceType, DeviceType]) -> dict[torch.de
     """`device_map` with devices for keys and values, each there once."""
     made = {torch.device(here): torch.device(there) for here, there in device_map.items()}
     if len(set(made.values())) < len(device_map):
-        raise ValueError(f"`device_map` only supports 1-to-1 mapping, and this one maps two devices to one: {device_map}")
+        raise ValueError(f"`device_map` only supports 1-to-1 mapping, and this maps two devices to one: {device_map}")
     return made
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zrpc.ids import WorkerInfo
 
 T = TypeVar("T")
-GenericWithOneTypeVar = Generic[T]
+GenericWithOneTypeVar: Any = Generic[T]  # type: ignore[index]  # torch's name for it
 
 
 class AllGatherStates:

@@ -1,0 +1,70 @@
+"""What zrpc keeps by thread, for compiled code that goes on on a thread of TorchScript's.
+
+Compiled code that waits is suspended, and goes on on a thread that has neither the autograd context nor the profile of
+the thread where it began. TorchScript hands its own thread-local state on to such threads, and Python objects that lie
+there with it. So the Python functions that compiled code calls leave a snapshot there on the thread where it begins,
+and find it on others.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from zrpc.agent.current import is_agent_set
+from zrpc.autograd.wiring import current_service
+from zrpc.profiling import session
+
+if TYPE_CHECKING:
+    from zrpc.autograd.dist_context import DistAutogradContext
+
+_KEY = "zrpc.thread"
+
+
+class Snapshot:
+    """What this thread is in the midst of."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self.session = session.current()
+        self.context: DistAutogradContext | None = None
+        if is_agent_set():
+            self.context = current_service().contexts.find_current()
+
+    @property
+    def is_of_here(self) -> bool:
+        """Whether it is of this thread."""
+        return self._thread == threading.get_ident()
+
+
+def snapshot() -> Snapshot:
+    """That of the thread where the compiled code that runs on this one began."""
+    if torch._C._is_key_in_tls(_KEY):
+        left: Snapshot = torch._C._get_obj_in_tls(_KEY)
+        if not left.is_of_here:
+            return left
+    made = Snapshot()
+    torch._C._stash_obj_in_tls(_KEY, made)
+    return made
+
+
+def may_block() -> bool:
+    """Whether this thread is one where compiled code began: one of TorchScript's few threads must not be kept."""
+    return snapshot().is_of_here
+
+
+class Entered(ExitStack):
+    """While it is entered, this thread is in the midst of what that one is in where the compiled code began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        begun = snapshot()
+        if begun.is_of_here or not is_agent_set():
+            return
+        if begun.context is not None:
+            self.enter_context(current_service().contexts.activate(begun.context))
+        self.callback(session.set_current, session.current())
+        session.set_current(begun.session)
