@@ -10,7 +10,7 @@ takes the result out. The fork is suspended while it waits and keeps no thread. 
 the compiler thought of torch's own, become that class's.
 
 Threads. See `zrpc.compat.script_threads`. A handler thread counts as waiting for as long as a call is under way that
-compiled code made on it: when it really waits is not seen.
+compiled code made that began on it: when it really waits is not seen.
 
 Not reached: methods of TorchScript classes, and code loaded from a file by `torch.jit.load`.
 """
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from zrpc import autograd
-from zrpc.agent.pool import blocking
 from zrpc.api import begin, remote
 from zrpc.compat import scripting
 from zrpc.compat.script_threads import Entered, may_block, snapshot
@@ -70,6 +69,8 @@ def replace_calls(name: str, graph: Any) -> None:
     """Replace the calls that `graph`, of the function `name`, makes."""
     calls = [node for kind in _CALLS for node in graph.findAllNodes(kind, True)]
     forks = [node for node in graph.findAllNodes("prim::fork", True) if _makes_calls(node.g("Subgraph"))]
+    for rref in list(graph.inputs()):
+        _end_use(graph, rref)
     for node in forks:
         with graph.insert_point_guard(node):
             graph.insertGraph(_compiled("carry").graph, [])
@@ -80,6 +81,15 @@ def replace_calls(name: str, graph: Any) -> None:
     for method in _RREF_METHODS:
         for node in graph.findAllNodes(f"aten::{method}", True):
             _replace_method(graph, node, method)
+
+
+def _end_use(graph: Any, rref: Any) -> None:
+    """See to it that, if `rref` is an RRef, what was changed in its value is known when the function ends."""
+    helpers = scripting.helpers_of(rref.type())
+    if helpers is None or not helpers.IS_COPIED:
+        return
+    with graph.insert_point_guard(graph.return_node()):
+        graph.insertGraph(helpers.end_of_use.graph, [rref])
 
 
 def _makes_calls(graph: Any) -> bool:
@@ -165,7 +175,7 @@ def carry() -> int:
 
 def start(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
     """Begin a call; a future of its own future, once that is done: errors are taken out by `take`."""
-    waiting = blocking()
+    waiting = snapshot().waiting
     with Entered():
         future = begin(ExecMode.ASYNC_JIT, _callee(to), find_function(name), args, kwargs or {}, timeout)
     waiting.__enter__()  # when compiled code waits is not seen: it may from now on

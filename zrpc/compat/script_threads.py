@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zrpc.agent.current import is_agent_set
+from zrpc.agent.pool import blocking
 from zrpc.autograd.wiring import current_service
 from zrpc.profiling import session
 
@@ -25,11 +26,18 @@ _KEY = "zrpc.thread"
 
 
 class Snapshot:
-    """What this thread is in the midst of."""
+    """What this thread is in the midst of.
+
+    Attributes:
+        session: the profile.
+        context: the autograd context.
+        waiting: to be entered while the thread, if it is a handler thread, may wait.
+    """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
         self.session = session.current()
+        self.waiting = blocking()
         self.context: DistAutogradContext | None = None
         if is_agent_set():
             self.context = current_service().contexts.find_current()

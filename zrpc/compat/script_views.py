@@ -1,75 +1,64 @@
 """Values behind RRefs as compiled code sees them, so that what it changes is changed for all.
 
 A value that a TorchScript function made is a TorchScript object already (`zrpc.agent.scripted`). One that Python made
-is not: TorchScript turns a list, a dict or an instance of one of its classes into one of its own. For as long as
-compiled code uses such a value, there is one view of it, which all compiled code shares. When the last use is over,
-which the RRef's link tells by going away, what has changed in the view is written back into the Python object.
+is not: TorchScript turns a list, a dict or an instance of one of its classes into one of its own. Such an object, the
+*view* of the value, is made when compiled code first asks for it, and kept beside the value. What compiled code changed
+in it is written back into the Python object when the compiled function ends that was given the RRef, and whenever
+Python asks for the value. What Python changed makes a new view, when compiled code asks next.
 
-Invariants: a view that did not change writes nothing. Not seen: what Python code changes while compiled code uses the
-value too, in a value that compiled code changes.
+Not seen: what Python changes in a value while compiled code that changes it too is at work.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakValueDictionary
-
-from zrpc.agent.scripted import ScriptValue
-
-log = logging.getLogger("zrpc")
 
 Wrap = Callable[[Any], Any]
 """Makes a TorchScript value of a Python value, in a future."""
 
 
 class View:
-    """A TorchScript value made of a Python value. It is written back when it goes.
+    """The TorchScript object of a Python value. The lock owns all fields.
 
-    Attributes:
-        future: holds the TorchScript value.
+    Args:
+        value: the Python object.
+        wrap: see `Wrap`.
     """
 
     def __init__(self, value: Any, wrap: Wrap) -> None:
+        self._lock = threading.Lock()
         self._value = value
-        self.future = wrap(value)
-        self._before = self.future.wait()
+        self._wrap = wrap
+        self._make()
 
-    def __del__(self) -> None:
-        try:
-            now = self.future.wait()
-            if _differ(self._before, now):
-                _write(self._value, now)
-        except Exception:
-            log.exception("what compiled code changed in a %s was not written back", type(self._value).__name__)
+    def future(self) -> Any:
+        """A future that holds the TorchScript object, which is that of the value as it is now."""
+        with self._lock:
+            self._write_back()
+            if _differ(self._before, self._value):
+                self._make()
+            return self._future
 
+    def write_back(self) -> None:
+        """Change in the Python object what compiled code has changed."""
+        with self._lock:
+            self._write_back()
 
-_views: WeakValueDictionary[int, View] = WeakValueDictionary()
-_lock = threading.Lock()
+    def _make(self) -> None:
+        self._future = self._wrap(self._value)
+        self._before = self._future.wait()  # a copy
 
-
-def future_of(kept: Any, wrap: Wrap, held: dict[str, Any]) -> Any:
-    """A future that holds `kept` as a TorchScript value.
-
-    Args:
-        kept: the value of an RRef on its owner.
-        wrap: see `Wrap`.
-        held: keeps the view for as long as compiled code uses the RRef.
-    """
-    if type(kept) is ScriptValue:
-        return kept.future
-    with _lock:
-        view = _views.get(id(kept))  # the view keeps the value, so its id stays its own
-        if view is None:
-            view = _views[id(kept)] = View(kept, wrap)
-    held["view"] = view
-    return view.future
+    def _write_back(self) -> None:
+        now = self._future.wait()
+        if _differ(self._before, now):
+            _write(self._value, now)
+            self._before = self._future.wait()
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether two Python values made of one TorchScript value differ. Tensors are compared by identity."""
+    """Whether two Python values that one TorchScript type has differ. Tensors are compared by identity."""
     if type(before) is not type(now):
         return True
     if isinstance(before, list | tuple):

@@ -19,15 +19,17 @@ import torch
 import torch.jit.annotations
 
 from zrpc.agent.future import Future, settle
-from zrpc.agent.scripted import is_copied
-from zrpc.compat import script_views
+from zrpc.agent.scripted import ScriptValue, is_copied
 from zrpc.compat.script_threads import may_block
+from zrpc.compat.script_views import View, Wrap
 from zrpc.rref import travel
 from zrpc.rref.rref import RRef
 from zrpc.wire.pickling import register_reducer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from zrpc.rref.cell import Cell
 
 _annotations: Any = torch.jit.annotations
 
@@ -139,6 +141,16 @@ def confirmed_by_owner(rref: ScriptRRef) -> bool:
 
 
 owner = owner_name
+
+
+@torch.jit.ignore
+def _end(link: Tensor) -> int:
+    return end(link)
+
+
+@torch.jit.script
+def end_of_use(rref: ScriptRRef) -> int:
+    return _end(rref._script_link)
 """
 _numbers = itertools.count()
 
@@ -230,8 +242,11 @@ def helpers_named(annotation_str: str) -> Any:
 
 
 def helpers_of(rref_type: Any) -> Any:
-    """As `helpers_named`, for the type of such RRefs."""
-    return next(made for made in _helpers.values() if type_of(made).qualified_name() == rref_type.qualified_name())
+    """As `helpers_named`, for the type of such RRefs; None: it is another type."""
+    if rref_type.kind() != "ClassType":
+        return None
+    name = rref_type.qualified_name()
+    return next((made for made in _helpers.values() if name == f"__torch__.{made.__name__}.ScriptRRef"), None)
 
 
 def type_of(helpers: Any) -> Any:
@@ -256,6 +271,8 @@ def _make_helpers(annotation: Any, copied: bool) -> Any:
     names = {
         "Kept": torch.futures.Future[annotation] if copied else annotation,
         "Value": annotation,
+        "IS_COPIED": copied,
+        "end": _end,
         "fetch": _fetch,
         "kept_of": _kept_of if copied else _local_value,
         "refuse": _refuse,
@@ -357,14 +374,33 @@ def _refuse() -> torch.Tensor:
     )
 
 
-def _kept_of(link: torch.Tensor, timeout: float, wrap: script_views.Wrap) -> Any:
-    return script_views.future_of(_local_value(link, timeout, wrap), wrap, link.__dict__)
+def _kept_of(link: torch.Tensor, timeout: float, wrap: Wrap) -> Any:
+    cell = _owned(link, timeout)
+    kept = cell.kept()
+    if type(kept) is ScriptValue:
+        return kept.future
+    view = cell.view(lambda value: View(value, wrap))
+    assert view is not None
+    return view.future()
 
 
-def _local_value(link: torch.Tensor, timeout: float, _: script_views.Wrap) -> Any:
+def _local_value(link: torch.Tensor, timeout: float, _: Wrap) -> Any:
+    return _owned(link, timeout).kept()
+
+
+def _owned(link: torch.Tensor, timeout: float) -> Cell:
     rref = rref_of(link)
     if not rref.is_owner():
         raise RuntimeError(
             f"Can't call RRef.local_value() on a non-owner RRef: call it on {rref.owner()}; to_here() copies the value"
         )
-    return rref._kept_value(timeout)
+    return rref._owned(timeout)
+
+
+def _end(link: torch.Tensor) -> int:
+    """A compiled function that was given the RRef is over."""
+    rref = rref_of(link)
+    view = rref._owned().view() if rref.is_owner() else None
+    if view is not None:
+        view.write_back()
+    return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from zrpc.agent.pool import blocking
 from zrpc.agent.scripted import ScriptValue
@@ -16,10 +16,20 @@ if TYPE_CHECKING:
     from zrpc.staging.streams import Mark
 
 
+class Viewing(Protocol):
+    """What is made of a value for compiled code, which changes it there."""
+
+    def write_back(self) -> None:
+        """Change in the value what compiled code has changed."""
+
+
+V = TypeVar("V", bound=Viewing)
+
+
 class Cell:
     """A value that may still be on its way. Any thread may use it; its lock owns the fields."""
 
-    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value")
+    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value", "_view")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,6 +37,7 @@ class Cell:
         self._value: Any = None
         self._error: BaseException | None = None
         self._mark: Mark | None = None  # in the streams of the thread that made the value
+        self._view: Viewing | None = None
 
     @classmethod
     def holding(cls, value: Any) -> Cell:
@@ -62,6 +73,8 @@ class Cell:
 
         Other values are not copied.
         """
+        if self._view is not None:
+            self._view.write_back()
         value = self.kept()
         return value.to_python() if type(value) is ScriptValue else value
 
@@ -72,6 +85,14 @@ class Cell:
         if self._mark is not None:
             self._mark.join()
         return self._value
+
+    def view(self, make: Callable[[Any], V] | None = None) -> V | None:
+        """What was made of the value for compiled code; if nothing was, it is made by `make`, if that is given."""
+        if self._view is None and make is not None:
+            made = make(self.kept())
+            with self._lock:
+                self._view = self._view or made
+        return cast("V | None", self._view)
 
     def wait(self, timeout_s: float = 0.0) -> Any:
         """The value, as soon as it is there; `timeout_s` 0: no limit.
