@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.integration.harness import Cluster
 from tests.integration.test_compat import run, start
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from tests.integration.harness import Cluster
 
 
 def run_in_each_mode(cluster: Cluster, program: Callable[..., Any], *args: Any) -> list[Any]:
@@ -272,3 +273,52 @@ def metrics_program(rank: int, method: str) -> None:
 def test_metrics_have_the_names_of_torchs(cluster: Cluster) -> None:
     """get_metrics has TensorPipe's names, asynchronous calls that are not done among them."""
     run(cluster, metrics_program)
+
+
+# ---- functional optimizers ----------------------------------------------------------------------------------------
+
+
+class SignedDescent:
+    """A functional optimizer: its step takes a list of gradients."""
+
+    def __init__(self, params: list[torch.Tensor], lr: float = 1.0) -> None:
+        self.params = params
+        self.lr = lr
+
+    def step(self, gradients: list[torch.Tensor | None]) -> None:
+        with torch.no_grad():
+            for param, gradient in zip(self.params, gradients, strict=True):
+                if gradient is not None:
+                    param.sub_(self.lr * gradient.sign())
+
+
+def weight() -> torch.Tensor:
+    return torch.zeros(2, requires_grad=True)
+
+
+def functional_program(rank: int, method: str) -> None:
+    rpc = start(rank, method)
+    import torch.distributed.autograd as dist_autograd
+    from torch.distributed.optim import DistributedOptimizer
+    from torch.distributed.optim.utils import register_functional_optim
+
+    if rank == 0:
+        register_functional_optim("signed descent", SignedDescent)
+        used, unused = rpc.remote("worker1", weight), rpc.remote("worker1", weight)
+        optimizer = DistributedOptimizer("signed descent", [used, unused], lr=0.5)
+        assert optimizer.is_functional_optim
+        with dist_autograd.context() as context_id:
+            loss = rpc.rpc_sync("worker1", torch.mul, args=(used.to_here(), torch.tensor([3.0, -7.0]))).sum()
+            dist_autograd.backward(context_id, [loss])
+            optimizer.step(context_id)
+        assert used.to_here().tolist() == [-0.5, 0.5]
+        assert unused.to_here().tolist() == [0, 0]
+        assert not DistributedOptimizer(torch.optim.SGD, [used], lr=0.1).is_functional_optim
+        with pytest.raises(TypeError, match="register_functional_optim"):
+            DistributedOptimizer("nothing", [used])
+    rpc.shutdown()
+
+
+def test_functional_optimizers_of_the_program_are_used(cluster: Cluster) -> None:
+    """What was registered with register_functional_optim is made on the owner and given its list of gradients."""
+    run(cluster, functional_program)

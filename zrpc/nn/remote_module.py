@@ -230,6 +230,7 @@ def _unsupported(name: str) -> Callable[..., NoReturn]:
 for _name in _UNSUPPORTED:
     setattr(RemoteModule, _name, _unsupported(_name))
 
+
 def _raise_not_supported(name: str) -> NoReturn:
     raise ValueError(f"Method ``{name}`` not supported for RemoteModule")
 

@@ -67,9 +67,7 @@ class DistributedOptimizer:
                 raise TypeError(f"params_rref must be RRefs, as RRef(parameter) makes them, and one is a {kind}")
             by_owner[param.owner()].append(param)
         make = _make if functional is None else _make_functional
-        made = [
-            rpc_async(owner, make, args=(constructor, params, args, kwargs)) for owner, params in by_owner.items()
-        ]
+        made = [rpc_async(owner, make, args=(constructor, params, args, kwargs)) for owner, params in by_owner.items()]
         self.remote_optimizers: list[RRef[LocalOptimizer]] = all_of(made)
 
     def step(self, context_id: int) -> None:
@@ -104,9 +102,7 @@ def _functional(optimizer_class: object) -> Callable[..., Any] | None:
 class LocalOptimizer:
     """The optimizer of one owner's parameters. `optim` is what steps them."""
 
-    def __init__(
-        self, optimizer_class: Callable[..., Any], params: list[torch.Tensor], args: Any, kwargs: Any
-    ) -> None:
+    def __init__(self, optimizer_class: Callable[..., Any], params: list[torch.Tensor], args: Any, kwargs: Any) -> None:
         self._params = params
         self.optim = optimizer_class(params, *args, **kwargs)
 
@@ -133,9 +129,7 @@ class _FunctionalOptimizer(LocalOptimizer):
             self.optim.step([gradients.get(param) for param in self._params])
 
 
-def _make(
-    optimizer_class: Callable[..., Any], params: list[RRef[Any]], args: Any, kwargs: Any
-) -> RRef[LocalOptimizer]:
+def _make(optimizer_class: Callable[..., Any], params: list[RRef[Any]], args: Any, kwargs: Any) -> RRef[LocalOptimizer]:
     """On the owner: a reference to a new local optimizer."""
     return RRef(LocalOptimizer(optimizer_class, [param.local_value() for param in params], args, kwargs))
 
