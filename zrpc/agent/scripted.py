@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _jit: Any = torch.jit  # parts of it are untyped
 
 _AS_IS = frozenset(
-    ("BoolType", "ComplexType", "DeviceObjType", "FloatType", "FutureType", "IntType", "NoneType", "NumberType",
-     "StringType", "TensorType")
+    ("BoolType", "ComplexType", "DeviceObjType", "FloatType", "FutureType", "IntType", "InterfaceType", "NoneType",
+     "NumberType", "StringType", "TensorType")
 )  # fmt: skip
 """Kinds of TorchScript types whose values have no parts that could be changed, or are the same object in Python."""
 

@@ -79,6 +79,6 @@ def _write(value: Any, now: Any) -> None:
     elif isinstance(value, dict):
         value.clear()
         value.update(now)
-    elif hasattr(value, "__dict__"):
+    elif hasattr(value, "__dict__") and hasattr(now, "__dict__"):
         for name, content in vars(now).items():
             setattr(value, name, content)

@@ -75,7 +75,11 @@ class Cell:
         """
         if self._view is not None:
             self._view.write_back()
-        value = self.kept()
+        if self._error is not None:
+            raise self._error
+        if self._mark is not None:
+            self._mark.join()
+        value = self._value
         return value.to_python() if type(value) is ScriptValue else value
 
     def kept(self) -> Any:
