@@ -52,6 +52,12 @@ def append(ref: RRef[list[int]]) -> None:
 
 
 @torch.jit.script
+def append_to_both(first: RRef[list[int]], second: RRef[list[int]]) -> None:
+    first.local_value().append(1)
+    second.local_value().append(2)
+
+
+@torch.jit.script
 def total(ref: RRef[list[int]]) -> int:
     n = 0
     for one in ref.to_here():

@@ -92,6 +92,9 @@ def sharing_program(rank: int, method: str) -> None:
         value.append(5)
         assert scripts.total(mine) == 15
         assert mine.to_here() == value == [1, 2, 3, 4, 5]
+        shared = [0]
+        scripts.append_to_both(rpc.RRef(shared), rpc.RRef(shared))
+        assert shared == [0, 1, 2]
         with pytest.raises(RuntimeError, match=r"Can't call RRef\.local_value\(\) on a non-owner RRef"):
             scripts.append(ref)
     rpc.shutdown()

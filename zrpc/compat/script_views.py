@@ -13,7 +13,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
 
 Wrap = Callable[[Any], Any]
 """Makes a TorchScript value of a Python value, in a future."""
@@ -53,8 +57,22 @@ class View:
     def _write_back(self) -> None:
         now = self._future.wait()
         if _differ(self._before, now):
-            _write(self._value, now)
+            _merged(self._value, self._before, now)
             self._before = self._future.wait()
+
+
+_views: WeakValueDictionary[tuple[int, int], View] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def view_of(value: Any, wrap: Wrap) -> View:
+    """The view of the Python object `value`. RRefs to one object share one, for as long as any of them has it."""
+    key = id(value), id(wrap)  # a view keeps both, so that they stay theirs
+    with _lock:
+        found = _views.get(key)
+        if found is None:
+            found = _views[key] = View(value, wrap)
+        return found
 
 
 def _differ(before: Any, now: Any) -> bool:
@@ -62,23 +80,46 @@ def _differ(before: Any, now: Any) -> bool:
     if type(before) is not type(now):
         return True
     if isinstance(before, list | tuple):
+        if isinstance(before, list) and before and type(before[0]) in _PLAIN:  # and so are all: a list has one type
+            return bool(before != now)
         return len(before) != len(now) or any(map(_differ, before, now))
     if isinstance(before, dict):
         return list(before) != list(now) or any(_differ(before[key], now[key]) for key in before)
-    if isinstance(before, bool | int | float | str | complex | bytes | None):
+    if type(before) in _PLAIN:
         return bool(before != now)
-    if type(before).__module__ != "torch" and hasattr(before, "__dict__"):
+    if _has_fields(before):
         return _differ(vars(before), vars(now))
     return before is not now
 
 
-def _write(value: Any, now: Any) -> None:
-    """Make the Python object `value` equal to `now`."""
-    if isinstance(value, list):
-        value[:] = now
-    elif isinstance(value, dict):
+def _merged(value: Any, before: Any, now: Any) -> Any:
+    """`now`, as far as possible in the very object `value`, which was equal to `before`."""
+    if type(value) is not type(now) or not _differ(before, now):
+        return value if type(value) is type(now) else now
+    if isinstance(value, list | tuple):
+        parts = list(now)
+        if len(value) == len(before) == len(now):
+            parts = list(map(_merged, value, before, now))
+        if isinstance(value, list):
+            value[:] = parts
+            return value
+        same = len(parts) == len(value) and all(part is old for part, old in zip(parts, value, strict=True))
+        return value if same else now
+    if isinstance(value, dict):
+        known = {key: _merged(value[key], before[key], now[key]) for key in now if key in before and key in value}
         value.clear()
-        value.update(now)
-    elif hasattr(value, "__dict__") and hasattr(now, "__dict__"):
-        for name, content in vars(now).items():
-            setattr(value, name, content)
+        value.update({**now, **known})
+        return value
+    if not _has_fields(now):
+        return now
+    for name, content in vars(now).items():
+        setattr(value, name, _merged(getattr(value, name, None), getattr(before, name, None), content))
+    return value
+
+
+_PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
+
+
+def _has_fields(value: Any) -> bool:
+    """Whether it is an instance of a TorchScript class."""
+    return not isinstance(value, torch.Tensor | torch.nn.Module | Enum) and hasattr(value, "__dict__")

@@ -21,7 +21,7 @@ import torch.jit.annotations
 from zrpc.agent.future import Future, settle
 from zrpc.agent.scripted import ScriptValue, is_copied
 from zrpc.compat.script_threads import may_block
-from zrpc.compat.script_views import View, Wrap
+from zrpc.compat.script_views import Wrap, view_of
 from zrpc.rref import travel
 from zrpc.rref.rref import RRef
 from zrpc.wire.pickling import register_reducer
@@ -379,7 +379,7 @@ def _kept_of(link: torch.Tensor, timeout: float, wrap: Wrap) -> Any:
     kept = cell.kept()
     if type(kept) is ScriptValue:
         return kept.future
-    view = cell.view(lambda value: View(value, wrap))
+    view = cell.view(lambda value: view_of(value, wrap))
     assert view is not None
     return view.future()
 

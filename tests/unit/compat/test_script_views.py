@@ -2,12 +2,13 @@
 
 # TorchScript reads annotations when it compiles: no `from __future__ import annotations` here.
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
-from zrpc.compat.script_views import View
+from zrpc.compat.script_views import View, view_of
 
 
 class Counter:
@@ -36,6 +37,17 @@ def hold(value: Any) -> Held:
     return Held(Held(value).wait())
 
 
+class DeeplyHeld(Held):
+    """The same, with parts of its own."""
+
+    def wait(self) -> Any:
+        return copy.deepcopy(self.inner)
+
+
+def deep_hold(value: Any) -> Held:
+    return DeeplyHeld(copy.deepcopy(value))
+
+
 def test_changes_of_compiled_code_are_written_into_the_same_object() -> None:
     """Lists, dicts and objects are changed in place."""
     values: list[Any] = [[1], {"a": 1}, Counter()]
@@ -47,6 +59,25 @@ def test_changes_of_compiled_code_are_written_into_the_same_object() -> None:
         view.write_back()
     assert values[:2] == [[1, 2], {"a": 1, "b": 2}]
     assert values[2].n == 5
+
+
+def test_parts_keep_their_identity() -> None:
+    """A list within a list, a tuple or a dict is changed itself, where it is still at its place."""
+    inner = [[1], [2], [3]]
+    for value in ([inner[0]], (inner[1], 5), {"a": inner[2]}):
+        view = View(value, deep_hold)
+        changed = view.future().inner
+        (changed["a"] if isinstance(changed, dict) else changed[0]).append(9)
+        view.write_back()
+    assert inner == [[1, 9], [2, 9], [3, 9]]
+
+
+def test_one_object_has_one_view() -> None:
+    """Two RRefs to one list share what compiled code has of it."""
+    value = [1]
+    first, second = view_of(value, hold), view_of(value, hold)
+    assert first is second
+    assert view_of([1], hold) is not first
 
 
 def test_nothing_is_written_where_nothing_changed() -> None:
