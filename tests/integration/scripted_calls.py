@@ -121,6 +121,23 @@ def list_there(to: str) -> list[int]:
 
 
 @torch.jit.script
+def many_there(to: str, x: torch.Tensor) -> torch.Tensor:
+    refs = [rpc.remote(to, add, (x, x)) for i in range(3)]
+    named = {"a": rpc.remote(to, add, (x, x))}
+    pair = (refs[0], x)
+    made = named["a"].to_here() + pair[0].to_here()
+    for ref in refs:
+        if not ref.is_owner():
+            made = made + ref.to_here()
+    return made
+
+
+@torch.jit.script
+def left_there(to: str, x: torch.Tensor):  # noqa: ANN201  # the compiler has its own type for it
+    return rpc.remote(to, add, (x, x))
+
+
+@torch.jit.script
 def sizes_differ(to: str) -> torch.Tensor:
     return rpc.rpc_async(to, add, (torch.ones(2), torch.ones(3))).wait()
 

@@ -145,6 +145,8 @@ def calling_program(rank: int, method: str) -> None:
         assert rpc.rpc_sync("worker1", scripts.sync_and_async, args=("worker0", x)).tolist() == [14, 14]
         assert scripts.stays_there("worker1", x).tolist() == [2, 2]
         assert scripts.list_there("worker1") == [1, 2]
+        assert scripts.many_there("worker1", x).tolist() == [10, 10]
+        assert scripts.left_there("worker1", x).to_here().tolist() == [2, 2]
         with pytest.raises(RuntimeError, match="must match the size"):
             scripts.sizes_differ("worker1")
         with pytest.raises(RuntimeError, match="nobody"):

@@ -76,11 +76,14 @@ def replace_calls(name: str, graph: Any) -> None:
             graph.insertGraph(_compiled("carry").graph, [])
     if calls or forks or _makes_calls(graph):
         _calling.add(name)
+    methods = [(method, node) for method in _RREF_METHODS for node in graph.findAllNodes(f"aten::{method}", True)]
+    has_rrefs = bool(methods) or any(node.kind() == _REMOTE for node in calls)
     for node in calls:
         _replace_call(graph, node)
-    for method in _RREF_METHODS:
-        for node in graph.findAllNodes(f"aten::{method}", True):
-            _replace_method(graph, node, method)
+    if has_rrefs:
+        _replace_types(graph)
+    for method, node in methods:
+        _replace_method(graph, node, method)
 
 
 def _end_use(graph: Any, rref: Any) -> None:
@@ -143,16 +146,42 @@ _MAKERS = {_SYNC: _insert_sync, _ASYNC: _insert_async, _REMOTE: _insert_remote}
 
 def _replace_method(graph: Any, node: Any, method: str) -> None:
     """A method of an RRef that the compiler takes for one of torch's."""
-    rref, *rest = node.inputs()
-    if rref.type().kind() == "RRefType":
-        helpers = _helpers_for(rref.type())
-        rref.setType(scripting.type_of(helpers))
-    else:  # the same RRef had its type set for another method, or it is that of a `remote` which was replaced
-        helpers = scripting.helpers_of(rref.type())
+    helpers = scripting.helpers_of(node.inputsAt(0).type())
     with graph.insert_point_guard(node):
-        (made,) = graph.insertGraph(getattr(helpers, method).graph, [rref, *rest])
+        (made,) = graph.insertGraph(getattr(helpers, method).graph, list(node.inputs()))
     node.output().replaceAllUsesWith(made)
     node.destroy()
+
+
+def _replace_types(block: Any) -> None:
+    """Give values that are RRefs of torch's to the compiler, or hold such, the types of what they are here."""
+    for node in block.nodes():
+        for value in node.outputs():
+            _replace_type(value)
+        for inner in node.blocks():
+            for value in inner.inputs():
+                _replace_type(value)
+            _replace_types(inner)
+
+
+def _replace_type(value: Any) -> None:
+    if "RRef[" in value.type().annotation_str:
+        value.setType(_type_here(value.type()))
+
+
+def _type_here(of: Any) -> Any:
+    kind = of.kind()
+    if kind == "RRefType":
+        return scripting.type_of(_helpers_for(of))
+    if kind == "ListType":
+        return torch._C.ListType(_type_here(of.getElementType()))
+    if kind == "OptionalType":
+        return torch._C.OptionalType(_type_here(of.getElementType()))
+    if kind == "DictType":
+        return torch._C.DictType(of.getKeyType(), _type_here(of.getValueType()))
+    if kind == "TupleType":
+        return torch._C.TupleType([_type_here(part) for part in of.elements()])
+    return of
 
 
 def _helpers_for(rref_type: Any) -> Any:
