@@ -9,6 +9,7 @@ and find it on others.
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -21,26 +22,35 @@ from zrpc.profiling import session
 
 if TYPE_CHECKING:
     from zrpc.autograd.dist_context import DistAutogradContext
+    from zrpc.profiling.session import Session
 
 _KEY = "zrpc.thread"
 
 
 class Snapshot:
-    """What this thread is in the midst of.
+    """What this thread is in the midst of. It may lie where it is for long, and keeps neither context nor profile.
 
     Attributes:
-        session: the profile.
-        context: the autograd context.
         waiting: to be entered while the thread, if it is a handler thread, may wait.
     """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
-        self.session = session.current()
         self.waiting = blocking()
-        self.context: DistAutogradContext | None = None
-        if is_agent_set():
-            self.context = current_service().contexts.find_current()
+        profile = session.current()
+        self._session = None if profile is None else weakref.ref(profile)
+        context = current_service().contexts.find_current() if is_agent_set() else None
+        self._context_id = None if context is None else context.context_id
+
+    @property
+    def session(self) -> Session | None:
+        """The profile."""
+        return None if self._session is None else self._session()
+
+    @property
+    def context(self) -> DistAutogradContext | None:
+        """The autograd context, if it is not released."""
+        return None if self._context_id is None else current_service().contexts.find(self._context_id)
 
     @property
     def is_of_here(self) -> bool:
@@ -72,7 +82,8 @@ class Entered(ExitStack):
         begun = snapshot()
         if begun.is_of_here or not is_agent_set():
             return
-        if begun.context is not None:
-            self.enter_context(current_service().contexts.activate(begun.context))
+        context = begun.context
+        if context is not None:
+            self.enter_context(current_service().contexts.activate(context))
         self.callback(session.set_current, session.current())
         session.set_current(begun.session)
