@@ -10,6 +10,7 @@ import torch
 from zrpc.agent.current import current_agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
+from zrpc.agent.scripted import check_arguments
 from zrpc.config import UNSET_RPC_TIMEOUT_S
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
@@ -97,6 +98,12 @@ def rpc_async(
     return future_of(call, pickling.loads, agent.completions)
 
 
+def begin(mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> Future[T]:
+    """As `rpc_async`; profiles name the call after `mode`."""
+    agent = current_agent()
+    return future_of(_call(agent, mode, to, func, args, kwargs, timeout), pickling.loads, agent.completions)
+
+
 def remote(
     to: Worker,
     func: Callable[..., T],
@@ -110,13 +117,16 @@ def remote(
     """
     agent = current_agent()
     info = agent.resolve(_checked(func, to))
+    func, is_async = _sent(func)
     op, payload = _take_apart(func, args, kwargs)
     limit_s = _limit_s(timeout)
+    if isinstance(func, torch.jit.ScriptFunction):
+        check_arguments(func, args or (), kwargs or {})
 
     def make() -> RRef[T]:
         if op is not None:
             return remote_builtin(agent, info, op, payload, limit_s)
-        return remote_python(agent, info, payload, limit_s, hasattr(func, ASYNC_ATTRIBUTE))
+        return remote_python(agent, info, payload, limit_s, is_async)
 
     if not is_profiling():
         return make()
@@ -143,8 +153,9 @@ def _call(
     agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float
 ) -> Call:
     info = agent.resolve(_checked(func, to))
+    func, is_async = _sent(func)
     op, payload = _take_apart(func, args, kwargs)
-    message: Message = PythonCall(hasattr(func, ASYNC_ATTRIBUTE)) if op is None else BuiltinCall(op)
+    message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
     limit_s, waited = _limit_s(timeout), mode is ExecMode.SYNC
     if not is_profiling():
         return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
@@ -160,6 +171,16 @@ def _checked(func: object, to: Worker) -> Worker:
     if not callable(func):
         raise TypeError(f"function should be callable, and this is a {type(func).__name__}.")
     return to
+
+
+def _sent(func: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+    """What travels of `func`, and whether `async_execution` marks it. A marked TorchScript function travels bare."""
+    inner = getattr(func, ASYNC_ATTRIBUTE, None)
+    if inner is None:
+        return func, False
+    while (deeper := getattr(inner, ASYNC_ATTRIBUTE, None)) is not None:
+        inner = deeper
+    return inner if isinstance(inner, torch.jit.ScriptFunction) else func, True
 
 
 def _limit_s(timeout: float) -> float | None:

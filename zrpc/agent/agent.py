@@ -339,6 +339,7 @@ class Agent:
         threads, idle = self._server.pool.counts()
         return {
             "client_active_calls": len(self._calls), "server_active_calls": self._server.num_serving,
+            "server_active_async_calls": self._server.async_calls.num,
             "thread_pool_size": threads, "num_idle_threads": idle,
         }  # fmt: skip
 

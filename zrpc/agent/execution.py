@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 from functools import cache
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zrpc.agent.scripted import call_and_keep
 from zrpc.errors import ProtocolError
 from zrpc.exception_text import log_error, text_of
 from zrpc.wire import pickling
@@ -51,8 +53,12 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     raise failures.pop()
 
 
-def execute_python(payload: Payload) -> Any:
+def execute_python(payload: Payload, *, keep: bool = False) -> Any:
     """Run the pickled function of `payload`.
+
+    Args:
+        payload: the pickled call.
+        keep: the result stays here; that of a TorchScript function may be a `ScriptValue`.
 
     Raises:
         SerializationError: this process lacks the function.
@@ -62,21 +68,22 @@ def execute_python(payload: Payload) -> Any:
     """
     func, args, kwargs = pickling.loads(payload)
     payload.let_go()
+    if not isinstance(func, torch.jit.ScriptFunction):
+        return _refuse_coroutine(_run(func, args, kwargs))
     try:
-        result = _run(func, args, kwargs)
-        if isinstance(result, CoroutineType):
-            result.close()  # it is not to be awaited, and says so otherwise
-            raise TypeError(
-                f"{result.__qualname__} is an `async def` function (a coroutine function), which a worker does not "
-                "run: call a function that runs it, with asyncio.run() for example"
-            )
-        return result
+        return _run(call_and_keep, (func, args, kwargs), {}) if keep else _run(func, args, kwargs)
     except torch.jit.Error as error:
-        if not isinstance(func, torch.jit.ScriptFunction):
-            raise
-        raise RuntimeError(
-            text_of(error)
-        ) from error  # as from an operator: callers of compiled code expect no class of it
+        raise RuntimeError(text_of(error)) from error  # as from an operator: compiled code has no classes of errors
+
+
+def _refuse_coroutine(result: Any) -> Any:
+    if not isinstance(result, CoroutineType):
+        return result
+    result.close()  # it is not to be awaited, and says so otherwise
+    raise TypeError(
+        f"{result.__qualname__} is an `async def` function (a coroutine function), which a worker does not run: call a "
+        "function that runs it, with asyncio.run() for example"
+    )
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
@@ -127,23 +134,46 @@ def _operator(op: str) -> Callable[..., Any]:
     return found
 
 
+class AsyncCalls:
+    """Counts functions marked with `async_execution` that have returned a future which is not done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num = 0
+
+    @property
+    def num(self) -> int:
+        """How many there are now."""
+        return self._num
+
+    def change(self, by: int) -> None:
+        """One more (1), or one less (-1)."""
+        with self._lock:
+            self._num += by
+
+
 def when_done(
-    result: Any, func_text: str, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]
+    result: Any, calls: AsyncCalls, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]
 ) -> None:
-    """Wait, without a thread, for the future that an async_execution function returned.
+    """Wait, without a thread, for the future that an async_execution function returned. `calls` counts it meanwhile.
 
     Raises:
         RuntimeError: `result` is no future.
     """
     if not isinstance(result, torch._C.Future):
+        kind = type(result).__name__
         raise RuntimeError(
             "Functions decorated with @rpc.async_function must return a torch.futures.Future object, "
-            f"but {func_text} returned a {type(result).__name__}"
+            f"but this one returned a {kind}. (Async functions must return an IValue of Future type, but got {kind})"
         )
+    calls.change(1)
 
     def finish(future: torch.futures.Future[Any]) -> None:
+        calls.change(-1)
         try:
             value = future.wait()
+        except torch.jit.Error as error:  # of compiled code that was forked
+            on_error(RuntimeError(text_of(error)))
         except BaseException as error:
             on_error(error)
         else:
@@ -161,7 +191,7 @@ def serve_python(request: Request[PythonCall]) -> None:
     def work() -> None:
         result = execute_python(request.payload)
         if request.message.async_execution:
-            when_done(result, "this one", lambda value: _reply(request, value), request.fail)
+            when_done(result, request.async_calls, lambda value: _reply(request, value), request.fail)
         else:
             request.reply(pickling.dumps(result))
 

@@ -14,6 +14,7 @@ from zrpc.wire.payload import Payload, open_payload
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from zrpc.agent.execution import AsyncCalls
     from zrpc.agent.hooks import CallHook, Hooks
     from zrpc.ids import WorkerInfo
     from zrpc.wire.envelope import Envelope
@@ -30,6 +31,7 @@ class Answerer(Protocol):
     """What a request needs of its agent."""
 
     hooks: Hooks
+    async_calls: AsyncCalls
 
     @property
     def staging(self) -> Stager:
@@ -72,6 +74,11 @@ class Request(Generic[M]):
             self._payload = open_payload(self._envelope, self._answerer.staging)
             self._envelope = None
         return self._payload
+
+    @property
+    def async_calls(self) -> AsyncCalls:
+        """Where asynchronous functions are counted until their futures are done."""
+        return self._answerer.async_calls
 
     def context(self) -> AbstractContextManager[None]:
         """What the caller's hooks ask for while this request is served. Enter it once, before the payload is loaded."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zrpc.agent.execution import AsyncCalls
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import Request
@@ -62,6 +63,7 @@ class Server:
         self._refresh = refresh
         self.staging = staging
         self._send_soon = send_soon
+        self.async_calls = AsyncCalls()
         self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
         self._quickness = Quickness()
         self._lock = threading.Lock()

@@ -34,13 +34,14 @@ def install(children: bool = True) -> None:
     import torch
 
     torch.jit._builtins._find_builtin(torch.add)  # type: ignore[no-untyped-call]  # its table is to hold torch's own
-    from zrpc.compat import installation, scripting
+    from zrpc.compat import installation, script_calls, scripting
     from zrpc.compat.children import reach_children
     from zrpc.compat.exceptions import as_torch_raises
     from zrpc.wire.exceptions import translate_with
 
     translate_with(as_torch_raises)
     scripting.install()  # first: importing the rest of torch compiles functions
+    script_calls.install()
     replaced = installation.replace_native()
     replaced += installation.replace_modules()
     replaced += installation.replace_attributes()

@@ -41,7 +41,38 @@ def enable_gil_profiling(flag: bool) -> None:
 
 
 class RpcAgent:
-    """Base of agents. `TensorPipeAgent` is the only one."""
+    """Base of agents. `TensorPipeAgent` is the only one that zrpc can make calls with."""
+
+    def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo:
+        """This worker, or the one of that name or rank."""
+        raise NotImplementedError
+
+    def get_worker_infos(self) -> list[WorkerInfo]:
+        """All workers of the group."""
+        raise NotImplementedError
+
+    def get_debug_info(self) -> dict[str, str]:
+        """Numbers about calls and threads, as text."""
+        raise NotImplementedError
+
+    def get_metrics(self) -> dict[str, str]:
+        """The same under torch's other name."""
+        raise NotImplementedError
+
+    def join(self, shutdown: bool = False, timeout: float = 0.0) -> None:
+        """Wait until no call is under way."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Wait until no call of this worker is under way."""
+        raise NotImplementedError
+
+    def shutdown(self) -> None:
+        """End this worker at once."""
+        raise NotImplementedError
+
+    def _get_device_map(self, dst: WorkerInfo) -> dict[torch.device, torch.device]:
+        raise NotImplementedError
 
 
 class TensorPipeAgent(RpcAgent):
@@ -86,7 +117,9 @@ class TensorPipeAgent(RpcAgent):
 
     def _numbers(self) -> dict[str, float]:
         numbers: dict[str, float] = dict(self._agent.counts())
-        numbers["thread_pool_size"] = self._agent.options.num_worker_threads
+        running = numbers["server_active_calls"] - numbers["server_active_async_calls"]
+        numbers["thread_pool_size"] = size = self._agent.options.num_worker_threads
+        numbers["num_idle_threads"] = max(0, size - running)  # here threads are started when they are needed
         if _gil.enabled:
             numbers["gil_average_wait_time_us"] = _gil.average_us()
         return numbers

@@ -26,6 +26,7 @@ MODULES = {
         f"{RPC}.{name}": f"zrpc.compat.rpc.{name}"
         for name in (
             "_testing",
+            "_utils",
             "api",
             "backend_registry",
             "constants",

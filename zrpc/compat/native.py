@@ -11,6 +11,7 @@ RPC_AVAILABLE = True
 
 _RPC_NAMES = (
     "PyRRef",
+    "RemoteProfilerManager",
     "RpcAgent",
     "RpcBackendOptions",
     "TensorPipeAgent",
@@ -20,6 +21,7 @@ _RPC_NAMES = (
     "_DEFAULT_RPC_TIMEOUT_SEC",
     "_TensorPipeRpcBackendOptionsBase",
     "_UNSET_RPC_TIMEOUT",
+    "_cleanup_python_rpc_handler",
     "_delete_all_user_and_unforked_owner_rrefs",
     "_destroy_rref_context",
     "_get_current_rpc_agent",
@@ -27,6 +29,7 @@ _RPC_NAMES = (
     "_reset_current_rpc_agent",
     "_rref_context_get_debug_info",
     "_set_and_start_rpc_agent",
+    "_set_profiler_node_id",
     "_set_rpc_timeout",
     "enable_gil_profiling",
     "get_rpc_timeout",

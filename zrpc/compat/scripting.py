@@ -13,26 +13,40 @@ import linecache
 import sys
 import types
 import typing
-from functools import cache
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import torch
 import torch.jit.annotations
 
+from zrpc.agent.future import Future, settle
+from zrpc.agent.scripted import ScriptValue, is_copied
+from zrpc.compat.script_threads import may_block
+from zrpc.compat.script_views import Wrap, view_of
+from zrpc.rref import travel
 from zrpc.rref.rref import RRef
+from zrpc.wire.pickling import register_reducer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zrpc.rref.cell import Cell
 
 _annotations: Any = torch.jit.annotations
-_torch_rref_type: Any = getattr(torch._C, "RRefType", None)
 
 _SOURCE = """
 @torch.jit.ignore
-def _to_here(link: Tensor, timeout: float) -> Value:
-    return rref_of(link).to_here(timeout)
+def _fetch(link: Tensor, timeout: float) -> Future[Any]:
+    return fetch(link, timeout)
 
 
 @torch.jit.ignore
-def _local_value(link: Tensor) -> Value:
-    return rref_of(link).local_value()
+def _take(done: Any) -> Value:
+    return take(done)
+
+
+@torch.jit.ignore
+def _kept(link: Tensor, timeout: float) -> Kept:
+    return kept_of(link, timeout, wrap)
 
 
 @torch.jit.ignore
@@ -50,18 +64,43 @@ def _confirmed_by_owner(link: Tensor) -> bool:
     return rref_of(link).confirmed_by_owner()
 
 
+def _same(value: Value) -> Value:
+    return value
+
+
+@torch.jit.script
+def wrap(value: Value) -> Future[Value]:
+    return torch.jit.fork(_same, value)
+
+
+@torch.jit.ignore
+def _refuse() -> Tensor:
+    return refuse()
+
+
 @torch.jit.script
 class ScriptRRef:
     def __init__(self, link: Tensor) -> None:
         self._script_link = link
 
+    def __getstate__(self) -> Tensor:
+        return _refuse()
+
+    def __setstate__(self, link: Tensor) -> None:
+        self._script_link = link
+
     def to_here(self, timeout: float = -1.0) -> Value:
-        return _to_here(self._script_link, timeout)
+        if _is_owner(self._script_link):
+            return _kept(self._script_link, timeout)GET
+        return _take(_fetch(self._script_link, timeout).wait())
 
     def local_value(self) -> Value:
-        return _local_value(self._script_link)
+        return _kept(self._script_link, -1.0)GET
 
     def owner_name(self) -> str:
+        return _owner_name(self._script_link)
+
+    def owner(self) -> str:
         return _owner_name(self._script_link)
 
     def is_owner(self) -> bool:
@@ -69,18 +108,82 @@ class ScriptRRef:
 
     def confirmed_by_owner(self) -> bool:
         return _confirmed_by_owner(self._script_link)
+
+
+@torch.jit.script
+def from_link(link: Tensor) -> ScriptRRef:
+    return ScriptRRef(link)
+
+
+@torch.jit.script
+def to_here(rref: ScriptRRef, timeout: float) -> Value:
+    return rref.to_here(timeout)
+
+
+@torch.jit.script
+def local_value(rref: ScriptRRef) -> Value:
+    return rref.local_value()
+
+
+@torch.jit.script
+def owner_name(rref: ScriptRRef) -> str:
+    return rref.owner_name()
+
+
+@torch.jit.script
+def is_owner(rref: ScriptRRef) -> bool:
+    return rref.is_owner()
+
+
+@torch.jit.script
+def confirmed_by_owner(rref: ScriptRRef) -> bool:
+    return rref.confirmed_by_owner()
+
+
+owner = owner_name
+
+
+@torch.jit.ignore
+def _end(link: Tensor) -> int:
+    return end(link)
+
+
+@torch.jit.script
+def end_of_use(rref: ScriptRRef) -> int:
+    return _end(rref._script_link)
 """
 _numbers = itertools.count()
 
 
+_helpers: dict[str, Any] = {}
+"""The TorchScript type of a value -> a module with the class of RRefs to such values."""
+
+
 def install() -> None:
-    """Let annotations name zrpc's RRefs, and compiled functions take them."""
-    RRef._script_link = property(_link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
+    """Let annotations name zrpc's RRefs, and compiled functions take them and return them."""
+    RRef._script_link = property(link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
     internal: Any = torch._jit_internal
     for module in (internal, _annotations):
         module.RRef = RRef
         module.is_rref = _is_rref
     internal.is_rref_instance = _is_rref_instance
+    plain = _annotations.try_ann_to_type
+
+    def try_ann_to_type(ann: Any, loc: Any, rcb: Any = None) -> Any:
+        if _is_rref(ann):
+            (value,) = get_args(ann)
+            return plain(class_for(try_ann_to_type(value, loc, rcb), value), loc)
+        return plain(ann, loc, rcb)
+
+    native: Any = torch._C
+    infer = native._jit_try_infer_type
+
+    def infer_type(obj: Any) -> Any:
+        inferred = _rref_type_of(obj)
+        return infer(obj) if inferred is None else native.InferredType(inferred)
+
+    native._jit_try_infer_type = infer_type
+    _annotations.try_ann_to_type = try_ann_to_type
     _annotations.RRefType = _type_of_rref
 
 
@@ -94,35 +197,210 @@ def _is_rref_instance(obj: object) -> bool:
     return isinstance(obj, RRef)
 
 
+def _rref_type_of(obj: object) -> Any:
+    """The TorchScript type of an RRef, or of a list of RRefs, that is an attribute of a module; None: it is no such."""
+    if isinstance(obj, list) and obj and all(isinstance(one, RRef) for one in obj):
+        inner = _rref_type_of(obj[0])
+        return None if inner is None else torch._C.ListType(inner)
+    if not isinstance(obj, RRef):
+        return None
+    of_value = _annotations.try_ann_to_type(obj._get_type(), None)  # asks the owner
+    return None if of_value is None else _type_of_rref(of_value)
+
+
 def _type_of_rref(value_type: Any) -> Any:
     """The TorchScript type of an RRef whose value is of `value_type`."""
+    return _annotations.try_ann_to_type(class_for(value_type, None), None)
+
+
+def class_for(value_type: Any, annotation: Any) -> Any:
+    """The TorchScript class of RRefs to values of a type.
+
+    Args:
+        value_type: the type.
+        annotation: what Python calls it; None: to be found out.
+
+    Raises:
+        RuntimeError: that cannot be found out.
+    """
+    key = value_type.annotation_str
+    if key not in _helpers:
+        _helpers[key] = _make_helpers(_annotation_of(key) if annotation is None else annotation, is_copied(value_type))
+    return _helpers[key].ScriptRRef
+
+
+def helpers_named(annotation_str: str) -> Any:
+    """A module with the class of RRefs to values of that type, and compiled functions that call its methods.
+
+    Raises:
+        RuntimeError: it is not known, and cannot be found out, what Python calls the type.
+    """
+    if annotation_str not in _helpers:
+        annotation = _annotation_of(annotation_str)
+        class_for(_annotations.try_ann_to_type(annotation, None), annotation)
+    return _helpers[annotation_str]
+
+
+def helpers_of(rref_type: Any) -> Any:
+    """As `helpers_named`, for the type of such RRefs; None: it is another type."""
+    if rref_type.kind() != "ClassType":
+        return None
+    name = rref_type.qualified_name()
+    return next((made for made in _helpers.values() if name == f"__torch__.{made.__name__}.ScriptRRef"), None)
+
+
+def type_of(helpers: Any) -> Any:
+    """The type of the RRefs of `helpers_named`."""
+    return _annotations.try_ann_to_type(helpers.ScriptRRef, None)
+
+
+def _annotation_of(annotation_str: str) -> Any:
+    found = torch.jit._state._get_python_class(annotation_str)  # type: ignore[no-untyped-call]
+    if found is not None:
+        return found
     try:
-        cls = _class_for(value_type.annotation_str)
-    except (NameError, SyntaxError, AttributeError):  # a class of the program: only torch's own RRefs can hold it
-        return _torch_rref_type(value_type)
-    return _annotations.try_ann_to_type(cls, None)
+        return eval(annotation_str, {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device})
+    except (NameError, SyntaxError, AttributeError) as error:
+        raise RuntimeError(
+            f"a value of the type {annotation_str} cannot be behind an RRef that compiled code makes: annotate an "
+            "argument with RRef of that type in a function that is compiled before"
+        ) from error
 
 
-@cache
-def _class_for(annotation: str) -> Any:
+def _make_helpers(annotation: Any, copied: bool) -> Any:
+    names = {
+        "Kept": torch.futures.Future[annotation] if copied else annotation,
+        "Value": annotation,
+        "IS_COPIED": copied,
+        "end": _end,
+        "fetch": _fetch,
+        "kept_of": _kept_of if copied else _local_value,
+        "refuse": _refuse,
+        "rref_of": rref_of,
+        "take": take,
+    }
+    made = compile_source(_SOURCE.replace("GET", ".wait()" if copied else ""), names)
+    state: Any = torch.jit._state
+    state._name_to_pyclass[f"__torch__.{made.__name__}.ScriptRRef"] = ReturnedRRef  # what Python gets of an instance
+    return made
+
+
+def compile_source(source: str, names: Mapping[str, Any]) -> Any:
+    """A module of that source: TorchScript compiles source, and finds it by the module's name.
+
+    Args:
+        source: of the module.
+        names: what it uses, beside torch, Tensor, Future and Any.
+    """
     name = f"zrpc.compat.generated_{next(_numbers)}"
     filename = f"<{name}>"
     module = types.ModuleType(name)
     module.__file__ = filename
-    known = {**vars(typing), "Tensor": torch.Tensor, "Device": torch.device}
-    vars(module).update(torch=torch, Tensor=torch.Tensor, Value=eval(annotation, known), rref_of=_rref_of)
+    usual = {"Any": Any, "Future": torch.futures.Future, "Tensor": torch.Tensor, "torch": torch}
+    vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+    vars(module).update(usual)
     sys.modules[name] = module
-    linecache.cache[filename] = (len(_SOURCE), None, _SOURCE.splitlines(keepends=True), filename)
-    exec(compile(_SOURCE, filename, "exec", dont_inherit=True), vars(module))
-    return vars(module)["ScriptRRef"]
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec", dont_inherit=True), vars(module))
+    return module
 
 
-def _link_of(rref: RRef[Any]) -> torch.Tensor:
+class ReturnedRRef(RRef[Any]):
+    """An RRef that compiled code returned: another object for the same fork, which the first one gives up."""
+
+    _original: RRef[Any]
+
+    @property
+    def _script_link(self) -> torch.Tensor:
+        return link_of(self._original)
+
+    @_script_link.setter
+    def _script_link(self, link: torch.Tensor) -> None:  # TorchScript sets it on an object made without __init__
+        self._original = original = rref_of(link)
+        vars(self).update({name: value for name, value in vars(original).items() if name != "_original"})
+
+    def __del__(self) -> None:
+        """The original says that it goes."""
+
+
+def _reduce_returned(rref: ReturnedRRef) -> Any:
+    return travel.reduce(rref._original)
+
+
+register_reducer(ReturnedRRef, _reduce_returned)
+
+
+def link_of(rref: RRef[Any]) -> torch.Tensor:
+    """What stands for `rref` in compiled code."""
     link = torch.empty(0)
     link.__dict__["rref"] = rref
     return link
 
 
-def _rref_of(link: torch.Tensor) -> RRef[Any]:
+def rref_of(link: torch.Tensor) -> RRef[Any]:
+    """The RRef that compiled code has as `link`."""
     found: RRef[Any] = link.__dict__["rref"]
     return found
+
+
+def _fetch(link: torch.Tensor, timeout: float) -> Any:
+    rref = rref_of(link)
+    if not may_block():
+        return handed_on(rref.to_here_async(timeout))
+    done: Future[Any] = Future()
+    settle(done, lambda: rref.to_here(timeout))
+    return handed_on(done)
+
+
+def handed_on(future: Future[Any]) -> Any:
+    """A future for `future` itself, once that is done: compiled code takes no errors of Python from a future."""
+    done: torch.futures.Future[Any] = torch.futures.Future()
+    if future.done():
+        done.set_result(future)
+    else:
+        future.add_done_callback(done.set_result)
+    return done
+
+
+def take(done: Future[Any]) -> Any:
+    """The value of a future that is done, or its error."""
+    return done.value()
+
+
+def _refuse() -> torch.Tensor:
+    raise RuntimeError(
+        "RRef jit pickling is only allowed inside RPC calls: an RRef cannot be saved to a file; save the value that "
+        "to_here() gives"
+    )
+
+
+def _kept_of(link: torch.Tensor, timeout: float, wrap: Wrap) -> Any:
+    cell = _owned(link, timeout)
+    kept = cell.kept()
+    if type(kept) is ScriptValue:
+        return kept.future
+    view = cell.view(lambda value: view_of(value, wrap))
+    assert view is not None
+    return view.future()
+
+
+def _local_value(link: torch.Tensor, timeout: float, _: Wrap) -> Any:
+    return _owned(link, timeout).kept()
+
+
+def _owned(link: torch.Tensor, timeout: float) -> Cell:
+    rref = rref_of(link)
+    if not rref.is_owner():
+        raise RuntimeError(
+            f"Can't call RRef.local_value() on a non-owner RRef: call it on {rref.owner()}; to_here() copies the value"
+        )
+    return rref._owned(timeout)
+
+
+def _end(link: torch.Tensor) -> int:
+    """A compiled function that was given the RRef is over."""
+    rref = rref_of(link)
+    view = rref._owned().view() if rref.is_owner() else None
+    if view is not None:
+        view.write_back()
+    return 0

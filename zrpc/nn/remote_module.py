@@ -220,7 +220,7 @@ def _start_forward(
 
 def _unsupported(name: str) -> Callable[..., NoReturn]:
     def method(self: RemoteModule, *args: object, **kwargs: object) -> NoReturn:
-        raise ValueError(f"Method ``{name}`` not supported for RemoteModule")
+        _raise_not_supported(name)
 
     method.__name__ = name
     method.__qualname__ = f"RemoteModule.{name}"
@@ -230,6 +230,11 @@ def _unsupported(name: str) -> Callable[..., NoReturn]:
 for _name in _UNSUPPORTED:
     setattr(RemoteModule, _name, _unsupported(_name))
 
+
+def _raise_not_supported(name: str) -> NoReturn:
+    raise ValueError(f"Method ``{name}`` not supported for RemoteModule")
+
+
 _RemoteModule = RemoteModule
 """torch's name for the class that takes `_module_interface_cls`; here it is one class."""
 
@@ -238,7 +243,11 @@ _RemoteModule = RemoteModule
 
 
 def _create_module(
-    module_cls: Callable[..., nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], device: str, scripted: bool
+    module_cls: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: str,
+    scripted: bool = False,
 ) -> nn.Module:
     module = module_cls(*args, **kwargs)
     if not isinstance(module, nn.Module):
@@ -252,6 +261,16 @@ def _create_module(
 
 def _parameter_rrefs(module_rref: RRef[Any], recurse: bool) -> list[RRef[nn.Parameter]]:
     return [RRef(parameter) for parameter in module_rref.local_value().parameters(recurse)]
+
+
+def _create_module_with_interface(
+    module_cls: Callable[..., nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], device: str, interface: Any
+) -> RRef[nn.Module]:
+    return RRef(_create_module(module_cls, args, kwargs, device, interface is not None), interface)
+
+
+def _param_rrefs(module_rref: RRef[Any], recurse: bool) -> list[RRef[nn.Parameter]]:
+    return _parameter_rrefs(module_rref, recurse)
 
 
 def _set_training(module_rref: RRef[Any], mode: bool) -> None:

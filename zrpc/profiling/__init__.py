@@ -30,6 +30,7 @@ class ExecMode(Enum):
 
     SYNC = "sync"
     ASYNC = "async"
+    ASYNC_JIT = "async_jit"  # from compiled TorchScript
     REMOTE = "remote"
 
 

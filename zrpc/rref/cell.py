@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from zrpc.agent.pool import blocking
+from zrpc.agent.scripted import ScriptValue
 from zrpc.errors import RemoteError, RpcTimeoutError
 from zrpc.exception_text import describe, set_cause
 from zrpc.staging import handover
@@ -17,10 +18,20 @@ if TYPE_CHECKING:
     from zrpc.staging.streams import Mark
 
 
+class Viewing(Protocol):
+    """What is made of a value for compiled code, which changes it there."""
+
+    def write_back(self) -> None:
+        """Change in the value what compiled code has changed."""
+
+
+V = TypeVar("V", bound=Viewing)
+
+
 class Cell:
     """A value that may still be on its way. Any thread may use it; its lock owns the fields."""
 
-    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value")
+    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value", "_view")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,6 +39,7 @@ class Cell:
         self._value: Any = None
         self._error: Raisable | None = None
         self._mark: Mark | None = None  # in the streams of the thread that made the value
+        self._view: Viewing | None = None
 
     @classmethod
     def holding(cls, value: Any) -> Cell:
@@ -62,12 +74,34 @@ class Cell:
         callback()
 
     def get(self) -> Any:
-        """The value of a cell that is set. Not a copy. Raises the error if it was set to one."""
+        """The value of a cell that is set; of a `ScriptValue`, what Python sees. Raises the error if it was set to one.
+
+        Other values are not copied.
+        """
+        if self._view is not None:
+            self._view.write_back()
+        if self._error is not None:
+            raise self._error.copy()
+        if self._mark is not None:
+            self._mark.join()
+        value = self._value
+        return value.to_python() if type(value) is ScriptValue else value
+
+    def kept(self) -> Any:
+        """As `get`, but a `ScriptValue` as it is."""
         if self._error is not None:
             raise self._error.copy()
         if self._mark is not None:
             self._mark.join()
         return self._value
+
+    def view(self, make: Callable[[Any], V] | None = None) -> V | None:
+        """What was made of the value for compiled code; if nothing was, it is made by `make`, if that is given."""
+        if self._view is None and make is not None:
+            made = make(self.kept())
+            with self._lock:
+                self._view = self._view or made
+        return cast("V | None", self._view)
 
     def wait(self, timeout_s: float = 0.0) -> Any:
         """The value, as soon as it is there; `timeout_s` 0: no limit.
@@ -76,6 +110,15 @@ class Cell:
             RpcTimeoutError: it did not come in time.
             BaseException: what making it raised.
         """
+        self.await_set(timeout_s)
+        return self.get()
+
+    def await_set(self, timeout_s: float = 0.0) -> None:
+        """Wait until the value or the error is here; `timeout_s` 0: no limit.
+
+        Raises:
+            RpcTimeoutError: it did not come in time.
+        """
         if self._callbacks is not None:
             arrived = threading.Event()
             self.when_set(arrived.set)
@@ -83,7 +126,6 @@ class Cell:
                 if not arrived.wait(timeout_s or None):
                     raise RpcTimeoutError(f"RPC ran for more than its time limit of {timeout_s * 1000:g} ms: "
                                           "the value of a local RRef was not set in time")  # fmt: skip
-        return self.get()
 
     def _set(self, value: Any, error: BaseException | None) -> None:
         with self._lock:

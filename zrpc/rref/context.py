@@ -110,7 +110,8 @@ class RRefContext(Ledger):
 
     def serve_python_remote(self, request: Request[PythonRemote]) -> None:
         """Run the function; its result, or what it raises, is the value. An asynchronous one is not waited for here."""
-        self._serve_remote(request, lambda: execute_python(request.payload), request.message.async_execution)
+        is_async = request.message.async_execution
+        self._serve_remote(request, lambda: execute_python(request.payload, keep=not is_async), is_async)
 
     def serve_builtin_remote(self, request: Request[BuiltinRemote]) -> None:
         """Run the operator; its result, or what it raises, is the value."""
@@ -132,7 +133,7 @@ class RRefContext(Ledger):
                 if async_execution:
                     when_done(
                         result,
-                        "this one",
+                        request.async_calls,
                         partial(finish_elsewhere, cell.set_value),
                         partial(finish_elsewhere, cell.set_error),
                     )

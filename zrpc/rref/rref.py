@@ -204,6 +204,13 @@ class RRef(Generic[T]):
 
     # ---- under torch's names ---------------------------------------------------------------------------------------
 
+    def _owned(self, timeout: float = UNSET_RPC_TIMEOUT_S) -> Cell:
+        """On the owner: the cell, once the value is made."""
+        self._check_creation()
+        assert self._cell is not None
+        self._cell.await_set(_wait_s(timeout))
+        return self._cell
+
     def _get_type(self, timeout: float = UNSET_RPC_TIMEOUT_S, blocking: bool = True) -> Any:
         """The type of the value, or (`blocking` false) a future for it. The owner is asked once."""
         known = self._type

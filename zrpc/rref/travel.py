@@ -109,7 +109,7 @@ def _rebuild(packed: bytes) -> RRef[Any]:
     return rref if isinstance(rref, RRef) else receive(current_agent().extensions[Ledger], ForkData.unpack(packed))
 
 
-def _reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
+def reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
     """Put an RRef into a payload."""
     fork = rref._fork()
     packed = fork.pack()
@@ -117,4 +117,4 @@ def _reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
     return _rebuild, (packed,)
 
 
-pickling.register_reducer(RRef, _reduce)
+pickling.register_reducer(RRef, reduce)

@@ -42,8 +42,8 @@ def find_function(name: str) -> Any:
     found = torch.jit._state._python_cu.find_function(name)
     if found is None:
         raise SerializationError(
-            f"there is no TorchScript function {name} here: compile {attribute} with torch.jit.script at the top level "
-            f"of {module}, which caller and callee both import"
+            f"attempted to get undefined function {attribute}: there is no TorchScript function {name} here. Compile "
+            f"{attribute} with torch.jit.script at the top level of {module}, which caller and callee both import"
         )
     return found
 
@@ -58,10 +58,16 @@ def _reduce_module(module: Any) -> Reduced:
     return _load_module, (saved.getvalue(),)
 
 
+def _reduce_bare_module(module: Any) -> Reduced:
+    """What compiled code returns of a module."""
+    return _reduce_module(_jit._recursive.wrap_cpp_module(module))
+
+
 def _load_module(saved: bytes) -> Any:
     return _jit.load(io.BytesIO(saved))
 
 
 register_reducer(torch.jit.ScriptFunction, _reduce_function)
+register_reducer(torch._C.ScriptModule, _reduce_bare_module)
 for _cls in (_jit.RecursiveScriptModule, _jit.TopLevelTracedModule):
     register_reducer(_cls, _reduce_module)

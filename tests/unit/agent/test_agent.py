@@ -604,6 +604,7 @@ def test_quiescence_is_waited_for() -> None:
         assert b.agent.counts() == {
             "client_active_calls": 0,
             "server_active_calls": 0,
+            "server_active_async_calls": 0,
             "thread_pool_size": 0,
             "num_idle_threads": 0,
         }

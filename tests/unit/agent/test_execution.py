@@ -74,7 +74,7 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
     futures = [kind() for _ in range(3)]
     watched = [futures[0], futures[1], futures[2].then(lambda future: future.value() + 1)]
     for future in watched:
-        execution.when_done(future, "f", outcomes.append, outcomes.append)
+        execution.when_done(future, execution.AsyncCalls(), outcomes.append, outcomes.append)
     assert outcomes == []
     error: Any = ValueError("x")
     futures[0].set_result(1)
@@ -83,9 +83,21 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
     assert outcomes == [1, error, 3]
 
 
+def test_asynchronous_calls_are_counted_until_their_futures_are_done() -> None:
+    """What returned a future counts as under way; what ends with an error counts no more either."""
+    calls = execution.AsyncCalls()
+    futures: list[torch.futures.Future[int]] = [torch.futures.Future(), torch.futures.Future()]
+    for future in futures:
+        execution.when_done(future, calls, lambda _: None, lambda _: None)
+    assert calls.num == 2
+    futures[0].set_result(1)
+    futures[1].set_exception(ValueError("no"))  # type: ignore[arg-type]  # torch's own annotation is wrong
+    assert calls.num == 0
+
+
 def test_what_is_no_future_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future object, but f returned a str"):
-        execution.when_done("result", "f", print, print)
+    with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future object, but this one returned a str"):
+        execution.when_done("result", execution.AsyncCalls(), print, print)
 
 
 def test_the_mark_of_asynchronous_functions() -> None:

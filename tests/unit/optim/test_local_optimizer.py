@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zrpc.optim import DistributedOptimizer, distributed_optimizer
-from zrpc.optim.distributed_optimizer import _all_of, _LocalOptimizer
+from zrpc.optim.distributed_optimizer import LocalOptimizer, all_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +30,8 @@ def parameter(value: float) -> torch.Tensor:
     return torch.full((2,), value, requires_grad=True)
 
 
-def sgd(*parameters: torch.Tensor, lr: float = 1.0) -> _LocalOptimizer:
-    return _LocalOptimizer(torch.optim.SGD, list(parameters), (), {"lr": lr})
+def sgd(*parameters: torch.Tensor, lr: float = 1.0) -> LocalOptimizer:
+    return LocalOptimizer(torch.optim.SGD, list(parameters), (), {"lr": lr})
 
 
 def test_a_step_uses_the_gradients_of_the_context(contexts: Contexts) -> None:
@@ -65,7 +65,7 @@ def test_steps_follow_one_another(contexts: Contexts) -> None:
     weight = parameter(0.0)
     contexts[1] = {weight: torch.ones(2)}
 
-    def train(optimizer: _LocalOptimizer) -> None:
+    def train(optimizer: LocalOptimizer) -> None:
         for _ in range(50):
             optimizer.step(1)
 
@@ -86,7 +86,7 @@ def test_the_gradients_of_a_parameter_come_back_after_an_error(contexts: Context
     own = weight.grad = torch.full((2,), 100.0)
     contexts[1] = {weight: torch.ones(2)}
     with pytest.raises(ValueError, match="on purpose"):
-        _LocalOptimizer(Failing, [weight], (1.0,), {}).step(1)
+        LocalOptimizer(Failing, [weight], (1.0,), {}).step(1)
     assert weight.grad is own
 
 
@@ -96,7 +96,7 @@ def test_all_are_waited_for_before_an_error_is_raised() -> None:
     failed.set_exception(ValueError("first"))  # type: ignore[arg-type]  # torch's own annotation is wrong
     done.set_result(1)
     with pytest.raises(ValueError, match="first"):
-        _all_of([failed, done])
+        all_of([failed, done])
 
 
 def test_the_name_is_exported() -> None:

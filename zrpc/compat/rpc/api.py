@@ -18,8 +18,25 @@ from zrpc import gather, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.api import get_worker_info, remote, rpc_sync
 from zrpc.compat import agent, invocation
+from zrpc.compat.missing import explaining
 from zrpc.compat.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT, UNSET_RPC_TIMEOUT
 from zrpc.compat.rpc.internal import PythonUDF, _internal_rpc_pickler
+from zrpc.compat.rpc.internal import RPCExecMode as RPCExecMode
+from zrpc.compat.rpc.internal import _build_rpc_profiling_key as _build_rpc_profiling_key
+from zrpc.compat.rpc.stand_ins import AllGatherStates as AllGatherStates
+from zrpc.compat.rpc.stand_ins import GenericWithOneTypeVar as GenericWithOneTypeVar
+from zrpc.compat.rpc.stand_ins import RemoteProfilerManager as RemoteProfilerManager
+from zrpc.compat.rpc.stand_ins import _cleanup_python_rpc_handler as _cleanup_python_rpc_handler
+from zrpc.compat.rpc.stand_ins import _enable_rpc_profiler as _enable_rpc_profiler
+from zrpc.compat.rpc.stand_ins import _get_should_profile as _get_should_profile
+from zrpc.compat.rpc.stand_ins import _invoke_rpc as _invoke_rpc
+from zrpc.compat.rpc.stand_ins import _rref_typeof_on_owner as _rref_typeof_on_owner
+from zrpc.compat.rpc.stand_ins import _rref_typeof_on_user as _rref_typeof_on_user
+from zrpc.compat.rpc.stand_ins import docstring as docstring
+from zrpc.compat.rpc.stand_ins import method as method
+from zrpc.compat.rpc.stand_ins import method_factory as method_factory
+from zrpc.compat.rpc.stand_ins import method_name as method_name
+from zrpc.compat.rpc.stand_ins import new_method as new_method
 from zrpc.config import check_timeout
 from zrpc.ids import WorkerInfo
 from zrpc.rref.ledger import Ledger
@@ -32,12 +49,25 @@ if TYPE_CHECKING:
     from zrpc.agent.future import Future
     from zrpc.compat.agent import TensorPipeAgent
 
-__all__ = ["RRef", "get_worker_info", "remote", "rpc_async", "rpc_sync", "shutdown"]
+__all__ = [
+    "AllGatherStates",
+    "RRef",
+    "get_worker_info",
+    "method_factory",
+    "new_method",
+    "remote",
+    "rpc_async",
+    "rpc_sync",
+    "shutdown",
+]
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_P: Any = P
+_R: Any = T
+PyRRef = RRef
 
 DELETE_TIMEOUT_S = 100.0
 """torch's limit for the same."""
@@ -50,12 +80,22 @@ _thread_local_var = threading.local()
 _get_current_rpc_agent = agent.get_current_rpc_agent
 _is_current_rpc_agent_set = is_agent_set
 _set_and_start_rpc_agent = agent.set_and_start_rpc_agent
+_reset_current_rpc_agent = agent.reset_current_rpc_agent
 _invoke_rpc_builtin = invocation.invoke_rpc_builtin
 _invoke_rpc_python_udf = invocation.invoke_rpc_python_udf
 _invoke_rpc_torchscript = invocation.invoke_rpc_torchscript
 _invoke_remote_builtin = invocation.invoke_remote_builtin
 _invoke_remote_python_udf = invocation.invoke_remote_python_udf
 _invoke_remote_torchscript = invocation.invoke_remote_torchscript
+
+
+_explain = explaining("torch.distributed.rpc.api")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "_ALL_WORKER_NAMES":
+        return {info.name for info in current_agent().members.all()} if is_agent_set() else set()
+    return _explain(name)
 
 
 def _require_initialized(func: Callable[P, T]) -> Callable[P, T]:

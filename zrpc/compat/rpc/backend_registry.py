@@ -10,8 +10,14 @@ import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc import lifecycle
+from zrpc.compat.missing import explaining
 from zrpc.compat.rpc import api
-from zrpc.compat.rpc.constants import DEFAULT_INIT_METHOD, DEFAULT_NUM_WORKER_THREADS, DEFAULT_RPC_TIMEOUT_SEC
+from zrpc.compat.rpc.constants import (
+    DEFAULT_INIT_METHOD,
+    DEFAULT_NUM_WORKER_THREADS,
+    DEFAULT_PROCESS_GROUP_TIMEOUT,
+    DEFAULT_RPC_TIMEOUT_SEC,
+)
 from zrpc.compat.rpc.options import TensorPipeRpcBackendOptions
 
 if TYPE_CHECKING:
@@ -55,6 +61,11 @@ def _enum_of(members: dict[str, BackendValue]) -> Any:
 
 
 BackendType: Any = _enum_of({})
+
+
+_backend_type_repr = _repr
+_backend_type_doc = str(BackendType.__doc__)
+__getattr__ = explaining("torch.distributed.rpc.backend_registry")
 
 
 def is_backend(value: object) -> bool:
@@ -148,4 +159,22 @@ def _init_backend(
     return agent
 
 
+def _init_process_group(store: Any, rank: int, world_size: int) -> Any:
+    """A Gloo process group on `store`, for backends of programs; zrpc's own needs none.
+
+    Raises:
+        RuntimeError: the group has another rank or size.
+    """
+    import torch.distributed as dist
+
+    group = dist.ProcessGroupGloo(store, rank, world_size, DEFAULT_PROCESS_GROUP_TIMEOUT)
+    if rank not in (-1, group.rank()):
+        raise RuntimeError(f"rank argument {rank} doesn't match pg rank {group.rank()}")
+    if world_size not in (-1, group.size()):
+        raise RuntimeError(f"world_size argument {world_size} doesn't match pg size {group.size()}")
+    return group
+
+
+_tensorpipe_construct_rpc_backend_options_handler = _construct_options
+_tensorpipe_init_backend_handler = _init_backend
 register_backend(OWN, _construct_options, _init_backend)

@@ -82,16 +82,7 @@ def _init_rpc_backend(
     Raises:
         RuntimeError: an argument is of another type, or this process is a worker already.
     """
-    wanted: tuple[tuple[Any, Any], ...] = (
-        (store, Store),
-        (name, str),
-        (rank, numbers.Integral),
-        (world_size, numbers.Integral | None),
-        (rpc_backend_options, RpcBackendOptions),
-    )
-    for argument, cls in wanted:
-        if not isinstance(argument, cls):
-            raise RuntimeError(f"Argument {argument} must be of type {cls} but got type {type(argument)}")
+    _validate_rpc_args(backend, store, name, rank, world_size, rpc_backend_options)
     if is_agent_set():
         raise AlreadyInitializedError("RPC is already initialized: call shutdown() before init_rpc() again")
     agent = backend_registry.init_backend(
@@ -103,3 +94,24 @@ def _init_rpc_backend(
         rpc_backend_options=rpc_backend_options,
     )
     api._init_rpc_states(agent)
+
+
+def _validate_rpc_args(
+    backend: Any, store: Any, name: Any, rank: Any, world_size: Any, rpc_backend_options: Any
+) -> None:
+    """Check the types of what `init_rpc` is given.
+
+    Raises:
+        RuntimeError: an argument is of another type.
+    """
+    del backend
+    wanted: tuple[tuple[Any, Any], ...] = (
+        (store, Store),
+        (name, str),
+        (rank, numbers.Integral),
+        (world_size, numbers.Integral | None),
+        (rpc_backend_options, RpcBackendOptions),
+    )
+    for argument, cls in wanted:
+        if not isinstance(argument, cls):
+            raise RuntimeError(f"Argument {argument} must be of type {cls} but got type {type(argument)}")

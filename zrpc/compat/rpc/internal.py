@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
+import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from zrpc.agent.current import current_agent
+from zrpc.compat import agent
+from zrpc.compat.missing import explaining
 from zrpc.profiling import ExecMode as RPCExecMode
 from zrpc.profiling import profiling_key
 from zrpc.wire import pickling
@@ -15,6 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["PythonUDF", "RPCExecMode", "RemoteException", "deserialize", "serialize"]
+
+
+_pickler = pickle.Pickler
+_unpickler = pickle.Unpickler
+_get_current_rpc_agent = agent.get_current_rpc_agent
+__getattr__ = explaining("torch.distributed.rpc.internal")
 
 
 class PythonUDF(NamedTuple):
@@ -53,6 +65,32 @@ class _InternalRPCPickler:
     def deserialize(self, binary_data: bytes, tensor_table: list[torch.Tensor]) -> Any:
         """Put together again what `serialize` took apart."""
         return pickling.loads(Payload(binary_data, list(tensor_table)))
+
+
+def _run_function(python_udf: Any) -> Any:
+    """Run a `PythonUDF`: its result, or a `RemoteException` that `_handle_exception` raises."""
+    try:
+        if isinstance(python_udf, AttributeError):
+            raise python_udf
+        return python_udf.func(*python_udf.args, **python_udf.kwargs)
+    except Exception as error:
+        text = f"On {current_agent().info}:\n{error!r}\n{traceback.format_exc()}"
+        print(text, file=sys.stderr)
+        return RemoteException(text, type(error))
+
+
+def _handle_exception(result: object) -> None:
+    """Raise what `result` tells of, if it is a `RemoteException`."""
+    if not isinstance(result, RemoteException):
+        return
+    try:
+        error = result.exception_type(result.msg)
+    except BaseException as failure:
+        raise RuntimeError(
+            f"Failed to create original exception type. Error msg was {failure}. "
+            f"Original exception on remote side was {result.msg}"
+        ) from failure
+    raise error
 
 
 _internal_rpc_pickler = _InternalRPCPickler()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numbers
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zrpc import config
 from zrpc.compat.rpc.constants import DEFAULT_INIT_METHOD, DEFAULT_NUM_WORKER_THREADS, DEFAULT_RPC_TIMEOUT_SEC
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
-
-    DeviceType = int | str | torch.device
+DeviceType = int | str | torch.device
+_is_tensorpipe_available = True
 
 __all__ = ["RpcBackendOptions", "TensorPipeRpcBackendOptions"]
 
@@ -62,3 +63,27 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
             device_maps=device_maps,
             devices=devices,
         )
+
+
+_TensorPipeRpcBackendOptionsBase = TensorPipeRpcBackendOptions
+
+
+def _to_device(device: DeviceType) -> torch.device:
+    """`device`, which must be a CUDA device."""
+    made = torch.device(device)
+    if made.type != "cuda":
+        raise ValueError(f"`set_devices` expect a list of CUDA devices, but got device type {made.type}.")
+    return made
+
+
+def _to_device_map(device_map: Mapping[DeviceType, DeviceType]) -> dict[torch.device, torch.device]:
+    """`device_map` with devices for keys and values, each there once."""
+    made = {torch.device(here): torch.device(there) for here, there in device_map.items()}
+    if len(set(made.values())) < len(device_map):
+        raise ValueError(f"`device_map` only supports 1-to-1 mapping, and this maps two devices to one: {device_map}")
+    return made
+
+
+def _to_device_list(devices: Sequence[DeviceType]) -> list[torch.device]:
+    """`devices`, which must be CUDA devices."""
+    return [_to_device(device) for device in devices]

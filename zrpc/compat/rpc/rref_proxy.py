@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from zrpc.rref.proxy import RRefProxy
+from zrpc.api import rpc_async
+from zrpc.config import UNSET_RPC_TIMEOUT_S as UNSET_RPC_TIMEOUT
+from zrpc.rref.proxy import RRefProxy, _local_invoke, _local_invoke_async_execution
+from zrpc.rref.proxy import _call_method as _invoke_rpc
 
-__all__ = ["RRefProxy"]
+__all__ = [
+    "UNSET_RPC_TIMEOUT",
+    "RRefProxy",
+    "_invoke_rpc",
+    "_local_invoke",
+    "_local_invoke_async_execution",
+    "rpc_async",
+]

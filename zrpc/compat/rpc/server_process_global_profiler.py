@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.autograd import profiler_legacy, profiler_util
 
+from zrpc.compat.missing import explaining
 from zrpc.profiling import process
 from zrpc.profiling.events import Event, to_torch
 from zrpc.profiling.legacy import Settings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
 
 __all__: list[str] = []
+__getattr__ = explaining("torch.distributed.rpc.server_process_global_profiler")
 
 
 class _server_process_global_profile(profiler_legacy.profile):  # torch's name
