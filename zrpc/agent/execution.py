@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zrpc.errors import ProtocolError
-from zrpc.wire import pickling
+from zrpc.wire import pickling, values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,11 +55,12 @@ def execute_python(payload: Payload) -> Any:
     func, args, kwargs = pickling.loads(payload)
     payload.let_go()
     try:
-        return _run(func, args, kwargs)
+        result = _run(func, args, kwargs)
     except torch.jit.Error as error:
         if not isinstance(func, torch.jit.ScriptFunction):
             raise
         raise RuntimeError(str(error)) from error  # as from an operator: callers of compiled code expect no class of it
+    return values.plain_result(result) if isinstance(func, torch.jit.ScriptFunction) else result
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:

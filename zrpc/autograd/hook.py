@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +47,8 @@ class AutogradHook:
         context = self._context_of(request_meta)
         if context is None:
             return None
+        if payload.is_cut_off and torch.is_grad_enabled():
+            _warn_once()
         tensors = [tensor for tensor in payload.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
         if not tensors and (request_meta is not None or isinstance(message, _BUILTIN)):
             return None
@@ -74,6 +78,18 @@ class AutogradHook:
         if request_meta is None:
             return self._container.find_current()
         return self._container.find(_parse(request_meta)[0])
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "a parameter, a module or a tensor of a subclass that requires grad is an argument or the result of a Python "
+        "function, within a distributed autograd context: it arrives as a copy, and no gradient comes back to the "
+        "original (so it is on torch). For gradients pass parameters to torch operators, or behind RRef(parameter) or "
+        "RRef(list(module.parameters())), or send plain tensors such as `parameter * 1`. To send copies without this "
+        "warning, which is given once in a process, make the call under torch.no_grad()",
+        stacklevel=2,
+    )
 
 
 def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payload) -> None:

@@ -13,7 +13,7 @@ from zrpc.rref.ledger import Ledger
 from zrpc.rref.owners import Availability
 from zrpc.rref.rref import RRef, backward_from
 from zrpc.rref.travel import ForkHook
-from zrpc.wire import pickling
+from zrpc.wire import pickling, values
 from zrpc.wire.messages import (
     BuiltinRemote,
     PythonRemote,
@@ -175,7 +175,8 @@ class RRefContext(Ledger):
         def answer() -> None:
             try:
                 with request.context():
-                    request.reply(pickling.dumps(cell.get()))
+                    value = cell.get()
+                    request.reply(pickling.dumps(value, keep_graph=cell.is_given and values.is_typed(value)))
             except BaseException as error:
                 request.fail(error)
 
