@@ -1,27 +1,35 @@
 """Pickle streams in pieces: large `bytes`, `bytearray` and `str` of a value are pieces of their own, and not copied.
 
 pickle hands what it makes to the `write` method of a file: about 64 KiB at a time, and `bytes` and `bytearray` of more
-than that (also those behind a `PickleBuffer`) as the objects that they are. So a stream that holds much is a list of pieces, which travel as buffers do, and
-is read piece by piece, each large object straight into the memory that it will have. The stream itself is what it would
-be in one piece: an object that is there twice arrives as one.
+than that (also those behind a `PickleBuffer`) as the objects that they are. So a stream that holds much is a list of
+pieces, which travel as buffers do, and is read piece by piece, each large object straight into the memory that it will
+have. The stream itself is what it would be in one piece: an object that is there twice arrives as one.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import struct
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from zrpc.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from zrpc.wire.envelope import Buffer
 
 PIECE_MIN_NBYTES = 1 << 18
 """Streams from this size on travel in pieces, and objects of this size are pieces of their own."""
 
+HUGE_MIN_NBYTES = 32 << 20
+"""Memory of this size is asked for in large pages."""
+
+_HUGE_PAGE = 2 << 20
 _PLACE = struct.Struct("<II")
 
 
@@ -54,7 +62,7 @@ class Writer:
             if small:
                 joined.append(b"".join(small))
                 small = []
-            joined.append(seen if seen.readonly else bytes(seen))
+            joined.append(seen if seen.readonly else _snapshot(seen))
         if small:
             joined.append(b"".join(small))
         return joined
@@ -106,7 +114,7 @@ class Reader:
         while filled < len(into) and self._left:
             piece = self._left[-1]
             count = min(len(into) - filled, len(piece) - self._seen)
-            into[filled : filled + count] = piece[self._seen : self._seen + count]
+            _copy(into[filled : filled + count], piece[self._seen : self._seen + count])
             filled += count
             self._seen += count
             if self._seen == len(piece):
@@ -117,3 +125,37 @@ class Reader:
     def readline(self) -> Buffer:
         """Pickle asks for lines in streams of old protocols only, which nothing here makes."""
         raise ProtocolError("a pickle stream in pieces is not of protocol 5")
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Fill memory that nothing has touched yet: if it is large, in pages of 2 MiB, and without the interpreter's lock.
+
+    The system makes most of its pages only now, which takes three times as long as the copy if they have 4 KiB.
+    """
+    if len(target) < HUGE_MIN_NBYTES:
+        target[:] = source
+        return
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(target))
+    start, stop = -(-begin // _HUGE_PAGE) * _HUGE_PAGE, (begin + len(target)) // _HUGE_PAGE * _HUGE_PAGE
+    if _madvise is not None:
+        _madvise(start, stop - start, mmap.MADV_HUGEPAGE)  # advice: where it is not taken, nothing is lost
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def _snapshot(source: memoryview) -> Buffer:
+    if len(source) < HUGE_MIN_NBYTES:
+        return bytes(source)
+    copy = memoryview(mmap.mmap(-1, len(source), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    _copy(copy, source)
+    return copy
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # a system other than Linux
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_madvise = _find_madvise()
