@@ -210,17 +210,6 @@ def test_arrays_and_tensors_of_one_message_keep_apart() -> None:
         assert np.array_equal(one, other)  # type: ignore[arg-type]  # a tensor is an array, too
 
 
-def test_large_bytes_travel_within_the_stream() -> None:
-    value = [bytes(100_000), bytearray(range(256)) * 100]
-    assert roundtrip(value) == value
-
-
-def test_pickle_buffers_of_ones_own_arrive() -> None:
-    raw = bytearray(range(256)) * 64
-    after = roundtrip([pickle.PickleBuffer(raw), 5])
-    assert bytes(after[0]) == bytes(raw)
-
-
 def test_a_buffer_with_holes_is_refused_in_words() -> None:
     holes = pickle.PickleBuffer(memoryview(bytearray(100))[::2])
     with pytest.raises(SerializationError, match="cannot be pickled"):
