@@ -533,7 +533,9 @@ parts = (
         [
             [0, "float32", [2, 3], False, 0],
             [1, "float32", [2, 3], False, 0, [3, 1], 0, False, False],
-            [5, "int8", [3], False, [1]],
+            [4, "qint8", [4, 4], "tensor", 0.1, 3, 0, [0, "int8", [16], False, 0]],
+            [5, "int8", [3], False, [1], False, False],
+            [8, False, [0, "int8", [24], False, 0], [[2, 3], [1, 3]], [[3, 1], [3, 1]], [0, 6]],
         ]
     ),
     changes=st.lists(st.tuples(st.integers(0, 8), parts), min_size=1, max_size=3),
