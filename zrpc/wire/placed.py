@@ -101,7 +101,7 @@ class _Packer:
             if key not in self._placed:
                 self._placed[key] = self._add(tensor.untyped_storage(), span, device, target)
             return codec.strided_entry(tensor, self._placed[key], span[0])
-        if not codec.is_dense(tensor, tensor.shape):
+        if not codec.is_dense(tensor):
             span = codec.span_of(tensor)
             if not codec.is_gathered(tensor, span):
                 return codec.strided_entry(tensor, self._add(tensor.untyped_storage(), span, device, target), span[0])

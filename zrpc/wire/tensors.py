@@ -81,7 +81,9 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
         SerializationError: a tensor cannot travel; the message says which and what to do.
     """
     try:
-        shared = shared_storages(tensors) if len(tensors) > 1 else {}
+        if len(tensors) == 1:
+            return [_pack_one(tensors[0], buffers, route)]
+        shared = shared_storages(tensors)
         if not shared:
             return [_pack_one(tensor, buffers, route) for tensor in tensors]
         packer = _SharedPacker(buffers, route, shared)
@@ -131,11 +133,12 @@ class _SharedPacker:
 
 def _pack_one(tensor: torch.Tensor, buffers: Outgoing, route: Route) -> list[Any]:
     if tensor.is_cpu:
-        if is_special(tensor):
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return pack_special(tensor, lambda part: _pack_one(part.detach(), buffers, route))
-        shape = tensor.shape
-        if is_dense(tensor, shape):
-            return _dense_entry(tensor, shape, buffers)
+        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            shape = tensor.shape
+            if (1 not in shape and 0 not in shape) or tensor.stride() == contiguous_strides(shape):  # see `is_dense`
+                return _dense_entry(tensor, shape, buffers)
         return _pack_strided(tensor, buffers)
     if tensor.is_meta:
         return pack_meta(tensor)
@@ -147,14 +150,13 @@ def is_special(tensor: torch.Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested
 
 
-def is_dense(tensor: torch.Tensor, shape: Sequence[int]) -> bool:
-    """Whether a DENSE entry says all of `tensor`, which has that shape.
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a DENSE entry says all of `tensor`.
 
     torch calls a tensor contiguous whatever its strides along dimensions of size 0 or 1 are.
     """
-    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        return False
-    return not (1 in shape or 0 in shape) or tensor.stride() == contiguous_strides(shape)
+    is_plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return is_plain and tensor.stride() == contiguous_strides(tensor.shape)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -289,9 +291,14 @@ def shared_storages(
     """
     seen: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     for tensor in tensors:
-        for part in _parts_of(tensor) if is_special(tensor) else (tensor,):
-            if part.numel():
-                seen[storage_key(part)].append(part)
+        key = storage_key(tensor)
+        if key:
+            if tensor.numel():
+                seen[key].append(tensor)
+        elif is_special(tensor):
+            for part in _parts_of(tensor):
+                if part.numel():
+                    seen[storage_key(part)].append(part)
     shared = {}
     for key, views in seen.items():
         if key and len(views) > 1:
@@ -372,6 +379,6 @@ def _integers_of(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype not in PACKED:
         view: Any = torch.empty(0, dtype=INTEGERS[tensor.dtype], device=tensor.device)
         return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[no-any-return]
-    if not is_dense(tensor, tensor.shape) or tensor.storage_offset():
+    if not is_dense(tensor) or tensor.storage_offset():
         raise SerializationError(f"a view of a {tensor.dtype} tensor cannot be sent: send tensor.dequantize()")
     return raw_view(storage, 0, storage.nbytes(), tensor.device)

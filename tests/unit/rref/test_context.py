@@ -284,12 +284,6 @@ def own_two(value: Any, other: Any) -> tuple[RRef[Any], Any, RRef[Any]]:
     return RRef(value), other, RRef(value)
 
 
-def without_memory() -> torch.Tensor:
-    tensor = torch.ones(3)
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
 def own_a_lock(rref: RRef[Any]) -> Any:
     return rref, RRef(1), threading.Lock()
 
@@ -301,7 +295,7 @@ def test_forks_that_are_pickled_and_do_not_leave_are_given_up(monkeypatch: pytes
         with pytest.raises(SerializationError):  # half of it is pickled
             a.call(o, make, (used, owned, threading.Lock()))
         with pytest.raises(SerializationError):  # all of it is, but it cannot be sent
-            a.call(o, make, (used, owned, without_memory()))
+            a.call(o, make, (used, owned, torch._to_functional_tensor(torch.ones(1))))
         with pytest.raises(SerializationError):  # so with an answer
             a.call(o, own_a_lock, used)
         assert used.to_here() == 1
