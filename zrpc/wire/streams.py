@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from zrpc.wire.envelope import Buffer
 
-PIECE_MIN_NBYTES = 1 << 18
+PIECE_MIN_NBYTES = 1 << 16
 """Streams from this size on travel in pieces, and objects of this size are pieces of their own."""
 
 HUGE_MIN_NBYTES = 32 << 20

@@ -82,7 +82,7 @@ def test_nothing_and_one_tensor_are_not_pickled() -> None:
     assert torch.equal(roundtrip(tensor), tensor)
 
 
-@pytest.mark.parametrize("value", [True, 0, -(2**63), 2**64 - 1, -0.0, float("inf"), "", "ä", b"\0", b"x" * 100_000])
+@pytest.mark.parametrize("value", [True, 0, -(2**63), 2**64 - 1, -0.0, float("inf"), "", "ä", b"\0", b"x" * 60_000])
 def test_plain_results_are_not_pickled(value: Any) -> None:
     payload = pickling.dumps(value)
     assert payload.data[:2] == b"\xc1\x01"

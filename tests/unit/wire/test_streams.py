@@ -75,7 +75,6 @@ def test_a_large_stream_of_small_things_is_no_part_of_the_header() -> None:
     value = [str(number) for number in range(100_000)]
     payload = pickling.dumps(value)
     assert len(payload.data) < 100
-    assert len(payload.buffers) == 1
     assert pickling.loads(travel(payload)) == value
 
 
