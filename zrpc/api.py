@@ -197,6 +197,8 @@ def _take_apart(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str |
             return op, values.pack([list(call_args), call_kwargs])
         except values.UnpackableError:
             pass
+    if op is not None or isinstance(func, torch.jit.ScriptFunction):  # gradients pass through these, as in torch
+        return None, pickling.dumps_call((func, call_args, call_kwargs), keep_graph=True)
     return None, _pickle_call((func, call_args, call_kwargs))
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import zrpc.wire.storages  # noqa: F401  # which makes storages travel
 from zrpc import api, gather
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent

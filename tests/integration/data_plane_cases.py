@@ -184,13 +184,13 @@ IN_BAND: dict[str, Callable[[int], Any]] = {
     "dates": lambda n: np.arange(n // 8).astype("M8[s]"),
     "durations": lambda n: np.arange(n // 8).astype("m8[ns]"),
     "text": lambda n: "äöü" * (n // 6),
-}
-"""What pickle leaves in its stream: it rides in frame 0, whatever its size."""
-
-BUFFERS: dict[str, Callable[[int], Any]] = {
     "PEP 574": lambda n: Blob(bytearray(range(256)) * (n // 256)),
     "PEP 574, readonly": lambda n: Blob(bytes(range(256)) * (n // 256), writable=False),
     "PEP 574 of an array": lambda n: Blob(np.arange(n, dtype=np.uint8)),
+}
+"""What pickle leaves in its stream, which rides in frame 0 until it is large."""
+
+BUFFERS: dict[str, Callable[[int], Any]] = {
     "all at once": lambda n: [floats(n), np.arange(n // 8), Blob(bytearray(n)), {"x": complexes(n).conj()}, b"y" * 10],
 }
 

@@ -13,7 +13,7 @@ import torch
 from zrpc.agent.scripted import call_and_keep
 from zrpc.errors import ProtocolError
 from zrpc.exception_text import log_error, text_of
-from zrpc.wire import pickling
+from zrpc.wire import pickling, values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,9 +71,10 @@ def execute_python(payload: Payload, *, keep: bool = False) -> Any:
     if not isinstance(func, torch.jit.ScriptFunction):
         return _refuse_coroutine(_run(func, args, kwargs))
     try:
-        return _run(call_and_keep, (func, args, kwargs), {}) if keep else _run(func, args, kwargs)
+        result = _run(call_and_keep, (func, args, kwargs), {}) if keep else _run(func, args, kwargs)
     except torch.jit.Error as error:
         raise RuntimeError(text_of(error)) from error  # as from an operator: compiled code has no classes of errors
+    return values.plain_result(result)
 
 
 def _refuse_coroutine(result: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +60,8 @@ class AutogradHook:
             return None
         if not torch.is_grad_enabled():
             return self._send_without_grad(context, to, message, payload)
+        if payload.is_cut_off:
+            _warn_once()
         tensors = [tensor for tensor in payload.tensors if tensor.requires_grad]
         if tensors:
             return self._send_tensors(context, to, payload, tensors)
@@ -86,6 +90,8 @@ class AutogradHook:
         context = None if context_id is None else self._container.find(context_id)
         if context is None or not torch.is_grad_enabled():
             return None
+        if payload.is_cut_off:
+            _warn_once()
         tensors = [tensor for tensor in payload.tensors if tensor.requires_grad]
         return self._send_tensors(context, to, payload, tensors) if tensors else None
 
@@ -108,6 +114,18 @@ class AutogradHook:
             return [None, None, *mode] if is_needed else None
         context.add_known_worker(to.id)
         return [context.context_id, None, *mode]
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "a parameter, a module or a tensor of a subclass that requires grad is an argument or the result of a Python "
+        "function, within a distributed autograd context: it arrives as a copy, and no gradient comes back to the "
+        "original (so it is on torch). For gradients pass parameters to torch operators, or behind RRef(parameter) or "
+        "RRef(list(module.parameters())), or send plain tensors such as `parameter * 1`. A copy that does not require "
+        "grad is sent without this warning, which is given once in a process",
+        stacklevel=2,
+    )
 
 
 def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payload) -> None:

@@ -51,7 +51,7 @@ def invoke_rpc_torchscript(
     is_async_execution: bool = False,
 ) -> Future[Any]:
     """Call the TorchScript function of that qualified name."""
-    payload = pickling.dumps((find_function(qualified_name), tuple(args), dict(kwargs)))
+    payload = pickling.dumps((find_function(qualified_name), tuple(args), dict(kwargs)), keep_graph=True)
     return _request(_resolve(dst_worker_name), PythonCall(is_async_execution), payload, rpc_timeout)
 
 
@@ -83,7 +83,7 @@ def invoke_remote_torchscript(
     **kwargs: Any,
 ) -> RRef[Any]:
     """As `invoke_rpc_torchscript`, and leave the result there."""
-    payload = pickling.dumps((find_function(qualified_name), args, kwargs))
+    payload = pickling.dumps((find_function(qualified_name), args, kwargs), keep_graph=True)
     to, limit_s = _resolve(dst_worker_name), _limit_s(rpc_timeout)
     return remote_python(current_agent(), to, payload, limit_s, is_async_execution)
 

@@ -23,7 +23,7 @@ from zrpc.agent.current import current_agent
 from zrpc.api import remote, rpc_async, rpc_sync
 from zrpc.nn import scripting
 from zrpc.rref.rref import RRef
-from zrpc.wire.pickling import register_reducer
+from zrpc.wire.reducers import register_reducer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,12 +29,17 @@ V = TypeVar("V", bound=Viewing)
 
 
 class Cell:
-    """A value that may still be on its way. Any thread may use it; its lock owns the fields."""
+    """A value that may still be on its way. Any thread may use it; its lock owns the fields.
 
-    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value", "_view")
+    Attributes:
+        is_given: `RRef(value)` made it, and not a call.
+    """
+
+    __slots__ = ("_callbacks", "_error", "_lock", "_mark", "_value", "_view", "is_given")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.is_given = False
         self._callbacks: list[Callable[[], None]] | None = []
         self._value: Any = None
         self._error: Raisable | None = None
@@ -45,7 +50,7 @@ class Cell:
     def holding(cls, value: Any) -> Cell:
         """A cell that is set to `value`."""
         cell = cls()
-        cell._value, cell._callbacks = value, None
+        cell._value, cell._callbacks, cell.is_given = value, None, True
         if handover.streams is not None:
             cell._mark = handover.streams.mark()
         return cell

@@ -14,7 +14,7 @@ from zrpc.rref.ledger import Ledger
 from zrpc.rref.owners import Availability
 from zrpc.rref.rref import RRef, backward_from
 from zrpc.rref.travel import ForkHook
-from zrpc.wire import pickling
+from zrpc.wire import pickling, values
 from zrpc.wire.messages import (
     BuiltinRemote,
     PythonRemote,
@@ -175,7 +175,11 @@ class RRefContext(Ledger):
             return None
 
         def answer() -> None:
-            request.run(lambda: request.reply(pickling.dumps(cell.get())))
+            def work() -> None:
+                value = cell.get()
+                request.reply(pickling.dumps(value, keep_graph=cell.is_given and values.is_typed(value)))
+
+            request.run(work)
 
         if cell.is_set():
             return answer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import RemoteError
 from zrpc.exception_text import is_interrupt, set_cause, set_context, set_suppresses_context, text_of
-from zrpc.wire import pickling
+from zrpc.wire import reducers
 from zrpc.wire.exception_fields import ExceptionState, Part, Unsent, dict_of, new, slots_of
 from zrpc.wire.stand_in import stand_in
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def again(number: int) -> BaseException:
     """The exception that was made of the state of that number."""
-    made: BaseException | None = pickling.receiving_memo().get(number)
+    made: BaseException | None = reducers.receiving_memo().get(number)
     return RemoteError("an exception that leads back to itself could not be made again") if made is None else made
 
 
@@ -35,7 +35,7 @@ class _Making:
     def __init__(self, state: ExceptionState) -> None:
         self._state = state
         self._is_whole = state.is_whole
-        self._memo = pickling.receiving_memo()
+        self._memo = reducers.receiving_memo()
 
     def make(self) -> BaseException:
         """It, or what stands for it."""
@@ -81,13 +81,13 @@ class _Making:
         if self._state.reduced is None:
             return None
         made, state = self._state.reduced
-        function, args = pickling.load_part(made)
+        function, args = reducers.load_part(made)
         error = function(*args)
         if not isinstance(error, BaseException):
             return None
         self._known(error)
         if state is not None:
-            _set_state(error, pickling.load_part(state))
+            _set_state(error, reducers.load_part(state))
         self._link(error)
         return error
 
@@ -121,7 +121,7 @@ class _Making:
         """Give the value of `part` to `set_value`; go on without it where that raises."""
         is_stream, value = part
         try:
-            set_value(pickling.load_part(value) if is_stream else value)
+            set_value(reducers.load_part(value) if is_stream else value)
         except BaseException as failure:
             if is_interrupt(failure):
                 raise

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import RemoteError
 from zrpc.exception_text import cause_of, class_name, context_of, is_interrupt, repr_of, suppresses_context, text_of
-from zrpc.wire import pickling
+from zrpc.wire import reducers
 from zrpc.wire.exception_fields import (
     ExceptionState,
     Part,
@@ -48,7 +48,7 @@ _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 
 def reduce_exception(error: BaseException) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The reducer of all exceptions."""
-    memo = pickling.sending_memo()
+    memo = reducers.sending_memo()
     known = memo.get(id(error))
     if known is not None:
         return again, (known[0],)
@@ -113,13 +113,13 @@ class _Parts:
         if part is not None:
             return part
         self.is_whole = False
-        return True, pickling.dump_part(Unsent(repr_of(value, MAX_REPR)))
+        return True, reducers.dump_part(Unsent(repr_of(value, MAX_REPR)))
 
     def _part(self, value: object) -> Part | None:
         if type(value) in _PLAIN:
             return False, value
         try:
-            return True, pickling.dump_part(value)
+            return True, reducers.dump_part(value)
         except BaseException as failure:
             if is_interrupt(failure):
                 raise
@@ -144,8 +144,8 @@ def _reduced(error: BaseException) -> tuple[bytes, bytes | None] | None:
         if not isinstance(reduced, tuple):
             return None
         function, args, *state = reduced
-        made = pickling.dump_part((function, args))
-        return made, pickling.dump_part(state[0]) if state and state[0] is not None else None
+        made = reducers.dump_part((function, args))
+        return made, reducers.dump_part(state[0]) if state and state[0] is not None else None
     except BaseException as failure:
         if is_interrupt(failure):
             raise

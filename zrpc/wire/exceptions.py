@@ -18,6 +18,7 @@ from zrpc.exception_text import cause_of, class_name, format_exception, set_caus
 from zrpc.wire import exception_state, pickling
 from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
+from zrpc.wire.reducers import register_exceptions
 from zrpc.wire.stand_in import as_stand_in, is_plain_stand_in
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class RemoteTraceback(Exception):  # it is no error: it shows where one came fro
         return f"On {self.worker}:\n{self.text}"
 
 
-pickling.register_base_reducer(BaseException, exception_state.reduce_exception)
+register_exceptions(exception_state.reduce_exception)
 
 _translators: list[Translator] = []
 

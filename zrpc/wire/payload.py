@@ -39,6 +39,7 @@ class Payload:
         after: what a call hook has put off until the payload is on its way, or handed over to be sent; never called
             if it cannot be sent.
         is_unseen: whether nobody else on this worker has seen the tensors.
+        is_cut_off: something in it requires grad, and its graph does not travel.
     """
 
     data: Buffer = b""
@@ -47,6 +48,7 @@ class Payload:
     passengers: dict[bytes, Any] | None = None
     after: Callable[[], object] | None = None
     is_unseen: bool = False
+    is_cut_off: bool = False
 
     def let_go(self) -> None:
         """It was read or sealed: keep nothing of its memory, which what was made of it may be the last to see."""

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zrpc.wire import tensors as codec
 from zrpc.wire.tensors import DENSE, EXPORTED, PLACED, Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import torch
 
     from zrpc.wire.route import Route
     from zrpc.wire.tensors import Outgoing
@@ -41,20 +41,18 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
     """
     shared = codec.shared_storages(tensors, _storage_key) if len(tensors) > 1 else {}
     packer = _Packer(buffers, route, shared)
-    return [packer.entry(tensor) for tensor in tensors]
+    try:
+        return [packer.entry(tensor) for tensor in tensors]
+    except RuntimeError as error:
+        raise codec.explained(error, tensors) from error
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
     """Which storage a plain tensor sees; 0 for every other tensor."""
-    if tensor.device.type == "meta" or _is_special(tensor):
+    if tensor.device.type == "meta" or codec.is_special(tensor):
         return 0
     key: int = tensor.untyped_storage()._cdata
     return key
-
-
-def _is_special(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` has no plain memory of its own, but parts."""
-    return tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested
 
 
 class _Packer:
@@ -78,7 +76,7 @@ class _Packer:
         """The table entry of `tensor`."""
         if tensor.device.type == "meta":
             return codec.pack_meta(tensor)
-        if _is_special(tensor):
+        if codec.is_special(tensor):
             return codec.pack_special(tensor, lambda part: self.entry(part.detach()))
         device = str(tensor.device)
         target = self._route.devices.get(device)
@@ -103,7 +101,7 @@ class _Packer:
             if key not in self._placed:
                 self._placed[key] = self._add(tensor.untyped_storage(), span, device, target)
             return codec.strided_entry(tensor, self._placed[key], span[0])
-        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        if not codec.is_dense(tensor):
             span = codec.span_of(tensor)
             if not codec.is_gathered(tensor, span):
                 return codec.strided_entry(tensor, self._add(tensor.untyped_storage(), span, device, target), span[0])

@@ -15,10 +15,15 @@ from zrpc.wire.tensors import (
     DENSE,
     DTYPES,
     EXPORTED,
+    INTEGERS,
     META,
+    NAMES,
+    NESTED,
+    PACKED,
     PLACED,
     QUANTIZED,
     STRIDED,
+    contiguous_strides,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 
     from zrpc.wire.envelope import Buffer
     from zrpc.wire.route import Stager
+
+_torch: Any = torch  # parts of it are untyped
+_QUANTIZED = {NAMES[dtype]: dtype for dtype in (*INTEGERS, *PACKED)}
 
 COPY_MAX_NBYTES = 16_384
 """Received buffers up to this size are copied: a view would keep the whole receive batch of ZeroMQ alive."""
@@ -171,6 +179,10 @@ def _unpack_strided(entry: list[Any], memory: _Memory) -> torch.Tensor:
     else:
         tensor = torch.empty(0, dtype=DTYPES[dtype], device="cpu")
         tensor.set_(memory.storage(buffer), offset, shape, strides)
+    return _finished(tensor, requires_grad, conj, neg)
+
+
+def _finished(tensor: torch.Tensor, requires_grad: bool, conj: bool, neg: bool) -> torch.Tensor:
     if conj:
         tensor = tensor.conj().detach()  # see `_reshape`
     if neg:
@@ -196,23 +208,11 @@ def _unpack_there(inner: list[Any], memory: _Memory, device: str, exported_nbyte
     if inner[0] not in (DENSE, STRIDED):
         raise ProtocolError(f"an entry of kind {inner[0]} is placed as a whole, and not its parts")
     _, dtype, shape, requires_grad, buffer, *view = inner
-    strides, offset, conj, neg = view or (_contiguous(shape), 0, False, False)
+    strides, offset, conj, neg = view or (contiguous_strides(shape), 0, False, False)
     storage = memory.placed(buffer, device, exported_nbytes)
     tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
     tensor.set_(storage, offset, shape, strides)
-    if conj:
-        tensor = tensor.conj().detach()  # see `_reshape`
-    if neg:
-        tensor = torch._neg_view(tensor).detach()
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _contiguous(shape: Sequence[int]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return strides[::-1]
+    return _finished(tensor, requires_grad, conj, neg)
 
 
 def _unpack_coo(entry: list[Any], memory: _Memory) -> torch.Tensor:
@@ -241,20 +241,51 @@ def _unpack_compressed(entry: list[Any], memory: _Memory) -> torch.Tensor:
 
 
 def _unpack_quantized(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, _, shape, scheme, scale, zero_point, axis, integers = entry
-    raw = _unpack_entry(integers, memory).view(shape)
+    _, name, shape, scheme, scale, zero_point, axis, integers = entry
+    raw, dtype = _unpack_entry(integers, memory), _QUANTIZED[name]
+    if raw.dtype is not INTEGERS.get(dtype, torch.uint8):
+        raise ProtocolError(f"a tensor of {dtype} is made of {raw.dtype}")
     if scheme == "tensor":
-        return torch._make_per_tensor_quantized_tensor(raw, scale, zero_point)
-    return torch._make_per_channel_quantized_tensor(
-        raw, _unpack_entry(scale, memory), _unpack_entry(zero_point, memory), axis
-    )
+        made = _torch._empty_affine_quantized(shape, scale=scale, zero_point=zero_point, dtype=dtype, device=raw.device)
+    else:
+        scales, zero_points = _unpack_entry(scale, memory), _unpack_entry(zero_point, memory)
+        made = _torch._empty_per_channel_affine_quantized(
+            shape, scales=scales, zero_points=zero_points, axis=axis, dtype=dtype, device=raw.device
+        )
+    strides = contiguous_strides(shape) if dtype in PACKED else raw.stride()
+    if dtype in PACKED and raw.nbytes != made.untyped_storage().nbytes():
+        raise ProtocolError(f"{raw.nbytes} bytes came for a tensor of {made.untyped_storage().nbytes()}")
+    tensor: torch.Tensor = made.set_(raw.untyped_storage(), raw.storage_offset(), shape, strides)
+    return tensor
+
+
+def _unpack_nested(entry: list[Any], memory: _Memory) -> torch.Tensor:
+    _, requires_grad, values, sizes, strides, offsets = entry
+    raw = _unpack_entry(values, memory)
+    if raw.dim() != 1 or len({len(sizes), len(strides), len(offsets)}) != 1:
+        raise ProtocolError("the parts of a nested tensor do not fit each other")
+    for size, stride, offset in zip(sizes, strides, offsets, strict=True):
+        _check_bounds(raw.numel(), size, stride, offset)
+    parts = [torch.tensor(part, dtype=torch.int64, device="cpu") for part in (sizes, strides, offsets)]
+    if offsets:
+        tensor: torch.Tensor = _torch._nested_view_from_buffer(raw, *parts).detach()  # see `_reshape`
+    else:
+        tensor = _torch.nested.nested_tensor([], dtype=raw.dtype, device=raw.device)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _check_bounds(count: int, sizes: list[int], strides: list[int], offset: int) -> None:
+    """Raise `ProtocolError` unless such a view of `count` elements sees none but these: torch does not look."""
+    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if min([offset, *sizes, *strides]) < 0 or (0 not in sizes and last >= count):
+        raise ProtocolError(f"a nested tensor sees more than its {count} elements")
 
 
 def _unpack_meta(entry: list[Any], memory: _Memory) -> torch.Tensor:
     del memory
-    _, dtype, shape, requires_grad, strides = entry
+    _, dtype, shape, requires_grad, strides, conj, neg = entry
     tensor = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="meta")
-    return tensor.requires_grad_() if requires_grad else tensor
+    return _finished(tensor, requires_grad, conj, neg)
 
 
 def _unpack_entry(entry: list[Any], memory: _Memory) -> torch.Tensor:
@@ -270,4 +301,5 @@ _UNPACKERS: dict[int, Callable[[list[Any], _Memory], torch.Tensor]] = {
     META: _unpack_meta,
     PLACED: _unpack_placed,
     EXPORTED: _unpack_exported,
+    NESTED: _unpack_nested,
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zrpc.errors import SerializationError
-from zrpc.wire.pickling import Reduced, register_reducer
+from zrpc.wire.reducers import Reduced, note_cut_off, register_reducer
 
 _ROOT = "__torch__."
 _jit: Any = torch.jit  # parts of it are untyped
@@ -53,6 +53,8 @@ def _reduce_function(function: Any) -> Reduced:
 
 
 def _reduce_module(module: Any) -> Reduced:
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        note_cut_off()
     saved = io.BytesIO()
     torch.jit.save(module, saved)
     return _load_module, (saved.getvalue(),)

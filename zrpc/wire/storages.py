@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zrpc.wire.pickling import Reduced, register_reducer
+from zrpc.wire.reducers import Reduced, register_reducer
 
 
 def _reduce_untyped(storage: torch.UntypedStorage) -> Reduced:

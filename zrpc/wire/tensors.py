@@ -2,15 +2,16 @@
 
 An entry is a msgpack list that begins with its kind:
 
-    [DENSE,      dtype, shape, requires_grad, buffer]                      contiguous memory, nothing else in it
+    [DENSE,      dtype, shape, requires_grad, buffer]                      memory with the strides of a new tensor
     [STRIDED,    dtype, shape, requires_grad, buffer, strides, offset, conj, neg]
     [COO,        shape, requires_grad, coalesced, dense_dim, indices, values]        the last two are entries
     [COMPRESSED, layout, shape, requires_grad, compressed, plain, values]            the last three are entries
-    [QUANTIZED,  dtype, shape, scheme, parameters..., integers]
-    [META,       dtype, shape, requires_grad, strides]
+    [QUANTIZED,  dtype, shape, scheme, parameters..., memory]                        memory: an entry, of its integers
+    [META,       dtype, shape, requires_grad, strides, conj, neg]
     [PLACED,     device, entry]                                            to arrive on `device` of the receiver
     [PLACED,     device, entry, note]                                      the same; `note`: see `zrpc.wire.placed`
     [EXPORTED,   device, entry, nbytes]                                    to be copied there from the sender's device
+    [NESTED,     requires_grad, values, sizes, strides, offsets]           strided; the last three are lists
 
 `buffer` is an index into the envelope's buffers, or -1 where there is not one byte. Tensors of one message that share
 a storage share one buffer and are views of one storage again on arrival. Of a storage, only the span that is
@@ -34,20 +35,25 @@ from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer, Exported
 from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+_torch: Any = torch  # parts of it are untyped
 
 Outgoing = list[Buffer | Arriving | Exported]
 """The buffers of a message that is packed."""
 
-DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED, EXPORTED = range(8)
+DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED, EXPORTED, NESTED = range(9)
 
 NAMES = {
     dtype: str(dtype).removeprefix("torch.")
     for name in sorted(dir(torch))
     if isinstance(dtype := getattr(torch, name), torch.dtype)
 }
-_QUANTIZED_DTYPES = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
-DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype not in _QUANTIZED_DTYPES}
+INTEGERS = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
+"""As what the memory of quantized tensors travels, element by element."""
+PACKED = {torch.quint4x2, torch.quint2x4}
+"""Those with several elements in a byte: their bytes travel as they are."""
+DTYPES = {name: dtype for dtype, name in NAMES.items() if dtype not in INTEGERS and dtype not in PACKED}
 """What memory can be seen as. torch crashes where a plain tensor of a quantized dtype is given another shape; quantized
 tensors are made of their integers."""
 COMPRESSED_LAYOUTS = {
@@ -74,22 +80,55 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
     Raises:
         SerializationError: a tensor cannot travel; the message says which and what to do.
     """
-    if len(tensors) == 1:
-        return [_pack_one(tensors[0], buffers, route)]
-    shared = shared_storages(tensors)
-    if not shared:
-        return [_pack_one(tensor, buffers, route) for tensor in tensors]
-    placed: dict[int, tuple[int, int]] = {}
-    table = []
+    try:
+        if len(tensors) == 1:
+            return [_pack_one(tensors[0], buffers, route)]
+        shared = shared_storages(tensors)
+        if not shared:
+            return [_pack_one(tensor, buffers, route) for tensor in tensors]
+        packer = _SharedPacker(buffers, route, shared)
+        return [packer.entry(tensor) for tensor in tensors]
+    except RuntimeError as error:
+        raise explained(error, tensors) from error
+
+
+def explained(error: RuntimeError, tensors: Sequence[torch.Tensor]) -> RuntimeError:
+    """What to raise where `tensors` could not be packed: `error`, or that one of them is none that has data."""
     for tensor in tensors:
+        if _torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+            return SerializationError(
+                "a tensor inside a function transform of torch.func (grad, vmap, jvp, functionalize) or torch.compile "
+                "cannot be sent: there it stands for others. Make remote calls outside of the transformed function"
+            )
+    return error
+
+
+class _SharedPacker:
+    """The packing of a message in which several tensors see one storage.
+
+    Args:
+        buffers: are appended to.
+        route: where tensors go.
+        shared: the spans of storages that several tensors of the message see.
+    """
+
+    def __init__(self, buffers: Outgoing, route: Route, shared: Mapping[int, Span]) -> None:
+        self._buffers = buffers
+        self._route = route
+        self._shared = shared
+        self._placed: dict[int, int] = {}
+
+    def entry(self, tensor: torch.Tensor) -> list[Any]:
+        """The table entry of `tensor`."""
+        if is_special(tensor):
+            return pack_special(tensor, lambda part: self.entry(part.detach()))
         key = _storage_key(tensor)
-        if key in shared and tensor.numel():
-            if key not in placed:
-                placed[key] = (_add_span(tensor.untyped_storage(), shared[key], buffers), shared[key][0])
-            table.append(strided_entry(tensor, *placed[key]))
-        else:
-            table.append(_pack_one(tensor, buffers, route))
-    return table
+        span = self._shared.get(key)
+        if span is None or not tensor.numel():
+            return _pack_one(tensor, self._buffers, self._route)
+        if key not in self._placed:
+            self._placed[key] = _add_span(tensor.untyped_storage(), span, self._buffers)
+        return strided_entry(tensor, self._placed[key], span[0])
 
 
 def _pack_one(tensor: torch.Tensor, buffers: Outgoing, route: Route) -> list[Any]:
@@ -97,21 +136,51 @@ def _pack_one(tensor: torch.Tensor, buffers: Outgoing, route: Route) -> list[Any
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return pack_special(tensor, lambda part: _pack_one(part.detach(), buffers, route))
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            return _dense_entry(tensor, buffers)
+            shape = tensor.shape
+            if (1 not in shape and 0 not in shape) or tensor.stride() == contiguous_strides(shape):  # see `is_dense`
+                return _dense_entry(tensor, shape, buffers)
         return _pack_strided(tensor, buffers)
     if tensor.is_meta:
         return pack_meta(tensor)
     raise route.unmapped(str(tensor.device))
 
 
+def is_special(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has no plain memory of its own, but parts."""
+    return tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a DENSE entry says all of `tensor`.
+
+    torch calls a tensor contiguous whatever its strides along dimensions of size 0 or 1 are.
+    """
+    is_plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return is_plain and tensor.stride() == contiguous_strides(tensor.shape)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides that torch gives a new tensor of that shape."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(strides[::-1])
+
+
 def pack_meta(tensor: torch.Tensor) -> list[Any]:
     """The entry of a tensor without memory."""
-    return [META, NAMES[tensor.dtype], list(tensor.shape), tensor.requires_grad, list(tensor.stride())]
+    if is_special(tensor):
+        return pack_special(tensor, lambda part: pack_meta(part.detach()))
+    return [
+        META, NAMES[tensor.dtype], list(tensor.shape), tensor.requires_grad,
+        list(tensor.stride()), tensor.is_conj(), tensor.is_neg(),
+    ]  # fmt: skip
 
 
-def _dense_entry(tensor: torch.Tensor, buffers: Outgoing) -> list[Any]:
+def _dense_entry(tensor: torch.Tensor, shape: torch.Size, buffers: Outgoing) -> list[Any]:
     nbytes = tensor.nbytes
-    entry = [DENSE, NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, len(buffers) if nbytes else -1]
+    entry = [DENSE, NAMES[tensor.dtype], shape, tensor.requires_grad, len(buffers) if nbytes else -1]
     if not nbytes:
         return entry
     if nbytes <= INLINE_MAX_NBYTES:
@@ -128,6 +197,8 @@ def _bytes_of(tensor: torch.Tensor, nbytes: int) -> memoryview:
     """The memory of a contiguous tensor, not copied; the view keeps it alive."""
     start = int(tensor.storage_offset()) * tensor.element_size()
     storage = tensor.untyped_storage()
+    if not tensor.data_ptr():
+        raise _without_memory()
     if start + nbytes <= storage.nbytes() and tensor.dtype in _NUMPY_HAS:
         return tensor.detach().numpy().data.cast("B")
     return raw_view(storage, start, nbytes).numpy().data
@@ -205,7 +276,7 @@ def _without_memory() -> SerializationError:
 
 def _storage_key(tensor: torch.Tensor) -> int:
     """Which storage a plain CPU tensor sees; 0 for every other tensor."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+    if tensor.device.type != "cpu" or is_special(tensor):
         return 0
     key: int = tensor.untyped_storage()._cdata
     return key
@@ -220,8 +291,14 @@ def shared_storages(
     """
     seen: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     for tensor in tensors:
-        if tensor.numel():
-            seen[storage_key(tensor)].append(tensor)
+        key = storage_key(tensor)
+        if key:
+            if tensor.numel():
+                seen[key].append(tensor)
+        elif is_special(tensor):
+            for part in _parts_of(tensor):
+                if part.numel():
+                    seen[storage_key(part)].append(part)
     shared = {}
     for key, views in seen.items():
         if key and len(views) > 1:
@@ -232,18 +309,30 @@ def shared_storages(
     return shared
 
 
+def _parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors in which a special one is sent."""
+    parts: list[torch.Tensor] = []
+
+    def collect(part: torch.Tensor) -> list[Any]:
+        parts.extend(_parts_of(part) if is_special(part) else (part,))
+        return []
+
+    pack_special(tensor, collect)
+    return parts
+
+
 def pack_special(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
     """The entry of a tensor that is sent in parts.
 
     Args:
-        tensor: sparse or quantized.
+        tensor: sparse, quantized or nested.
         part: packs one of them.
 
     Raises:
         SerializationError: it is of a kind that cannot travel.
     """
     if tensor.is_nested:  # it has no shape
-        raise _unsendable("nested")
+        return _pack_nested(tensor, part)
     shape, grad = list(tensor.shape), tensor.requires_grad
     if tensor.layout is torch.sparse_coo:
         dense_dim = tensor.dense_dim()
@@ -258,16 +347,38 @@ def pack_special(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]
     raise _unsendable(tensor.layout)
 
 
+def _pack_nested(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
+    if tensor.layout is not torch.strided:
+        raise _unsendable("nested")
+    nested: Any = tensor.detach()
+    if nested.is_quantized or nested.is_meta:
+        raise _unsendable("nested, quantized or meta")
+    sizes, strides = nested._nested_tensor_size(), nested._nested_tensor_strides()
+    views = (sizes, strides, nested._nested_tensor_storage_offsets()) if nested.size(0) else (torch.empty(0),) * 3
+    return [NESTED, tensor.requires_grad, part(nested.values()), *[one.tolist() for one in views]]
+
+
 def _unsendable(layout: object) -> SerializationError:
     return SerializationError(f"a tensor of layout {layout} cannot be sent: send its parts, or tensor.to_dense()")
 
 
 def _pack_quantized(tensor: torch.Tensor, part: Callable[[torch.Tensor], list[Any]]) -> list[Any]:
     head = [QUANTIZED, NAMES[tensor.dtype], list(tensor.shape)]
-    integers = part(tensor.int_repr())
+    memory = part(_integers_of(tensor))
     if tensor.qscheme() is torch.per_tensor_affine:
-        return [*head, "tensor", tensor.q_scale(), tensor.q_zero_point(), 0, integers]
-    if tensor.qscheme() is torch.per_channel_affine:
+        return [*head, "tensor", tensor.q_scale(), tensor.q_zero_point(), 0, memory]
+    if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
         scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
-        return [*head, "channel", part(scales), part(zero_points), tensor.q_per_channel_axis(), integers]
+        return [*head, "channel", part(scales), part(zero_points), tensor.q_per_channel_axis(), memory]
     raise SerializationError(f"a tensor quantized by {tensor.qscheme()} cannot be sent: send tensor.dequantize()")
+
+
+def _integers_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a quantized tensor as a plain one: a view with its strides, or all bytes if elements are packed."""
+    storage: Any = tensor.untyped_storage()
+    if tensor.dtype not in PACKED:
+        view: Any = torch.empty(0, dtype=INTEGERS[tensor.dtype], device=tensor.device)
+        return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[no-any-return]
+    if not is_dense(tensor) or tensor.storage_offset():
+        raise SerializationError(f"a view of a {tensor.dtype} tensor cannot be sent: send tensor.dequantize()")
+    return raw_view(storage, 0, storage.nbytes(), tensor.device)

@@ -7,6 +7,7 @@ tuples and dicts of those. A stream begins with `MAGIC`, a byte with which neith
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from typing import Any
 
 import msgpack
@@ -15,12 +16,16 @@ import torch
 from zrpc.errors import ProtocolError
 from zrpc.wire.payload import Payload
 
+_torch: Any = torch  # parts of it are untyped
+_Uninitialized: Any = _torch.nn.parameter.UninitializedTensorMixin
+
 MAGIC = 0xC1
 VALUES = bytes([MAGIC, 1])
 """What packed values begin with, unless they are something more special."""
 
 _TENSOR, _TUPLE, _COMPLEX, _DTYPE, _DEVICE, _LAYOUT, _MEMORY_FORMAT, _SIZE = range(8)
 _NAMED: dict[type, int] = {torch.dtype: _DTYPE, torch.layout: _LAYOUT, torch.memory_format: _MEMORY_FORMAT}
+_PLAIN = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.layout
 
 
 def _name(place: int) -> msgpack.ExtType:
@@ -36,13 +41,73 @@ class UnpackableError(TypeError):
     """The value is not one that this module carries; pickle may."""
 
 
-def pack(value: Any, prefix: bytes = VALUES) -> Payload:
+def plain(tensor: torch.Tensor) -> torch.Tensor | None:
+    """What a torch operator sees of `tensor`: it has the same memory, and gradients of one are gradients of the other.
+
+    Returns:
+        None: it has no memory of its own (`has_memory`), or none yet.
+    """
+    cls = type(tensor)
+    if cls is torch.Tensor:
+        return tensor
+    if not has_memory(cls) or issubclass(cls, _Uninitialized):
+        return None
+    if cls.__torch_function__ is _torch._C._disabled_torch_function_impl:  # nn.Parameter: as good as plain
+        return tensor
+    with _torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+        return tensor.as_subclass(torch.Tensor)
+
+
+def plain_result(result: Any) -> Any:
+    """What compiled code returned, as torch passes it on: a parameter as a plain tensor that is part of its graph."""
+    if isinstance(result, torch.nn.Parameter) and has_memory(type(result)):
+        with torch.enable_grad():
+            return result.as_subclass(torch.Tensor)
+    if type(result) in (list, tuple):
+        return type(result)(map(plain_result, result))
+    return {key: plain_result(item) for key, item in result.items()} if type(result) is dict else result
+
+
+def has_memory(cls: type[torch.Tensor]) -> bool:
+    """Whether objects of `cls` are tensors with memory of their own, and not made of others by `__torch_dispatch__`."""
+    return cls.__torch_dispatch__ is _torch.Tensor.__torch_dispatch__
+
+
+def is_typed(value: object) -> bool:
+    """Whether torch knows the type of the value of an `RRef(value)`: its tensors then pass with their gradients.
+
+    That is what is made of nothing but tensors and plain values, in lists, tuples and dicts of any class. A tensor of a
+    subclass is no such value here if it needs no gradient, so that its class arrives.
+    """
+    if isinstance(value, torch.Tensor):
+        return type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter) or value.requires_grad
+    with suppress(RecursionError):  # it holds itself
+        return _is_of_values(value)
+    return False
+
+
+def _is_of_values(obj: object) -> bool:
+    if isinstance(obj, list | tuple):
+        return all(map(_is_of_values, obj))
+    if isinstance(obj, dict):
+        return all(map(_is_of_values, obj.values()))
+    return isinstance(obj, torch.Tensor | _PLAIN)
+
+
+def pack(value: Any, prefix: bytes = VALUES, *, bare: bool = False) -> Payload:
     """Take `value` apart without pickle, into a stream that begins with `prefix`. Tensors are not copied.
+
+    Tensors of subclasses, such as `nn.Parameter`, travel as plain tensors with their gradients, as on torch.
+
+    Args:
+        value: what to take apart.
+        prefix: what the stream begins with.
+        bare: take tensors only that are plain and have no attributes.
 
     Raises:
         UnpackableError: something in it is none of the types above.
     """
-    packing = _Packing()
+    packing = _Packing(bare)
     try:
         return Payload(prefix + packing.encode(value), packing.tensors)
     except (OverflowError, ValueError, RecursionError) as error:
@@ -68,9 +133,10 @@ def unpack(payload: Payload, prefix: bytes = VALUES) -> Any:
 class _Packing:
     """What becomes of one value. No closures: two that call each other are a cycle, and would keep the tensors."""
 
-    __slots__ = ("_places", "tensors")
+    __slots__ = ("_bare", "_places", "tensors")
 
-    def __init__(self) -> None:
+    def __init__(self, bare: bool) -> None:
+        self._bare = bare
         self.tensors: list[torch.Tensor] = []
         self._places: dict[int, int] = {}  # a tensor that is there twice travels once, and arrives as one
 
@@ -80,11 +146,8 @@ class _Packing:
 
     def _extend(self, obj: Any) -> msgpack.ExtType:
         cls = type(obj)
-        if cls is torch.Tensor:
-            place = self._places.setdefault(id(obj), len(self.tensors))
-            if place == len(self.tensors):
-                self.tensors.append(obj)
-            return _NAMES[place] if place < len(_NAMES) else _name(place)
+        if cls is torch.Tensor and not (self._bare and obj.__dict__):
+            return self._set_aside(obj, obj)
         if cls is tuple or cls is torch.Size:
             return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, self.encode(list(obj)))
         if cls is complex:
@@ -93,7 +156,17 @@ class _Packing:
             return msgpack.ExtType(_DEVICE, str(obj).encode())
         if cls in _NAMED:
             return msgpack.ExtType(_NAMED[cls], str(obj).removeprefix("torch.").encode())
+        if isinstance(obj, torch.Tensor) and not self._bare:
+            sent = plain(obj)
+            if sent is not None:
+                return self._set_aside(obj, sent)
         raise UnpackableError(f"a {cls.__module__}.{cls.__qualname__} is not an operator's argument")
+
+    def _set_aside(self, obj: torch.Tensor, sent: torch.Tensor) -> msgpack.ExtType:
+        place = self._places.setdefault(id(obj), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(sent)
+        return _NAMES[place] if place < len(_NAMES) else _name(place)
 
 
 class _Unpacking:

@@ -406,6 +406,100 @@ def _quantized_arrives(by_channel: bool, columns: int, dtype: torch.dtype) -> No
         assert after.q_per_channel_axis() == tensor.q_per_channel_axis()
 
 
+QUANTIZED_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.permute(3, 2, 1, 0),
+    "channels last, a batch of one": lambda t: t[:1].contiguous(memory_format=torch.channels_last),
+    "offset": lambda t: t[1:, 1:],
+    "no elements": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("view", QUANTIZED_VIEWS)
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32], ids=str)
+def test_quantized_tensors_keep_their_strides(dtype: torch.dtype, view: str) -> None:
+    tensor = QUANTIZED_VIEWS[view](torch.quantize_per_tensor(torch.rand(2, 3, 4, 5), 0.1, 3, dtype))
+    (after,) = travel_tensors(tensor)
+    assert after.stride() == tensor.stride()
+    assert torch.equal(after.dequantize(), tensor.dequantize())
+
+
+def test_views_of_a_quantized_tensor_stay_views_of_one() -> None:
+    tensor = torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8)
+    first, second = travel_tensors(tensor, tensor[1:])
+    first.copy_(torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
+    assert second.dequantize().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.quint4x2], ids=str)
+def test_tensors_quantized_by_float_parameters_arrive(dtype: torch.dtype) -> None:
+    """As embedding tables are, also with two elements in a byte."""
+    tensor = torch.quantize_per_channel(torch.randn(4, 9), torch.rand(4) + 0.1, torch.rand(4), 0, dtype)
+    assert tensor.qscheme() is torch.per_channel_affine_float_qparams
+    (after,) = travel_tensors(tensor)
+    assert (after.qscheme(), after.dtype, after.stride()) == (tensor.qscheme(), tensor.dtype, tensor.stride())
+    assert torch.equal(after.dequantize(), tensor.dequantize())
+    assert torch.equal(after.q_per_channel_zero_points(), tensor.q_per_channel_zero_points())
+
+
+@pytest.mark.parametrize("integers", [[0, "int32", [4], False, 0], [0, "int8", [4], False, 0]])
+def test_quantized_tensors_of_other_memory_are_refused(integers: list[Any]) -> None:
+    with pytest.raises(ProtocolError):
+        unpack([[4, "quint8", [16], "tensor", 0.1, 0, 0, integers]], [bytes(16)])
+
+
+NESTED: dict[str, Callable[[], Tensor]] = {
+    "two dimensions": lambda: torch.nested.nested_tensor([torch.rand(2, 3), torch.rand(1, 3)]),
+    "transposed": lambda: torch.nested.nested_tensor([torch.rand(2, 3), torch.rand(1, 3)]).transpose(1, 2),
+    "integers": lambda: torch.nested.nested_tensor([torch.arange(2), torch.arange(3)]),
+    "numbers": lambda: torch.nested.nested_tensor([torch.tensor(1.0), torch.tensor(2.0)]),
+    "some empty": lambda: torch.nested.nested_tensor([torch.ones(0, 3), torch.ones(2, 3)]),
+    "large": lambda: torch.nested.nested_tensor([torch.rand(200, 30), torch.rand(100, 30)]),
+    "none": lambda: torch.nested.nested_tensor([]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", NESTED)
+def test_nested_tensors_arrive(kind: str, requires_grad: bool) -> None:
+    tensor = NESTED[kind]().detach()
+    tensor.requires_grad_(requires_grad and tensor.is_floating_point())
+    after = travel_tensors(tensor, torch.ones(1))[0]
+    assert after.is_nested
+    assert (after.dtype, after.requires_grad, after.is_leaf) == (tensor.dtype, tensor.requires_grad, True)
+    assert after.size(0) == tensor.size(0)
+    for one, other in zip(tensor.unbind(), after.unbind(), strict=True):
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "views", [[[[4]], [[1]], [1]], [[[4]], [[2]], [0]], [[[-1]], [[1]], [0]], [[[2]], [[1]], [-1]], [[[2]], [[1]], []]]
+)
+def test_nested_tensors_that_see_more_than_came_are_refused(views: list[Any]) -> None:
+    with pytest.raises(ProtocolError):
+        unpack([[8, False, [0, "int8", [4], False, 0], *views]], [bytes(4)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((1, 3), (99, 1)), ((0, 3), (7, 2)), ((1,), (5,)), ((2, 1, 3), (3, 7, 1)), ((1, 1), (0, 0))]
+)
+def test_strides_of_sizes_0_and_1_are_kept(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """torch calls such tensors contiguous, whatever these strides are; kernels and views go by them."""
+    for requires_grad in (False, True):
+        tensor = torch.arange(300.0).as_strided(shape, strides).requires_grad_(requires_grad)
+        for after in (*travel_tensors(tensor), travel_tensors(tensor, torch.ones(2))[0]):
+            assert_same(tensor, after)
+    assert travel_tensors(torch.empty_strided(shape, strides, device="meta"))[0].stride() == strides
+
+
+def test_parts_of_sparse_tensors_share_memory_with_others() -> None:
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
+    after, values = travel_tensors(sparse, sparse._values())
+    values[0] = 9
+    assert after.to_dense().tolist() == [9, 0, 2]
+
+
 def test_sparse_and_strided_tensors_travel_together() -> None:
     values = torch.randn(5000)
     sparse = torch.sparse_coo_tensor(torch.arange(5000)[None], values, (5000,), check_invariants=False)
@@ -415,18 +509,10 @@ def test_sparse_and_strided_tensors_travel_together() -> None:
     assert torch.equal(after[2], values[5:])
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_cannot_travel_is_refused_with_advice() -> None:
-    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    with pytest.raises(SerializationError, match=r"layout nested cannot be sent: .*to_dense\(\)"):
-        sent(Payload(tensors=[nested]))
     if torch._C._has_mkldnn:
         with pytest.raises(SerializationError, match=r"layout torch\._mkldnn cannot be sent"):
             sent(Payload(tensors=[torch.ones(3).to_mkldnn()]))
-    scales, zeros = torch.ones(2), torch.zeros(2)
-    floats = torch.quantize_per_channel(torch.ones(2, 4), scales, zeros, 0, torch.quint8)
-    with pytest.raises(SerializationError, match=r"dequantize\(\)"):
-        sent(Payload(tensors=[floats]))
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------
@@ -447,7 +533,9 @@ parts = (
         [
             [0, "float32", [2, 3], False, 0],
             [1, "float32", [2, 3], False, 0, [3, 1], 0, False, False],
-            [5, "int8", [3], False, [1]],
+            [4, "qint8", [4, 4], "tensor", 0.1, 3, 0, [0, "int8", [16], False, 0]],
+            [5, "int8", [3], False, [1], False, False],
+            [8, False, [0, "int8", [24], False, 0], [[2, 3], [1, 3]], [[3, 1], [3, 1]], [0, 6]],
         ]
     ),
     changes=st.lists(st.tuples(st.integers(0, 8), parts), min_size=1, max_size=3),
