@@ -13,8 +13,12 @@ Failure: an interrupt of the main thread (`is_interrupt`) is raised; it is not t
 
 from __future__ import annotations
 
+import functools
+import opcode
+import signal
 import threading
 import traceback
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,21 +28,62 @@ if TYPE_CHECKING:
 MAX_LENGTH = 1_000_000
 """How many characters of one text are kept."""
 
+MAX_MEMBERS = 1000
+"""How many members of groups are formatted, each as often as there are ways to it."""
+
 _FIELDS: Any = vars(BaseException)
+_CLASS_FIELDS: Any = vars(type)
+_RAISE = opcode.opmap["RAISE_VARARGS"]
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether `error` interrupts this thread: signal handlers run on the main thread only.
+    """Whether `error` interrupts this thread: a signal handler raised it, and these run on the main thread only.
 
-    On every other thread, `KeyboardInterrupt` and `SystemExit` come from the code that was called.
+    All other `KeyboardInterrupt` and `SystemExit` come from the code that was called.
     """
-    is_one = issubclass(type(error), KeyboardInterrupt | SystemExit)  # isinstance would ask `__class__` of the error
-    return is_one and threading.current_thread() is threading.main_thread()
+    if not issubclass(type(error), KeyboardInterrupt | SystemExit):  # isinstance would ask the error's `__class__`
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = _handler_codes()
+    last, entry = None, traceback_of(error)
+    while entry is not None:
+        if entry.tb_frame.f_code in handlers:
+            return True
+        last, entry = entry, entry.tb_next
+    if last is None or not issubclass(type(error), KeyboardInterrupt):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] != _RAISE  # else Ctrl-C struck between two instructions
+
+
+def _handler_codes() -> set[CodeType]:
+    """The code of the signal handlers that are written in Python."""
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
+            handler = handler.func
+        handler = getattr(handler, "__func__", handler)
+        if not hasattr(handler, "__code__"):
+            handler = type(handler).__call__  # an object that can be called
+        code = getattr(handler, "__code__", None)
+        if isinstance(code, CodeType):
+            codes.add(code)
+    return codes
 
 
 def class_name(cls: type) -> str:
     """The qualified name of `cls`, whatever its metaclass does."""
-    return plain_text(type.__dict__["__qualname__"].__get__(cls))
+    return plain_text(_CLASS_FIELDS["__qualname__"].__get__(cls))
+
+
+def module_name(cls: type) -> str:
+    """The name of the module of `cls`, whatever its metaclass does; "" if it says none."""
+    try:
+        module = _CLASS_FIELDS["__module__"].__get__(cls)
+    except AttributeError:
+        return ""
+    return plain_text(module) if isinstance(module, str) else ""
 
 
 def text_of(error: BaseException) -> str:
@@ -71,7 +116,8 @@ def repr_of(value: object, max_length: int = 200) -> str:
 def format_exception(error: BaseException) -> str:
     """`error` with its traceback and the exceptions that it is linked to, as the interpreter would print it."""
     try:
-        return plain_text("".join(traceback.format_exception(error)))
+        if num_members(error) <= MAX_MEMBERS:
+            return plain_text("".join(traceback.format_exception(error)))
     except BaseException as failure:
         if is_interrupt(failure):
             raise
@@ -84,17 +130,36 @@ def format_exception(error: BaseException) -> str:
     return plain_text(f"Traceback (most recent call last):\n{where}{describe(error)}\n")
 
 
+def num_members(error: BaseException) -> int:
+    """How many exceptions are in the group `error`, it included: each as often as there are ways to it.
+
+    It counts no further than a little above `MAX_MEMBERS`.
+    """
+    count, left = 0, [error]
+    while left and count <= MAX_MEMBERS:
+        count += 1
+        member = left.pop()
+        if issubclass(type(member), BaseExceptionGroup):
+            left += vars(BaseExceptionGroup)["exceptions"].__get__(member)
+    return count
+
+
 def log_error(log: logging.Logger, message: str, *args: object, error: BaseException) -> None:
     """Log `message` with `error` and its traceback.
 
     Handlers of the log get `error` itself if it can be formatted, else its text.
     """
     try:
-        traceback.format_exception(error)
-        log.error(message, *args, exc_info=(type(error), error, traceback_of(error)))
+        can_be_formatted = num_members(error) <= MAX_MEMBERS
+        if can_be_formatted and module_name(type(error)) != "builtins":
+            traceback.format_exception(error)
     except BaseException as failure:
         if is_interrupt(failure):
             raise
+        can_be_formatted = False
+    if can_be_formatted:
+        log.error(message, *args, exc_info=(type(error), error, traceback_of(error)))
+    else:
         log.error(f"{message}\n%s", *args, format_exception(error))
 
 

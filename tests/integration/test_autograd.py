@@ -345,3 +345,65 @@ def gradients_beside_no_grad(rank: int) -> None:
 
 def test_what_is_made_without_gradients_is_a_constant(cluster_in_each_mode: Cluster) -> None:
     cluster_in_each_mode.run(gradients_beside_no_grad, 2)
+
+
+class Stage:
+    """What an RRef refers to; its class is not known to the user before the first call."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
+        return doubled(x)
+
+
+def proxies_carry_the_context(rank: int) -> None:
+    to = f"worker{1 - rank}"
+    x = torch.full((2,), 3.0, requires_grad=True)
+    for _ in range(2):
+        with autograd.context() as context_id:
+            stage = rpc.remote(to, Stage)
+            y, *_ = stage.rpc_async().forward(x).wait()
+            autograd.backward(context_id, [y.sum()])
+            assert torch.equal(autograd.get_gradients(context_id)[x], torch.full((2,), 2.0))
+        with autograd.context(), torch.no_grad():
+            y, grad, _ = rpc.remote(to, Stage).rpc_async().forward(x).wait()
+            assert (y.requires_grad, grad) == (False, False)
+
+
+def test_a_proxy_calls_in_the_context_of_its_caller_though_it_asks_for_the_type_first(cluster: Cluster) -> None:
+    cluster.run(proxies_carry_the_context, 2)
+
+
+class CarriesTensorError(Exception):
+    pass
+
+
+_parameter = torch.nn.Parameter(torch.ones(2))
+
+
+def fail_with_a_tensor() -> None:
+    error = CarriesTensorError("x")
+    error.tensor = _parameter * 2  # type: ignore[attr-defined]
+    raise error
+
+
+def switch_grad_off() -> None:
+    torch.set_grad_enabled(False)
+
+
+def errors_are_no_results(rank: int) -> None:
+    to = f"worker{1 - rank}"
+    x = torch.full((2,), 3.0, requires_grad=True)
+    with autograd.context() as context_id:
+        with pytest.raises(CarriesTensorError) as caught:
+            rpc.rpc_sync(to, fail_with_a_tensor)
+        assert torch.equal(caught.value.tensor, torch.full((2,), 2.0))  # type: ignore[attr-defined]
+        y, *_ = rpc.rpc_sync(to, doubled, args=(x,))
+        autograd.backward(context_id, [y.sum()])  # FAST mode waits for all that was sent as a result
+        assert torch.equal(autograd.get_gradients(context_id)[x], torch.full((2,), 2.0))
+        for _ in range(8):
+            rpc.rpc_sync(to, switch_grad_off)
+            y, grad, _ = rpc.rpc_sync(to, doubled, args=(x,))
+            assert (grad, y.requires_grad) == (True, True), "one function switched gradients off for others"
+
+
+def test_a_backward_pass_waits_for_no_tensor_of_an_error(cluster: Cluster) -> None:
+    cluster.run(errors_are_no_results, 2)

@@ -141,9 +141,9 @@ class Call:
             if not self._opened:
                 self._open()
             error, payload, mark = self._error, self._payload, self._mark
-            if error is not None:
+            if error is not None and not self._waited:  # else one thread waits, once
                 self._raised = self._raised or Raisable(error)
-                error = self._raised.take()
+                error = self._raised.copy()
         if error is not None:
             try:
                 raise error

@@ -60,7 +60,7 @@ def _collect_all(futures: list[AnyFuture]) -> torch.futures.Future[list[AnyFutur
     listed = list(futures)
     if any(isinstance(future, Future) for future in listed):
         return Collection(listed).result
-    found: torch.futures.Future[list[AnyFuture]] = _torchs_own(futures)
+    found: torch.futures.Future[list[AnyFuture]] = _torchs_own(listed)
     return found
 
 

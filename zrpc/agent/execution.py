@@ -190,11 +190,11 @@ def serve_python(request: Request[PythonCall]) -> None:
     """Handle a `PythonCall`. Runs on a handler thread."""
 
     def work() -> None:
-        result = execute_python(request.payload)
         if request.message.async_execution:
+            result = execute_python(request.payload)
             when_done(result, request.async_calls, lambda value: _reply(request, value), request.fail)
-        else:
-            request.reply(pickling.dumps(result))
+        else:  # no name refers to the result: memory that nothing else sees may go along with it
+            request.reply(pickling.dumps(execute_python(request.payload)))
 
     failure = request.run(work)
     if failure is not None:

@@ -10,6 +10,7 @@ part holds it, and the C++ part a `Token` that knows where to find it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import weakref
@@ -58,7 +59,7 @@ class Token:
 
     def __init__(self, failure: Failure) -> None:
         self._failure = weakref.ref(failure)
-        self._error: Exception = RuntimeError(describe(failure.error))
+        self._error: Exception = RuntimeError("the future failed, and is gone")
 
     def take(self, error: Exception) -> None:
         """The Python part goes: from now on the token holds the error, without the ways back."""
@@ -189,7 +190,8 @@ class Future(torch.futures.Future[T]):
                 waiter.set_result(None)
 
         def on_done(_: torch.futures.Future[T]) -> None:
-            loop.call_soon_threadsafe(wake)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
+                loop.call_soon_threadsafe(wake)
 
         self.add_done_callback(on_done)
         yield from waiter

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from zrpc.ids import WorkerInfo
@@ -29,6 +31,12 @@ class CallHook(Protocol):
         """Metadata came with a request or an answer. Replaces tensors of `payload` before it is read.
 
         The context returned is entered around the serving of a request; for an answer it is not.
+        """
+
+    def carry_over(self) -> AbstractContextManager[None] | None:
+        """A context in which calls that this thread would make now may be made later, by another thread.
+
+        None: calls are the same there.
         """
 
 
@@ -59,6 +67,18 @@ class Hooks(dict[str, CallHook]):
                 if meta is not None:
                     extras[key] = meta
         return extras or None
+
+    @contextmanager
+    def carried_over(self, contexts: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+        """Calls that are made in the body are as calls of the thread that `carry_over` was called on."""
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            yield
+
+    def carry_over(self) -> list[AbstractContextManager[None]]:
+        """What is to be given to `carried_over`, once."""
+        return [context for hook in self.values() if (context := hook.carry_over()) is not None]
 
     def receive_answer(self, source: WorkerInfo, extras: dict[str, Any] | None, payload: Payload) -> None:
         """Let the hooks see an answer."""

@@ -6,6 +6,8 @@ import logging
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import torch
+
 from zrpc.agent.pool import blocking
 from zrpc.exception_text import log_error
 from zrpc.wire.messages import Message
@@ -117,6 +119,8 @@ class Request(Generic[M]):
                     failures.append(failure)
         except BaseException as failure:
             failures.append(failure)
+        if not torch.is_grad_enabled():  # a function has switched it off for its thread, which others use too
+            torch.set_grad_enabled(True)
         if not failures:
             return None
         if self.answered:

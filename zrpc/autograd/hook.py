@@ -14,7 +14,7 @@ from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
 from zrpc.autograd.grad_mode import GradMode
 from zrpc.autograd.operators import OperatorSend
 from zrpc.ids import GlobalId, WorkerInfo
-from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Message
+from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Failure, Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ class AutogradHook:
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """See `CallHook.send`."""
         if request_meta is not None:
-            return self._send_answer(to, payload, request_meta)
+            return self._send_answer(to, message, payload, request_meta)
         context = self._container.find_current()
         if context is None:
             return None
@@ -82,9 +82,17 @@ class AutogradHook:
         active = _nothing if is_reply or context is None else container.activate(context)
         return active if mode is GradMode.ENABLED else grad_mode.Entered(mode, active)
 
-    def _send_answer(self, to: WorkerInfo, payload: Payload, request_meta: object) -> object | None:
+    def carry_over(self) -> AbstractContextManager[None] | None:
+        """See `CallHook.carry_over`: the current context, and the grad mode."""
+        context = self._container.find_current()
+        if context is None:
+            return None
+        active, mode = self._container.activate(context), grad_mode.current()
+        return active if mode is GradMode.ENABLED else grad_mode.Entered(mode, active)
+
+    def _send_answer(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object) -> object | None:
         context_id, _, mode = _parse(request_meta)
-        if mode is not GradMode.ENABLED:
+        if mode is not GradMode.ENABLED or isinstance(message, Failure):  # an error is no result to be differentiated
             payload.tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in payload.tensors]
             return None
         context = None if context_id is None else self._container.find(context_id)

@@ -73,6 +73,9 @@ class ProfilingHook:
             recording.add_remote([Event(*fields) for fields in content])
         return nullcontext()
 
+    def carry_over(self) -> None:
+        """See `CallHook.carry_over`."""
+
     def _ask(self) -> object | None:
         recording, _outgoing.recording = _outgoing.recording, None
         if recording is None:

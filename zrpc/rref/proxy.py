@@ -64,10 +64,14 @@ def _call_method(rref: RRef[Any], rpc_api: str, name: str, timeout: float, /, *a
     if rpc_api != "rpc_async":
         return _invoke(rref, rpc_api, name, timeout, types.wait(), args, kwargs)
     result: Future[Any] = Future()
+    hooks = rref._ledger.agent.hooks
+    contexts = hooks.carry_over()  # of the thread that calls; another one may go on
 
     def go_on(known: torch.futures.Future[type]) -> None:
         try:
-            _invoke(rref, rpc_api, name, timeout, known.value(), args, kwargs).add_done_callback(finish)
+            with hooks.carried_over(contexts):
+                called = _invoke(rref, rpc_api, name, timeout, known.value(), args, kwargs)
+            called.add_done_callback(finish)
         except Exception as error:
             result.set_exception(error)
 

@@ -64,7 +64,7 @@ class ForkHook:
         """See `CallHook.send`: note that `to` holds the forks in `payload`, and announce them."""
         if not payload.passengers:
             return None
-        leaving = [key for key in payload.passengers if key in payload.data]  # a reducer may have sent some elsewhere
+        leaving = [key for key in payload.passengers if payload.has_in_stream(key)]  # others may be elsewhere
         for key in leaving:
             self._ledger.sent(payload.passengers[key].fork, to)
         return leaving or None
@@ -83,6 +83,9 @@ class ForkHook:
         users = [rref._fork_id for rref in arrived.values() if rref._cell is None and rref._fork_id is not None]
         self._ledger.wait_confirmed(users)
         return _leaving_nobody(payload)
+
+    def carry_over(self) -> None:
+        """See `CallHook.carry_over`."""
 
     def discard(self, meta: object) -> None:
         """See `PassengerHook.discard`: give up the forks that `meta` announces."""

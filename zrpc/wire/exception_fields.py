@@ -6,11 +6,15 @@ said of each function. Threads: any.
 
 from __future__ import annotations
 
+import builtins
+from contextlib import suppress
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 from zrpc.exception_text import set_args
 
+_FIELDS: Any = vars(BaseException)
+_INTERPRETERS = frozenset(id(one) for one in vars(builtins).values() if isinstance(one, type))
 _NOT_SENT: dict[type, set[str]] = {AttributeError: {"obj"}}
 """Fields that the interpreter keeps for its suggestions: `obj` may be anything, and of any size."""
 
@@ -31,7 +35,7 @@ class Unsent:
 
 
 class ExceptionState(NamedTuple):
-    """What travels of an exception. All streams are of `pickling.dump_part`.
+    """What travels of an exception. All streams are of `reducers.dump_part`.
 
     Attributes:
         number: which one of the payload it is.
@@ -44,7 +48,7 @@ class ExceptionState(NamedTuple):
         args: its arguments.
         attributes: what is in its `__dict__`, by name.
         slots: what is in its slots, and in the fields that the interpreter keeps outside `__dict__`, by name.
-        links: "cause" and "context", where it has them.
+        links: the numbers of "cause" and "context", where it has them.
         suppresses_context: its `__suppress_context__`.
         is_whole: whether nothing was left out.
     """
@@ -58,12 +62,13 @@ class ExceptionState(NamedTuple):
     args: list[Part]
     attributes: dict[str, Part]
     slots: dict[str, Part]
-    links: dict[str, Part]
+    links: dict[str, int]
     suppresses_context: bool
     is_whole: bool
 
 
 def constructor_args(error: BaseException) -> tuple[Any, ...]:
+    """What the constructor of the interpreter's class of `error` takes to make one like it."""
     if issubclass(type(error), BaseExceptionGroup):
         fields: Any = vars(BaseExceptionGroup)
         return fields["message"].__get__(error), list(fields["exceptions"].__get__(error))
@@ -72,21 +77,19 @@ def constructor_args(error: BaseException) -> tuple[Any, ...]:
 
 
 def dict_of(error: BaseException) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = object.__getattribute__(error, "__dict__")
-    except AttributeError:
-        return {}
-    return found if type(found) is dict else {}
+    """The attributes of `error` that are in no slot: not a copy."""
+    return _FIELDS["__dict__"].__get__(error)  # type: ignore[no-any-return]
 
 
 def slot_values(error: BaseException) -> dict[str, Any]:
+    """What is set of the slots of `error`, and of the fields that the interpreter keeps outside of `__dict__`."""
     values = {}
     for name, descriptor in slots_of(type(error)).items():
         try:
             value = descriptor.__get__(error)
         except AttributeError:  # never set
             continue
-        if value is not None or descriptor.__objclass__.__module__ != "builtins":
+        if value is not None or not is_interpreters(descriptor.__objclass__):
             values[name] = value
     return values
 
@@ -105,9 +108,23 @@ def slots_of(cls: type) -> dict[str, Any]:
     return found
 
 
+def is_interpreters(cls: type) -> bool:
+    """Whether `cls` is one of the interpreter's own classes, whatever it says of its module."""
+    return id(cls) in _INTERPRETERS
+
+
 def interpreters_base(cls: type) -> type[BaseException]:
     """The nearest base of `cls`, or itself, that is one of the interpreter's own classes."""
-    return next(base for base in type.mro(cls) if base.__module__ == "builtins")
+    return next(base for base in type.mro(cls) if is_interpreters(base))
+
+
+def set_slots(error: BaseException, values: dict[str, Any]) -> None:
+    """Set what is in `values` of the slots of `error`, and pass over what cannot be set."""
+    slots = slots_of(type(error))
+    for name, value in values.items():
+        if name in slots:
+            with suppress(AttributeError, TypeError):
+                slots[name].__set__(error, value)
 
 
 def new(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def again(number: int) -> BaseException:
-    """The exception that was made of the state of that number."""
-    made: BaseException | None = reducers.receiving_memo().get(number)
-    return RemoteError("an exception that leads back to itself could not be made again") if made is None else made
-
-
-def make(*state: Any) -> BaseException:
+def make(state: tuple[Any, ...]) -> BaseException:
     """The exception that `state` tells of; of another class if it cannot be made of its own."""
     return _Making(ExceptionState(*state)).make()
 
@@ -35,7 +29,7 @@ class _Making:
     def __init__(self, state: ExceptionState) -> None:
         self._state = state
         self._is_whole = state.is_whole
-        self._memo = reducers.receiving_memo()
+        self._received = reducers.received_exceptions()
 
     def make(self) -> BaseException:
         """It, or what stands for it."""
@@ -74,7 +68,7 @@ class _Making:
             return None
 
     def _known(self, error: BaseException) -> BaseException:
-        self._memo[self._state.number] = error
+        self._received.made[self._state.number] = error
         return error
 
     def _as_its_class_says(self) -> BaseException | None:
@@ -108,8 +102,8 @@ class _Making:
         return error
 
     def _link(self, error: BaseException) -> None:
-        for name, part in self._state.links.items():
-            self._set(part, partial(set_cause if name == "cause" else set_context, error))
+        for name, number in self._state.links.items():
+            self._received.links.append((partial(set_cause if name == "cause" else set_context, error), number))
         set_suppresses_context(error, self._state.suppresses_context)
 
     def _load(self, part: Part, otherwise: object) -> Any:

@@ -18,12 +18,22 @@ Failure: `zrpc.exception_text.is_interrupt` says which errors are not the class'
 from __future__ import annotations
 
 import copyreg
+import pickle
 import sys
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import RemoteError
-from zrpc.exception_text import cause_of, class_name, context_of, is_interrupt, repr_of, suppresses_context, text_of
+from zrpc.exception_text import (
+    cause_of,
+    class_name,
+    context_of,
+    is_interrupt,
+    module_name,
+    repr_of,
+    suppresses_context,
+    text_of,
+)
 from zrpc.wire import reducers
 from zrpc.wire.exception_fields import (
     ExceptionState,
@@ -32,37 +42,53 @@ from zrpc.wire.exception_fields import (
     constructor_args,
     dict_of,
     interpreters_base,
+    is_interpreters,
     slot_values,
 )
-from zrpc.wire.exception_rebuild import again, make
 from zrpc.wire.stand_in import MARK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _PROTOCOL = 5
 MAX_REPR = 10_000
 """How many characters are sent of an argument that cannot be pickled."""
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+_PLAIN = (str, int, type(None), bool, float, bytes)
 
 
-def reduce_exception(error: BaseException) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The reducer of all exceptions."""
-    memo = reducers.sending_memo()
-    known = memo.get(id(error))
-    if known is not None:
-        return again, (known[0],)
-    number = len(memo)
-    memo[id(error)] = (number, error)  # the second keeps the id taken
+class Named:
+    """Stands for an exception where the pickler must not ask for its class, which may have no hash."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reducers.reduce_exception(self._error)
+
+
+def take_all_apart() -> bytes | None:
+    """The table of the exceptions that the stream of this thread leads to; None: there are none."""
+    sent = reducers.under_way.sent_exceptions
+    if sent is None or not sent.errors:
+        return None
+    states = []
+    for number, error in enumerate(sent.errors):  # what a state leads to is appended meanwhile
+        states.append(tuple(_state_of(number, error)))
+    return pickle.dumps(states, _PROTOCOL)
+
+
+def _state_of(number: int, error: BaseException) -> ExceptionState:
     try:
-        return make, tuple(_take_apart(number, error))
+        return _take_apart(number, error)
     except BaseException as failure:
         if is_interrupt(failure):
             raise
-        cls = type(error)
-        nearest = ("builtins", interpreters_base(cls).__name__)
         text = text_of(error)
-        return make, (number, [nearest], False, class_name(cls), text, None, [(False, text)], {}, {}, {}, True, False)
+        nearest = ("builtins", interpreters_base(type(error)).__name__)
+        name = class_name(type(error))
+        return ExceptionState(number, [nearest], False, name, text, None, [(False, text)], {}, {}, {}, True, False)
 
 
 def _take_apart(number: int, error: BaseException) -> ExceptionState:
@@ -72,22 +98,30 @@ def _take_apart(number: int, error: BaseException) -> ExceptionState:
     is_own = importable[:1] == [cls]
     return ExceptionState(
         number=number,
-        classes=[(one.__module__, class_name(one)) for one in importable],
+        classes=[(module_name(one), class_name(one)) for one in importable],
         has_own_class=is_own,
         name=class_name(cls),
         text=text_of(error),
         reduced=_reduced(error) if is_own else None,
-        args=[parts.argument(one) for one in constructor_args(error)],
+        args=[parts.argument(one) for one in _named_args(error)],
         attributes=parts.of(dict_of(error)),
         slots=parts.of(slot_values(error)),
-        links=parts.of({
-            name: link
+        links={
+            name: reducers.sent_exceptions().number_of(link)
             for name, link in (("cause", cause_of(error)), ("context", context_of(error)))
             if link is not None
-        }),
+        },
         suppresses_context=suppresses_context(error),
         is_whole=parts.is_whole,
     )  # fmt: skip
+
+
+def _named_args(error: BaseException) -> tuple[Any, ...]:
+    args = constructor_args(error)
+    if issubclass(type(error), BaseExceptionGroup):
+        message, members = args
+        return message, [Named(member) for member in members]
+    return args
 
 
 class _Parts:
@@ -116,10 +150,11 @@ class _Parts:
         return True, reducers.dump_part(Unsent(repr_of(value, MAX_REPR)))
 
     def _part(self, value: object) -> Part | None:
-        if type(value) in _PLAIN:
+        cls = type(value)
+        if any(cls is plain for plain in _PLAIN):
             return False, value
         try:
-            return True, reducers.dump_part(value)
+            return True, reducers.dump_part(Named(value) if isinstance(value, BaseException) else value)
         except BaseException as failure:
             if is_interrupt(failure):
                 raise
@@ -144,8 +179,9 @@ def _reduced(error: BaseException) -> tuple[bytes, bytes | None] | None:
         if not isinstance(reduced, tuple):
             return None
         function, args, *state = reduced
-        made = reducers.dump_part((function, args))
-        return made, reducers.dump_part(state[0]) if state and state[0] is not None else None
+        with reducers.tentatively():
+            made = reducers.dump_part((function, args))
+            return made, reducers.dump_part(state[0]) if state and state[0] is not None else None
     except BaseException as failure:
         if is_interrupt(failure):
             raise
@@ -157,19 +193,19 @@ def _bases(cls: type) -> Iterator[type]:
     is_stand_in = MARK in vars(cls)
     ours = RemoteError.__mro__ if is_stand_in else ()
     for base in type.mro(cls):
-        if MARK in vars(base) or (base in ours and base.__module__ != "builtins"):
+        if MARK in vars(base) or (base in ours and not is_interpreters(base)):
             continue
         if is_stand_in and base is RuntimeError:
             continue
         yield base
-        if base.__module__ == "builtins":
+        if is_interpreters(base):
             return
 
 
 def _find(cls: type) -> object | None:
     """What is found under the name of `cls`, as pickle looks for it."""
     try:
-        return attrgetter(class_name(cls))(sys.modules[cls.__module__])  # type: ignore[no-any-return]
+        return attrgetter(class_name(cls))(sys.modules[module_name(cls)])  # type: ignore[no-any-return]
     except BaseException as failure:
         if is_interrupt(failure):
             raise

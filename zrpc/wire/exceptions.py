@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zrpc.errors import RemoteError, SerializationError, ZrpcError
-from zrpc.exception_text import cause_of, class_name, format_exception, set_cause, text_of
-from zrpc.wire import exception_state, pickling
+from zrpc.errors import RemoteError, ZrpcError
+from zrpc.exception_text import cause_of, class_name, format_exception, is_interrupt, set_cause, text_of
+from zrpc.wire import exception_rebuild, pickling
+from zrpc.wire.exception_state import Named
 from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
-from zrpc.wire.reducers import register_exceptions
+from zrpc.wire.reducers import make_exceptions_with
 from zrpc.wire.stand_in import as_stand_in, is_plain_stand_in
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class RemoteTraceback(Exception):  # it is no error: it shows where one came fro
         return f"On {self.worker}:\n{self.text}"
 
 
-register_exceptions(exception_state.reduce_exception)
+make_exceptions_with(exception_rebuild.make)
 
 _translators: list[Translator] = []
 
@@ -56,8 +57,10 @@ def dump_exception(error: BaseException, *, attachments: bool = True) -> tuple[F
     is left out."""
     failure = Failure(class_name(type(error)), text_of(error), format_exception(error))
     try:
-        return failure, pickling.dumps(error, attachments=attachments)
-    except SerializationError:
+        return failure, pickling.dumps(Named(error), attachments=attachments)
+    except BaseException as unsendable:
+        if is_interrupt(unsendable):
+            raise
         return failure, Payload()
 
 

@@ -54,6 +54,10 @@ class Payload:
         """It was read or sealed: keep nothing of its memory, which what was made of it may be the last to see."""
         self.tensors, self.buffers = [], ()
 
+    def has_in_stream(self, key: bytes) -> bool:
+        """Whether the stream has `key` in it. A stream in pieces has all that is small in pieces that are `bytes`."""
+        return key in self.data or any(key in piece for piece in self.buffers if type(piece) is bytes)
+
     def has_left(self) -> None:
         """Tell its passengers that it is on its way."""
         for passenger in (self.passengers or {}).values():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import struct
 import sys
 from contextlib import suppress
 from types import FunctionType
@@ -23,8 +24,9 @@ from zrpc.errors import ProtocolError, SerializationError
 from zrpc.exception_text import describe, is_interrupt, repr_of, text_of
 from zrpc.wire import arrays, storages, streams, subclasses, values  # noqa: F401  # three of them: for their reducers
 from zrpc.wire.envelope import Buffer
+from zrpc.wire.exception_state import take_all_apart
 from zrpc.wire.payload import Payload
-from zrpc.wire.reducers import PROTOCOL, dispatch_table, under_way
+from zrpc.wire.reducers import PROTOCOL, ReceivedExceptions, dispatch_table, exception_of, under_way
 from zrpc.wire.reducers import alight as alight
 from zrpc.wire.reducers import board as board
 from zrpc.wire.reducers import register_reducer as register_reducer
@@ -36,6 +38,8 @@ _NONE = b""
 _ONE_TENSOR = bytes([values.MAGIC, 0])
 _CALL = bytes([values.MAGIC, 2])
 _IN_PIECES = bytes([values.MAGIC, 3])
+_WITH_EXCEPTIONS = bytes([values.MAGIC, 4])
+_LENGTH = struct.Struct("<Q")
 _NUMBERS = frozenset({type(None), bool, int, float})
 _TEXTS = frozenset({str, bytes})
 _PLAIN = _NUMBERS | _TEXTS
@@ -63,7 +67,7 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
             return Payload(_NONE)
         if cls is torch.Tensor and not obj.__dict__:
             return Payload(_ONE_TENSOR, [obj])
-        if cls in _PLAIN and not (cls in _TEXTS and len(obj) >= streams.PIECE_MIN_NBYTES):
+        if _is_plain(cls) and not (cls in _TEXTS and len(obj) >= streams.PIECE_MIN_NBYTES):
             with suppress(values.UnpackableError):
                 return values.pack(obj)
     payload, buffers = Payload(), list[Buffer]()
@@ -74,6 +78,7 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
         pickler = pickle.Pickler(stream, PROTOCOL)
         pickler.dispatch_table = dispatch_table
         pickler.dump(obj)
+        exceptions = take_all_apart()
     except BaseException as error:
         payload.passengers = None  # they stay; the error would keep them
         if is_interrupt(error) or isinstance(error, SerializationError):
@@ -95,8 +100,19 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
         pieces = stream.joined()
         payload.data = _IN_PIECES + streams.place(len(buffers), len(pieces))
         buffers += pieces
+    if exceptions is not None:
+        payload.data = _WITH_EXCEPTIONS + _LENGTH.pack(len(exceptions)) + exceptions + payload.data
     payload.buffers = buffers
     return payload
+
+
+def _is_plain(cls: type) -> bool:
+    try:
+        return cls in _PLAIN
+    except BaseException as error:  # its metaclass has no hash
+        if is_interrupt(error):
+            raise
+        return False
 
 
 def dumps_call(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, keep_graph: bool = False) -> Payload:
@@ -110,12 +126,15 @@ def dumps_call(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, keep_gra
 
 def _are_plain(arguments: Collection[Any]) -> bool:
     """Whether they are tensors and plain values, none of them large."""
-    if _NUMBERS_OR_TENSOR.issuperset(map(type, arguments)):
-        return True
-    return (
-        _PLAIN_OR_TENSOR.issuperset(map(type, arguments))
-        and sum([len(one) for one in arguments if type(one) in _TEXTS]) < streams.PIECE_MIN_NBYTES
-    )
+    try:
+        if _NUMBERS_OR_TENSOR.issuperset(map(type, arguments)):
+            return True
+        return (
+            _PLAIN_OR_TENSOR.issuperset(map(type, arguments))
+            and sum([len(one) for one in arguments if type(one) in _TEXTS]) < streams.PIECE_MIN_NBYTES
+        )
+    except TypeError:  # a class whose metaclass has no hash
+        return False
 
 
 def _has_a_name(function: FunctionType) -> bool:
@@ -142,15 +161,22 @@ def loads(payload: Payload) -> Any:
         return None
     if data == _ONE_TENSOR and len(payload.tensors) == 1:
         return payload.tensors[0]
+    received = None
+    if data[: len(_WITH_EXCEPTIONS)] == _WITH_EXCEPTIONS:
+        received, data = _take_exceptions(data)
     is_call = data[: len(_CALL)] == _CALL
     if data[0] == values.MAGIC and not is_call and data[: len(_IN_PIECES)] != _IN_PIECES:
         return values.unpack(payload)
     outer, under_way.receiving = under_way.receiving, payload
-    outer_memo, under_way.receiving_memo = under_way.receiving_memo, None
+    outer_exceptions, under_way.received_exceptions = under_way.received_exceptions, received
     if outer is not None and payload.passengers is None:  # this stream came in that one
         payload.passengers = outer.passengers
     try:
-        return _load_call(payload) if is_call else _unpickle(payload)
+        value = _load_call(payload) if is_call else _unpickle(data, payload)
+        while received is not None and received.links:
+            set_link, number = received.links.pop()
+            set_link(exception_of(number))
+        return value
     except (AttributeError, ImportError) as error:
         raise SerializationError(
             f"{text_of(error)}. The default RPC pickler does not serialize function code: define the function or class "
@@ -164,11 +190,20 @@ def loads(payload: Payload) -> Any:
         raise SerializationError(f"a received value cannot be unpickled: {describe(error)}") from error
     finally:
         under_way.receiving = outer
-        under_way.receiving_memo = outer_memo
+        under_way.received_exceptions = outer_exceptions
 
 
-def _unpickle(payload: Payload) -> Any:
-    data = payload.data
+def _take_exceptions(data: Buffer) -> tuple[ReceivedExceptions, Buffer]:
+    """The table of exceptions that `data` begins with, and what follows."""
+    begin = len(_WITH_EXCEPTIONS) + _LENGTH.size
+    try:
+        (length,) = _LENGTH.unpack(data[len(_WITH_EXCEPTIONS) : begin])
+        return ReceivedExceptions(pickle.loads(data[begin : begin + length])), data[begin + length :]
+    except Exception as error:
+        raise ProtocolError(f"a table of exceptions cannot be read: {describe(error)}") from error
+
+
+def _unpickle(data: Buffer, payload: Payload) -> Any:
     if data[: len(_IN_PIECES)] != _IN_PIECES:
         return pickle.loads(data)
     pieces = streams.placed(data[len(_IN_PIECES) :], payload.buffers)

@@ -1,7 +1,7 @@
 """An exception that several threads, or one thread several times, may raise.
 
 What: each time an exception is raised, the interpreter adds to its `__traceback__` the frames that it passes, with all
-that these refer to, and sets its `__context__`. So an exception that is kept is raised once at most, and then copies.
+that these refer to, and sets its `__context__`. So of an exception that is kept copies are raised.
 
 Invariants: what is kept never changes. Threads: any. Failure: a class whose instances cannot be copied has the
 exception itself raised, with the traceback that it came with.
@@ -9,7 +9,7 @@ exception itself raised, with the traceback that it came with.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
 
 from zrpc.exception_text import (
     args_of,
@@ -23,29 +23,33 @@ from zrpc.exception_text import (
     suppresses_context,
     traceback_of,
 )
-from zrpc.wire.exception_fields import constructor_args, dict_of, new, slots_of
+from zrpc.wire.exception_fields import constructor_args, dict_of, new, set_slots, slot_values
 
 
 class Raisable:
-    """Keeps one exception, to raise it, once, and copies of it.
+    """Keeps one exception, to raise copies of it.
 
     Attributes:
         error: the exception. Not to be raised but by `take`.
     """
 
-    __slots__ = ("_traceback", "_unraised", "error")
+    __slots__ = ("_kept", "_traceback", "_untaken", "error")
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
+        self._kept = error
+        self._untaken = [error]
         self._traceback = traceback_of(error)
-        self._unraised = [error]
 
     def take(self) -> BaseException:
-        """What to raise: the exception itself for the first thread that asks, then copies."""
-        try:
-            return self._unraised.pop()
-        except IndexError:
-            return self.copy()
+        """The exception itself, to raise, for the first that asks; then copies of it as it was."""
+        if self._untaken:
+            kept = copy_exception(self.error)
+            with suppress(IndexError):  # another thread was quicker
+                error = self._untaken.pop()
+                self._kept = kept
+                return error
+        return self.copy()
 
     def drop_traceback(self) -> None:
         """Keep the traceback that the exception came with no longer: it refers to frames, and these to others."""
@@ -53,7 +57,7 @@ class Raisable:
 
     def copy(self) -> BaseException:
         """A copy to raise: of the same class, with the same fields, links and traceback."""
-        return BaseException.with_traceback(copy_exception(self.error), self._traceback)
+        return BaseException.with_traceback(copy_exception(self._kept), self._traceback)
 
 
 def copy_exception(error: BaseException) -> BaseException:
@@ -63,9 +67,11 @@ def copy_exception(error: BaseException) -> BaseException:
         copied = new(cls, constructor_args(error))
         if type(copied) is not cls:
             return error
-        dict_of(copied).update(dict_of(error))
-        for descriptor in slots_of(cls).values():
-            _copy_slot(descriptor, error, copied)
+        attributes = dict_of(copied)
+        attributes.update(dict_of(error))
+        if type(attributes.get("__notes__")) is list:
+            attributes["__notes__"] = list(attributes["__notes__"])
+        set_slots(copied, slot_values(error))
     except BaseException as failure:
         if is_interrupt(failure):
             raise
@@ -75,10 +81,3 @@ def copy_exception(error: BaseException) -> BaseException:
     set_context(copied, context_of(error))
     set_suppresses_context(copied, suppresses_context(error))
     return copied
-
-
-def _copy_slot(descriptor: Any, error: BaseException, copied: BaseException) -> None:
-    try:
-        descriptor.__set__(copied, descriptor.__get__(error))
-    except (AttributeError, TypeError):  # never set, or not to be set
-        return

@@ -10,12 +10,13 @@ import copyreg
 import logging
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc.errors import SerializationError
+from zrpc.errors import RemoteError, SerializationError
 from zrpc.exception_text import is_interrupt, text_of
 from zrpc.wire.payload import Passenger, Payload
 from zrpc.wire.streams import Writer
@@ -32,6 +33,42 @@ Reduced = tuple[Any, ...]
 """What a reducer returns: a function that makes the object again, its arguments, and more (see `object.__reduce__`)."""
 
 
+class SentExceptions:
+    """The exceptions that a stream leads to. Each is in a table beside the stream, which has its number."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+        self._numbers: dict[int, int] = {}
+
+    def number_of(self, error: BaseException) -> int:
+        """The number of `error`, which is taken in if it is new."""
+        number = self._numbers.setdefault(id(error), len(self.errors))
+        if number == len(self.errors):
+            self.errors.append(error)
+        return number
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length`."""
+        for error in self.errors[length:]:
+            del self._numbers[id(error)]
+        del self.errors[length:]
+
+
+class ReceivedExceptions:
+    """The table that came beside a stream, and what was made of it.
+
+    Attributes:
+        states: what tells of each exception.
+        made: the exceptions, by number; None: it is being made.
+        links: what is to be done once the stream is read: `set_link(exception of that number)`.
+    """
+
+    def __init__(self, states: list[tuple[Any, ...]]) -> None:
+        self.states = states
+        self.made: dict[int, BaseException | None] = {}
+        self.links: list[tuple[Callable[[BaseException], object], int]] = []
+
+
 class UnderWay(threading.local):
     """The payloads that this thread's pickling fills and reads; a nested one puts its own there."""
 
@@ -41,21 +78,21 @@ class UnderWay(threading.local):
     is_graph_kept: bool = False
     is_trial: bool = False
     takes_attachments: bool = True
-    sending_memo: dict[int, Any] | None = None
-    receiving_memo: dict[int, Any] | None = None
+    sent_exceptions: SentExceptions | None = None
+    received_exceptions: ReceivedExceptions | None = None
 
     def enter(
         self, payload: Payload, buffers: list[Buffer] | None, is_graph_kept: bool, takes_attachments: bool
     ) -> tuple[Any, ...]:
         """Fill `payload` from now on; what is to be given to `leave`."""
-        outer = self.sending, self.buffers, self.is_graph_kept, self.takes_attachments, self.sending_memo
+        outer = self.sending, self.buffers, self.is_graph_kept, self.takes_attachments, self.sent_exceptions
         self.sending, self.buffers, self.is_graph_kept = payload, buffers, is_graph_kept
-        self.takes_attachments, self.sending_memo = takes_attachments, None
+        self.takes_attachments, self.sent_exceptions = takes_attachments, None
         return outer
 
     def leave(self, outer: tuple[Any, ...]) -> None:
         """Undo `enter`."""
-        self.sending, self.buffers, self.is_graph_kept, self.takes_attachments, self.sending_memo = outer
+        self.sending, self.buffers, self.is_graph_kept, self.takes_attachments, self.sent_exceptions = outer
 
 
 under_way = UnderWay()
@@ -115,8 +152,8 @@ class _DispatchTable(dict[type, Callable[[Any], Any]]):
     """Our reducers, and behind them those that anybody gives to `copyreg`, at any time."""
 
     def __missing__(self, cls: type) -> Callable[[Any], Any]:
-        if issubclass(cls, BaseException) and _of_exceptions:
-            return _of_exceptions[0]
+        if issubclass(cls, BaseException):  # it heeds what `copyreg` has
+            return reduce_exception
         reducer = copyreg.dispatch_table.get(cls)
         if reducer is not None:
             return reducer
@@ -127,8 +164,31 @@ class _DispatchTable(dict[type, Callable[[Any], Any]]):
 
 
 dispatch_table = _DispatchTable({torch.Tensor: reduce_tensor})
-_of_exceptions: list[Callable[[Any], Reduced]] = []
 _bases: list[tuple[type, Callable[[type], Callable[[Any], Any]]]] = []
+
+
+def reduce_exception(error: BaseException) -> Reduced:
+    """Name an exception; `zrpc.wire.exception_state` says how it travels."""
+    return exception_of, (sent_exceptions().number_of(error),)
+
+
+def exception_of(number: int) -> BaseException:
+    """The exception of that number. It is made when it is first asked for."""
+    received = received_exceptions()
+    if number not in received.made:
+        received.made[number] = None
+        received.made[number] = _make_exception(received.states[number])
+    made = received.made[number]
+    return RemoteError("an exception that leads back to itself by its arguments") if made is None else made
+
+
+def make_exceptions_with(make: Callable[[tuple[Any, ...]], BaseException]) -> None:
+    """From now on make exceptions of their states as `make` does."""
+    global _make_exception
+    _make_exception = make
+
+
+_make_exception: Callable[[tuple[Any, ...]], BaseException]
 
 
 def register_reducer(cls: type, reducer: Callable[[Any], Reduced]) -> None:
@@ -141,11 +201,6 @@ def register_base(base: type, reducer_of: Callable[[type], Callable[[Any], Any]]
     _bases.append((base, reducer_of))
 
 
-def register_exceptions(reducer: Callable[[Any], Reduced]) -> None:
-    """From now on pickle exceptions of every class as `reducer` says, which heeds those given to `copyreg`."""
-    _of_exceptions[:] = [reducer]
-
-
 def dump_part(obj: Any) -> bytes:
     """Pickle `obj` into a stream of its own, whose tensors and buffers are in the payload that this thread makes.
 
@@ -154,23 +209,29 @@ def dump_part(obj: Any) -> bytes:
     Raises:
         BaseException: whatever pickling `obj` raises.
     """
-    payload, buffers, memo = under_way.sending, under_way.buffers, sending_memo()
-    assert payload is not None  # only dumps() calls reducers
-    num_tensors, num_buffers = len(payload.tensors), len(buffers or ())
-    passengers, known = dict(payload.passengers or {}), set(memo)
-    stream = Writer()
-    try:
+    with tentatively():
+        stream = Writer()
         pickler = pickle.Pickler(stream, PROTOCOL)
         pickler.dispatch_table = dispatch_table
         pickler.dump(obj)
         return stream.whole()
+
+
+@contextmanager
+def tentatively() -> Iterator[None]:
+    """Where the body raises, the payload that this thread makes is as it was before."""
+    payload, buffers, exceptions = under_way.sending, under_way.buffers, sent_exceptions()
+    assert payload is not None  # only dumps() calls reducers
+    num_tensors, num_buffers, num_exceptions = len(payload.tensors), len(buffers or ()), len(exceptions.errors)
+    passengers = dict(payload.passengers or {})
+    try:
+        yield
     except BaseException:
         del payload.tensors[num_tensors:]
         if buffers is not None:
             del buffers[num_buffers:]
         payload.passengers = passengers or None
-        for key in memo.keys() - known:
-            del memo[key]
+        exceptions.cut(num_exceptions)
         raise
 
 
@@ -183,20 +244,20 @@ def load_part(stream: bytes) -> Any:
     return pickle.loads(stream)
 
 
-def sending_memo() -> dict[int, Any]:
-    """What reducers remember within the stream that this thread makes."""
-    memo = under_way.sending_memo
-    if memo is None:
-        memo = under_way.sending_memo = {}
-    return memo
+def sent_exceptions() -> SentExceptions:
+    """The exceptions that the stream that this thread makes leads to."""
+    found = under_way.sent_exceptions
+    if found is None:
+        found = under_way.sent_exceptions = SentExceptions()
+    return found
 
 
-def receiving_memo() -> dict[int, Any]:
-    """What was made by reducers' functions within the stream that this thread reads."""
-    memo = under_way.receiving_memo
-    if memo is None:
-        memo = under_way.receiving_memo = {}
-    return memo
+def received_exceptions() -> ReceivedExceptions:
+    """The exceptions of the stream that this thread reads."""
+    found = under_way.received_exceptions
+    if found is None:
+        raise pickle.UnpicklingError("a stream with exceptions beside it can only be read by zrpc")
+    return found
 
 
 def is_graph_kept() -> bool:

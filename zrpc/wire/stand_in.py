@@ -16,13 +16,14 @@ from zrpc.exception_text import (
     class_name,
     context_of,
     is_interrupt,
+    module_name,
     set_args,
     set_cause,
     set_context,
     set_suppresses_context,
     suppresses_context,
 )
-from zrpc.wire.exception_fields import constructor_args, dict_of, new, slots_of
+from zrpc.wire.exception_fields import constructor_args, dict_of, new, set_slots, slot_values
 
 MARK = "_zrpc_stand_in"
 """An attribute of each such class."""
@@ -37,7 +38,7 @@ def stand_in(cls: type[BaseException], name: str, text: str) -> type[BaseExcepti
 
     def fill(namespace: dict[str, Any]) -> None:
         namespace.update({
-            "__module__": cls.__module__, "__qualname__": name, "__str__": lambda _: text, MARK: True,
+            "__module__": module_name(cls), "__qualname__": name, "__str__": lambda _: text, MARK: True,
             "__del__": lambda _: None,  # a destructor may need what did not travel
         })  # fmt: skip
 
@@ -58,11 +59,7 @@ def as_stand_in(error: BaseException, text: str) -> BaseException | None:
     try:
         made = new(stand_in(type(error), class_name(type(error)), text), constructor_args(error))
         dict_of(made).update(dict_of(error))
-        for descriptor in slots_of(type(error)).values():
-            try:
-                descriptor.__set__(made, descriptor.__get__(error))
-            except AttributeError:  # never set, or not to be set
-                continue
+        set_slots(made, slot_values(error))
     except BaseException as failure:
         if is_interrupt(failure):
             raise

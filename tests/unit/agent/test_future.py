@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import sys
 import threading
 import weakref
@@ -177,7 +178,8 @@ def test_then_hands_errors_on_as_torch_does() -> None:
 
 def test_a_future_ends_though_who_makes_its_outcome_is_interrupted() -> None:
     def interrupted(_: object) -> str:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        return "never"
 
     owner = Owner()
     with completer(read_by_caller=True) as completions:
@@ -186,6 +188,18 @@ def test_a_future_ends_though_who_makes_its_outcome_is_interrupted() -> None:
         with pytest.raises(KeyboardInterrupt):
             future.wait()
         with pytest.raises(ZrpcError, match="KeyboardInterrupt was raised while it was made"):
+            future.wait()
+
+
+def test_what_a_function_raises_is_no_interrupt_of_the_thread_that_waits() -> None:
+    def interrupting(_: object) -> str:
+        raise KeyboardInterrupt("of the function")
+
+    owner = Owner()
+    with completer(read_by_caller=True) as completions:
+        future = future_of(owner.call(), interrupting, completions)
+        owner.finish(ANSWER)
+        with pytest.raises(ZrpcError, match="KeyboardInterrupt: of the function was raised while it was made"):
             future.wait()
         origin: Future[int] = Future()
         child = origin.then(lambda _: sys.exit(1))

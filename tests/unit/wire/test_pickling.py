@@ -443,6 +443,14 @@ def test_passengers_board_and_alight_by_their_keys() -> None:
     assert pickling.alight(b"one") is None, "nothing is read"
 
 
+def test_keys_of_passengers_are_found_in_streams_in_pieces() -> None:
+    payload = pickling.dumps([bytes(1 << 20), Traveller(b"one"), bytearray(1 << 20), Traveller(b"two")])
+    assert len(payload.buffers) > 1
+    assert payload.has_in_stream(b"one")
+    assert payload.has_in_stream(b"two")
+    assert not payload.has_in_stream(b"three")
+
+
 def test_a_payload_without_passengers_has_none() -> None:
     payload = pickling.dumps([1, torch.ones(1)])
     assert payload.passengers is None
