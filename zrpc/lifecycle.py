@@ -31,6 +31,8 @@ from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zrpc.membership.store import Store
 
 log = logging.getLogger("zrpc")
@@ -44,6 +46,8 @@ UNLIMITED_JOIN_S = 1800.0
 """How long to wait for the others where `rpc_timeout` is 0, no limit."""
 RREF_DRAIN_S = 100.0
 """How long a static group's references may take to be given up at shutdown; torch waits as long."""
+LOSS_DRAIN_S = 5.0
+"""The same where workers are lost: what they took along of the protocol of references is not waited for."""
 FLUSH_S = 2.0
 """How long last messages may take to leave at shutdown."""
 
@@ -110,24 +114,26 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
     """Stop being a worker.
 
     Args:
-        graceful: first wait until every worker of a static group has come here too and its calls are done. A worker
-            that is lost is not waited for: it ends the wait with an error.
+        graceful: first wait until every worker of a static group has come here too and its calls are done, and serve
+            it meanwhile. A worker that is lost is not waited for; the others are, and then learn of it.
         timeout: seconds for each of the steps: to wait for the others, for references to be given up, for calls to end,
             and for the others again; 0: no limit, but `RREF_DRAIN_S` for references.
 
     Raises:
         NotInitializedError: this process is no worker.
         ConfigError: `timeout` is no number of seconds.
-        PeerLostError: a worker died; this one is shut down all the same.
-        RpcTimeoutError: the others did not come within `timeout`; the same.
+        PeerLostError: workers died, and all others have come; or some did not come within `timeout`. The text names
+            them. This worker is shut down all the same.
+        RpcTimeoutError: a worker that has come could not be told within `timeout` that all have; the same.
     """
     agent = current_agent()
     limit_s = check_timeout(timeout, "timeout")
     try:
         if graceful and agent.is_static_group:
-            gather.all_gather(None, timeout=limit_s)
-            finish_work(agent, limit_s)
-            gather.all_gather(None, timeout=limit_s)
+            lost = workers_lost(gather.gather_living, limit_s)
+            delete_rrefs(agent, limit_s if lost is None else LOSS_DRAIN_S)
+            finish_calls(agent, limit_s)
+            gather.gather_living(limit_s)
         elif graceful:
             delete_rrefs(agent, FLUSH_S)  # others may go on using what this worker owns: that is no reason to stay
             finish_calls(agent, limit_s)
@@ -135,10 +141,16 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
         finalize(agent, ignore_rref_leak=True)
 
 
-def finish_work(agent: Agent, timeout_s: float) -> None:
-    """Give up this worker's references and wait until nothing is under way, up to `timeout_s` for each; see these."""
-    delete_rrefs(agent, timeout_s)
-    finish_calls(agent, timeout_s)
+def workers_lost(wait: Callable[[float], None], timeout_s: float) -> gather.WorkersLostError | None:
+    """Call `wait`, which waits for the living as `gather.gather_living`; the error that names the lost ones, if any.
+
+    It is kept back: those that live have calls under way that are to end well. The next wait raises it again.
+    """
+    try:
+        wait(timeout_s)
+    except gather.WorkersLostError as error:
+        return error
+    return None
 
 
 def delete_rrefs(agent: Agent, timeout_s: float) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"zrpc": ROOT / "zrpc", "zrpc_broker": ROOT / "broker"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("zrpc.errors", "zrpc.config", "zrpc.ids", "zrpc.functions", "zrpc.threads"),
+    ("zrpc.errors", "zrpc.config", "zrpc.ids", "zrpc.functions", "zrpc.gathering", "zrpc.threads"),
     ("zrpc.wire",),
     ("zrpc.staging",),
     ("zrpc.transport",),

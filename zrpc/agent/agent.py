@@ -108,6 +108,7 @@ class Agent:
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
+        self._any_lost = False
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
         self.staging.on_streams = self._run_on
         self.handle(PythonCall, serve_python, inline=False)
@@ -135,9 +136,13 @@ class Agent:
         self._server.open()
 
     def quiesce(self, timeout_s: float) -> bool:
-        """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short."""
+        """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short.
+
+        Once a worker of a static group is lost, requests are not waited for: those of the lost one may never be
+        answered, and for the others their callers wait.
+        """
         deadline = time.monotonic() + timeout_s if timeout_s else None
-        while self._calls or self._server.num_serving:
+        while self._calls or (self._server.num_serving and not (self._any_lost and self.is_static_group)):
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return False
@@ -390,6 +395,7 @@ class Agent:
         """A peer left or is lost: its calls fail."""
         if self._closed:
             return
+        self._any_lost = True
         self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
         error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
         self._calls.lose(worker.id, error)
