@@ -330,6 +330,7 @@ def gather_living(timeout: float) -> None:
     objects = gatherings.gather_living(None, names, timeout)
     lost = [f"{name} is lost ({obj.reason})" for name, obj in objects.items() if isinstance(obj, Lost)]
     if lost:
+        agent.lost_at = agent.lost_at or time.monotonic()  # it may know of it from the leader alone
         raise WorkersLostError(f"all other workers came to their shutdown, but {'; '.join(lost)}")
 
 

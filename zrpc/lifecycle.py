@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +52,10 @@ LOSS_DRAIN_S = 5.0
 """The same where workers are lost: what they took along of the protocol of references is not waited for."""
 FLUSH_S = 2.0
 """How long last messages may take to leave at shutdown."""
+EXIT_AFTER_LOSS_S = 1.0
+"""A process does not end sooner than this after it has lost another worker, which mostly died of an error of its own.
+Launchers look at their processes every so often (torchrun every 0.1 s), and report one of those that they find ended.
+"""
 
 
 def init_rpc(
@@ -171,12 +177,17 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
         RuntimeError: values are still referenced by others, and `ignore_rref_leak` is false. It is ended all the same.
     """
     try:
-        agent.extensions[AutogradService].close()
-        agent.extensions[RRefContext].destroy(ignore_rref_leak)
+        _end_extensions(agent, ignore_rref_leak)
     finally:
+        _losses.note(agent)
         agent.say_goodbye(FLUSH_S)
         agent.close(FLUSH_S)
         set_agent(None)
+
+
+def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
+    agent.extensions[AutogradService].close()
+    agent.extensions[RRefContext].destroy(ignore_rref_leak)
 
 
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
@@ -280,9 +291,35 @@ def _join_limit_s(options: RpcBackendOptions) -> float:
     return options.rpc_timeout or UNLIMITED_JOIN_S
 
 
+class _Losses:
+    """When this process, in whatever group, last lost another worker."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def note(self, agent: Agent) -> None:
+        """`agent` ends."""
+        self._last = max(self._last, -math.inf if agent.lost_at is None else agent.lost_at)
+
+    def left_s(self) -> float:
+        """For how long this process should not end yet."""
+        return self._last + EXIT_AFTER_LOSS_S - time.monotonic()
+
+
+_losses = _Losses()
+
+
 @atexit.register
-def _leave_at_exit() -> None:
-    """A program that ends without `shutdown` leaves without waiting for anybody."""
+def _at_exit() -> None:
+    """A program that ends without `shutdown` waits for no other worker, and the others learn of it when it is gone."""
     if is_agent_set():
+        agent = current_agent()
         with contextlib.suppress(Exception):
-            finalize(current_agent(), ignore_rref_leak=True)
+            _end_extensions(agent, ignore_rref_leak=True)
+        with contextlib.suppress(Exception):
+            agent.close(FLUSH_S, at_exit=True)
+        _losses.note(agent)
+        set_agent(None)
+    left_s = _losses.left_s()
+    if left_s > 0:
+        time.sleep(left_s)

@@ -25,7 +25,7 @@ def test_a_follower_waits_for_the_leader_also_when_all_have_come() -> None:
     one.settle({"c": "gone"})
     assert not one.is_complete
     one.conclude({"a": 1, "b": 2, "c": Lost("gone")}, None)
-    assert one.is_complete and not one.is_led_here and one.objects["c"] == Lost("gone")
+    assert (one.is_complete, one.is_led_here, one.objects["c"]) == (True, False, Lost("gone"))
 
 
 def test_a_loss_ends_one_that_does_not_survive_losses() -> None:
@@ -43,7 +43,7 @@ def test_where_losses_are_survived_the_living_are_waited_for() -> None:
     assert not one.is_complete
     one.objects["c"] = "C"
     one.settle({"b": "gone"})
-    assert one.is_complete and one.objects == {"a": "A", "b": Lost("gone"), "c": "C"}
+    assert (one.is_complete, one.objects) == (True, {"a": "A", "b": Lost("gone"), "c": "C"})
 
 
 def test_the_next_name_leads_where_the_leader_is_lost() -> None:
@@ -54,4 +54,4 @@ def test_the_next_name_leads_where_the_leader_is_lost() -> None:
     assert not one.is_complete
     one.objects["b"] = "B"
     one.settle({"a": "gone"})
-    assert one.is_led_here and one.objects["a"] == Lost("gone")
+    assert (one.is_led_here, one.objects["a"]) == (True, Lost("gone"))

@@ -108,7 +108,7 @@ class Agent:
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
-        self._any_lost = False
+        self.lost_at: float | None = None  # when a peer was last lost, or left (`time.monotonic`)
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
         self.staging.on_streams = self._run_on
         self.handle(PythonCall, serve_python, inline=False)
@@ -142,7 +142,7 @@ class Agent:
         answered, and for the others their callers wait.
         """
         deadline = time.monotonic() + timeout_s if timeout_s else None
-        while self._calls or (self._server.num_serving and not (self._any_lost and self.is_static_group)):
+        while self._calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return False
@@ -164,8 +164,13 @@ class Agent:
             with suppress(ZrpcError):
                 call.wait()
 
-    def close(self, flush_s: float) -> None:
-        """Leave the group and stop. Calls under way end with `AgentClosedError`. Idempotent."""
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
+        """Leave the group and stop. Calls under way end with `AgentClosedError`. Idempotent.
+
+        With `at_exit` the process is about to end without `shutdown`, maybe by an error of its own. The others are to
+        learn of it when it is gone, and not before: else theirs may end first, and whoever started all of them sees
+        another worker's error. So no goodbye is said, and the connections are left for the system to break.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -175,8 +180,9 @@ class Agent:
         self._server.pool.close(flush_s)
         self._stagers.close(flush_s)
         self._carrier.flush()
-        self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
-        self._carrier.close(flush_s)
+        # After the last answers: a broker relays nothing for one who has left.
+        self._group.leave(flush_s, at_exit=at_exit)
+        self._carrier.close(flush_s, at_exit=at_exit)
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
         self.staging.close(flush_s)
@@ -395,7 +401,7 @@ class Agent:
         """A peer left or is lost: its calls fail."""
         if self._closed:
             return
-        self._any_lost = True
+        self.lost_at = time.monotonic()
         self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
         error = PeerLostError(f"{worker} is lost: {reason}. It is not known whether the call ran there")
         self._calls.lose(worker.id, error)

@@ -129,11 +129,14 @@ class BrokerGroup:
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The broker has told everybody at once, and does not end with a worker."""
 
-    def leave(self, timeout_s: float) -> None:
-        """See `Group.leave`. Waits for the broker's answer: all that this worker sent before has passed it then."""
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
+        """See `Group.leave`. Waits for the broker's answer: all that this worker sent before has passed it then.
+
+        At exit nothing is said: the broker sees the connection break, and makes name and rank free again.
+        """
         with self._changed:
             was, self._state = self._state, _State.LEAVING
-        if was is _State.JOINED:
+        if was is _State.JOINED and not at_exit:
             with contextlib.suppress(ZrpcError):
                 self._tell(Leave())
                 with self._changed:

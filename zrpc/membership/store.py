@@ -116,8 +116,12 @@ class StoreGroup:
                 time.sleep(POLL_MIN_S)  # see `_await_roster`
                 lingering = self._store.add("lingering", 0)
 
-    def leave(self, timeout_s: float) -> None:
-        """See `Group.leave`. A static group ends as a whole: there is nothing to say."""
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
+        """See `Group.leave`. A static group ends as a whole: there is nothing to say.
+
+        In a dynamic one a goodbye alone makes name and rank free again, so that it is said at exit too.
+        """
+        del at_exit
         me, self._me = self._me, None
         if me is None or not self._dynamic:
             return
