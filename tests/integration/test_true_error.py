@@ -42,6 +42,7 @@ except rpc.errors.PeerLostError:
 SPAWNED = """
 import os, signal, sys
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 import zrpc as rpc
 
 def fail():
@@ -66,7 +67,7 @@ def work(rank, init_method, how):
 if __name__ == "__main__":
     try:
         mp.start_processes(work, args=tuple(sys.argv[1:3]), nprocs=3, start_method="spawn")
-    except mp.ProcessException as error:
+    except ProcessException as error:
         print(error.error_index)
 """
 
