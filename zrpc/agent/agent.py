@@ -137,9 +137,7 @@ class Agent:
 
     def quiesce(self, timeout_s: float) -> bool:
         """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short.
-
-        Once a worker of a static group is lost, requests are not waited for: those of the lost one may never be
-        answered, and for the others their callers wait.
+        Once a worker of a static group is lost, whose requests may never end, callers alone wait for theirs.
         """
         deadline = time.monotonic() + timeout_s if timeout_s else None
         while self._calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
@@ -165,12 +163,7 @@ class Agent:
                 call.wait()
 
     def close(self, flush_s: float, *, at_exit: bool = False) -> None:
-        """Leave the group and stop. Calls under way end with `AgentClosedError`. Idempotent.
-
-        With `at_exit` the process is about to end without `shutdown`, maybe by an error of its own. The others are to
-        learn of it when it is gone, and not before: else theirs may end first, and whoever started all of them sees
-        another worker's error. So no goodbye is said, and the connections are left for the system to break.
-        """
+        """Leave and stop; `at_exit`: see `Endpoint.close`. Calls under way end with `AgentClosedError`. Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -180,8 +173,7 @@ class Agent:
         self._server.pool.close(flush_s)
         self._stagers.close(flush_s)
         self._carrier.flush()
-        # After the last answers: a broker relays nothing for one who has left.
-        self._group.leave(flush_s, at_exit=at_exit)
+        self._group.leave(flush_s, at_exit=at_exit)  # after the last answers: a broker relays nothing for the gone
         self._carrier.close(flush_s, at_exit=at_exit)
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)

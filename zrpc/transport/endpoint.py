@@ -52,5 +52,7 @@ class Endpoint(Protocol):
     def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         """Stop reading, give what is unsent up to `flush_s` seconds to leave, and close every socket. Idempotent.
 
-        With `at_exit` the process is about to end, and the connections by which others notice that are left to it.
+        With `at_exit` the process is about to end, maybe by an error of its own. The connections by which others notice
+        that are left for the system to break when it is gone: else theirs might end first, and whoever started all of
+        them would see another worker's error.
         """
