@@ -376,8 +376,6 @@ class Agent:
         if answer.extras and self.hooks.passengers is not None:
             self.submit(partial(self.hooks.discard_answer, answer.extras))
 
-    # ---- members ---------------------------------------------------------------------------------------------------
-
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
         self._peers.says_goodbye(request.source)
