@@ -1,20 +1,30 @@
-"""All-gather and barrier over calls: everybody tells the leader, the leader tells everybody.
+"""All-gather and barrier over calls: all tell the leader, the leader tells all.
 
-The leader is the first of the workers' names in order. A worker that is lost before it has told the leader ends the
-gathering with an error on every other worker: nobody waits for the dead.
+There are two kinds.
+
+- `all_gather`: the leader is the first of the workers' names in order. A worker that is lost before it has told the
+  leader ends the gathering with an error on every other worker.
+- `gather_living`, for shutdown: a loss ends nothing. The gathering is complete when each worker has told the leader or
+  is lost; then every worker gets the same result, which names the lost ones. The leader is the first name that is not
+  lost. Where it is lost itself, each worker tells the next one, as soon as it notices.
+
+A leader that is lost after it has told some of the workers leaves them with the result. Each keeps it, and gives it to
+workers that tell it later. In the last gathering before the end those may have left by then: who was not told by them
+names them as lost too.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RpcTimeoutError
+from zrpc.gathering import Gathering, Key, Lost
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
 
@@ -28,18 +38,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
-RemoteCall = tuple["Callable[..., None]", tuple[Any, ...]]
-Key = tuple[tuple[str, ...], int]
-"""Which gathering: the sorted names, and how many gatherings of the same workers came before."""
+RemoteCall = tuple["Callable[..., Any]", tuple[Any, ...]]
+
+ASK_TIMEOUT_S = 1.0
+"""How long a worker whose time is over waits to be told, or to tell, which workers did not come."""
+TELL_TIMEOUT_S = 30.0
+"""How long it may take to give a result to a worker that asks for it late."""
 
 
-@dataclass(slots=True)
-class _Gathering:
-    """One gathering, owned by its `Gatherings`' lock until `complete` is set."""
-
-    objects: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-    complete: threading.Event = field(default_factory=threading.Event)
+class WorkersLostError(PeerLostError):
+    """All workers came to a gathering that survives losses, but those that are lost; the text names them."""
 
 
 class RemoteFunctions:
@@ -50,7 +58,7 @@ class RemoteFunctions:
         return _contribute, (key, name, obj)
 
     def conclusion(self, key: Key, objects: dict[str, Any]) -> RemoteCall:
-        """On a follower: everybody took part, and this came of it."""
+        """On a follower: all took part, and this came of it."""
         return _conclude, (key, objects, None)
 
     def failure(self, key: Key, reason: str) -> RemoteCall:
@@ -68,9 +76,10 @@ class Gatherings:
     def __init__(self, agent: Agent) -> None:
         self.remote = RemoteFunctions()
         self._agent = agent
-        self._lock = threading.Lock()
-        self._gatherings: defaultdict[Key, _Gathering] = defaultdict(_Gathering)
-        self._counters: defaultdict[tuple[str, ...], int] = defaultdict(int)
+        self._changed = threading.Condition(threading.Lock())  # its lock owns what follows
+        self._gatherings: dict[Key, Gathering] = {}
+        self._counters: defaultdict[tuple[tuple[str, ...], bool], int] = defaultdict(int)
+        self._results: dict[Key, dict[str, Any]] = {}  # of gatherings that survive losses
         self._lost: dict[str, str] = {}
         agent.on_peer_lost(self._on_peer_lost)
 
@@ -79,10 +88,7 @@ class Gatherings:
     ) -> dict[str, Any]:
         """Take part in the next gathering of `names`; see `all_gather`."""
         me, leader = self._agent.info.name, names[0]
-        with self._lock:
-            key = (names, self._counters[names])
-            self._counters[names] += 1
-            gathering = self._gatherings[key]
+        key, gathering = self._begin(names, survives_loss=False)
         try:
             if me == leader:
                 for name in names:
@@ -90,55 +96,162 @@ class Gatherings:
                 self.contribute(key, me, obj)
             else:
                 self._tell_leader(key, gathering, obj, call_timeout_s)
-            with blocking():
-                if not gathering.complete.wait(wait_timeout_s):
-                    self._fail(gathering, f"not all of {', '.join(names)} came within {wait_timeout_s:g} s")
+            with blocking(), self._changed:
+                if not self._changed.wait_for(lambda: gathering.is_complete, wait_timeout_s):
+                    gathering.fail(f"not all of {', '.join(names)} came within {wait_timeout_s:g} s")
             if me == leader:
-                self._tell_followers(key, gathering, names, call_timeout_s)
+                self._tell_followers(key, gathering, call_timeout_s)
             if gathering.error is not None:
                 raise PeerLostError(f"the gathering of {', '.join(names)} cannot be completed: {gathering.error}")
             return gathering.objects
         finally:
-            with self._lock:
+            with self._changed:
                 self._gatherings.pop(key, None)
 
-    def _tell_leader(self, key: Key, gathering: _Gathering, obj: Any, timeout_s: float) -> None:
-        """Take part, unless the leader has given up already and said so, maybe as its last word."""
+    def gather_living(self, obj: Any, names: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
+        """Take part in the next gathering of `names` that survives losses; see `gather_living`."""
+        me = self._agent.info.name
+        deadline = time.monotonic() + timeout_s if timeout_s else None
+        key, gathering = self._begin(names, survives_loss=True)
         try:
-            if not gathering.complete.is_set():
-                told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
-                self._start(key[0][0], told, timeout_s, waited=True).wait()
-        except PeerLostError:
-            if not gathering.complete.is_set():
-                raise
+            self.contribute(key, me, obj)
+            while not gathering.is_complete:
+                leader = gathering.leader(self._lost)
+                if leader == me:
+                    self._watch_all(key)
+                else:
+                    self._tell_next_leader(key, leader, obj, deadline)
+                if not self._wait_while_led_by(leader, gathering, deadline):
+                    break
+            if not gathering.is_complete:
+                raise self._late(key, gathering, timeout_s)
+            if gathering.is_led_here:
+                self._tell_followers(key, gathering, timeout_s)
+            return gathering.objects
+        finally:
+            with self._changed:
+                if gathering.is_complete:  # else others may ask who came
+                    self._gatherings.pop(key, None)
 
     def contribute(self, key: Key, name: str, obj: Any) -> None:
-        """On the leader: `name` takes part with `obj`."""
-        with self._lock:
-            gathering = self._gatherings[key]
-            gathering.objects[name] = obj
-            if set(key[0]) == set(gathering.objects):
-                gathering.complete.set()
-            else:
-                self._check_lost(key, gathering)
+        """On the leader, or who may become it: `name` takes part with `obj`."""
+        with self._changed:
+            result = self._results.get(key)
+            if result is None:
+                gathering = self._at(key)
+                gathering.objects[name] = obj
+                gathering.settle(self._lost)
+                self._note(gathering)
+        if result is not None and name != self._agent.info.name:  # the leader was lost before it could tell `name`
+            self._start(name, _payload(self.remote.conclusion(key, result)), TELL_TIMEOUT_S)
 
     def conclude(self, key: Key, objects: dict[str, Any], error: str | None) -> None:
         """On a follower: this is what the leader gathered."""
-        with self._lock:
-            gathering = self._gatherings[key]  # maybe before this worker has come here
-            if not gathering.complete.is_set():
-                gathering.objects, gathering.error = objects, error
-                gathering.complete.set()
+        with self._changed:
+            if key in self._results:
+                return
+            gathering = self._at(key)  # maybe before this worker has come here
+            gathering.conclude(objects, error)
+            self._note(gathering)
 
-    def _tell_followers(self, key: Key, gathering: _Gathering, names: tuple[str, ...], timeout_s: float) -> None:
+    def missing(self, key: Key) -> list[str]:
+        """Which workers have not come to a gathering, as far as this worker knows; without those that are lost."""
+        with self._changed:
+            return [name for name in self._at(key).awaited() if name not in self._lost]
+
+    def give_up(self, key: Key, missing: list[str]) -> None:
+        """On a follower: the leader's time is over, and `missing` had not come to it. This worker waits on."""
+        with self._changed:
+            if key not in self._results:
+                self._at(key).missing = missing
+
+    # ---- under the lock ---------------------------------------------------------------------------------------------
+
+    def _at(self, key: Key) -> Gathering:
+        """The gathering of that key; others may begin it before this worker does."""
+        gathering = self._gatherings.get(key)
+        if gathering is None:
+            gathering = self._gatherings[key] = Gathering(key, self._agent.info.name)
+        return gathering
+
+    def _note(self, gathering: Gathering) -> None:
+        """It has changed, and may be complete."""
+        if gathering.is_complete and gathering.key.survives_loss:
+            self._results[gathering.key] = gathering.objects
+        self._changed.notify_all()
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, names: tuple[str, ...], survives_loss: bool) -> tuple[Key, Gathering]:
+        with self._changed:
+            key = Key(names, self._counters[names, survives_loss], survives_loss)
+            self._counters[names, survives_loss] += 1
+            return key, self._at(key)
+
+    def _tell_leader(self, key: Key, gathering: Gathering, obj: Any, timeout_s: float) -> None:
+        """Take part, unless the leader has given up already and said so, maybe as its last word."""
+        try:
+            if not gathering.is_complete:
+                told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
+                self._start(key.names[0], told, timeout_s, waited=True).wait()
+        except PeerLostError:
+            if not gathering.is_complete:
+                raise
+
+    def _tell_next_leader(self, key: Key, leader: str, obj: Any, deadline: float | None) -> None:
+        """The same where the leader may be lost; then it is known here to be lost."""
+        told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
+        try:
+            self._start(leader, told, _left_s(deadline) or 0.0, waited=True).wait()
+        except RpcTimeoutError:
+            return  # the wait that follows finds that the time is over
+        except PeerLostError as error:
+            self._note_lost(leader, str(error))
+
+    def _wait_while_led_by(self, leader: str, gathering: Gathering, deadline: float | None) -> bool:
+        """Wait until it is complete, or another worker than `leader` is to lead it; false: the time is over."""
+        with blocking(), self._changed:
+            return self._changed.wait_for(
+                lambda: gathering.is_complete or gathering.leader(self._lost) != leader, _left_s(deadline)
+            )
+
+    def _watch_all(self, key: Key) -> None:
+        for name in key.names:
+            if name != self._agent.info.name and name not in self._lost:
+                self._agent.watch(self._agent.resolve(name))
+
+    def _late(self, key: Key, gathering: Gathering, timeout_s: float) -> PeerLostError:
+        """The time is over: which workers did not come? The leader knows, and tells those that did."""
+        me, leader = self._agent.info.name, gathering.leader(self._lost)
+        if leader != me:
+            missing = gathering.missing or self._ask_missing(key, leader) or [leader]
+        else:
+            missing = self.missing(key)
+            if gathering.missing is not None:  # its leader before knew more
+                missing = [name for name in missing if name in gathering.missing] or missing
+            news = _payload((_give_up, (key, missing)))
+            others = [name for name in gathering.objects if name != me and name not in self._lost]
+            for call in [self._start(name, news, ASK_TIMEOUT_S) for name in others]:
+                _outcome(call)
+        lost = "".join(f"; {name} is lost" for name in key.names if name in self._lost)
+        return PeerLostError(
+            f"the gathering of {', '.join(key.names)} cannot be completed: {', '.join(missing)} did not come within "
+            f"{timeout_s:g} s{lost}"
+        )
+
+    def _ask_missing(self, key: Key, leader: str) -> list[str] | None:
+        answer = _outcome(self._start(leader, _payload((_missing, (key,))), ASK_TIMEOUT_S, waited=True))
+        return None if answer is None else pickling.loads(answer)
+
+    def _tell_followers(self, key: Key, gathering: Gathering, timeout_s: float) -> None:
         if gathering.error is None:
             news = self.remote.conclusion(key, gathering.objects)
         else:
             news = self.remote.failure(key, gathering.error)
         told = _payload(news)
         calls = []
-        for name in names[1:]:
-            if name not in self._lost:
+        for name in key.names:
+            if name != self._agent.info.name and name not in self._lost:
                 calls.append(self._start(name, told, timeout_s))
                 told = _payload(news) if told.passengers else told  # a passenger goes to one worker only
         failed: list[tuple[str, Exception]] = []
@@ -146,7 +259,8 @@ class Gatherings:
             try:
                 call.wait()
             except RuntimeError as error:
-                failed.append((call.peer.name, error))
+                if not (key.survives_loss and isinstance(error, PeerLostError)):  # the next gathering names it
+                    failed.append((call.peer.name, error))
         if failed and gathering.error is None:
             raise RpcTimeoutError(
                 f"Followers {[name for name, _ in failed]} timed out in _all_gather after {timeout_s:.2f} seconds. "
@@ -157,26 +271,15 @@ class Gatherings:
         to = self._agent.resolve(name)
         return self._agent.request(to, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
 
-    def _fail(self, gathering: _Gathering, reason: str) -> None:
-        with self._lock:
-            if not gathering.complete.is_set():
-                gathering.error = reason
-                gathering.complete.set()
-
     def _on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
-        with self._lock:
-            self._lost[worker.name] = reason
-            for key, gathering in self._gatherings.items():
-                self._check_lost(key, gathering)
+        self._note_lost(worker.name, reason)
 
-    def _check_lost(self, key: Key, gathering: _Gathering) -> None:
-        """End the gathering if somebody whom it waits for is lost. Call it under the lock."""
-        leader_here = key[0][0] == self._agent.info.name
-        for name, reason in self._lost.items():
-            awaited = name in key[0] and name not in gathering.objects if leader_here else name == key[0][0]
-            if awaited and not gathering.complete.is_set():
-                gathering.error = f"{name} is lost ({reason})"
-                gathering.complete.set()
+    def _note_lost(self, name: str, reason: str) -> None:
+        with self._changed:
+            self._lost.setdefault(name, reason)
+            for gathering in self._gatherings.values():
+                gathering.settle(self._lost)
+                self._note(gathering)
 
 
 def install(agent: Agent) -> None:
@@ -196,7 +299,7 @@ def all_gather(obj: Any, worker_names: Iterable[str] | None = None, timeout: flo
         Worker name -> the object of that worker.
 
     Raises:
-        PeerLostError: somebody who should take part is lost, or did not come in time.
+        PeerLostError: a worker that should take part is lost, or did not come in time.
         RpcTimeoutError: the leader was not reached, or a follower not told, in time.
     """
     agent = current_agent()
@@ -208,6 +311,27 @@ def all_gather(obj: Any, worker_names: Iterable[str] | None = None, timeout: flo
     if timeout is None:
         return gatherings.gather(obj, names, agent.rpc_timeout_s, None)
     return gatherings.gather(obj, names, timeout, timeout or None)
+
+
+def gather_living(timeout: float) -> None:
+    """Wait until every worker of a static group has come here as often as this one, but those that are lost.
+
+    Args:
+        timeout: seconds; 0: no limit.
+
+    Raises:
+        WorkersLostError: all others came, but the workers that it names are lost. All get the same error.
+        PeerLostError: not all came within `timeout`; it names those that did not.
+        RpcTimeoutError: a worker that came could not be told in time that all had come.
+    """
+    agent = current_agent()
+    gatherings: Gatherings = agent.extensions[Gatherings]
+    names = tuple(sorted(info.name for info in agent.members.all()))
+    objects = gatherings.gather_living(None, names, timeout)
+    lost = [f"{name} is lost ({obj.reason})" for name, obj in objects.items() if isinstance(obj, Lost)]
+    if lost:
+        agent.lost_at = agent.lost_at or time.monotonic()  # it may know of it from the leader alone
+        raise WorkersLostError(f"all other workers came to their shutdown, but {'; '.join(lost)}")
 
 
 def barrier(worker_names: Iterable[str] | None = None) -> None:
@@ -229,3 +353,24 @@ def _contribute(key: Key, name: str, obj: Any) -> None:
 
 def _conclude(key: Key, objects: dict[str, Any], error: str | None) -> None:
     current_agent().extensions[Gatherings].conclude(key, objects, error)
+
+
+def _missing(key: Key) -> list[str]:
+    return current_agent().extensions[Gatherings].missing(key)  # type: ignore[no-any-return]
+
+
+def _give_up(key: Key, missing: list[str]) -> None:
+    current_agent().extensions[Gatherings].give_up(key, missing)
+
+
+def _outcome(call: Call) -> Payload | None:
+    """What came of a call; None if it failed, in whatever way."""
+    try:
+        return call.wait()
+    except RuntimeError:
+        return None
+
+
+def _left_s(deadline: float | None) -> float | None:
+    """Seconds until `deadline`, more than 0: that would be no limit."""
+    return None if deadline is None else max(0.001, deadline - time.monotonic())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,8 @@ from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zrpc.membership.store import Store
 
 log = logging.getLogger("zrpc")
@@ -43,8 +47,14 @@ UNLIMITED_JOIN_S = 1800.0
 """How long to wait for the others where `rpc_timeout` is 0, no limit."""
 RREF_DRAIN_S = 100.0
 """How long a static group's references may take to be given up at shutdown; torch waits as long."""
+LOSS_DRAIN_S = 5.0
+"""The same where workers are lost: what they took along of the protocol of references is not waited for."""
 FLUSH_S = 2.0
 """How long last messages may take to leave at shutdown."""
+EXIT_AFTER_LOSS_S = 1.0
+"""A process does not end sooner than this after it has lost another worker, which mostly died of an error of its own.
+Launchers look at their processes every so often (torchrun every 0.1 s), and report one of those that they find ended.
+"""
 
 
 def init_rpc(
@@ -109,24 +119,26 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
     """Stop being a worker.
 
     Args:
-        graceful: first wait until every worker of a static group has come here too and its calls are done. A worker
-            that is lost is not waited for: it ends the wait with an error.
+        graceful: first wait until every worker of a static group has come here too and its calls are done, and serve
+            it meanwhile. A worker that is lost is not waited for; the others are, and then learn of it.
         timeout: seconds for each of the steps: to wait for the others, for references to be given up, for calls to end,
             and for the others again; 0: no limit, but `RREF_DRAIN_S` for references.
 
     Raises:
         NotInitializedError: this process is no worker.
         ConfigError: `timeout` is no number of seconds.
-        PeerLostError: a worker died; this one is shut down all the same.
-        RpcTimeoutError: the others did not come within `timeout`; the same.
+        PeerLostError: workers died, and all others have come; or some did not come within `timeout`. The text names
+            them. This worker is shut down all the same.
+        RpcTimeoutError: a worker that has come could not be told within `timeout` that all have; the same.
     """
     agent = current_agent()
     limit_s = check_timeout(timeout, "timeout")
     try:
         if graceful and agent.is_static_group:
-            gather.all_gather(None, timeout=limit_s)
-            finish_work(agent, limit_s)
-            gather.all_gather(None, timeout=limit_s)
+            lost = workers_lost(gather.gather_living, limit_s)
+            delete_rrefs(agent, limit_s if lost is None else LOSS_DRAIN_S)
+            finish_calls(agent, limit_s)
+            gather.gather_living(limit_s)
         elif graceful:
             delete_rrefs(agent, FLUSH_S)  # others may go on using what this worker owns: that is no reason to stay
             finish_calls(agent, limit_s)
@@ -134,10 +146,16 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
         finalize(agent, ignore_rref_leak=True)
 
 
-def finish_work(agent: Agent, timeout_s: float) -> None:
-    """Give up this worker's references and wait until nothing is under way, up to `timeout_s` for each; see these."""
-    delete_rrefs(agent, timeout_s)
-    finish_calls(agent, timeout_s)
+def workers_lost(wait: Callable[[float], None], timeout_s: float) -> gather.WorkersLostError | None:
+    """Call `wait`, which waits for the living as `gather.gather_living`; the error that names the lost ones, if any.
+
+    It is kept back: those that live have calls under way that are to end well. The next wait raises it again.
+    """
+    try:
+        wait(timeout_s)
+    except gather.WorkersLostError as error:
+        return error
+    return None
 
 
 def delete_rrefs(agent: Agent, timeout_s: float) -> None:
@@ -158,12 +176,17 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
         RuntimeError: values are still referenced by others, and `ignore_rref_leak` is false. It is ended all the same.
     """
     try:
-        agent.extensions[AutogradService].close()
-        agent.extensions[RRefContext].destroy(ignore_rref_leak)
+        _end_extensions(agent, ignore_rref_leak)
     finally:
+        _losses.note(agent)
         agent.say_goodbye(FLUSH_S)
         agent.close(FLUSH_S)
         set_agent(None)
+
+
+def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
+    agent.extensions[AutogradService].close()
+    agent.extensions[RRefContext].destroy(ignore_rref_leak)
 
 
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
@@ -267,9 +290,35 @@ def _join_limit_s(options: RpcBackendOptions) -> float:
     return options.rpc_timeout or UNLIMITED_JOIN_S
 
 
+class _Losses:
+    """When this process, in whatever group, last lost another worker."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def note(self, agent: Agent) -> None:
+        """`agent` ends."""
+        self._last = max(self._last, -math.inf if agent.lost_at is None else agent.lost_at)
+
+    def left_s(self) -> float:
+        """For how long this process should not end yet."""
+        return self._last + EXIT_AFTER_LOSS_S - time.monotonic()
+
+
+_losses = _Losses()
+
+
 @atexit.register
-def _leave_at_exit() -> None:
-    """A program that ends without `shutdown` leaves without waiting for anybody."""
+def _at_exit() -> None:
+    """A program that ends without `shutdown` waits for no other worker, and the others learn of it when it is gone."""
     if is_agent_set():
+        agent = current_agent()
         with contextlib.suppress(Exception):
-            finalize(current_agent(), ignore_rref_leak=True)
+            _end_extensions(agent, ignore_rref_leak=True)
+        with contextlib.suppress(Exception):
+            agent.close(FLUSH_S, at_exit=True)
+        _losses.note(agent)
+        set_agent(None)
+    left_s = _losses.left_s()
+    if left_s > 0:
+        time.sleep(left_s)

@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zrpc.config",
         "zrpc.ids",
         "zrpc.functions",
+        "zrpc.gathering",
         "zrpc.threads",
     ),
     ("zrpc.wire",),

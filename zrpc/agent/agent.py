@@ -112,6 +112,7 @@ class Agent:
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
+        self.lost_at: float | None = None  # when a peer was last lost, or left (`time.monotonic`)
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
         self.staging.on_streams = self._run_on
         self.handle(PythonCall, serve_python, inline=False)
@@ -140,9 +141,11 @@ class Agent:
         self._server.open()
 
     def quiesce(self, timeout_s: float) -> bool:
-        """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short."""
+        """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short.
+        Once a worker of a static group is lost, whose requests may never end, callers alone wait for theirs.
+        """
         deadline = time.monotonic() + timeout_s if timeout_s else None
-        while self._calls or self._server.num_serving:
+        while self._calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return False
@@ -164,8 +167,8 @@ class Agent:
             with suppress(ZrpcError):
                 call.wait()
 
-    def close(self, flush_s: float) -> None:
-        """Leave the group and stop. Calls under way end with `AgentClosedError`. Idempotent."""
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
+        """Leave and stop; `at_exit`: see `Endpoint.close`. Calls under way end with `AgentClosedError`. Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -175,8 +178,8 @@ class Agent:
         self._server.pool.close(flush_s)
         self._stagers.close(flush_s)
         self._carrier.flush()
-        self._group.leave(flush_s)  # after the last answers: a broker relays nothing for one who has left
-        self._carrier.close(flush_s)
+        self._group.leave(flush_s, at_exit=at_exit)  # after the last answers: a broker relays nothing for the gone
+        self._carrier.close(flush_s, at_exit=at_exit)
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
         self.staging.close(flush_s)
@@ -385,8 +388,6 @@ class Agent:
         if answer.extras and self.hooks.passengers is not None:
             self.submit(partial(self.hooks.discard_answer, answer.extras))
 
-    # ---- members ---------------------------------------------------------------------------------------------------
-
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
         self._peers.says_goodbye(request.source)
@@ -402,6 +403,7 @@ class Agent:
         """A peer left or is lost: its calls fail."""
         if self._closed:
             return
+        self.lost_at = time.monotonic()
         self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
         text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
         self._calls.lose(worker.id, lambda: PeerLostError(text))

@@ -129,7 +129,7 @@ class TensorPipeAgent(RpcAgent):
         del shutdown
         lifecycle.finish_calls(self._agent, timeout)
         if self._agent.is_static_group:
-            gather.all_gather(None, timeout=timeout)
+            gather.gather_living(timeout)
 
     def sync(self) -> None:
         """Wait until no call of this worker is under way."""

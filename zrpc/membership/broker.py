@@ -75,6 +75,7 @@ class BrokerGroup:
         self._members: dict[Incarnation, Member] = {}
         self._welcomed: list[Member] = []  # also those who left since: who watches was told of that
         self._forming: Forming | None = None
+        self._came: dict[str, None] = {}  # names, in the order of arrival; also of those that have given up since
         self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
         self._probes = itertools.count(1)
         self._answered_probe = 0
@@ -129,11 +130,14 @@ class BrokerGroup:
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The broker has told everybody at once, and does not end with a worker."""
 
-    def leave(self, timeout_s: float) -> None:
-        """See `Group.leave`. Waits for the broker's answer: all that this worker sent before has passed it then."""
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
+        """See `Group.leave`. Waits for the broker's answer: all that this worker sent before has passed it then.
+
+        At exit nothing is said: the broker sees the connection break, and makes name and rank free again.
+        """
         with self._changed:
             was, self._state = self._state, _State.LEAVING
-        if was is _State.JOINED:
+        if was is _State.JOINED and not at_exit:
             with contextlib.suppress(ZrpcError):
                 self._tell(Leave())
                 with self._changed:
@@ -161,6 +165,7 @@ class BrokerGroup:
         elif isinstance(message, Forming):
             with self._changed:
                 self._forming = message
+                self._came |= dict.fromkeys(message.names)
                 self._interval_s = message.heartbeat_interval_s
                 self._changed.notify_all()
         elif isinstance(message, Welcome):
@@ -261,8 +266,8 @@ class BrokerGroup:
         address, forming = self._endpoint.address, self._forming
         if forming is not None:
             return RendezvousError(
-                f"{len(forming.names)} of {forming.world_size} workers came to group {self._group!r} of the broker at "
-                f"{address} within {timeout_s:g} s ({', '.join(forming.names)}): check that the others were started, "
+                f"{len(self._came)} of {forming.world_size} workers came to group {self._group!r} of the broker at "
+                f"{address} within {timeout_s:g} s ({', '.join(self._came)}): check that the others were started, "
                 "with the same world_size"
             )
         if self._endpoint.is_connected():

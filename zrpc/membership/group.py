@@ -65,8 +65,10 @@ class Group(Protocol):
     def linger(self, timeout_s: float) -> None:
         """All of a static group see that it cannot be and end at once: wait until they do, up to `timeout_s`."""
 
-    def leave(self, timeout_s: float) -> None:
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
         """Say goodbye, so that the others do not take this worker for lost.
 
-        Idempotent; never raises for a dead store or broker.
+        Idempotent; never raises for a dead store or broker. With `at_exit` the process is about to end without
+        `shutdown`: nothing is left behind that only a goodbye takes away, and the others learn of it by themselves
+        once the process is gone.
         """

@@ -1,17 +1,17 @@
-"""From an `init_method` to a torch Store, through torch's own rendezvous handlers."""
+"""From an `init_method` to a torch Store."""
 
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlparse
+from typing import TYPE_CHECKING, cast
+from urllib.parse import parse_qs, urlparse
 
-from zrpc.errors import ConfigError, RendezvousError
+from zrpc.errors import ConfigError, RefusedError, RendezvousError
+from zrpc.membership.tcp_store import ListenError, open_tcp_store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch.distributed as dist
 
     from zrpc.membership.store import Store
@@ -29,18 +29,22 @@ class _Generations:
         self._dynamic = False
 
     def enter(self, dynamic: bool) -> int:
-        """The generation of the group that this process is about to join."""
-        if self._dynamic and not dynamic:
-            self._next += 1
+        """The generation of the group that this process joins now."""
+        generation = self.next(dynamic)
         self._dynamic = dynamic
-        generation = self._next
-        if not dynamic:
-            self._next += 1
+        self._next = generation if dynamic else generation + 1
         return generation
+
+    def next(self, dynamic: bool) -> int:
+        """The generation of the group that this process is about to join."""
+        return self._next + 1 if self._dynamic and not dynamic else self._next
 
 
 _generations = _Generations()
-_kept_alive: list[Iterator[Any]] = []
+_kept_alive: list[object] = []
+
+TAKEN_WAIT_S = 1.0
+"""How long to find out whether another rank 0 has the port of the group's store."""
 
 
 def resolve_rank(rank: int, world_size: int | None, init_method: str) -> tuple[int, int | None]:
@@ -77,7 +81,8 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     Raises:
         ConfigError: `init_method`, or an environment variable that it needs, cannot be used, or its file's folder is
             not there.
-        RendezvousError: the store's host does not answer within `timeout_s` seconds.
+        RendezvousError: the store cannot be opened here, or its host does not answer within `timeout_s` seconds.
+        RefusedError: another worker of the group is its rank 0.
     """
     import torch.distributed as dist
 
@@ -85,40 +90,72 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     folder = os.path.dirname(url.path)
     if url.scheme == "file" and not os.path.isdir(folder):  # torch would try for ever
         raise ConfigError(f"init_method {init_method!r} cannot be used: there is no folder {folder!r}")
-    timeout = timedelta(seconds=timeout_s)
     try:
-        if world_size is None:
-            store = _open_dynamic(init_method, rank, timeout)
-        else:
-            handler = dist.rendezvous(init_method, rank, world_size, timeout=timeout)
+        if url.scheme in ("tcp", "env"):
+            store = _open_tcp(init_method, rank, world_size, timeout_s)
+        elif url.scheme == "file":
+            store = dist.FileStore(url.path, world_size or -1)
+        else:  # one that the program has registered
+            handler = dist.rendezvous(init_method, rank, world_size or -1, timeout=timedelta(seconds=timeout_s))
             store = next(handler)[0]
             _kept_alive.append(handler)
     except ValueError as error:
         raise ConfigError(f"init_method {init_method!r} cannot be used: {error}") from error
+    except (RefusedError, RendezvousError):
+        raise
     except RuntimeError as error:
-        raise RendezvousError(
-            f"the store of init_method {init_method!r} (MASTER_ADDR={os.environ.get('MASTER_ADDR')}, "
-            f"MASTER_PORT={os.environ.get('MASTER_PORT')}) cannot be reached: {error}. "
-            "Check the address, and that rank 0 runs"
-        ) from error
-    store.set_timeout(timeout)
+        raise RendezvousError(f"the store of init_method {init_method!r} cannot be opened: {error}") from error
+    store.set_timeout(timedelta(seconds=timeout_s))
     prefixed = dist.PrefixStore(f"zrpc/{_generations.enter(world_size is None)}", store)
     return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
 
 
-def _open_dynamic(init_method: str, rank: int, timeout: timedelta) -> dist.Store:
-    """The store of a group without a fixed size. Whoever has rank 0 hosts it, as in a static group."""
-    import torch.distributed as dist
-
+def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: float) -> dist.Store:
+    """The store of `tcp://` and `env://`. Rank 0 hosts it, unless torchrun does."""
     url = urlparse(init_method)
-    if url.scheme == "file":
-        return dist.FileStore(url.path, -1)
     host, port = url.hostname, url.port
     if url.scheme == "env":
         host, port = os.environ.get("MASTER_ADDR"), _int_from_env("MASTER_PORT", 0)
-    if not host or not port:
-        raise ValueError("it needs a host and a port: tcp://host:port, or MASTER_ADDR and MASTER_PORT for env://")
-    return dist.TCPStore(host, port, None, is_master=rank == 0, timeout=timeout, multi_tenant=True)
+    if not host or not port or not 0 < port < 1 << 16:
+        raise ValueError(
+            "it needs a host and a port from 1 to 65535: tcp://host:port, or MASTER_ADDR and MASTER_PORT for env://"
+        )
+    use_libuv = parse_qs(url.query).get("use_libuv", [os.environ.get("USE_LIBUV", "1")])[-1] == "1"
+    is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world_size is not None
+    is_host = rank == 0 and not is_torchrun
+    try:
+        store = open_tcp_store(host, port, is_host=is_host, timeout_s=timeout_s, use_libuv=use_libuv)
+    except ListenError as error:
+        if world_size is not None and _is_rank_0_taken(host, port):
+            raise RefusedError(
+                f"rank 0 is taken by another worker of this group, which hosts its store at {host}:{port}: "
+                "start each worker with a rank of its own"
+            ) from error
+        raise RendezvousError(f"rank 0 cannot host the store of its group at {host}:{port}: {error}") from error
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"the store of init_method {init_method!r} at {host}:{port}, hosted by "
+            f"{'torchrun' if is_torchrun else 'rank 0'}, cannot be reached within {timeout_s:g} s: {error}"
+        ) from error
+    _kept_alive.append(store)
+    return store
+
+
+def _is_rank_0_taken(host: str, port: int) -> bool:
+    """Whether what listens there is the store of the group that this process is about to join, with a rank 0."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + TAKEN_WAIT_S
+    try:
+        store = open_tcp_store(host, port, is_host=False, timeout_s=TAKEN_WAIT_S)
+        prefixed = dist.PrefixStore(f"zrpc/{_generations.next(dynamic=False)}", store)
+        while not prefixed.check(["rank/0"]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(TAKEN_WAIT_S / 10)  # it listens, and has not said yet who it is
+    except RuntimeError:
+        return False
+    return True
 
 
 def _int_from_env(variable: str, default: int) -> int:

@@ -23,6 +23,8 @@ POLL_MIN_S = 0.005
 ANNOUNCE_WAIT_S = 1.0
 """How long a look waits, at most, for what other threads have found to be told of."""
 POLL_MAX_S = 0.5
+FAILED_LINGER_S = 2.0
+"""How long a worker of a static group that is not complete in time stays, as the others may learn of it through it."""
 POLL_SHARE = 0.1
 """Who waits for the others looks at the store each time that it has waited a tenth longer: a hundred workers that look
 at a fixed short interval keep the store from serving those who come."""
@@ -80,9 +82,7 @@ class StoreGroup:
         except (RefusedError, RendezvousError):
             raise
         except RuntimeError as error:  # torch's DistError among them
-            raise RendezvousError(
-                f"the store failed while {name!r} joined: {error}. Check that its host is up"
-            ) from error
+            raise RendezvousError(f"the store failed while {name!r} joined: {error}") from error
 
     def refresh(self) -> None:
         """See `Group.refresh`. In a static group nobody comes."""
@@ -110,14 +110,18 @@ class StoreGroup:
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The store may end with this process, and others may not have read who is here."""
         with contextlib.suppress(RuntimeError):  # the store is gone: so are all who had a use for it
-            world_size = int(self._store.get("world_size"))
+            count = self._store.add("arrived", 0)
             lingering, deadline = self._store.add("lingering", 1), time.monotonic() + timeout_s
-            while lingering < world_size and time.monotonic() < deadline:
+            while lingering < count and time.monotonic() < deadline:
                 time.sleep(POLL_MIN_S)  # see `_await_roster`
                 lingering = self._store.add("lingering", 0)
 
-    def leave(self, timeout_s: float) -> None:
-        """See `Group.leave`. A static group ends as a whole: there is nothing to say."""
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
+        """See `Group.leave`. A static group ends as a whole: there is nothing to say.
+
+        In a dynamic one a goodbye alone makes name and rank free again, so that it is said at exit too.
+        """
+        del at_exit
         me, self._me = self._me, None
         if me is None or not self._dynamic:
             return
@@ -152,16 +156,21 @@ class StoreGroup:
             self._store.set("roster", msgpack.packb([record]))  # those who wait are to know at once, too
             self._refuse_sizes([(me, world_size)], int(self._store.get("world_size")))
         if not self._claim(f"rank/{rank}", incarnation.hex()):
+            self._store.set(f"twice/{rank}", b"1")
             raise RefusedError(
                 f"rank {rank} is taken by another worker of this group: start each worker with a rank of its own"
             )
         self._store.set(f"member/{rank}", record)
-        if self._store.add("arrived", 1) == world_size:
+        if self._store.add("arrived", 1) == world_size and self._claim("end", "complete"):
             everybody = [self._store.get(f"member/{other}") for other in range(world_size)]
             self._store.set("roster", msgpack.packb(everybody))
         else:
             self._await_roster(world_size, timeout_s)
-        records = [_unpack(raw) for raw in msgpack.unpackb(self._store.get("roster"))]
+        roster = msgpack.unpackb(self._store.get("roster"))
+        if isinstance(roster, str):
+            self.linger(FAILED_LINGER_S)
+            raise RendezvousError(roster)
+        records = [_unpack(raw) for raw in roster]
         self._refuse_sizes(records, world_size)
         members = [member for member, _ in records]
         _check_names(members)
@@ -178,18 +187,30 @@ class StoreGroup:
                 )
 
     def _await_roster(self, world_size: int, timeout_s: float) -> None:
-        """Wait until whoever comes last has written the roster."""
+        """Wait until the worker that comes last has written the roster.
+
+        The first one whose time is over writes in its place why there is none: a group that lacks it cannot be either,
+        and all are to say the same.
+        """
         began = time.monotonic()
         while not self._store.check(["roster"]):
             waited_s = time.monotonic() - began
-            if waited_s > timeout_s:
-                missing = [rank for rank in range(world_size) if not self._store.check([f"member/{rank}"])]
-                raise RendezvousError(
-                    f"rank(s) {', '.join(map(str, missing)) or 'none (who came last died at once)'} did not join "
-                    f"within {timeout_s:g} s: check that they were started, with the same init_method and world_size"
-                )
+            if waited_s > timeout_s and self._claim("end", "failed"):
+                self._store.set("roster", msgpack.packb(self._why_incomplete(world_size, timeout_s)))
+                return
+            if waited_s > timeout_s + FAILED_LINGER_S:
+                raise RendezvousError("all workers came, but the one that came last died before it could tell the rest")
             # A Store offers no event that a FileStore and a TCPStore both have.
             time.sleep(min(max(POLL_MIN_S, waited_s * POLL_SHARE), POLL_MAX_S))
+
+    def _why_incomplete(self, world_size: int, timeout_s: float) -> str:
+        absent = [str(rank) for rank in range(world_size) if not self._store.check([f"member/{rank}"])]
+        twice = [str(rank) for rank in range(world_size) if self._store.check([f"twice/{rank}"])]
+        again = f"; two workers were started with rank {' and with rank '.join(twice)}" if twice else ""
+        return (
+            f"rank(s) {', '.join(absent) or 'none (who came last died at once)'} did not join within {timeout_s:g} s"
+            f"{again}: check that they were started, with the same init_method and world_size"
+        )
 
     # ---- dynamic groups ---------------------------------------------------------------------------------------------
 

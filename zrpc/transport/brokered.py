@@ -47,7 +47,7 @@ log = logging.getLogger("zrpc")
 DRAIN_INTERVAL_MS = 2
 JOIN_MIN_S = 0.1
 """So long, at least, a closing endpoint waits for its threads: one that does not work ends at once."""
-EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 _WAKE_READER = "inproc://wake-reader"
 _WAKE_WATCHER = "inproc://wake-watcher"
 
@@ -155,7 +155,7 @@ class BrokeredEndpoint:
             if not self._closed:
                 self._wake(self._reader_wake)
 
-    def close(self, flush_s: float) -> None:
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         """Stop; see `Endpoint.close`."""
         with self._lock:
             if self._closed:
@@ -173,6 +173,11 @@ class BrokeredEndpoint:
         for way in list(self._ways.values()):
             if way is not None:
                 self._outbox.close_way(way)
+        if at_exit:  # the broker takes this worker for lost when the connection that it receives on breaks
+            self._wait_sent(deadline)
+            self.inbox.end()
+            sockets.keep_to_the_end(self)
+            return
         self.inbox.close()
         wakes = (self._watcher_end, self._reader_wake, self._watcher_wake)
         for sock in (*wakes, self._sender_monitor, self._receiver_monitor):
@@ -313,6 +318,12 @@ class BrokeredEndpoint:
             self._on_lost(source, what)
             return None
         return self._on_frames(source, what)
+
+    def _wait_sent(self, deadline: float) -> None:
+        """Wait until the closed sender has sent all, up to `deadline`; see `ConnectionWatch.wait_closed`."""
+        while (left_s := deadline - time.monotonic()) > 0 and self._sender_monitor.poll(int(left_s * 1000) + 1):
+            if recv_monitor_message(self._sender_monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
+                return
 
     def _watch_loop(self) -> None:
         poller = zmq.Poller()

@@ -211,11 +211,11 @@ class Carrier:
         """Give the transport all that waits for peers that have not read what was sent before."""
         self._lanes.flush()
 
-    def close(self, flush_s: float) -> None:
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         """See `Endpoint.close`. Idempotent."""
         self.wind_down()
         self.flush()
-        self._endpoint.close(flush_s)
+        self._endpoint.close(flush_s, at_exit=at_exit)
         if self._shared_memory is not None:
             self._shared_memory.close()
 

@@ -6,6 +6,7 @@ calls wait until their time is over. So it is asked before a socket is made whet
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 
@@ -30,19 +31,33 @@ def check_room(count: int) -> None:
     Raises:
         LimitError: they cannot.
     """
-    held: list[int] = []
     try:
-        while len(held) < count + SPARE:
-            held.extend(os.pipe())
+        _open_for_a_moment(count + SPARE)
     except OSError as error:
         raise LimitError(
             f"no socket can be made, as this process may not open {count + SPARE} more files ({error.strerror}; "
             f"{describe()}). A worker needs {PER_PEER} files for each worker that it talks to: raise the limit with "
             "`ulimit -n`, or use a broker, with which it needs none"
         ) from error
+
+
+def _open_for_a_moment(count: int) -> None:
+    """Open `count` files and close them; raises OSError if that cannot be."""
+    held: list[int] = []
+    try:
+        while len(held) < count:
+            held.extend(os.pipe())
     finally:
         for fd in held:
             os.close(fd)
+
+
+def _can_open(count: int) -> bool:
+    try:
+        _open_for_a_moment(count)
+    except OSError:
+        return False
+    return True
 
 
 def make_room(count: int) -> bool:
@@ -50,40 +65,56 @@ def make_room(count: int) -> bool:
     if resource is None:
         return True
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count_open() + count + SPARE
+    opened = count_open()
+    wanted = (soft if opened is None else opened) + count + SPARE  # not known: no more than are allowed
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return True
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     except (OSError, ValueError):  # some systems have a lower limit than they admit to
-        return False
-    return allowed == wanted
+        allowed = soft
+    return allowed == wanted or (opened is None and _can_open(count + SPARE))
 
 
 def is_scarce() -> bool:
-    """Whether few more files can be opened."""
-    return count_open() + PER_ENDPOINT > _allowed()
+    """Whether few more files can be opened. Where it is not known how many are open, it is tried."""
+    opened = count_open()
+    if opened is not None:
+        return opened + PER_ENDPOINT > _allowed()
+    return not _can_open(PER_ENDPOINT)
 
 
 def are_plenty() -> bool:
-    """Whether this process has at most half of the files open that it may: more is for what it cannot do without."""
-    return count_open() * 2 <= _allowed()
+    """Whether this process has at most half of the files open that it may: more is for what it cannot do without.
+
+    False where that is not known.
+    """
+    allowed = _allowed()
+    if allowed == math.inf:
+        return True
+    opened = count_open()
+    return opened is not None and opened * 2 <= allowed
 
 
-def count_open() -> int:
-    """How many files this process has open; 0 where the system does not say."""
+def count_open() -> int | None:
+    """How many files this process has open; None where that cannot be found out.
+
+    To list them takes a file more. Where this process may not open it, it has as many as it may.
+    """
     try:
         return len(os.listdir("/dev/fd"))
-    except OSError:
-        return 0
+    except OSError as error:
+        return int(_allowed()) if error.errno == errno.EMFILE and _allowed() != math.inf else None
 
 
 def describe() -> str:
     """How many files are open, of how many: for messages."""
     if resource is None:
         return "no limit is known"
-    return f"{count_open()} of at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are open"
+    most, opened = _allowed(), count_open()
+    number = "it is not known how many" if opened is None else str(opened)
+    return f"{number} are open, without a limit" if most == math.inf else f"{number} of at most {most:.0f} are open"
 
 
 def _allowed() -> float:

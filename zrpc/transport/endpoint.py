@@ -49,5 +49,10 @@ class Endpoint(Protocol):
     def watch(self, peer: Incarnation) -> None:
         """See to it that `on_lost` tells of the loss of `peer` even if nothing is ever sent to it."""
 
-    def close(self, flush_s: float) -> None:
-        """Stop reading, give what is unsent up to `flush_s` seconds to leave, and close every socket. Idempotent."""
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
+        """Stop reading, give what is unsent up to `flush_s` seconds to leave, and close every socket. Idempotent.
+
+        With `at_exit` the process is about to end, maybe by an error of its own. The connections by which others notice
+        that are left for the system to break when it is gone: else theirs might end first, and whoever started all of
+        them would see another worker's error.
+        """

@@ -11,12 +11,15 @@ _UNLIMITED = 1 << 62
 
 
 def available_nbytes(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not say.
+    """Bytes that can be taken without swapping; None where the system has nothing that says so.
 
     The least of what the machine has and what each memory cgroup around this process leaves, of either version.
 
     Args:
         root: where `proc` and `sys` are.
+
+    Raises:
+        OSError: what says so is there and cannot be read now: no more files may be opened, say.
     """
     known = [nbytes for nbytes in (_of_machine(root), *_of_cgroups(root)) if nbytes is not None]
     return max(0, min(known)) if known else None
@@ -69,5 +72,5 @@ def _fields(path: Path) -> dict[str, int]:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []

@@ -69,13 +69,13 @@ class IoThread:
             log.debug("the policy of ZeroMQ's thread stays as it is: %s", error)
             self._id = 0
 
-    def cpu_s(self) -> float:
-        """For how long it has run so far, in seconds; 0.0 where that is not known."""
+    def cpu_s(self) -> float | None:
+        """For how long it has run so far, in seconds; None where that is not known."""
         thread_id = self._known()
         try:
-            return time.clock_gettime(~thread_id << 3 | _THREAD_CPU_CLOCK) if thread_id else 0.0
+            return time.clock_gettime(~thread_id << 3 | _THREAD_CPU_CLOCK) if thread_id else None
         except OSError:  # it has ended
-            return 0.0
+            return None
 
     def _known(self) -> int | None:
         """Its id; 0: it cannot be told, or is of a policy that somebody wanted; None: it is not there yet."""
@@ -84,8 +84,10 @@ class IoThread:
                 ids = [int(entry) for entry in os.listdir("/proc/self/task") if _name(entry).startswith(self.prefix)]
                 if ids:  # it names itself once it runs
                     self._id = ids[0] if os.sched_getscheduler(ids[0]) == os.SCHED_OTHER else 0
-            except (OSError, AttributeError):  # not Linux
+            except (FileNotFoundError, AttributeError):  # not Linux
                 self._id = 0
+            except OSError as error:  # no more files may be opened, say: it may be told later
+                log.debug("ZeroMQ's thread cannot be looked for now: %s", error)
         return self._id
 
 

@@ -153,7 +153,7 @@ class PeerEndpoint:
             if not self._closed:
                 self._reader_wake.send(_WAKE, zmq.NOBLOCK)
 
-    def close(self, flush_s: float) -> None:
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         """Stop; see `Endpoint.close`."""
         with self._lock:
             if self._closed:
@@ -174,6 +174,12 @@ class PeerEndpoint:
         for outbox in sorted(outboxes, key=Outbox.is_unread):  # one that does not read takes no time from the others
             outbox.wait_read(deadline - time.monotonic())
             outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)))
+        if at_exit:  # the peers watch their own connections, to the socket that this one receives on
+            for peer, monitor in monitors:
+                self._watch.add(peer, monitor)
+            self._watch.wait_closed(deadline)
+            sockets.keep_to_the_end(self)
+            return
         self._watch.close()
         for _, monitor in monitors:
             monitor.close()

@@ -65,7 +65,7 @@ class Polling:
         self._no_poll_until = 0.0
         self._taken_s = 0.0
         self._window_began = 0.0
-        self._io_cpu_s = 0.0
+        self._io_cpu_s: float | None = None
         self._taken_at = 0.0
         self._owes_way = False
 
@@ -113,9 +113,14 @@ class Polling:
         return False
 
     def _note_taken(self, took_s: float, now: float) -> None:
-        """A yield took long: was it for somebody else, and are such yields too much by now?"""
-        io_cpu_s = self._io_thread.cpu_s()
-        was_own = io_cpu_s - self._io_cpu_s > OWN_SHARE * (now - self._taken_at)
+        """A yield took long: was it for somebody else, and are such yields too much by now?
+
+        Where the I/O thread's time is not known, it counts as somebody else: then this thread polls less.
+        """
+        io_cpu_s, before_s = self._io_thread.cpu_s(), self._io_cpu_s
+        was_own = (
+            io_cpu_s is not None and before_s is not None and io_cpu_s - before_s > OWN_SHARE * (now - self._taken_at)
+        )
         self._io_cpu_s, self._taken_at = io_cpu_s, now
         if now - self._window_began > WINDOW_S:
             self._window_began, self._taken_s = now, 0.0

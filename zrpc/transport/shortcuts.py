@@ -338,9 +338,13 @@ def _is_of_this_user(sock: socket.socket) -> bool:
 
 @cache
 def _nobody() -> int:
-    """The user that all those look like who are not known in this container."""
+    """The user that all those look like who are not known in this container.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
     try:
         with open("/proc/sys/kernel/overflowuid") as file:
             return int(file.read())
-    except (OSError, ValueError):
+    except FileNotFoundError:  # this is Linux's own number where nobody has set another
         return 65_534

@@ -88,7 +88,11 @@ def is_supported() -> bool:
 
 
 def limits() -> tuple[int, int]:
-    """What the slabs of a worker that starts now may take together, in bytes, and how many there may be."""
+    """What the slabs of a worker that starts now may take together, in bytes, and how many there may be.
+
+    Raises:
+        OSError: it cannot be found out how much memory there is.
+    """
     available = available_nbytes()
     nbytes = POOL_MAX_NBYTES if available is None else min(POOL_MAX_NBYTES, int(available * POOL_MAX_SHARE))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -323,8 +327,13 @@ class SlabPool:
         if self._asks_to_skip:
             self._asks_to_skip -= 1
             return 0
-        available = available_nbytes()
-        if available is None:
+        try:
+            available = available_nbytes()
+        except OSError as error:  # then nothing is taken
+            self._warn(f"it cannot be found out how much memory is available ({error})")
+            self._asks_to_skip = REFUSALS
+            return 0
+        if available is None:  # a system that never says: the pool's own limit has to do
             return max(room, ALLOWANCE_NBYTES)
         most = int((available - RESERVE_NBYTES) * GROWTH_MAX_SHARE)
         if room > most:

@@ -7,6 +7,7 @@ does not answer, or by the kernel, which does not mind that.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import itertools
 import socket as pysocket
@@ -109,6 +110,15 @@ def make_monitor(context: Context, sock: Socket, events: int) -> Socket:
     monitor.setsockopt(zmq.LINGER, 0)
     monitor.connect(address)
     return monitor
+
+
+def keep_to_the_end(endpoint: object) -> None:
+    """Let the system close the sockets of `endpoint` when the process is gone, and nothing before.
+
+    The interpreter lets go of objects while it ends, and pyzmq closes the sockets of those that it lets go of. After
+    that the process may still have much to do. This takes a reference that is never given back.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(endpoint))
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import selectors
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -112,8 +113,20 @@ class ConnectionWatch(Generic[K]):
         del self._watched[monitor]
         monitor.close()
 
+    def wait_closed(self, deadline: float) -> None:
+        """Wait until every watched connection was closed on this side and has nothing left to send, up to `deadline`.
+
+        ZeroMQ closes a socket in the background, and says so on its monitor when it is done.
+        """
+        while self._watched and (left_s := deadline - time.monotonic()) > 0:
+            self.poll(int(left_s * 1000) + 1, _ignore)
+
     def close(self) -> None:
         """Close every monitor socket. Idempotent."""
         for monitor in list(self._watched):
             self._drop(monitor)
         self._selector.close()
+
+
+def _ignore(*_: object) -> None:
+    """This side has closed them."""

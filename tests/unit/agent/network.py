@@ -114,7 +114,7 @@ class MemoryEndpoint:
     def interrupt(self) -> None:
         """Nobody reads until something comes."""
 
-    def close(self, flush_s: float) -> None:
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         self._closed = True
         self._network.endpoints.pop(self.incarnation, None)
         self._queue.put(None)
@@ -166,7 +166,7 @@ class MemoryGroup:
     def linger(self, timeout_s: float) -> None:
         self.lingered = True
 
-    def leave(self, timeout_s: float) -> None:
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
         self.left = True
 
 

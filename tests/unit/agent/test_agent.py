@@ -901,7 +901,7 @@ def test_large_answers_leave_before_the_goodbye(monkeypatch: pytest.MonkeyPatch)
     steps: list[str] = []
     with workers("a") as (a,):
         monkeypatch.setattr(a.agent._carrier, "flush", lambda: steps.append("flush"))
-        monkeypatch.setattr(a.group, "leave", lambda timeout_s: steps.append("leave"))
+        monkeypatch.setattr(a.group, "leave", lambda timeout_s, at_exit: steps.append("leave"))
         a.agent.close(1.0)
     assert steps[:2] == ["flush", "leave"]
 

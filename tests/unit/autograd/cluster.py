@@ -82,7 +82,7 @@ class QueueEndpoint:
     def interrupt(self) -> None:
         pass
 
-    def close(self, flush_s: float) -> None:
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -122,7 +122,7 @@ class FixedGroup:
     def refresh(self) -> None:
         pass
 
-    def leave(self, timeout_s: float) -> None:
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
         pass
 
 

@@ -307,7 +307,7 @@ class BrokenStore:
 
 @pytest.mark.parametrize("world_size", [2, None])
 def test_a_store_that_fails_is_named_as_the_cause(world_size: int | None) -> None:
-    with pytest.raises(RendezvousError, match=r"the store failed while 'a' joined: Broken pipe\. Check that its host"):
+    with pytest.raises(RendezvousError, match=r"the store failed while 'a' joined: Broken pipe"):
         Seat(BrokenStore(), "a", 0).join(world_size)
 
 

@@ -179,7 +179,7 @@ class FakeEndpoint:
     def interrupt(self) -> None:
         pass
 
-    def close(self, flush_s: float) -> None:
+    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         self.is_open = False
 
 
@@ -196,7 +196,7 @@ class FakeGroup:
     def refresh(self) -> None:
         pass
 
-    def leave(self, timeout_s: float) -> None:
+    def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
         pass
 
 

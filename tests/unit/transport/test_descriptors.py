@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import resource
 from typing import TYPE_CHECKING
 
@@ -76,3 +79,43 @@ def test_a_socket_that_would_not_get_its_files_is_not_made(set_limit: Callable[[
         assert sock.getsockopt(zmq.LINGER) == 0
     with pytest.raises(LimitError):
         sockets.make_context()
+
+
+@pytest.fixture
+def no_more_files(set_limit: Callable[[int], None]) -> Iterator[None]:
+    """This process has as many files open as it may."""
+    set_limit(20)
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.dup(0))
+    yield
+    for fd in held:
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("no_more_files")
+def test_at_the_limit_files_are_scarce_and_counted_as_many_as_there_may_be() -> None:
+    """The files cannot be listed then, which is not taken for none."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert descriptors.count_open() == allowed
+    assert descriptors.is_scarce()
+    assert not descriptors.are_plenty()
+    assert descriptors.describe() == f"{allowed} of at most {allowed} are open"
+    assert descriptors.make_room(30)
+    descriptors.check_room(22)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENFILE, errno.ENOENT])
+def test_a_count_that_cannot_be_found_out_is_none(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """It is said in words, whether files are scarce is tried, and there are none to spare."""
+
+    def refuse(path: str) -> list[str]:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert descriptors.count_open() is None
+    assert descriptors.describe().startswith("it is not known how many")
+    assert not descriptors.is_scarce()
+    assert not descriptors.are_plenty()
+    assert descriptors.make_room(8)

@@ -80,3 +80,16 @@ def test_a_group_over_its_limit_leaves_nothing(root: Path) -> None:
 def test_this_machine_has_some() -> None:
     available = available_nbytes()
     assert available is None or available > 0
+
+
+@pytest.mark.parametrize("name", ["proc/meminfo", "proc/self/cgroup"])
+def test_what_cannot_be_read_is_an_error_and_not_the_rest(tmp_path: Path, name: str) -> None:
+    """A limit that is there and cannot be read now may be the least of all."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:   100 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("")
+    assert available_nbytes(tmp_path) == 102_400
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()  # reading it fails, whoever reads
+    with pytest.raises(OSError, match=name):
+        available_nbytes(tmp_path)

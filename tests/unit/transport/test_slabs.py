@@ -447,3 +447,20 @@ def test_a_forked_child_lets_go_of_nothing(attachments: Attachments) -> None:
         assert sender.counts()["held"] == 1
         loan.clear()
         assert sender.counts()["held"] == 0
+
+
+def test_no_slab_is_made_where_it_cannot_be_found_out_how_much_memory_there_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sockets are used then, and the log says why."""
+
+    def fail() -> int | None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(slabs, "available_nbytes", fail)
+    pool = SlabPool(1 << 30, 8)
+    try:
+        assert pool.place(b"12345678", bytes(1 << 20), []) is None
+    finally:
+        pool.close()
+    assert "it cannot be found out how much memory is available" in caplog.text

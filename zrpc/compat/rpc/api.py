@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.future import Future
     from zrpc.compat.agent import TensorPipeAgent
+    from zrpc.gathering import Key
 
 __all__ = [
     "AllGatherStates",
@@ -185,19 +186,19 @@ def _init_rpc_states(made: Any) -> None:
 class _Functions(gather.RemoteFunctions):
     """What gatherings call on others, by the names that programs may have replaced."""
 
-    def contribution(self, key: gather.Key, name: str, obj: Any) -> gather.RemoteCall:
+    def contribution(self, key: Key, name: str, obj: Any) -> gather.RemoteCall:
         return _gather_to_leader, (key, name, obj)
 
-    def conclusion(self, key: gather.Key, objects: dict[str, Any]) -> gather.RemoteCall:
+    def conclusion(self, key: Key, objects: dict[str, Any]) -> gather.RemoteCall:
         return _broadcast_to_followers, (key, objects)
 
 
-def _gather_to_leader(sequence_id: gather.Key, worker_name: str, obj: Any, worker_names: object = None) -> None:
+def _gather_to_leader(sequence_id: Key, worker_name: str, obj: Any, worker_names: object = None) -> None:
     del worker_names  # the sequence id says
     _gatherings().contribute(sequence_id, worker_name, obj)
 
 
-def _broadcast_to_followers(sequence_id: gather.Key, objects_map: dict[str, Any]) -> None:
+def _broadcast_to_followers(sequence_id: Key, objects_map: dict[str, Any]) -> None:
     _gatherings().conclude(sequence_id, objects_map, None)
 
 
@@ -229,11 +230,16 @@ def _barrier(worker_names: Iterable[str]) -> None:
 
 @_require_initialized
 def _wait_all_workers(timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
-    """Wait until every worker of the group is here; `timeout` 0: without limit."""
+    """Wait until every worker of the group is here, but those that are lost; `timeout` 0: without limit.
+
+    Raises:
+        RuntimeError: as `zrpc.gather.gather_living`.
+    """
+    _gatherings().remote = _Functions()
     try:
-        _all_gather(None, timeout=timeout)
+        gather.gather_living(timeout)
     except RuntimeError:
-        logger.exception("not all workers came to the end in time")
+        logger.exception("not all workers came to the end")
         raise
 
 
@@ -271,8 +277,11 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
     try:
         here: TensorPipeAgent = _get_current_rpc_agent()
         if here.is_static_group:
-            _wait_all_workers(timeout)
-            _delete_all_user_and_unforked_owner_rrefs()
+            lost = lifecycle.workers_lost(_wait_all_workers, timeout)
+            if lost is None:
+                _delete_all_user_and_unforked_owner_rrefs()
+            else:
+                _delete_all_user_and_unforked_owner_rrefs(lifecycle.LOSS_DRAIN_S)
         here.join(shutdown=True, timeout=timeout)
     finally:
         _finalize_shutdown()
