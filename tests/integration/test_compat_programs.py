@@ -45,7 +45,6 @@ EARLIER = """
     from torch.distributed.nn import RemoteModule
     from torch.distributed.rpc import RRef, rpc_sync
     from torch.distributed.rpc.api import _all_gather, shutdown
-    from torch.futures import wait_all
 """
 
 LATER = """
@@ -56,7 +55,7 @@ LATER = """
             dist_autograd.__name__,
             dist.autograd.__name__,
             *(name.__module__ for name in (DistributedOptimizer, PyRRef, RRef, RemoteModule)),
-            *(name.__module__ for name in (_all_gather, rpc_sync, shutdown, wait_all)),
+            *(name.__module__ for name in (_all_gather, rpc_sync, shutdown)),
         ]
 
     assert all(home.startswith("zrpc.") for home in homes()), homes()

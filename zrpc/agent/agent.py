@@ -53,6 +53,8 @@ log = logging.getLogger("zrpc")
 
 M = TypeVar("M", bound=Message)
 
+CONTROL_END_S = 1.0
+"""So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
 
@@ -183,7 +185,7 @@ class Agent:
         self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
         self.completions.close(flush_s)
         self.staging.close(flush_s)
-        self.control.close(flush_s)
+        self.control.close(max(flush_s, CONTROL_END_S))
         self._dropped.close(flush_s)
         if self.staging.streams is not None:
             handover.order_by(None)

@@ -44,7 +44,8 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
     try:
         return [packer.entry(tensor) for tensor in tensors]
     except RuntimeError as error:
-        raise codec.explained(error, tensors) from error
+        codec.refuse_wrapped(tensors, error)
+        raise
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

@@ -89,18 +89,22 @@ def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> li
         packer = _SharedPacker(buffers, route, shared)
         return [packer.entry(tensor) for tensor in tensors]
     except RuntimeError as error:
-        raise explained(error, tensors) from error
+        refuse_wrapped(tensors, error)
+        raise
 
 
-def explained(error: RuntimeError, tensors: Sequence[torch.Tensor]) -> RuntimeError:
-    """What to raise where `tensors` could not be packed: `error`, or that one of them is none that has data."""
+def refuse_wrapped(tensors: Sequence[torch.Tensor], error: RuntimeError) -> None:
+    """Packing `tensors` failed with `error`: raise what explains it, if one of them has no data of its own.
+
+    Raises:
+        SerializationError: one of them is inside a function transform.
+    """
     for tensor in tensors:
         if _torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
-            return SerializationError(
+            raise SerializationError(
                 "a tensor inside a function transform of torch.func (grad, vmap, jvp, functionalize) or torch.compile "
                 "cannot be sent: there it stands for others. Make remote calls outside of the transformed function"
-            )
-    return error
+            ) from error
 
 
 class _SharedPacker:
