@@ -158,6 +158,7 @@ def leave_unanswered(rank: int, init_method: str, shutdown: str) -> list[str]:
     return names_lost(shutdown_of(shutdown))
 
 
+@pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)
 @pytest.mark.parametrize("late", [0, 1, 2])
 @pytest.mark.parametrize("shutdown", ["zrpc", "torch"])
 def test_the_time_limit_of_shutdown_names_those_who_did_not_come(
