@@ -101,6 +101,8 @@ class Pending(Protocol):
 _packers: list[msgpack.Packer] = []
 """Packers that nobody uses now. Taking one out and putting it back are atomic. One packer must not be shared: packing
 allocates, so garbage collection may run in its midst, and with it other threads that send."""
+PACKER_MAX_NBYTES = 1 << 20
+"""A packer that has made more than this is not used again."""
 _HEADER_LENGTH = 8
 _HEADER_TYPES = ((int, list, list, bytes, type(None)), (int, list, list, bytes, dict))
 """Of call id, table, buffers, data and extras."""
@@ -197,7 +199,8 @@ def _pack(header: tuple[Any, ...]) -> bytes:
     except IndexError:
         packer = msgpack.Packer()
     packed: bytes = packer.pack(header)
-    _packers.append(packer)
+    if len(packed) <= PACKER_MAX_NBYTES:  # a packer keeps the largest buffer that it ever had
+        _packers.append(packer)
     return packed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
@@ -296,3 +297,15 @@ def test_fields_nested_beyond_measure_are_refused_as_others_are() -> None:
     for code, values in ((1, [nested]), (nested, []), (1, nested)):
         with pytest.raises(ProtocolError):
             make_message(code, values)
+
+
+def test_a_large_message_leaves_no_memory_behind() -> None:
+    def resident_nbytes() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    encode(Envelope(PythonCall(False), 1, data=b"warm"))
+    before = resident_nbytes()
+    for _ in range(3):
+        encode(Envelope(PythonCall(False), 1, data=bytes(256 << 20)))
+    assert resident_nbytes() - before < 128 << 20
