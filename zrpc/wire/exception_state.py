@@ -1,10 +1,11 @@
-"""How any exception in a payload is pickled and made again.
+"""How any exception in a payload is taken apart. `zrpc.wire.exception_rebuild` makes it again.
 
 What: the outcome of a call, members of a group, `__cause__` and `__context__`, exceptions that are attributes of
-others, arguments or results: all travel as `ExceptionState`. It has the class, the arguments, and each attribute and
-slot as a stream of its own, so that one which cannot be pickled, or not be made again, takes no other along. The
-constructor of a user's class is not called. A class that defines `__reduce__`, `__reduce_ex__` or `__setstate__` is
-made as these say; if that raises, as any other.
+others, arguments or results: the stream has a number for each, and a table beside it an `ExceptionState`, once. So a
+chain takes no more room than its exceptions, and what one leads to does not depend on it. A state has the class, the
+arguments, and each attribute and slot as a stream of its own, so that one which cannot be pickled, or not be made
+again, takes no other along. The constructor of a user's class is not called. A class that defines `__reduce__`,
+`__reduce_ex__` or `__setstate__` is made as these say; if that raises, as any other.
 
 Invariants: pickling an exception never fails, and neither does making one again. An exception arrives as its own class
 if that can be imported, and with its own text; else as a `RemoteError` that is also of the nearest base class that can
