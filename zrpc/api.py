@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
@@ -77,8 +78,9 @@ def rpc_sync(
         PeerLostError: the callee died or left; it is not known whether `func` ran.
         Exception: whatever `func` raised there, with the remote traceback as its cause.
     """
-    agent = current_agent()
-    return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout).wait())  # type: ignore[no-any-return]
+    with interrupts.deferred:
+        agent = current_agent()
+        return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout).wait())  # type: ignore[no-any-return]
 
 
 def rpc_async(
@@ -93,15 +95,14 @@ def rpc_async(
     Arguments, timeout and errors are those of `rpc_sync`; errors of the call are raised by the future. Tensors in the
     arguments must not be written to until the future is done.
     """
-    agent = current_agent()
-    call = _call(agent, ExecMode.ASYNC, to, func, args, kwargs, timeout)
-    return future_of(call, pickling.loads, agent.completions)
+    return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout)
 
 
 def begin(mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> Future[T]:
     """As `rpc_async`; profiles name the call after `mode`."""
-    agent = current_agent()
-    return future_of(_call(agent, mode, to, func, args, kwargs, timeout), pickling.loads, agent.completions)
+    with interrupts.deferred:
+        agent = current_agent()
+        return future_of(_call(agent, mode, to, func, args, kwargs, timeout), pickling.loads, agent.completions)
 
 
 def remote(
@@ -115,6 +116,11 @@ def remote(
 
     Arguments are those of `rpc_sync`. An error of the call is raised when the reference is used.
     """
+    with interrupts.deferred:
+        return _create(to, func, args, kwargs, timeout)
+
+
+def _create(to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> RRef[T]:
     agent = current_agent()
     info = agent.resolve(_checked(func, to))
     func, is_async = _sent(func)
@@ -163,7 +169,7 @@ def _call(
     with sending(recording):
         call = agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
     recording.call = call
-    call.add_done_callback(recording.finish)
+    call.add_done_callback(recording.finish, inline=True)
     return call
 
 

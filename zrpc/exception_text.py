@@ -59,8 +59,9 @@ def is_interrupt(error: BaseException) -> bool:
 def _handler_codes() -> set[CodeType]:
     """The code of the signal handlers that are written in Python."""
     codes = set()
-    for number in signal.valid_signals():
-        handler: Any = signal.getsignal(number)
+    handlers: list[Any] = [signal.getsignal(number) for number in signal.valid_signals()]
+    handlers += [handler.__wrapped__ for handler in handlers if hasattr(handler, "__wrapped__")]  # see zrpc.interrupts
+    for handler in handlers:
         while isinstance(handler, functools.partial):
             handler = handler.func
         handler = getattr(handler, "__func__", handler)

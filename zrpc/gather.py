@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RpcTimeoutError
@@ -193,7 +194,8 @@ class Gatherings:
         try:
             if not gathering.is_complete:
                 told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
-                self._start(key.names[0], told, timeout_s, waited=True).wait()
+                with interrupts.deferred:
+                    self._start(key.names[0], told, timeout_s, waited=True).wait()
         except PeerLostError:
             if not gathering.is_complete:
                 raise
@@ -202,7 +204,8 @@ class Gatherings:
         """The same where the leader may be lost; then it is known here to be lost."""
         told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
         try:
-            self._start(leader, told, _left_s(deadline) or 0.0, waited=True).wait()
+            with interrupts.deferred:
+                self._start(leader, told, _left_s(deadline) or 0.0, waited=True).wait()
         except RpcTimeoutError:
             return  # the wait that follows finds that the time is over
         except PeerLostError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc import api, gather
+from zrpc import api, gather, interrupts
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.autograd import install as install_autograd
@@ -182,6 +182,7 @@ def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
         agent.say_goodbye(FLUSH_S)
         agent.close(FLUSH_S)
         set_agent(None)
+        interrupts.uninstall()
 
 
 def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
+from zrpc import interrupts
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
     from zrpc.staging.accelerator import Accelerator
     from zrpc.staging.streams import Streams
     from zrpc.transport.endpoint import Endpoint
-    from zrpc.transport.inbox import Awaited, Work
+    from zrpc.transport.inbox import Work
     from zrpc.transport.shared_memory import SharedMemory
+    from zrpc.transport.turns import Awaited
     from zrpc.wire.envelope import Envelope
 
 log = logging.getLogger("zrpc")
@@ -110,7 +112,7 @@ class Agent:
         self._dropped = HandlerPool(1, "zrpc-finalizer")
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self.control = ControlThread(lambda: self._calls.expire_due())
-        self._calls = Calls(self._gates, self._carrier.interrupt, self._on_late, self.control.wake)
+        self._calls = Calls(self._gates, self._carrier.inbox.wake, self.discard, self.control.wake)
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
@@ -268,38 +270,39 @@ class Agent:
             DeviceError: one cannot be brought here from its device.
         """
         limit_s = self.rpc_timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
-        extras = None
-        if hooked and self.hooks:
-            payload = payload or Payload()
-            extras = self.hooks.send(to, message, payload, None)
-        call_id = next(self._call_ids)
-        routes = self._peers.routes(to)
-        route = routes.replies if goes_back else routes.requests
-        envelope = seal(message, call_id, payload, extras, route)
-        call = Call(self, call_id, to, message, limit_s, waited)
-        try:
-            left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
-        except ZrpcError as error:
-            call.complete(None, error)
-            return call
-        try:
-            self._calls.add(call)
-            if envelope.is_arriving and not waited:
-                self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
-            elif not self._send(call, envelope, payload):
+        with interrupts.deferred:
+            extras = None
+            if hooked and self.hooks:
+                payload = payload or Payload()
+                extras = self.hooks.send(to, message, payload, None)
+            call_id = next(self._call_ids)
+            routes = self._peers.routes(to)
+            route = routes.replies if goes_back else routes.requests
+            envelope = seal(message, call_id, payload, extras, route)
+            call = Call(self, call_id, to, message, limit_s, waited)
+            try:
+                left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
+            except ZrpcError as error:
+                call.complete(None, error)
                 return call
-            if payload is not None and payload.after is not None:
-                payload.after()
-            if not waited:
-                self._carrier.inbox.num_sent += 1
-                if limit_s:
-                    self._calls.limit(call_id, left_s)
-        except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
-            self._calls.finish(call_id, None, interrupt)
-            raise
-        if self._closed:  # the sweep of close() may have passed by
-            self._calls.finish(call_id, None, AgentClosedError("this worker has shut down"))
-        return call
+            try:
+                self._calls.add(call)
+                if envelope.is_arriving and not waited:
+                    self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
+                elif not self._send(call, envelope, payload):
+                    return call
+                if payload is not None and payload.after is not None:
+                    payload.after()
+                if not waited:
+                    self._carrier.inbox.num_sent += 1
+                    if limit_s:
+                        self._calls.limit(call_id, left_s)
+            except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
+                self._calls.fail(call_id, interrupt)
+                raise
+            if self._closed:  # the sweep of close() may have passed by
+                self._calls.fail(call_id, AgentClosedError("this worker has shut down"))
+            return call
 
     def _send(self, call: Call, envelope: Envelope, payload: Payload | None) -> bool:
         """Send a request; false: the call has ended."""
@@ -308,7 +311,7 @@ class Agent:
         try:
             self._peers.send(call.peer, envelope)
         except Exception as error:
-            self._calls.finish(call.call_id, None, error)
+            self._calls.fail(call.call_id, error)
             return False
         if payload is not None and payload.passengers:
             payload.has_left()
@@ -354,13 +357,18 @@ class Agent:
         """See `CallOwner.abandon`."""
         return self._calls.abandon(call_id)
 
+    def discard(self, answer: Envelope) -> None:
+        """An answer came that no thread asks for any more: its passengers are let go. See `CallOwner.discard`."""
+        if answer.extras and self.hooks.passengers is not None:
+            self.submit(partial(self.hooks.discard_answer, answer.extras))
+
     def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""
         self._carrier.inbox.wait_for(wanted, deadline)
 
-    def interrupt(self) -> None:
-        """Let a thread in `wait_for` look whether it has come."""
-        self._carrier.interrupt()
+    def wake(self, wanted: Awaited) -> None:
+        """See `Inbox.wake`."""
+        self._carrier.inbox.wake(wanted)
 
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """See `CallOwner.open_answer`."""
@@ -374,7 +382,10 @@ class Agent:
 
     def _on_envelope(self, source: Incarnation, envelope: Envelope) -> Work | None:
         if isinstance(envelope.message, Reply | Failure):
-            self._calls.finish(envelope.call_id, envelope, None)
+            work = self._calls.finish(envelope.call_id, envelope, None)
+            if work is None or self._carrier.inbox.can_work:
+                return work
+            self.completions.submit(work)
             return None
         return self._server.serve(source, envelope)
 
@@ -384,11 +395,6 @@ class Agent:
         if inbox.is_read_here or self.completions.is_here():
             return Standing.NEEDED
         return Standing.SERVING if inbox.is_reader_here or self._server.pool.is_here() else Standing.FREE
-
-    def _on_late(self, answer: Envelope) -> None:
-        """An answer came that nobody waits for any more: its passengers must be let go."""
-        if answer.extras and self.hooks.passengers is not None:
-            self.submit(partial(self.hooks.discard_answer, answer.extras))
 
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()

@@ -1,8 +1,16 @@
 """One call under way, as its caller sees it.
 
-A call is done once, by whoever takes it out of the table of calls under way first: the reading thread with the
-answer, the deadline, a lost peer, or the closing agent. What came is opened (tensors made, hooks told, exception
-rebuilt) by the first thread that asks for the outcome, not by the reading thread.
+What: a call is done once, by the thread that takes it out of the table of calls under way: the one that reads, with the
+answer, or the one that ends it because of its deadline, a lost peer or the closing agent. What came is opened (tensors
+made, hooks told, exception rebuilt) by the first thread that asks for the outcome.
+
+Invariants: any number of threads may wait, and each has a wake-up of its own. Callbacks run once.
+
+Threads: `_lock` owns the outcome until it is opened, and is never held while anything is waited for or opened. The
+thread that opens it is the only one that does; others that ask meanwhile wait for it.
+
+Failure: what opening raises is the outcome, but for what a signal handler raises: then the next thread that asks opens
+it, as far as that is still possible.
 """
 
 from __future__ import annotations
@@ -10,12 +18,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from zrpc import interrupts
 from zrpc.agent.pool import blocking
 from zrpc.errors import RpcTimeoutError
 from zrpc.exception_text import without_traceback
 from zrpc.staging import handover
+from zrpc.wakeups import WakeUps
 from zrpc.wire.messages import Failure
 from zrpc.wire.raisable import Raisable
 
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
 
     from zrpc.ids import WorkerInfo
     from zrpc.staging.streams import Mark
+    from zrpc.transport.inbox import Work
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.messages import Message
     from zrpc.wire.payload import Payload
@@ -38,11 +51,25 @@ class CallOwner(Protocol):
     def abandon(self, call_id: int) -> bool:
         """Take the call out of the table; False if it is done already."""
 
+    def discard(self, answer: Envelope) -> None:
+        """Let go of an answer that no thread will ask for."""
+
     def wait_for(self, wanted: Call, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""
 
+    def wake(self, wanted: Call) -> None:
+        """See `Inbox.wake`."""
+
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """The payload of an answer; raises the remote exception if it is a failure."""
+
+
+class _Opening(Enum):
+    """How far what came is opened."""
+
+    CLOSED = "no thread has asked for it"
+    BEGUN = "a thread is at it"
+    DONE = "the outcome is there"
 
 
 class Call:
@@ -56,12 +83,12 @@ class Call:
         peer: who was called.
         message: what was asked.
         timeout_s: its time limit in seconds; 0: none.
-        is_read_for: a thread reads messages until this call is done. Whoever ends it without one tells the reader.
+        failed: whether it is done and went wrong.
     """
 
     __slots__ = (
-        "_answer", "_callbacks", "_deadline", "_done", "_error", "_lock", "_mark", "_opened", "_owner", "_payload",
-        "_raised", "_waited", "call_id", "is_read_for", "message", "peer", "timeout_s",
+        "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_opening", "_owner", "_payload",
+        "_raised", "_waited", "_wake_ups", "call_id", "failed", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(
@@ -73,40 +100,52 @@ class Call:
         self.peer = peer
         self.message = message
         self.timeout_s = timeout_s
+        self.failed = False
         self._deadline = time.monotonic() + timeout_s if timeout_s else None
-        self._done = threading.Lock()
-        self._done.acquire()
         self._lock = threading.Lock()
-        self._callbacks: list[Callable[[Call], None]] | None = []
+        self._wake_ups: WakeUps | None = None  # made by the first thread that waits and does not read
+        self._inline: list[Callable[[Call], None]] = []
+        self._callbacks: list[Callable[[Call], None]] | None = []  # None: it is done
         self._answer: Envelope | None = None
-        self._opened = False
+        self._opening = _Opening.CLOSED
         self._payload: Payload | None = None
         self._error: BaseException | None = None
         self._raised: Raisable | None = None
         self._mark: Mark | None = None  # in the streams of the thread that opened the answer
-        self.is_read_for = False
 
-    def complete(self, answer: Envelope | None, error: BaseException | None) -> None:
-        """Set what came of the call. For the agent; once."""
+    def complete(self, answer: Envelope | None, error: BaseException | None) -> Work | None:
+        """Set what came of the call. For the agent; once.
+
+        Returns:
+            What is to be done next, on a thread that does not read: the callbacks; None: nothing.
+        """
         self._answer, self._error = answer, error
+        self.failed = answer is None or isinstance(answer.message, Failure)
         with self._lock:
             callbacks, self._callbacks = self._callbacks, None
-        self._done.release()
-        for callback in callbacks or ():
-            try:
-                callback(self)
-            except Exception:  # it was some thread's duty to complete the call, and it has others
-                log.exception("a callback of %s to %s failed", type(self.message).__name__, self.peer)
+            inline, self._inline = self._inline, []
+            wake_ups = self._wake_ups
+        if wake_ups is not None:
+            wake_ups.wake_all()
+        if inline:
+            self._run(inline)
+        return partial(self._run, callbacks) if callbacks else None
 
     def done(self) -> bool:
         """Whether the outcome is here."""
         return self._callbacks is None
 
-    def add_done_callback(self, callback: Callable[[Call], None]) -> None:
-        """Call `callback(self)` when done: at once if it is, else on the reading thread. It must not block."""
+    def add_done_callback(self, callback: Callable[[Call], None], *, inline: bool = False) -> None:
+        """Call `callback(self)` when done: at once if it is, else on a thread that does not read.
+
+        Args:
+            callback: it must not wait for other workers.
+            inline: call it on whichever thread ends the call, a reading one included: it runs no code of users, takes
+                no time and does not ask for the outcome.
+        """
         with self._lock:
             if self._callbacks is not None:
-                self._callbacks.append(callback)
+                (self._inline if inline else self._callbacks).append(callback)
                 return
         callback(self)
 
@@ -137,14 +176,13 @@ class Call:
     def result(self) -> Payload:
         """The outcome of a call that is done; see `wait`."""
         assert self.done()
-        with self._lock:
-            if not self._opened:
-                self._open()
-            error, payload, mark = self._error, self._payload, self._mark
-            if error is not None and not self._waited:  # else one thread waits, once
-                self._raised = self._raised or Raisable(error)
-                error = self._raised.copy()
+        self._ensure_open()
+        error, payload, mark = self._error, self._payload, self._mark
         if error is not None:
+            if not self._waited:  # else one thread waits, once
+                with self._lock:
+                    self._raised = self._raised or Raisable(error)
+                error = self._raised.copy()
             try:
                 raise error
             finally:
@@ -155,48 +193,60 @@ class Call:
         return payload
 
     @property
-    def failed(self) -> bool:
-        """Whether a call that is done went wrong; tells it without unpickling what."""
-        answer = self._answer
-        return self._error is not None or (answer is not None and isinstance(answer.message, Failure))
-
-    @property
     def is_empty(self) -> bool:
-        """Whether a call that is done, and whose outcome nobody has asked for yet, was answered with nothing."""
-        return self._answer is not None and not self._answer.data
+        """Whether a call that is done, and whose outcome no thread has asked for yet, was answered with nothing."""
+        answer = self._answer
+        return answer is not None and not answer.data
 
     @property
     def error(self) -> BaseException | None:
         """What went wrong with the call; None if nothing did, or it is not done."""
-        with self._lock:
-            if not self._opened and self._callbacks is None:
-                self._open()
-            return self._error
+        if self._callbacks is None:
+            self._ensure_open()
+        return self._error
 
-    def expire(self) -> None:
-        """End the call because its time ran out. For the agent, which has taken it out of its table."""
-        self.complete(None, self._timed_out())
+    def expire(self) -> Work | None:
+        """End the call because its time ran out; as `complete`. For the agent, which has taken it out of its table."""
+        return self.complete(None, self._timed_out())
 
     def block(self, deadline: float | None) -> None:
         """See `Awaited.block`."""
-        self.is_read_for = False
-        if self._done.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
-            self._done.release()
+        with self._lock:
+            if self._callbacks is None:
+                return
+            wake_ups = self._wake_ups = self._wake_ups or WakeUps()
+        wake_ups.wait(self.done, deadline)
+
+    def _run(self, callbacks: list[Callable[[Call], None]]) -> None:
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # the others are of other floors
+                log.exception("a callback of %s to %s failed", type(self.message).__name__, self.peer)
 
     def _await(self) -> None:
-        self.is_read_for = True
         try:
             self._owner.wait_for(self, self._deadline)
             if self._callbacks is None:
                 return
-            self.block(self._deadline)  # this worker shuts down, or the time is up
+            interrupts.restart(lambda: self.block(self._deadline))  # this worker shuts down, or the time is up
             if self._callbacks is not None and self._owner.abandon(self.call_id):
-                self.expire()
-            self.block(None)
+                _do(self.expire())
+            interrupts.restart(lambda: self.block(None))
         except BaseException as interrupt:
-            if self._waited and self._owner.abandon(self.call_id):
-                self.complete(None, interrupt)
+            if self._waited:
+                self._give_up(interrupt)
             raise
+
+    def _give_up(self, interrupt: BaseException) -> None:
+        """The thread that was to ask for the outcome is interrupted: no other one will."""
+        if self._owner.abandon(self.call_id):
+            _do(self.complete(None, interrupt))
+        else:
+            interrupts.restart(lambda: self.block(None))
+            answer, self._answer = self._answer, None
+            if answer is not None:
+                self._owner.discard(answer)
 
     def _timed_out(self) -> RpcTimeoutError:
         return RpcTimeoutError(
@@ -205,9 +255,38 @@ class Call:
             "Give it more time with timeout=, or look at that worker"
         )
 
+    def _ensure_open(self) -> None:
+        if self._opening is not _Opening.DONE:
+            interrupts.restart(self._open)
+
     def _open(self) -> None:
-        self._opened = True
-        answer, self._answer = self._answer, None
+        """Open what came, or wait until the thread that does has."""
+        with self._lock:
+            opens_here = self._opening is _Opening.CLOSED
+            if opens_here:
+                self._opening = _Opening.BEGUN
+            wake_ups = self._wake_ups
+            if not opens_here and wake_ups is None:
+                wake_ups = self._wake_ups = WakeUps()
+        if not opens_here:
+            assert wake_ups is not None
+            wake_ups.wait(lambda: self._opening is not _Opening.BEGUN, None)
+            if self._opening is _Opening.CLOSED:  # that thread was interrupted
+                self._open()
+            return
+        after = _Opening.CLOSED
+        try:
+            self._open_here()
+            after = _Opening.DONE
+        finally:
+            with self._lock:
+                self._opening = after
+                wake_ups = self._wake_ups
+            if wake_ups is not None:
+                wake_ups.wake_all()
+
+    def _open_here(self) -> None:
+        answer = self._answer
         if answer is None:
             return
         try:
@@ -215,8 +294,16 @@ class Call:
                 with blocking():
                     if not answer.pending.wait(self._deadline):
                         raise self._timed_out()
+            self._answer = None
             self._payload = self._owner.open_answer(self, answer)
             if handover.streams is not None:
                 self._mark = handover.streams.mark()
+        except interrupts.Interrupted:
+            raise
         except BaseException as error:
-            self._error = without_traceback(error)  # the same; and where it was unpacked is of no interest
+            self._answer, self._error = None, without_traceback(error)  # where it was unpacked is of no interest
+
+
+def _do(work: Work | None) -> None:
+    if work is not None:
+        work()

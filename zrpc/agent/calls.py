@@ -1,9 +1,13 @@
-"""The calls under way of one worker: each is ended once, by whoever takes it out of the table."""
+"""The calls under way of one worker: each is ended once, by the thread that takes it out of the table.
+
+What is to be done next, its callbacks, is given back as work: the thread that reads does none of it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zrpc import interrupts
 from zrpc.agent.deadlines import Deadlines
 
 if TYPE_CHECKING:
@@ -11,6 +15,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.call import Call
     from zrpc.agent.gate import Gates
+    from zrpc.transport.inbox import Work
     from zrpc.wire.envelope import Envelope
 
 
@@ -19,7 +24,7 @@ class Calls:
 
     Args:
         gates: are told of calls that ended.
-        interrupt: lets the thread that reads look whether its call is done; needed where no message ended it.
+        wake_reader: wakes the caller that reads until a call is done; needed where no message ended it.
         on_late: is given answers that nobody waits for any more.
         wake: has `expire_due` called soon.
     """
@@ -27,12 +32,12 @@ class Calls:
     def __init__(
         self,
         gates: Gates,
-        interrupt: Callable[[], None],
+        wake_reader: Callable[[Call], None],
         on_late: Callable[[Envelope], None],
         wake: Callable[[], None],
     ) -> None:
         self._gates = gates
-        self._interrupt = interrupt
+        self._wake_reader = wake_reader
         self._on_late = on_late
         self._under_way: dict[int, Call] = {}
         self._deadlines = Deadlines(self._expire, self._under_way.__contains__, wake)
@@ -48,20 +53,30 @@ class Calls:
         """End a call that no thread waits for in `after_s` seconds, unless it is done by then."""
         self._deadlines.add(call_id, after_s)
 
-    def finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> None:
-        """A call is answered, or will not be. Nothing happens if it is not under way any more."""
+    def finish(self, call_id: int, answer: Envelope | None, error: BaseException | None) -> Work | None:
+        """A call is answered, or will not be. Nothing happens if it is not under way any more.
+
+        Returns:
+            What is to be done next; see `Call.complete`.
+        """
         call = self._under_way.pop(call_id, None)
         if call is None:  # it timed out, or its peer was declared lost
             self._gates.leave(call_id)
             if answer is not None:
                 self._on_late(answer)
-            return
-        try:
-            self._gates[call.peer.id].leave(call_id)
-        finally:  # Ctrl-C may strike where a caller reads, and this may be another's
-            call.complete(answer, error)
-        if error is not None and call.is_read_for:
-            self._interrupt()
+            return None
+        self._gates[call.peer.id].leave(call_id)
+        work = call.complete(answer, error)
+        if answer is None:
+            self._wake_reader(call)
+        return work
+
+    def fail(self, call_id: int, error: BaseException) -> None:
+        """A call will not be answered, which is known on a thread that does not read."""
+        with interrupts.held:
+            work = self.finish(call_id, None, error)
+        if work is not None:
+            work()
 
     def expire_due(self) -> float | None:
         """End the calls whose time is over; see `Deadlines.run_due`."""
@@ -75,17 +90,18 @@ class Calls:
         """End the calls to the worker of `rank`, each with an error of its own."""
         for call_id, call in list(self._under_way.items()):
             if call.peer.id == rank:
-                self.finish(call_id, None, make_error())
+                self.fail(call_id, make_error())
 
     def close(self, make_error: Callable[[], BaseException]) -> None:
         """End all calls, each with an error of its own. Idempotent."""
         self._deadlines.close()
         for call_id in list(self._under_way):
-            self.finish(call_id, None, make_error())
+            self.fail(call_id, make_error())
 
     def _expire(self, call_id: int) -> None:
         call = self._under_way.pop(call_id, None)
         if call is not None:
-            call.expire()
-            if call.is_read_for:
-                self._interrupt()
+            work = call.expire()
+            self._wake_reader(call)
+            if work is not None:
+                work()

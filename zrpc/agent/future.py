@@ -13,13 +13,14 @@ import asyncio
 import contextlib
 import logging
 import sys
+import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from zrpc import finalizers
+from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
 from zrpc.errors import ZrpcError
 from zrpc.exception_text import cause_of, context_of, describe, is_interrupt, without_traceback
@@ -110,6 +111,7 @@ class Future(torch.futures.Future[T]):
     _mark: Mark | None = None
     _has_callback = False
 
+    @interrupts.uninterrupted
     def __del__(self) -> None:
         failure, token = self._failure, self._token
         if failure is None or token is None or sys.is_finalizing():
@@ -149,14 +151,19 @@ class Future(torch.futures.Future[T]):
         answer = self._answer
         if answer is not None:
             answer.wait()
-        if super().done():
-            value = super().wait()
-        else:
+        if not super().done():
             with blocking():
-                value = super().wait()
+                self._await_done()
+        value = super().wait()
         if self._mark is not None:
             self._mark.join()
         return value
+
+    def _await_done(self) -> None:
+        """Wait, and let signal handlers run meanwhile: torch's own `wait` does not."""
+        done = threading.Event()
+        super().add_done_callback(lambda _: done.set())
+        done.wait()
 
     def value(self) -> T:
         """The value of a future that is done; raises what the call raised."""
@@ -287,15 +294,16 @@ class Answer:
 
     def complete(self) -> None:
         """Complete the future, unless somebody does."""
-        try:
-            future = self._held.pop()
-        except IndexError:
-            return
-        future._answer = None
-        call, convert = self._call, self._convert
-        held = [future]
-        del future
-        settle(held.pop(), lambda: convert(call.result()))
+        with interrupts.held:  # else what a signal handler raises would be lost, or leave the future without an end
+            try:
+                future = self._held.pop()
+            except IndexError:
+                return
+            future._answer = None
+            call, convert = self._call, self._convert
+            held = [future]
+            del future
+            settle(held.pop(), lambda: convert(call.result()))
 
     def complete_soon(self) -> None:
         """The same on a completer thread."""
@@ -316,5 +324,5 @@ def future_of(call: Call, convert: Callable[[Payload], T], completions: Completi
     future: Future[T] = Future()
     future.origin = Origin(call)
     answer = future._answer = Answer(future, call, convert, completions)
-    call.add_done_callback(answer.on_done)
+    call.add_done_callback(answer.on_done, inline=True)
     return future

@@ -17,6 +17,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from zrpc import interrupts
 from zrpc.agent.pool import blocking
 from zrpc.agent.window import UNKNOWN, Window
 from zrpc.errors import OverloadedError
@@ -159,7 +160,7 @@ class Gate:
         begun = time.monotonic()
         try:
             with blocking():
-                came = turn.wait(limit_s or None)
+                came = _wait_for(turn, begun + limit_s if limit_s else None)
         except BaseException:  # of a signal handler: the request will not be sent
             self._withdraw(call_id)
             self.leave(call_id)
@@ -189,6 +190,12 @@ class Gate:
     def _wake(turns: list[threading.Event]) -> None:
         for turn in turns:
             turn.set()
+
+
+def _wait_for(turn: threading.Event, deadline: float | None) -> bool:
+    return interrupts.restart(
+        lambda: interrupts.wait(lambda: turn.wait(None if deadline is None else deadline - time.monotonic()))
+    )
 
 
 class Gates(dict[int, Gate]):

@@ -124,6 +124,9 @@ class Server:
             self._serving += 1
         handler, inline = self._handlers.get(type(envelope.message), (self._refuse, True))
         work: Work | None = partial(_run_all, handler, request)
+        if inline and self._inbox.is_read_here and self._inbox.must_hand_on:
+            self._inbox.hand_on(lambda: self._submit(_run(handler, request)))
+            return None
         if inline:
             work = _run(handler, request)
         if work is None:

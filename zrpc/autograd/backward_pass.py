@@ -20,17 +20,18 @@ on the leaves stay until it has ended.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from zrpc import interrupts
 from zrpc.autograd.ddp import WholeLeaves
 from zrpc.autograd.local import LocalPass
 from zrpc.autograd.marking import Further, Marking
 from zrpc.errors import AutogradError, PeerLostError, RpcTimeoutError
 from zrpc.exception_text import set_cause, text_of
 from zrpc.staging import handover
+from zrpc.wakeups import WakeUps
 from zrpc.wire.raisable import copy_exception
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class Peers(Protocol):
     def wait_for(self, backward: BackwardPass) -> None:
         """Wait until `backward.done()`, as a thread that may belong to a pool, and read messages meanwhile."""
 
-    def interrupt(self) -> None:
-        """What a thread in `wait_for` waits for may have come without a message: let it look."""
+    def wake(self, backward: BackwardPass) -> None:
+        """Wake the thread in `wait_for`, if it reads messages."""
 
 
 class BackwardPass:
@@ -113,14 +114,15 @@ class BackwardPass:
         self._peers = peers
         self._marking: Marking | None = None
         self._lock = threading.RLock()
-        self._changed: threading.Condition | None = None  # made by the first who waits without reading
+        self._wake_ups = WakeUps()
         self._asked: Asked | None = None
         self._local: LocalPass | None = None
         self._whole: WholeLeaves | None = None
         self._arrived: deque[Arrived] = deque()
         self._homeward: list[tuple[RecvInfo, Gradients]] = []
         self._marks: list[Mark] = []  # in the streams of torch's engine that made them
-        self._waiter = 0  # the thread in `drive` that waits
+        self._is_driven = False  # a thread is in `drive`
+        self._is_unsettled = False  # it is to settle what changed on another thread
         self._has_looked = False
         self._running = 0
         self._unanswered = 0
@@ -148,10 +150,15 @@ class BackwardPass:
             AutogradError: "Error on Node <rank>: ..." for what went wrong later or elsewhere.
             PeerLostError: somebody needed is gone.
         """
-        self._step(lambda: self._built(roots, sends).run_roots(), self.fail)
-        self._look_ahead()
-        while (arrived := self._next()) is not None:
-            self._run_send(arrived)
+        self._is_driven = True
+        try:
+            self._step(lambda: self._built(roots, sends).run_roots(), self.fail)
+            self._look_ahead()
+            while (arrived := self._next()) is not None:
+                self._run_send(arrived)
+        finally:
+            self._is_driven = False
+            self._settle()
         if self._error is not None:
             raise copy_exception(self._error)
 
@@ -165,22 +172,17 @@ class BackwardPass:
 
     def done(self) -> bool:
         """Whether the thread in `drive` has something to do. See `Awaited`."""
-        return bool(self._arrived) or self._over
+        return bool(self._arrived) or self._over or self._is_unsettled
 
     def block(self, deadline: float | None) -> None:
         """Wait for it while another thread reads. See `Awaited`."""
-        with self._lock:
-            self._waiter = 0
-            if self._changed is None:
-                self._changed = threading.Condition(self._lock)
-            self._changed.wait_for(self.done, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._wake_ups.wait(self.done, deadline)
 
     def enqueue(self, arrived: Arrived) -> None:
         """Gradients came, on the worker where the pass began: they are for the thread in `drive`."""
         with self._lock:
             self._arrived.append(arrived)
-            self._notify()
-        self._wake_waiter()
+        self._wake()
 
     def run_arrived(self, arrived: Arrived) -> None:
         """Gradients came, on another worker: run what is ready now."""
@@ -195,12 +197,11 @@ class BackwardPass:
             self._over, self._error = True, error
             asked = self._asked
             self._homeward.clear()
-            self._notify()
-        self._wake_waiter()
+        self._wake()
         self.context.end_pass(self.pass_id)
         if asked is not None:
             asked.fail(self._described(error))
-        self._settle()
+        self._settle_soon()
 
     def mark(self, message_ids: Sequence[GlobalId]) -> Further:
         """SMART mode: send functions of this worker take part. Returns those elsewhere that follow.
@@ -271,24 +272,22 @@ class BackwardPass:
     def _next(self) -> Arrived | None:
         """What arrived next; None once the pass is over."""
         while True:
-            self._waiter = threading.get_ident()
+            interrupts.run_handlers()
             if not self.done():
                 self._peers.wait_for(self)
-            self._waiter = 0
+            if self._is_unsettled:
+                self._is_unsettled = False
+                self._settle()
             with self._lock:
                 if self._over:
                     return None
                 if self._arrived:
                     return self._arrived.popleft()
 
-    def _notify(self) -> None:
-        """Wake who waits in `block`. Call it under the lock."""
-        if self._changed is not None:
-            self._changed.notify_all()
-
-    def _wake_waiter(self) -> None:
-        if self._waiter not in (0, threading.get_ident()):
-            self._peers.interrupt()
+    def _wake(self) -> None:
+        """Wake the thread in `drive`, if it waits."""
+        self._wake_ups.wake_all()
+        self._peers.wake(self)
 
     def _fail_here(self, error: BaseException) -> None:
         as_it_is = isinstance(error, PeerLostError | RpcTimeoutError)  # of an answer that was to bring gradients
@@ -331,11 +330,19 @@ class BackwardPass:
         with self._lock:
             self._unanswered -= 1
         if error is None:
-            self._settle()
+            self._settle_soon()
         else:
             self.fail(error)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _settle_soon(self) -> None:
+        """Settle; if a thread is in `drive`, there: to free the local part of the graph may take long."""
+        if not self._is_driven:
+            self._settle()
+            return
+        self._is_unsettled = True
+        self._wake()
 
     def _settle(self) -> None:
         """End the pass if everything is done, and clean up once nothing runs any more."""
@@ -361,9 +368,7 @@ class BackwardPass:
         self.context.end_pass(self.pass_id)
         if self._asked is not None:
             self._asked.reply([(info.message_id, gradients) for info, gradients in homeward])
-        with self._lock:
-            self._notify()
-        self._wake_waiter()
+        self._wake()
 
     def _send_home(self, homeward: list[tuple[RecvInfo, Gradients]]) -> None:
         """Send what cannot wait for the answer; it is counted as unanswered already."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.profiler import record_function
 
+from zrpc import interrupts
 from zrpc.autograd.wiring import current_service
 from zrpc.errors import AutogradError
 
@@ -42,13 +43,23 @@ class context:  # torch's name
 
     def __enter__(self) -> int:
         self._service = current_service()  # the worker may have shut down when the block ends
-        self._context_id = self._service.contexts.new().context_id
-        return self._context_id
+        made: DistAutogradContext | None = None
+        try:
+            with interrupts.deferred:
+                made = self._service.contexts.new()
+            self._context_id = made.context_id
+            return self._context_id
+        except BaseException:
+            if made is not None:  # a signal handler raised
+                self._service.release(made.context_id)
+            raise
 
+    @interrupts.uninterrupted
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._service.release(self._context_id)
+        with interrupts.held:
+            self._service.release(self._context_id)
 
 
 def backward(context_id: int, roots: list[torch.Tensor], retain_graph: bool = False, mode: str = "fast") -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from zrpc import finalizers
+from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
 from zrpc.autograd import gradients as codec
 from zrpc.autograd.backward_pass import Arrived, BackwardPass, ForSend
@@ -57,6 +57,11 @@ class AutogradService:
         if (active := context.active) is not None and active.began_here:
             raise AutogradError(f"a backward pass is under way in autograd context {context_id}: wait for its end")
         backward = self._join(context, self._agent.ids.next(), retain_graph, began_here=True)
+        with interrupts.deferred:
+            self._drive(backward, roots, smart)
+
+    def _drive(self, backward: BackwardPass, roots: Sequence[torch.Tensor], smart: bool) -> None:
+        context = backward.context
         try:
             sends = self._mark_all(backward, roots) if smart else context.sends()
             backward.drive(roots, sends)
@@ -102,15 +107,17 @@ class AutogradService:
         message = BackwardRequest(backward.context.context_id, info.message_id, backward.pass_id, backward.retain_graph)
 
         def answered(call: Call) -> None:
-            error = call.error if call.failed else None
-            if error is None and not call.is_empty:
+            if call.failed:
+                self._agent.control.submit(lambda: done(call.error))
+                return
+            if not call.is_empty:
                 self._arrive(backward, lambda: codec.unpack_several(call.result()))
-            done(error)
+            done(None)
 
         call = self._agent.request(
             self._member(info.source), message, codec.pack(gradients), goes_back=not info.by_answer
         )
-        call.add_done_callback(answered)
+        call.add_done_callback(answered, inline=backward.began_here)
 
     def may_answer_with(self, info: RecvInfo) -> bool:
         """See `Peers.may_answer_with`."""
@@ -129,9 +136,9 @@ class AutogradService:
             if not backward.done():  # this worker shuts down, and nobody reads
                 backward.block(None)
 
-    def interrupt(self) -> None:
-        """See `Peers.interrupt`."""
-        self._agent.interrupt()
+    def wake(self, backward: BackwardPass) -> None:
+        """See `Peers.wake`."""
+        self._agent.wake(backward)
 
     # ---- what comes in ---------------------------------------------------------------------------------------------
 
@@ -187,13 +194,17 @@ class AutogradService:
         if over:
             self._notify(request.source.id, ReleaseContexts(over))
 
-    def on_abort(self, request: Request[AbortBackward]) -> None:
-        """Serve the end of a failed pass, on the reading thread."""
+    def on_abort(self, request: Request[AbortBackward]) -> Work:
+        """Serve the end of a failed pass. That frees its local part, which is work."""
         message = request.message
-        context = self.contexts.find(message.context_id)
-        if context is not None:
-            self._call_off(context, message.pass_id, message.reason, told_by=request.source.id)
-        request.reply()
+
+        def abort() -> None:
+            context = self.contexts.find(message.context_id)
+            if context is not None:
+                self._call_off(context, message.pass_id, message.reason, told_by=request.source.id)
+            request.reply()
+
+        return abort
 
     def on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
         """A peer is gone: its contexts are over, and so are passes that wait for gradients from it.
@@ -230,7 +241,8 @@ class AutogradService:
             pass_id, lambda: BackwardPass(self, context, pass_id, retain_graph, began_here=began_here)
         )
         if replaced is not None:
-            replaced.fail(AutogradError("another backward pass has begun in this context"))
+            error = AutogradError("another backward pass has begun in this context")
+            self._agent.submit(lambda: replaced.fail(error))  # it frees its local part
         return backward
 
     def _call_off(
@@ -293,7 +305,7 @@ class AutogradService:
 
         self._mark_further(backward, backward.marking.begin(roots), done)
         with blocking():
-            marked.wait()
+            interrupts.restart(lambda: interrupts.wait(marked.wait))
         if errors:
             raise errors[0]
         return backward.marking.marked()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 import torch
 import torch.jit.annotations
 
+from zrpc import interrupts
 from zrpc.agent.future import Future, settle
 from zrpc.agent.scripted import ScriptValue, is_copied
 from zrpc.compat.script_threads import may_block
@@ -319,6 +320,7 @@ class ReturnedRRef(RRef[Any]):
         self._original = original = rref_of(link)
         vars(self).update({name: value for name, value in vars(original).items() if name != "_original"})
 
+    @interrupts.uninterrupted
     def __del__(self) -> None:
         """The original says that it goes."""
 

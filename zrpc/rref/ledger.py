@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zrpc import finalizers
+from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RRefError, UnknownWorkerError
 from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
@@ -266,6 +266,10 @@ class Ledger:
 
     def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
         """Let the table decide on `event`, and carry out what it asks for."""
+        with interrupts.held:
+            self._decide_and_act(event)
+
+    def _decide_and_act(self, event: Callable[[RRefTable], list[Action]]) -> None:
         with self._lock:
             if self._closed:
                 return

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.future import Future, future_of, settle
 from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
@@ -81,6 +82,7 @@ class RRef(Generic[T]):
         self._call = self._type = self._profiling_future = None
         self._ledger = ledger
 
+    @interrupts.uninterrupted
     def __del__(self) -> None:
         ledger = getattr(self, "_ledger", None)
         if ledger is not None and self._fork_id is not None:
@@ -104,7 +106,8 @@ class RRef(Generic[T]):
         self._check_creation()
         if self._cell is not None:
             return self._cell.wait(_wait_s(timeout))  # type: ignore[no-any-return]
-        return pickling.loads(self._fetch(timeout, waited=True).wait())  # type: ignore[no-any-return]
+        with interrupts.deferred:
+            return pickling.loads(self._fetch(timeout, waited=True).wait())  # type: ignore[no-any-return]
 
     def to_here_async(self, timeout: float = UNSET_RPC_TIMEOUT_S) -> Future[T]:
         """As `to_here`, at once: a future, which can be awaited, for the value. No thread waits meanwhile.
@@ -200,7 +203,8 @@ class RRef(Generic[T]):
         self._check_creation()
         fork_id = self._usable_fork("Cannot call backward() on it after deletion.")
         message = RRefBackward(self._rref_id, fork_id, dist_autograd_ctx_id, retain_graph)
-        self._ledger.agent.request(self._owner, message, waited=True).wait()
+        with interrupts.deferred:
+            self._ledger.agent.request(self._owner, message, waited=True).wait()
 
     # ---- under torch's names ---------------------------------------------------------------------------------------
 
@@ -297,11 +301,13 @@ def receive(ledger: Ledger, fork: ForkData, announced: bool = False) -> RRef[Any
     """The RRef that `fork` makes here."""
     me = ledger.agent.info
     if fork.owner == me.id:
-        cell, awaited = ledger.receive_owned(fork)
-        return RRef._of(ledger, me, fork.rref_id, fork.fork_id if awaited else None, cell)
+        with interrupts.held:
+            cell, awaited = ledger.receive_owned(fork)
+            return RRef._of(ledger, me, fork.rref_id, fork.fork_id if awaited else None, cell)
     owner = ledger.agent.resolve(fork.owner)
-    ledger.receive_used(fork, announced)
-    return RRef._of(ledger, owner, fork.rref_id, fork.fork_id)
+    with interrupts.held:
+        ledger.receive_used(fork, announced)
+        return RRef._of(ledger, owner, fork.rref_id, fork.fork_id)
 
 
 def backward_from(ledger: Ledger, value: object, context_id: int, retain_graph: bool) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.errors import ProtocolError
 from zrpc.rref.forkdata import ForkData
@@ -47,6 +48,7 @@ class Departure:
         """See `Passenger.has_left`."""
         self._has_left = True
 
+    @interrupts.uninterrupted
     def __del__(self) -> None:
         if not self._has_left:
             self._ledger.note_unsent(self.fork)
@@ -114,9 +116,10 @@ def _rebuild(packed: bytes) -> RRef[Any]:
 
 def reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
     """Put an RRef into a payload."""
-    fork = rref._fork()
-    packed = fork.pack()
-    pickling.board(packed, Departure(rref._ledger, fork))
+    with interrupts.held:  # else a fork would be counted that is not on board
+        fork = rref._fork()
+        packed = fork.pack()
+        pickling.board(packed, Departure(rref._ledger, fork))
     return _rebuild, (packed,)
 
 

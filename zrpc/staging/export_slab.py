@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from zrpc import interrupts
 from zrpc.errors import DeviceError
 from zrpc.staging.note import Answer, answer_in
 from zrpc.wire.envelope import Exported
@@ -134,6 +135,7 @@ class SlabExport(Exported):
         self._has_left = True
         self._slab.hands.discard(id(self))
 
+    @interrupts.uninterrupted
     def __del__(self) -> None:
         if not self._has_left:
             self._slab.hands.discard(id(self))

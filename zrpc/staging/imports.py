@@ -11,6 +11,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
+from zrpc import interrupts
 from zrpc.errors import DeviceError, ProtocolError
 from zrpc.staging.note import Answer, answer, read_ticket
 
@@ -39,6 +40,7 @@ class Import:
         self._device = device
         self._dropped = dropped
 
+    @interrupts.uninterrupted
     def __del__(self) -> None:
         self._dropped.append((self._device, self.memory))
 

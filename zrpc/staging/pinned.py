@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from zrpc import interrupts
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -145,6 +147,7 @@ class PinnedPool:
     def _loan(self, block: Block, nbytes: int) -> Loan:
         array: npt.NDArray[np.uint8] = np.frombuffer(block.memory.numpy().data, np.uint8, nbytes)
 
+        @interrupts.uninterrupted
         def give_back(reference: weakref.ref[Any]) -> None:  # it may run anywhere, under the lock too
             self._loans.pop(id(reference), None)
             self._returned.append(block)

@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from zrpc import interrupts
 from zrpc.errors import ProtocolError
 from zrpc.transport.slab import NOBODY, Descriptor, SlabMemory, address_of, open_slab, size_class
 from zrpc.wire.envelope import Exported
@@ -82,6 +83,7 @@ class Attachments:
         loan = memory.view(descriptor[-1])
         address = memory.address
 
+        @interrupts.uninterrupted
         def give_back(reference: weakref.ref[Any]) -> None:
             known = self._loans.get(address)
             if known is not None and known.reference is reference:

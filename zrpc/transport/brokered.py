@@ -96,7 +96,7 @@ class BrokeredEndpoint:
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
         self._shortcuts = Shortcuts.make(incarnation, is_thrifty=True) if local else None
-        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self._shortcuts)
+        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._shortcuts)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zrpc import finalizers
+from zrpc import finalizers, interrupts
 from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.ids import Incarnation
 from zrpc.wire.envelope import Arriving, Buffer
@@ -101,6 +101,7 @@ class WarmBuffers:
         loan: Bytes = np.frombuffer(memory.data, np.uint8, nbytes)  # views of it keep it alive, and not `memory`
         whole = memory
 
+        @interrupts.uninterrupted
         def on_freed(reference: weakref.ref[Any]) -> None:
             self._loans.pop(id(reference), None)
             self._returned.append(whole)

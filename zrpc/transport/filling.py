@@ -16,6 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from zrpc import interrupts
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport.copying import SPLIT_MIN_NBYTES
 from zrpc.transport.polling import let_others_run
@@ -61,6 +62,7 @@ class Filling:
         for memory, (pid, fd, *_) in self._slabs:
             began = time.monotonic()
             while memory.is_filling:
+                interrupts.check()
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     return False

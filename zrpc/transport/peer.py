@@ -76,7 +76,7 @@ class PeerEndpoint:
             raise
         router.bind("inproc://wake-reader")
         self._shortcuts = Shortcuts.make(incarnation) if local else None
-        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier, self._shortcuts)
+        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier, self.interrupt, self._shortcuts)
         self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
         watcher_end = self._context.socket(zmq.PAIR)
         watcher_end.bind("inproc://wake-watcher")

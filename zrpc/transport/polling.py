@@ -22,10 +22,13 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import zmq
 from zmq.backend import zmq_poll
+
+from zrpc import interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,7 +135,7 @@ class Polling:
     def _sleep(self, deadline: float | None) -> bool:
         self._io_thread.be_polite(False)
         timeout_ms = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
-        return bool(zmq_poll(self._on_any, timeout_ms))
+        return bool(interrupts.wait(partial(zmq_poll, self._on_any, timeout_ms)))
 
 
 def _nothing() -> None:

@@ -61,6 +61,9 @@ class ReadElsewhere:
     def wait_for(self, wanted: Any, deadline: float | None) -> None:
         wanted.block(deadline)
 
+    def wake(self, wanted: Any) -> None:
+        """No caller reads."""
+
 
 class MemoryEndpoint:
     """An `Endpoint` whose messages travel through a queue, read by a thread of its own."""

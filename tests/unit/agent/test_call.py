@@ -29,6 +29,7 @@ class Owner:
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
         self.opened: list[threading.Thread] = []
+        self.discarded: list[Envelope] = []
         self.open: Callable[[Envelope], Payload] = lambda envelope: Payload(envelope.data)
 
     def call(self, timeout_s: float = 0.0) -> Call:
@@ -40,7 +41,9 @@ class Owner:
         call = self.calls.pop(7, None)
         if call is None:
             return False
-        call.complete(answer, error)
+        work = call.complete(answer, error)
+        if work is not None:
+            work()
         return True
 
     def abandon(self, call_id: int) -> bool:
@@ -48,6 +51,12 @@ class Owner:
 
     def wait_for(self, wanted: Call, deadline: float | None) -> None:
         wanted.block(deadline)
+
+    def discard(self, answer: Envelope) -> None:
+        self.discarded.append(answer)
+
+    def wake(self, wanted: Call) -> None:
+        """No thread reads here."""
 
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         self.opened.append(threading.current_thread())
@@ -158,7 +167,9 @@ def test_the_deadline_may_be_kept_by_somebody_else() -> None:
     call = owner.call(60.0)
     done = threading.Event()
     call.add_done_callback(lambda _: done.set())
-    in_thread(lambda: owner.calls.pop(7).expire()).join()
+    work = owner.calls.pop(7).expire()
+    assert work is not None
+    in_thread(work).join()
     assert done.is_set()
     with pytest.raises(RpcTimeoutError):
         call.wait()

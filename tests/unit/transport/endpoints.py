@@ -55,6 +55,12 @@ class Arrivals:
         self._wait(lambda: len(self.messages) >= count)
         return self.messages[:count]
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The thread that reads is kept from taking messages meanwhile."""
+        with self._changed:
+            yield
+
     def wait_lost(self, count: int = 1) -> list[tuple[Incarnation, str]]:
         """The first `count` losses, once they are known."""
         self._wait(lambda: len(self.lost) >= count)

@@ -6,21 +6,21 @@ import random
 import signal
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from queue import Empty
 from typing import TYPE_CHECKING
 
 import pytest
 import zmq
 
 from tests.waiting import until
+from zrpc import interrupts
 from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.io_thread import IoThread
 from zrpc.transport.outbox import send_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zrpc.transport.inbox import Work
     from zrpc.wire.envelope import Buffer
@@ -56,12 +56,14 @@ class Office:
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.SNDHWM, 0)
         self._dealer.connect(f"tcp://127.0.0.1:{port}")
-        self.inbox = Inbox(router, self._take, lambda: self._over, IoThread("nobody"))
+        self.inbox = Inbox(router, self.take, lambda: self._over, IoThread("nobody"), lambda: self.send(b""))
         self._over = False
         self.work: dict[bytes, Work] = {}
         self.wanted: dict[bytes, Wanted] = {}
         self.took: dict[bytes, str] = {}
         self.order: list[bytes] = []
+        self.on_take: Work = lambda: None
+        self.on_message: Callable[[bytes], None] = lambda _: None
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self.inbox.run, name=f"reader-{n}") for n in range(READERS)]
 
@@ -87,12 +89,18 @@ class Office:
         self.inbox.close()
         self._dealer.close(0)
 
-    def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
+    def end(self) -> None:
+        self.inbox.close()
+        self._over = True
+
+    def take(self, source: bytes, frames: list[Buffer]) -> Work | None:
+        self.on_take()
         name = bytes(frames[0])
         with self._changed:
             self.took[name] = threading.current_thread().name
             self.order.append(name)
             self._changed.notify_all()
+        self.on_message(name)
         if name in self.wanted:
             self.wanted[name].come()
         return self.work.get(name) if self.inbox.can_work else None
@@ -255,39 +263,6 @@ def test_work_may_wait_for_what_a_message_brings() -> None:
         assert here.took[b"answer"] in (asker, *(f"reader-{n}" for n in range(READERS)))
 
 
-def test_a_reader_that_keeps_watch_comes_back_though_another_takes_what_it_is_called_by() -> None:
-    """With a SimpleQueue of Python 3.11 one of five such runs stood still in the end."""
-    with office(start=False) as post:
-        calls = post.inbox._calls
-        looked, over = [time.monotonic()], threading.Event()
-
-        def keep_watch() -> None:
-            while not over.is_set():
-                with suppress(Empty):
-                    calls.get(timeout=0.0005)
-                looked.append(time.monotonic())
-
-        def sleep() -> None:
-            while not over.is_set():
-                calls.get()
-
-        threads = [threading.Thread(target=work) for work in (keep_watch, sleep)]
-        for thread in threads:
-            thread.start()
-        chance, end = random.Random(1), time.monotonic() + 3.0
-        while time.monotonic() < end:
-            calls.put(False)
-            time.sleep(0.0004 + chance.random() * 0.0003)
-        count = len(looked)
-        until(lambda: len(looked) > count + 2, "the one that keeps watch looks up", within_s=5.0)
-        over.set()
-        calls.put(False)
-        calls.put(False)
-        for thread in threads:
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
-
-
 def test_messages_keep_their_order_whoever_reads() -> None:
     names = [number.to_bytes(4, "little") for number in range(1, 2001)]
     with office() as here:
@@ -328,14 +303,7 @@ def test_closing_from_within_a_message_is_safe() -> None:
     with office(start=False) as here:
         wanted = Wanted()
         here.wanted[b"close"] = wanted
-        take = here.inbox._take
-
-        def close(source: bytes, frames: list[Buffer]) -> Work | None:
-            here.inbox.close()
-            here._over = True
-            return take(source, frames)
-
-        here.inbox._take = close
+        here.on_take = here.end
         here.send(b"close")
         here.inbox.wait_for(wanted, None)
         assert wanted.done()
@@ -345,7 +313,7 @@ def test_closing_from_within_a_message_is_safe() -> None:
 
 
 def serve_in_a_row(here: Office, names: list[bytes]) -> list[bool]:
-    """Have work done for messages of which the next lies there each time; whether each was served as one of a queue."""
+    """Have work done for messages that lie in a row; whether each was served as one of a queue."""
     queued: list[bool] = []
     done = threading.Event()
 
@@ -353,55 +321,49 @@ def serve_in_a_row(here: Office, names: list[bytes]) -> list[bool]:
         queued.append(here.inbox.serves_queue_here)
         if name == names[-1]:
             done.set()
-            return
-        with here.inbox._lock:  # the other reader takes over else
-            here.send(names[names.index(name) + 1])
-            until(here.inbox.polling.is_ready, "the next one lies there")
 
     here.work = {name: partial(serve, name) for name in names}
-    here.send(names[0])
+    for name in names:
+        here.send(name)
     assert done.wait(WAIT_S)
     return queued
 
 
 def test_a_reader_knows_whether_it_serves_a_queue_and_sees_to_it_before_it_waits() -> None:
     with office() as here:
-        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
         emptied: list[str] = []
-        assert serve_in_a_row(here, [b"a", b"b", b"c"]) == [False, True, True]
+        names = [f"{number}".encode() for number in range(200)]
+        until(lambda: any(serve_in_a_row(here, names)), "messages are served as a queue")
         here.inbox.on_queue_empty = lambda: emptied.append(threading.current_thread().name)
-        assert serve_in_a_row(here, [b"d", b"e"])[-1]
-        until(lambda: here.took[b"e"] in emptied, "not only who keeps watch does")
+        serve_in_a_row(here, names)
+        until(lambda: here.took[names[-1]] in emptied, "not only the one that keeps watch does")
         assert not here.inbox.serves_queue_here, "this is no reader"
 
 
 def test_a_reader_serves_a_queue_no_more_once_another_thread_reads() -> None:
     with office() as here:
-        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
         left: list[bool] = []
         done = threading.Event()
-        wanted = Wanted()
 
         def serve() -> None:
-            here.inbox._serves_queue = threading.get_ident()
-            left.append(here.inbox.serves_queue_here)
+            if left or not here.inbox.serves_queue_here:
+                return
+            wanted = Wanted()
             caller = in_thread("caller", lambda: here.inbox.wait_for(wanted, None))
-            until(lambda: here.inbox._reader not in (0, threading.get_ident()), "another thread reads")
-            until(lambda: not here.inbox.serves_queue_here, "it has taken over")
+            until(lambda: not here.inbox.serves_queue_here, "another thread has taken over")
+            left.append(True)
             wanted.come()
-            here.send(b"wake")
+            here.inbox.wake(wanted)
             caller.join(WAIT_S)
             done.set()
 
-        here.work[b"serve"] = serve
-        here.send(b"serve")
+        here.work = {b"serve": serve}
+        until(lambda: here.send(b"serve") or here.send(b"serve") or bool(left), "it serves a queue")
         assert done.wait(WAIT_S)
-        assert left == [True]
 
 
 def test_while_a_reader_is_stuck_the_other_one_sees_to_its_queue() -> None:
     with office() as here:
-        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
         here.send(b"first")
         here.wait_taken(b"first")
         stuck, seen = threading.Event(), threading.Event()
@@ -414,35 +376,156 @@ def test_while_a_reader_is_stuck_the_other_one_sees_to_its_queue() -> None:
 
         def get_stuck() -> None:
             stuck.set()
-            assert seen.wait(WAIT_S), "nobody sees to what it has left lying"
+            assert seen.wait(WAIT_S), "what it has left is not seen to"
 
         here.inbox.on_queue_empty = note
         here.work[b"stuck"] = get_stuck
-        here.send(b"stuck")
-        stuck_reader = here.wait_taken(b"stuck")
+        until(lambda: here.send(b"stuck") or stuck.is_set(), "a reader does the work itself")
         assert seen.wait(WAIT_S)
-        assert names[0] != stuck_reader
+        assert names[0].startswith("reader-")
 
 
-def test_a_reader_that_waits_for_something_itself_leaves_nothing_lying() -> None:
+# ---- what is handed on ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_caller_hands_on_is_done_by_a_reader_in_its_order() -> None:
+    """Before all that comes after it, though a reader brings that."""
     with office() as here:
-        until(lambda: len(here.inbox._parked) == READERS - 1, "one reads")
-        left: list[bool] = []
+        done: list[bytes] = []
+        threads: set[str] = set()
+
+        def do(name: bytes) -> None:
+            threads.add(threading.current_thread().name)
+            done.append(name)
+
+        def in_order(name: bytes) -> None:
+            if here.inbox.must_hand_on:
+                here.inbox.hand_on(partial(do, name))
+            else:
+                do(name)
+
+        names = [f"{number}".encode() for number in range(400)]
+        here.on_message = in_order
+        for start in range(0, 400, 40):
+            wanted = here.wanted[names[start + 20]] = Wanted()
+            for name in names[start : start + 40]:
+                here.send(name)
+            here.inbox.wait_for(wanted, None)
+        until(lambda: len(done) == len(names), "all is done")
+        assert done == names
+        assert all(name.startswith("reader-") for name in threads)
+
+
+def test_what_is_handed_on_and_raises_keeps_nothing_else_from_being_done(caplog: pytest.LogCaptureFixture) -> None:
+    with office() as here:
         done = threading.Event()
 
-        def call() -> None:
-            emptied: list[str] = []
-            here.inbox.on_queue_empty = lambda: emptied.append(threading.current_thread().name)
-            here.inbox._serves_queue = threading.get_ident()
-            here.inbox.wait_for(Wanted(), 0.0)
-            left.extend([here.inbox.serves_queue_here, threading.current_thread().name not in emptied])
-            here.inbox.on_queue_empty = lambda: None
-            done.set()
+        def fail() -> None:
+            raise SystemExit("of the work")
 
-        here.work[b"call"] = call
-        here.send(b"call")
+        wanted = here.wanted[b"wanted"] = Wanted()
+        here.on_message = lambda name: here.inbox.hand_on({b"1": fail, b"2": done.set}.get(name, lambda: None))
+        for name in (b"1", b"2", b"wanted"):
+            here.send(name)
+        here.inbox.wait_for(wanted, None)
         assert done.wait(WAIT_S)
-        assert left == [False, False]
+    assert {record.getMessage() for record in caplog.records} == {"a request failed in an unexpected way"}
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alarm() -> Iterator[list[Work]]:
+    """What a signal does, repeatedly, while the list is not empty."""
+    handler: list[Work] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: handler[0]() if handler else None)
+    try:
+        yield handler
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        interrupts.uninstall()
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_handler_may_wait_while_its_thread_reads(alarm: list[Work]) -> None:
+    with office(start=False) as here:
+        outer, inner = Wanted(), Wanted()
+        here.wanted = {b"outer": outer, b"inner": inner}
+
+        def wait() -> None:
+            alarm.clear()
+            assert not here.inbox.is_read_here, "another thread may read while a handler runs"
+            here.send(b"inner")
+            here.inbox.wait_for(inner, None)
+            here.send(b"outer")
+
+        alarm.append(wait)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        here.inbox.wait_for(outer, None)
+        assert here.order == [b"inner", b"outer"]
+
+
+def test_what_a_signal_handler_raises_ends_the_wait_and_loses_no_message(alarm: list[Work]) -> None:
+    with office() as here:
+        interrupted, sent = 0, 0
+
+        def strike() -> None:
+            raise KeyboardInterrupt
+
+        alarm.append(strike)
+        while interrupted < 300:
+            name = str(sent).encode()
+            wanted = here.wanted[name] = Wanted()
+            here.send(name)
+            sent += 1
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+                while True:
+                    here.inbox.wait_for(wanted, None)
+                    time.monotonic()
+            except KeyboardInterrupt:
+                interrupted += 1
+        alarm.clear()
+        here.send(b"last")
+        here.wait_taken(b"last")
+        assert here.order == [*(str(number).encode() for number in range(sent)), b"last"]
+
+
+def test_a_destructor_may_wait_while_its_thread_takes_a_message() -> None:
+    with office(start=False) as here:
+        outer, inner = Wanted(), Wanted()
+        here.wanted = {b"outer": outer, b"inner": inner}
+
+        class Object:
+            def __del__(self) -> None:
+                here.inbox.wait_for(inner, None)
+
+        held = [Object()]
+        here.on_message = lambda name: held.clear() if name == b"first" else None
+        for name in (b"first", b"inner", b"outer"):
+            here.send(name)
+        here.inbox.wait_for(outer, None)
+        assert here.order == [b"first", b"inner", b"outer"]
+
+
+def test_the_wait_that_a_nested_one_has_ended_ends() -> None:
+    """The nested wait takes the message that the outer one waits for."""
+    with office(start=False) as here:
+        outer, inner = Wanted(), Wanted()
+        here.wanted = {b"outer": outer, b"inner": inner}
+
+        class Object:
+            def __del__(self) -> None:
+                here.send(b"outer")
+                here.send(b"inner")
+                here.inbox.wait_for(inner, None)
+
+        held = [Object()]
+        here.on_message = lambda name: held.clear() if name == b"first" else None
+        here.send(b"first")
+        here.inbox.wait_for(outer, None)
+        assert here.order == [b"first", b"outer", b"inner"]
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that interrupt")

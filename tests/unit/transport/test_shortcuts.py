@@ -7,7 +7,9 @@ import random
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -357,7 +359,7 @@ class Post:
             dealer.connect(f"inproc://{self._peer.hex()}")
         self.came: list[bytes] = []
         shortcuts = Shortcuts(self._peer)
-        self.inbox = Inbox(router, self._take, lambda: False, IoThread("nobody"), shortcuts)
+        self.inbox = Inbox(router, self._take, lambda: False, IoThread("nobody"), lambda: None, shortcuts)
         self.shortcut = open_shortcut(self.me, self._peer, shortcuts)
 
     def _take(self, source: bytes, frames: list[Buffer]) -> None:
@@ -365,9 +367,9 @@ class Post:
 
     def read(self) -> None:
         """One message, if there is one."""
-        with self.inbox._lock:
-            if self.inbox._is_ready():
-                self.inbox._hand_on()
+        count = len(self.came)
+        awaited = SimpleNamespace(done=lambda: len(self.came) > count)
+        self.inbox.wait_for(awaited, time.monotonic() + 0.01)
 
 
 @pytest.fixture
@@ -441,7 +443,7 @@ def test_marks_that_nobody_had_room_for_are_asked_for_again() -> None:
         shortcut = box._way._shortcut
         assert shortcut is not None
         until(lambda: not box.is_unread() and shortcut._confirmed == 2, "both are known to be read")
-        with b.endpoint.inbox._nobody_reading():
+        with b.arrivals.stopped():
             for _ in range(1500):
                 a.endpoint.send(b.id, [b"head", b"body"])
         b.arrivals.wait_messages(1502)
