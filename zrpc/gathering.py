@@ -6,7 +6,12 @@ See `zrpc.gather` for the two kinds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zrpc.ids import Incarnation
 
 
 class Key(NamedTuple):
@@ -14,13 +19,24 @@ class Key(NamedTuple):
 
     Attributes:
         names: of the workers, sorted.
-        number: how many gatherings of this kind of the same workers came before.
+        number: how many gatherings of this kind of the same lives came before.
         survives_loss: its kind; see `zrpc.gather`.
+        lives: the incarnations of the workers, in the order of the names. A worker that comes again takes part in
+            other gatherings than it did before.
     """
 
     names: tuple[str, ...]
     number: int
     survives_loss: bool = False
+    lives: tuple[Incarnation, ...] = ()
+
+    def life_of(self, name: str) -> Incarnation:
+        """The incarnation of the worker of that name."""
+        return self.lives[self.names.index(name)]
+
+    def lost(self, ended: Mapping[Incarnation, str]) -> dict[str, str]:
+        """Name -> reason of those of its workers that are among the lives `ended`."""
+        return {name: ended[life] for name, life in zip(self.names, self.lives, strict=False) if life in ended}
 
 
 @dataclass(frozen=True, slots=True)

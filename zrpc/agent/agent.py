@@ -28,7 +28,8 @@ from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.control import ControlThread
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
-from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
+from zrpc.exception_text import log_error
+from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
 from zrpc.staging import handover
 from zrpc.staging.cuda import CudaAccelerator
 from zrpc.staging.stager import Staging
@@ -100,16 +101,16 @@ class Agent:
         )
         self.staging.pin = self._carrier.serve_devices(self.staging.receive_memory, self.staging)
         self.staging.imports.beside = self._carrier.beside
-        self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone)
+        self.control = ControlThread(lambda: self._calls.expire_due())
+        self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit)
         self.members = self._peers.registry
-        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
+        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
             options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh(),
             self.staging, self._stagers.submit,
         )  # fmt: skip
         self._dropped = HandlerPool(1, "zrpc-finalizer")
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
-        self.control = ControlThread(lambda: self._calls.expire_due())
         self._calls = Calls(self._gates, self._carrier.interrupt, self._on_late, self.control.wake)
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
@@ -136,7 +137,7 @@ class Agent:
         self._carrier.start(self._on_envelope, self._peers.lose)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
-        self.ids = IdGenerator(me.info.id, 0 if self.is_static_group else first_id_of(me.incarnation))
+        self.ids = IdGenerator(me.info.id, me.incarnation)
 
     def open(self) -> None:
         """Serve requests from now on, and those kept back."""
@@ -164,7 +165,7 @@ class Agent:
             return
         with suppress(Exception):  # the store may be gone
             self.refresh()
-        others = [info for info in self.members.all() if info.id != self.info.id]
+        others = [info for info in self.members.all() if info.incarnation != self.info.incarnation]
         for call in [self.request(info, Leave(), timeout_s=timeout_s) for info in others]:
             with suppress(ZrpcError):
                 call.wait()
@@ -238,6 +239,15 @@ class Agent:
         """
         return self._peers.resolve(to)
 
+    def resolve_life(self, rank: int, incarnation: Incarnation) -> WorkerInfo:
+        """That life of the worker of that rank; in a dynamic group newcomers are looked for.
+
+        Raises:
+            PeerLostError: it is not in the group, or not any more.
+            RendezvousError: as `resolve`.
+        """
+        return self._peers.resolve_life(rank, incarnation)
+
     def routes(self, to: WorkerInfo) -> PeerRoutes:
         """Where tensors arrive that are sent to `to`."""
         return self._peers.routes(to)
@@ -278,7 +288,9 @@ class Agent:
         envelope = seal(message, call_id, payload, extras, route)
         call = Call(self, call_id, to, message, limit_s, waited)
         try:
-            left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
+            left_s = self._gates[to.incarnation].enter(
+                call_id, envelope, to, limit_s, self._standing if hooked else needed
+            )
         except ZrpcError as error:
             call.complete(None, error)
             return call
@@ -402,12 +414,15 @@ class Agent:
         handover.order_by(streams)
 
     def _on_gone(self, worker: WorkerInfo, reason: str) -> None:
-        """A peer left or is lost: its calls fail."""
+        """A peer left or is lost: its calls fail. Runs on the control thread."""
         if self._closed:
             return
         self.lost_at = time.monotonic()
-        self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
+        self._gates.drop(worker.incarnation, PeerLostError(f"{worker} is lost: {reason}"))
         text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
-        self._calls.lose(worker.id, lambda: PeerLostError(text))
+        self._calls.lose(worker.incarnation, lambda: PeerLostError(text))
         for listener in self._lost_listeners:
-            self.control.submit(partial(listener, worker, reason))
+            try:
+                listener(worker, reason)
+            except Exception as error:  # the others are to know all the same
+                log_error(log, "what follows from the loss of %s was not done", worker, error=error)

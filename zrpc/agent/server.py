@@ -179,7 +179,7 @@ class Server:
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
             is_large = len(envelope.buffers) > 0 or len(envelope.data) > COUNTED_MIN_NBYTES
             if is_large and (waiting_nbytes := self._peers.queued_nbytes(to)):
-                self._gates[to.id].check_answer(waiting_nbytes, self._peers.me, to)
+                self._gates[to.incarnation].check_answer(waiting_nbytes, self._peers.me, to)
             if envelope.is_arriving:
                 self._send_soon(partial(self._send_arriving, request, envelope, payload))
             else:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation
     from zrpc.staging.streams import Mark
 
 _PREFIX = "Error on Node "
@@ -57,8 +57,8 @@ class Asked(Protocol):
     """The request that drew this worker into a pass."""
 
     @property
-    def rank(self) -> int:
-        """Who asked."""
+    def source(self) -> Incarnation:
+        """The life of the worker that asked."""
 
     def reply(self, homeward: Sequence[ForSend]) -> None:
         """This worker's part is done; gradients for the asker go with the answer."""
@@ -82,8 +82,8 @@ class Peers(Protocol):
     def may_answer_with(self, info: RecvInfo) -> bool:
         """Whether gradients for tensors that came with an answer may go back with one: by the right device map."""
 
-    def watch(self, rank: int) -> None:
-        """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""
+    def watch(self, life: Incarnation) -> None:
+        """See to it that `BackwardPass.lose` is called when that life is over."""
 
     def wait_for(self, backward: BackwardPass) -> None:
         """Wait until `backward.done()`, as a thread that may belong to a pool, and read messages meanwhile."""
@@ -213,11 +213,11 @@ class BackwardPass:
         except AutogradError as error:
             raise self._described(error) from error
 
-    def lose(self, rank: int, text: str) -> None:
-        """The worker of `rank` is gone: fail if gradients were to come from there."""
+    def lose(self, life: Incarnation, text: str) -> None:
+        """That life is over: fail if gradients were to come from there."""
         with self._lock:
             local = self._local
-        if local is not None and rank in local.awaited():
+        if local is not None and life in local.awaited():
             self.fail(PeerLostError(f"gradients were to come from {text}"))
 
     # ---- the steps -------------------------------------------------------------------------------------------------
@@ -249,8 +249,8 @@ class BackwardPass:
             self._step(lambda: self._watch(local), self._fail_here)
 
     def _watch(self, local: LocalPass) -> None:
-        for rank in local.awaited():
-            self._peers.watch(rank)
+        for life in local.awaited():
+            self._peers.watch(life)
         local.look_ahead()
 
     def _step(self, work: Callable[[], object], on_error: Callable[[BaseException], None]) -> None:
@@ -309,7 +309,7 @@ class BackwardPass:
         with self._lock:
             if self._over:
                 raise AutogradError(f"the backward pass was called off: {self._error}")
-            goes_home = self._asked is not None and info.source == self._asked.rank
+            goes_home = self._asked is not None and info.source == self._asked.source
             if goes_home and (not info.by_answer or self._peers.may_answer_with(info)):
                 self._homeward.append((info, gradients))
                 if handover.streams is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from zrpc.autograd.backward_pass import BackwardPass
     from zrpc.autograd.functions import SendFunction
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation, WorkerInfo
     from zrpc.staging.streams import Mark
 
 MAX_ENDED = 64
@@ -32,14 +32,20 @@ T = TypeVar("T")
 
 
 class DistAutogradContext:
-    """What this worker knows of the context `context_id`, whose creator's rank is in the upper 16 bits of its id."""
+    """What this worker knows of the context `context_id`, whose creator's rank is in the upper 16 bits of its id.
 
-    def __init__(self, context_id: int) -> None:
+    Args:
+        context_id: its id.
+        creator: the life of the worker that made it.
+    """
+
+    def __init__(self, context_id: int, creator: Incarnation = b"") -> None:
         self.context_id = context_id
+        self.creator = creator
         self._lock = threading.Lock()
         self._sends: dict[GlobalId, SendFunction] = {}
         self._recvs: dict[GlobalId, weakref.ref[Node]] = {}
-        self._known_workers: set[int] = set()
+        self._known_workers: dict[Incarnation, int] = {}  # with their ranks
         self._sums: dict[torch.Tensor, Sum] = {}
         self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
         self._active: BackwardPass | None = None
@@ -60,25 +66,25 @@ class DistAutogradContext:
         with self._lock:
             self._recvs[message_id] = weakref.ref(function)
 
-    def add_known_worker(self, rank: int) -> None:
-        """The worker of `rank` was told of this context."""
+    def add_known_worker(self, worker: WorkerInfo) -> None:
+        """`worker` was told of this context."""
         with self._lock:
-            self._known_workers.add(rank)
+            self._known_workers[worker.incarnation] = worker.id
 
-    def is_known_beyond(self, ranks: Collection[int | None]) -> bool:
-        """Whether a worker whose rank is not among `ranks` was told of this context from here."""
+    def is_known_beyond(self, lives: Collection[Incarnation | None]) -> bool:
+        """Whether a worker whose life is not among `lives` was told of this context from here."""
         with self._lock:
-            return not self._known_workers.issubset(ranks)
+            return any(life not in lives for life in self._known_workers)
 
     def sends(self) -> dict[GlobalId, SendFunction]:
         """The send functions, in the order in which they were made."""
         with self._lock:
             return dict(self._sends)
 
-    def known_workers(self) -> list[int]:
-        """The ranks that were told of this context from here."""
+    def known_workers(self) -> list[Incarnation]:
+        """The lives that were told of this context from here."""
         with self._lock:
-            return sorted(self._known_workers)
+            return list(self._known_workers)
 
     # ---- gradients -------------------------------------------------------------------------------------------------
 
@@ -181,4 +187,5 @@ class DistAutogradContext:
             return {message_id: node for message_id, ref in self._recvs.items() if (node := ref()) is not None}
 
     def _known_worker_ids(self) -> set[int]:
-        return set(self.known_workers())
+        with self._lock:
+            return set(self._known_workers.values())

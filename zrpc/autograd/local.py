@@ -28,7 +28,7 @@ from zrpc.staging import handover
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
     from zrpc.autograd.operators import Operator
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation
     from zrpc.staging.streams import Mark
 
 _profiler_enabled: Any = torch.autograd._profiler_enabled
@@ -96,11 +96,11 @@ class LocalPass:
         with self._lock:
             return self._scheduler.finished and not self._lone
 
-    def awaited(self) -> set[int]:
-        """The ranks from which gradients are still to come."""
+    def awaited(self) -> set[Incarnation]:
+        """The lives from which gradients are still to come."""
         with self._lock:
             numbers = self._scheduler.awaited
-            lone = self._lone.ranks()
+            lone = self._lone.lives()
         return lone | {self._sends[message_id].to for message_id, number in self._numbers.items() if number in numbers}
 
     def look_ahead(self) -> None:

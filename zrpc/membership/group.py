@@ -14,7 +14,7 @@ class Member:
     """One worker of the group in one of its lives.
 
     Attributes:
-        info: its name and rank.
+        info: its name and rank; it knows the life too.
         incarnation: this life's id, and its identity on the transport.
         card: what it tells the others about itself (msgpack values): `address` where it listens (none with a broker),
             `host` it runs on, `devices` and device maps.
@@ -23,6 +23,10 @@ class Member:
     info: WorkerInfo
     incarnation: Incarnation
     card: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.info.incarnation != self.incarnation:
+            object.__setattr__(self, "info", WorkerInfo(self.info.name, self.info.id, self.incarnation))
 
 
 OnJoined = Callable[[Member], None]

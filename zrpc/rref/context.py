@@ -51,13 +51,13 @@ class RRefContext(Ledger):
         timeout_s: float | None,
     ) -> RRef[Any]:
         """Ask `to` to run a call and keep its result; return a reference to it at once."""
-        if to.id == self.agent.info.id:
+        if to.incarnation == self.agent.info.incarnation:
             return self._create_here(make_message, payload, timeout_s)
         rref_id, fork_id = self.agent.ids.next(), self.agent.ids.next()
         with self._lock:
             self._check_open("init_rpc made another one since.")
-            self._table.create(rref_id, fork_id, to.id)
-        self._watch(to.id)
+            self._table.create(rref_id, fork_id, to.incarnation)
+        self._watch(to.incarnation)
         made: RRef[Any] = RRef._of(self, to, rref_id, fork_id)
 
         def answered(call: Call) -> None:
@@ -146,7 +146,7 @@ class RRefContext(Ledger):
     def _begin(self, request: Request[Any]) -> Cell:
         """The cell for what `request` creates. The RRef's life here begins, unless it is over already."""
         message = request.message
-        source = self.living(request.source.id)
+        source = request.source.incarnation
         self._watch(source)
         found: list[Cell] = []
 
@@ -204,8 +204,8 @@ class RRefContext(Ledger):
 
     def serve_fork_request(self, request: Request[RRefForkRequest]) -> None:
         """Count a new user."""
-        message, holder = request.message, self.living(request.source.id)
-        self._watch(holder, message.rref_id.created_on)
+        message, holder = request.message, request.source.incarnation
+        self._watch(holder, message.rref_id.life)
 
         def arrive(table: RRefTable) -> list[Action]:
             table.fork_requested(message.rref_id, message.fork_id, holder)
@@ -229,13 +229,12 @@ class RRefContext(Ledger):
     def on_peer_lost(self, peer: WorkerInfo, reason: str) -> None:
         """Everything that `peer` held or owned is gone."""
         del reason
-        self._watched.discard(peer.id)
-        self._decide(lambda table: table.peer_lost(peer.id))
+        self._decide(lambda table: table.peer_lost(peer.incarnation))
 
     def _cell_for(self, request: Request[Any], rref_id: RRefId, fork_id: ForkId) -> Cell | None:
         """Where the value is or will be; None, and an answer that says why, if it is gone."""
-        asker = self.living(request.source.id)
-        self._watch(asker, rref_id.created_on)
+        asker = request.source.incarnation
+        self._watch(asker, rref_id.life)
         with self._lock:
             refused = self._closed or self._table.value_wanted(rref_id, fork_id, asker) is Availability.REFUSED
             cell = None if refused else self._cells.setdefault(rref_id, Cell())

@@ -5,20 +5,19 @@ the same lock (so that a value shared again in that moment is not lost), and mes
 of RRefs sees is left to the control thread. Values are let go of on a thread of their own (`Agent.drop`): their
 `__del__` is user code.
 
-Any thread may call in. `_lock` owns `_table`, `_cells`, `_num_sending` and `_closed`; `_watched` only saves calls.
+Any thread may call in. `_lock` owns `_table`, `_cells`, `_num_sending` and `_closed`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc import finalizers
 from zrpc.agent.pool import blocking
-from zrpc.errors import PeerLostError, RRefError, UnknownWorkerError
+from zrpc.errors import PeerLostError, RRefError
 from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
 from zrpc.rref.cell import Cell
 from zrpc.rref.forkdata import ForkData
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.agent import Agent
     from zrpc.agent.future import Future
-    from zrpc.ids import ForkId, RRefId, WorkerInfo
+    from zrpc.ids import ForkId, Incarnation, RRefId, WorkerInfo
     from zrpc.rref.rref import RRef
 
     Note = tuple[RRefId | None, ForkId] | ForkData
@@ -83,20 +82,18 @@ class Ledger:
         self._changed = threading.Condition(self._lock)
         self._table_made: RRefTable | None = None
         self._cells: dict[RRefId, Cell] = {}
-        self._watched: set[int] = set()
         self._num_sending = 0
         self._closed = False
 
     # ---- RRefs come and go
 
-    def fork(self, owner: int, rref_id: RRefId, fork_id: ForkId | None, cell: Cell | None) -> ForkData:
+    def fork(self, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId | None, cell: Cell | None) -> ForkData:
         """Count a new fork of this worker's own RRef (`cell` holds its value) or of its fork `fork_id`.
 
         Raises:
             RRefError: it was deleted, or is of a worker's life that is over.
             PeerLostError: its owner is gone.
         """
-        me = self.agent.info.id
         with self._lock:
             self._check_open(_FORK_PHRASE)
             child = self.agent.ids.next()
@@ -107,22 +104,20 @@ class Ledger:
                 assert fork_id is not None
                 self._check_usable(owner, rref_id, fork_id, _FORK_PHRASE)
                 if self._table.user_state(fork_id) is UserState.DOUBTFUL:
-                    raise RRefError(f"{rref_id} cannot be shared: asking its owner, worker {owner}, to count it failed")
+                    raise RRefError(f"{rref_id} cannot be shared: asking its owner, {owner}, to count it failed")
                 self._table.share_used(fork_id, child)
-        return ForkData(owner, rref_id, child, me)
+        return ForkData(owner.id, owner.incarnation, rref_id, child)
 
     def sent(self, fork: ForkData, holder: WorkerInfo) -> None:
         """`fork` leaves for `holder`: if `holder` is lost, so is the fork."""
-        self._watch(holder.id)
-        self.living(holder.id)
-        self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.id))
+        self._watch(holder.incarnation)
+        self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.incarnation))
 
     def receive_used(self, fork: ForkData, announced: bool) -> None:
         """A fork of another worker's RRef came."""
-        self._watch(fork.owner)
-        self.living(fork.owner)
+        self._watch(fork.owner_life)
         self._decide(
-            lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner, fork.parent, announced=announced)
+            lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner_life, fork.parent, announced=announced)
         )
 
     def receive_owned(self, fork: ForkData) -> tuple[Cell, bool]:
@@ -134,7 +129,7 @@ class Ledger:
         Raises:
             RRefError: its value is gone.
         """
-        self._watch(fork.rref_id.created_on)
+        self._watch(fork.rref_id.life)
         found: list[tuple[Availability, Cell | None]] = []
 
         def arrive(table: RRefTable) -> list[Action]:
@@ -153,17 +148,6 @@ class Ledger:
             )
         return cell, availability is Availability.AWAITED
 
-    def living(self, rank: int) -> int:
-        """`rank`, of somebody who sends, or is sent to, or owns what is sent.
-
-        In a dynamic group it may be a new worker of a rank whose last one was lost: what comes from it counts again.
-        """
-        if not self.agent.is_static_group:
-            with self._lock:
-                if not self._closed and self._table.is_lost(rank) and self.agent.members.member(rank):
-                    self._table.peer_joined(rank)
-        return rank
-
     def note_dropped(self, owner_awaited: RRefId | None, fork_id: ForkId) -> None:
         """An RRef object was freed: a fork, or (`owner_awaited`) this worker's own. For `__del__`: from anywhere."""
         self._note((owner_awaited, fork_id))
@@ -177,7 +161,7 @@ class Ledger:
         with self._lock:
             return UserState.GONE if self._closed else self._table.user_state(fork_id)
 
-    def check_usable(self, owner: int, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
+    def check_usable(self, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
         """Raise what keeps the fork `fork_id` from being used; `phrase` says what cannot be done with it.
 
         Raises:
@@ -261,7 +245,7 @@ class Ledger:
     def _table(self) -> RRefTable:
         """The table; it is made at first use, when the agent has a rank. Call it under the lock."""
         if self._table_made is None:
-            self._table_made = RRefTable(self.agent.info.id)
+            self._table_made = RRefTable(self.agent.info.incarnation)
         return self._table_made
 
     def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
@@ -282,7 +266,9 @@ class Ledger:
         if garbage:
             self.agent.drop(garbage)
         for orphan, cell in orphans:
-            cell.set_error(PeerLostError(f"The worker {orphan.creator} died before it created {orphan.rref_id}"))
+            cell.set_error(
+                PeerLostError(f"The worker {orphan.rref_id.created_on} died before it created {orphan.rref_id}")
+            )
         for action in actions:
             if isinstance(action, Tell | AskOwner):
                 self._send(action)
@@ -296,12 +282,11 @@ class Ledger:
                 fork_id = action.message.fork_id
                 self._decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
 
-        try:
-            to = self.agent.members.by_rank(action.to)
-        except UnknownWorkerError as gone:
-            done(gone)
+        member = self.agent.members.by_incarnation(action.to)
+        if member is None:
+            done(PeerLostError("the worker is not in the group any more"))
             return
-        self.agent.notify(to, action.message, done)
+        self.agent.notify(member.info, action.message, done)
 
     def _note(self, note: Note) -> None:
         if not self._closed:
@@ -323,23 +308,20 @@ class Ledger:
                 lambda: self._closed or condition(self._table), max(0.0, deadline - time.monotonic())
             )
 
-    def _watch(self, *ranks: int) -> None:
-        """Have the loss of these workers told to us even if we never call them."""
-        for rank in ranks:
-            if rank in self._watched or rank == self.agent.info.id:
-                continue
-            with suppress(UnknownWorkerError):  # it is gone already, and was told to be
-                peer = self.agent.members.by_rank(rank)
-                self._watched.add(rank)
-                self.agent.watch(peer)
+    def _watch(self, *lives: Incarnation) -> None:
+        """Have the end of these lives told to us even if we never call them. One that is over was told of."""
+        for life in lives:
+            member = self.agent.members.by_incarnation(life)
+            if member is not None and life != self.agent.info.incarnation:
+                self.agent.watch(member.info)
 
     def _check_open(self, phrase: str) -> None:
         if self._closed:
             raise RRefError(f"This RRef is of a worker that was shut down. {phrase}")
 
-    def _check_usable(self, owner: int, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
+    def _check_usable(self, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
         state = self._table.user_state(fork_id)
         if state in _DELETED:
             raise RRefError(f"The user of {rref_id} with fork id {fork_id} has been deleted. {phrase}")
         if state is UserState.ORPHANED:
-            raise PeerLostError(f"The owner of {rref_id}, worker {owner}, is lost, and the value with it")
+            raise PeerLostError(f"The owner of {rref_id}, {owner}, is lost, and the value with it")

@@ -264,7 +264,7 @@ class RRef(Generic[T]):
 
     def _fork(self) -> ForkData:
         self._check_creation()
-        return self._ledger.fork(self._owner.id, self._rref_id, self._fork_id, self._cell)
+        return self._ledger.fork(self._owner, self._rref_id, self._fork_id, self._cell)
 
     def _fetch(self, timeout: float, *, waited: bool) -> Call:
         fork_id = self._usable_fork(_FETCH_PHRASE)
@@ -273,7 +273,7 @@ class RRef(Generic[T]):
 
     def _usable_fork(self, phrase: str) -> ForkId:
         assert self._fork_id is not None
-        self._ledger.check_usable(self._owner.id, self._rref_id, self._fork_id, phrase)
+        self._ledger.check_usable(self._owner, self._rref_id, self._fork_id, phrase)
         return self._fork_id
 
     def _check_creation(self) -> None:
@@ -296,10 +296,10 @@ class RRef(Generic[T]):
 def receive(ledger: Ledger, fork: ForkData, announced: bool = False) -> RRef[Any]:
     """The RRef that `fork` makes here."""
     me = ledger.agent.info
-    if fork.owner == me.id:
+    if fork.owner_life == me.incarnation:
         cell, awaited = ledger.receive_owned(fork)
         return RRef._of(ledger, me, fork.rref_id, fork.fork_id if awaited else None, cell)
-    owner = ledger.agent.resolve(fork.owner)
+    owner = ledger.agent.resolve_life(fork.owner, fork.owner_life)
     ledger.receive_used(fork, announced)
     return RRef._of(ledger, owner, fork.rref_id, fork.fork_id)
 

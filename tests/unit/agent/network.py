@@ -184,7 +184,7 @@ class Worker:
         self.options = options or RpcBackendOptions(num_worker_threads=4)
         self.endpoint = MemoryEndpoint(network)
         self.group = MemoryGroup([])
-        self.info = WorkerInfo(name, rank)
+        self.info = WorkerInfo(name, rank, self.endpoint.incarnation)
         self.connected: list[Member] = []
         self.disconnected: list[Incarnation] = []
         self.accelerator = FakeAccelerator(rank)

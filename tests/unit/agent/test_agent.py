@@ -826,12 +826,13 @@ def test_device_maps_hold_both_ways() -> None:
         join = worker.group.on_joined
         join(Member(WorkerInfo("b", 1), new_incarnation(), {"device_maps": {"a": {"cuda:5": "cuda:6"}}}))
         join(Member(WorkerInfo("c", 2), new_incarnation(), {"device_maps": {"a": {"cuda:3": "cuda:4"}}}))
-        routes = [worker.agent._peers.routes(WorkerInfo(name, rank)) for rank, name in enumerate("bcd", start=1)]
+        others = [worker.agent.resolve("b"), worker.agent.resolve("c"), WorkerInfo("d", 3)]
+        routes = [worker.agent.routes(other) for other in others]
         assert [route.requests.devices for route in routes] == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}]
         assert [route.replies.devices for route in routes] == [{"cuda:6": "cuda:5"}, {"cuda:4": "cuda:3"}, {}]
         assert worker.agent.staging.devices == ("cuda:0", "cuda:4", "cuda:6"), "as maps of newcomers name them"
         join(Member(WorkerInfo("c", 2), new_incarnation(), {}))
-        assert worker.agent._peers.routes(WorkerInfo("c", 2)).requests.devices == {}, "a new life has maps of its own"
+        assert worker.agent.routes(worker.agent.resolve("c")).requests.devices == {}, "a new life has maps of its own"
     finally:
         worker.agent.close(0.0)
 

@@ -266,8 +266,8 @@ class Worker:
 
     def wait_lost(self, peer: Worker) -> None:
         """Wait until this worker's RRefs know of the loss of `peer`."""
-        rank = peer.info.id
-        assert self.rrefs._wait_until(lambda table: table.is_lost(rank), time.monotonic() + 10)
+        life = peer.info.incarnation
+        assert self.rrefs._wait_until(lambda table: table.is_lost(life), time.monotonic() + 10)
 
 
 class DirectInvoker:
