@@ -198,6 +198,7 @@ class Peers:
         displaced = self.registry.add(member, although_ended=self.is_static)
         if displaced is None:
             if not self.is_here(member.incarnation):  # it was over before it was told of
+                self._carrier.forget(member.incarnation)
                 self._disconnect(member.incarnation)
             return
         for old in displaced:

@@ -30,6 +30,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from zrpc import threads
 from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
@@ -103,7 +104,7 @@ class BrokeredEndpoint:
         self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
         self._lock = threading.Lock()  # owns what follows and the wake sockets
         self._ways: dict[Incarnation, Way | None] = {}  # to those who are there
-        self._gone: dict[Incarnation, str] = {}
+        self._gone = EndedLives()
         self._broker_lost: str | None = None
         self._connections_up = 0
         self._clogged = False
@@ -215,7 +216,7 @@ class BrokeredEndpoint:
         with self._lock:
             known = peer in self._ways
             way = self._ways.pop(peer, None)
-            self._gone.setdefault(peer, reason)
+            self._gone.note(peer, reason)
         if way is not None:
             self._outbox.close_way(way)
         return known

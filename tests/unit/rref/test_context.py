@@ -13,7 +13,15 @@ import torch
 
 from tests.unit.rref.workers import Chaos, Worker, cluster
 from tests.waiting import until
-from zrpc.errors import OverloadedError, PeerLostError, ProtocolError, RpcTimeoutError, RRefError, SerializationError
+from zrpc.errors import (
+    LimitError,
+    OverloadedError,
+    PeerLostError,
+    ProtocolError,
+    RpcTimeoutError,
+    RRefError,
+    SerializationError,
+)
 from zrpc.rref import ledger as ledger_module
 from zrpc.rref.cell import Cell
 from zrpc.rref.rref import RRef
@@ -212,7 +220,29 @@ def test_a_dead_user_that_got_its_rref_in_an_answer(monkeypatch: pytest.MonkeyPa
         rref = a.call(o, own, 3)
         assert rref.to_here() == 3
         a.wait_counts(sending=0)
-        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.id}}
+        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.incarnation}}
+        c.kill(a.info.id)
+        empty([o])
+
+
+def test_a_worker_that_could_not_be_connected_to_is_watched_at_the_next_chance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A creation that needs a connection which cannot be made fails; the creator of the next one is watched."""
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        watched: list[bytes] = []
+
+        def refuse(peer: bytes) -> None:
+            raise LimitError("too many open files")
+
+        monkeypatch.setattr(c.endpoints[o.info.id], "watch", refuse)
+        with pytest.raises(LimitError, match="too many open files"):
+            a.remote(o, make, 1)._get_future().wait()
+        monkeypatch.setattr(c.endpoints[o.info.id], "watch", watched.append)
+        rref = a.remote(o, make, 1)
+        assert rref.to_here() == 1
+        assert a.info.incarnation in watched
         c.kill(a.info.id)
         empty([o])
 
@@ -370,7 +400,7 @@ def test_a_fork_in_an_answer_needs_no_word_to_its_owner(monkeypatch: pytest.Monk
         a, o = c.workers
         c.network.hold(RRefForkRequest)
         rref = a.call(o, own, 3)
-        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.id}}
+        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.incarnation}}
         assert rref.to_here() == 3
         assert not c.network._held
         del rref

@@ -310,7 +310,7 @@ def _limit_s(timeout: float) -> float | None:
 class Cluster:
     def __init__(self, size: int, chaos: Chaos) -> None:
         self.network = Network(chaos)
-        endpoints = [FakeEndpoint(self.network) for _ in range(size)]
+        self.endpoints = endpoints = [FakeEndpoint(self.network) for _ in range(size)]
         members = [
             Member(WorkerInfo(f"worker{rank}", rank), endpoint.incarnation) for rank, endpoint in enumerate(endpoints)
         ]
