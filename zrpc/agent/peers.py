@@ -191,6 +191,8 @@ class Peers:
     def lose(self, incarnation: Incarnation, reason: str) -> None:
         """That member cannot be reached any more."""
         self._forget(incarnation, reason)
+        if not self.is_static:
+            self._group.note_lost(incarnation)
 
     def _on_joined(self, member: Member) -> None:
         self._connect(member)

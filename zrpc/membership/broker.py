@@ -127,6 +127,9 @@ class BrokerGroup:
                     lambda: self._answered_probe >= probe or self._state is not _State.JOINED, REFRESH_TIMEOUT_S
                 )
 
+    def note_lost(self, incarnation: Incarnation) -> None:
+        """See `Group.note_lost`. The broker says who is lost."""
+
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The broker has told everybody at once, and does not end with a worker."""
 

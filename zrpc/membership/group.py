@@ -66,6 +66,9 @@ class Group(Protocol):
             RendezvousError: the store is unreachable.
         """
 
+    def note_lost(self, incarnation: Incarnation) -> None:
+        """This worker cannot reach that life any more. Any thread; it does not block."""
+
     def linger(self, timeout_s: float) -> None:
         """All of a static group see that it cannot be and end at once: wait until they do, up to `timeout_s`."""
 

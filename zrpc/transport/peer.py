@@ -67,6 +67,7 @@ class PeerEndpoint:
         # A peer connects again while this process stands still, for which the connection before is still there: without
         # this the new one would be taken in and never read.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        router.setsockopt(zmq.ROUTING_ID, incarnation)  # so that it can be seen which life listens: `has_ended`
         try:
             self.address = sockets.bind(router, bind)
             if local and sys.platform.startswith("linux"):

@@ -157,6 +157,9 @@ class MemoryGroup:
     ) -> tuple[Member, list[Member]]:
         return next(member for member in self.members if member.incarnation == incarnation), self.members
 
+    def note_lost(self, incarnation: Incarnation) -> None:
+        pass
+
     def refresh(self) -> None:
         self.refreshes += 1
         newcomers, self.newcomers = self.newcomers, []
