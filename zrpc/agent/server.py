@@ -110,6 +110,9 @@ class Server:
 
     def _serve_stranger(self, source: Incarnation, envelope: Envelope) -> None:
         """A request of somebody not known here: a newcomer, or one who is gone."""
+        if (reason := self._peers.registry.ended.get(source)) is not None:
+            log.debug("a %s of a worker came late: %s", type(envelope.message).__name__, reason)
+            return
         if self._peers.registry.by_incarnation(source) is None:
             self._refresh()
         member = self._peers.registry.by_incarnation(source)

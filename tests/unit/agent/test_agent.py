@@ -21,6 +21,7 @@ from zrpc.errors import (
     RemoteError,
     RpcTimeoutError,
     SerializationError,
+    StaleWorkerError,
     UnknownWorkerError,
 )
 from zrpc.ids import GlobalId, WorkerInfo, new_incarnation
@@ -474,6 +475,50 @@ def test_a_newcomer_is_looked_for_when_its_request_comes() -> None:
             assert [member.info.name for member in a.connected] == ["a", "b"]
         finally:
             newcomer.agent.close(WAIT_S)
+
+
+@pytest.mark.parametrize("is_told_first", [False, True])
+def test_a_loss_ends_the_calls_to_that_life_and_not_those_to_the_next(is_told_first: bool) -> None:
+    """The next life has name and rank of the one before, and joins before or after the loss is told."""
+    network = Network()
+    with workers("a", "b", dynamic=True, network=network) as (a, b):
+        successor, gates = Worker(network, "b", 1), (Gate(), Gate())
+        for worker, gate in zip((b, successor), gates, strict=True):
+            worker.agent.handle(RRefFetch, gate, inline=True)
+        successor.join([a.member(), successor.member()], None)
+        successor.agent.open()
+        try:
+            to_first = a.agent.request(b.info, FETCH)
+            gates[0].wait()
+            if is_told_first:
+                a.endpoint.lose(b.endpoint.incarnation, "it died")
+            a.group.on_joined(successor.member())
+            assert a.agent.resolve("b").incarnation == successor.endpoint.incarnation
+            to_second = a.agent.request(a.agent.resolve("b"), FETCH)
+            gates[1].wait()
+            a.endpoint.lose(b.endpoint.incarnation, "it died")
+            with pytest.raises(PeerLostError, match="it died" if is_told_first else "came in its place"):
+                to_first.wait()
+            a.endpoint.lose(b.endpoint.incarnation, "told again")
+            gates[1].requests[0].reply()
+            to_second.wait()
+            with pytest.raises(StaleWorkerError):
+                a.agent.resolve(b.info)
+        finally:
+            successor.agent.close(WAIT_S)
+
+
+def test_what_comes_late_of_a_worker_that_is_gone_is_dropped_without_a_look() -> None:
+    """It is no newcomer."""
+    with workers("a", "b", dynamic=True) as (a, b):
+        a.agent.handle(RRefUserDelete, lambda request: request.reply(), inline=True)
+        b.agent.request(a.info, DELETE).wait()
+        a.endpoint.lose(b.endpoint.incarnation, "it died")
+        before = a.group.refreshes
+        late = b.agent.request(a.info, DELETE, timeout_s=0.2)
+        with pytest.raises(RpcTimeoutError):
+            late.wait()
+        assert a.group.refreshes == before
 
 
 def test_a_newcomer_is_looked_for_when_its_name_is_not_known() -> None:
