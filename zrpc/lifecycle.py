@@ -25,7 +25,7 @@ from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
-from zrpc.rref.context import install as install_rrefs
+from zrpc.rref.serving import install as install_rrefs
 from zrpc.transport import descriptors
 from zrpc.transport.look import has_ended
 from zrpc.transport.peer import PeerEndpoint

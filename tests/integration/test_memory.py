@@ -20,8 +20,8 @@ from tests.waiting import until
 from zrpc.agent import deadlines
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
-from zrpc.rref import ledger
-from zrpc.rref.ledger import Ledger
+from zrpc.rref import context as rref_context
+from zrpc.rref.context import RRefContext
 from zrpc.rref.table import RRefTable
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def own_and_lend() -> rpc.RRef[int]:
 
 
 def num_kept() -> int:
-    info = current_agent().extensions[Ledger].debug_info()
+    info = current_agent().extensions[RRefContext].debug_info()
     return int(info["num_owner_rrefs"]) + int(info["num_pending_users"])
 
 
@@ -162,7 +162,7 @@ def make_and_drop(count: int) -> None:
 
 def drop_many(rank: int) -> tuple[int, int]:
     """How many blocks of memory Python has in use, before and after."""
-    ledger.RRefTable = partial(RRefTable, remembered_max=1000)  # type: ignore[misc]  # filled soon, and bounded
+    rref_context.RRefTable = partial(RRefTable, remembered_max=1000)  # type: ignore[misc]  # filled soon, and bounded
     deadlines.SWEEP_MIN_COUNT = 64  # the same
     counts = []
     for count in (RREFS, 2 * RREFS):

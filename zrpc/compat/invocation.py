@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from zrpc.agent.current import current_agent
 from zrpc.agent.future import Future, future_of
 from zrpc.config import UNSET_RPC_TIMEOUT_S
-from zrpc.rref.context import remote_builtin, remote_python
+from zrpc.rref.making import remote_builtin, remote_python
 from zrpc.wire import pickling, values
 from zrpc.wire.messages import BuiltinCall, PythonCall
 from zrpc.wire.payload import Payload

@@ -36,7 +36,7 @@ class RRefProxy:
 def type_future(rref: RRef[Any], timeout: float) -> Future[type]:
     """A future for the type of the value of `rref`; a user asks the owner."""
     if rref._cell is None:
-        future: Future[type] = rref._ledger.invoke.rpc_async(
+        future: Future[type] = rref._context.invoke.rpc_async(
             rref.owner(), _rref_typeof_on_owner, (rref,), None, timeout
         )
         return future
@@ -64,7 +64,7 @@ def _call_method(rref: RRef[Any], rpc_api: str, name: str, timeout: float, /, *a
     if rpc_api != "rpc_async":
         return _invoke(rref, rpc_api, name, timeout, types.wait(), args, kwargs)
     result: Future[Any] = Future()
-    hooks = rref._ledger.agent.hooks
+    hooks = rref._context.agent.hooks
     contexts = hooks.carry_over()  # of the thread that calls; another one may go on
 
     def go_on(known: torch.futures.Future[type]) -> None:
@@ -97,4 +97,4 @@ def _invoke(
         getattr(cls, name), ASYNC_ATTRIBUTE
     ):
         func = _local_invoke_async_execution
-    return getattr(rref._ledger.invoke, rpc_api)(rref.owner(), func, (rref, name, args, kwargs), None, timeout)
+    return getattr(rref._context.invoke, rpc_api)(rref.owner(), func, (rref, name, args, kwargs), None, timeout)

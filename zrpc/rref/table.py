@@ -56,10 +56,11 @@ class RRefTable:
         """
         return self._owners.created(rref_id, fork_id, creator, alive=creator not in self._lost)
 
-    def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> None:
+    def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> list[Action]:
         """`RRefForkRequest` came: first, again, before the creation or after the delete."""
         if holder not in self._lost:
             self._owners.forked(rref_id, fork_id, holder)
+        return []
 
     def user_deleted(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
         """`RRefUserDelete` came: first, again, or before the creation."""

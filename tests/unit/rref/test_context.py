@@ -22,7 +22,7 @@ from zrpc.errors import (
     RRefError,
     SerializationError,
 )
-from zrpc.rref import ledger as ledger_module
+from zrpc.rref import context as context_module
 from zrpc.rref.cell import Cell
 from zrpc.rref.rref import RRef
 from zrpc.rref.states import UserState
@@ -51,7 +51,7 @@ def fetch(rref: RRef[Any]) -> Any:
 
 
 def state_of(rref: RRef[Any]) -> str:
-    return rref._ledger.user_state(rref._fork_id).name if rref._fork_id else "OWNER"
+    return rref._context.user_state(rref._fork_id).name if rref._fork_id else "OWNER"
 
 
 def give_back(rref: RRef[Any]) -> RRef[Any]:
@@ -458,7 +458,7 @@ def test_shutdown_deletes_users_and_waits_for_those_of_others(monkeypatch: pytes
 
 
 def test_shutdown_does_not_wait_for_what_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "UNSENT_GRACE_S", 0.05)
+    monkeypatch.setattr(context_module, "UNSENT_GRACE_S", 0.05)
     with cluster(monkeypatch, 2) as c:
         a, o = c.workers
         used, owned = a.remote(o, make, 1), a.local(2)

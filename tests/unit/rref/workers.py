@@ -20,8 +20,10 @@ from zrpc.ids import WorkerInfo, new_incarnation
 from zrpc.membership.group import Member
 from zrpc.rref import rref as rref_module
 from zrpc.rref import travel as travel_module
-from zrpc.rref.context import RRefContext, install, remote_python
+from zrpc.rref.context import RRefContext
+from zrpc.rref.making import remote_python
 from zrpc.rref.rref import RRef
+from zrpc.rref.serving import install
 from zrpc.wire import pickling
 from zrpc.wire.envelope import decode
 from zrpc.wire.messages import Failure, PythonCall, Reply
