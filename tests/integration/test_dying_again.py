@@ -24,12 +24,7 @@ from zrpc.rref.context import RRefContext
 LIVES = 4
 STAYING = ("worker0", "worker1")
 
-_over = threading.Event()
 _kept: dict[str, Any] = {}
-
-
-def end() -> None:
-    _over.set()
 
 
 def identity(value: Any) -> Any:
@@ -64,18 +59,18 @@ def check_that_it_is_over() -> None:
     until(lambda: rrefs.debug_info()["num_owner_rrefs"] == "0", "its references are given up")
 
 
-def stay(rank: int, method: str) -> int:
-    """Work with the other one that stays, until the last guest says that it is over; how many calls were made."""
+def stay(rank: int, method: str, over: str) -> int:
+    """Work with the other one that stays, until the file `over` is there; how many calls were made."""
     options = rpc.RpcBackendOptions(init_method=method)
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=None, rpc_backend_options=options)
     other = STAYING[1 - rank]
     until(lambda: is_member(other), f"{other} is here")
     made = 0
-    while not _over.wait(0.002):
+    while not Path(over).exists():
         try:
             assert rpc.rpc_sync(other, identity, args=(made,)) == made
         except PeerLostError:  # the other one has come to its end first
-            assert _over.wait(30.0)
+            until(Path(over).exists, "it is over")
         made += 1
     rpc.shutdown(graceful=False)
     return made
@@ -104,8 +99,6 @@ def visit(_: int, method: str, life: int, ready: str) -> None:
     assert rpc.rpc_sync("worker0", hand_on, args=(rpc.RRef(life),)) == life
     check_gradients()
     if life == LIVES - 1:
-        for told in [rpc.rpc_async(name, end) for name in STAYING]:
-            told.wait()
         rpc.shutdown(graceful=False)
         return
     with dist_autograd.context():
@@ -122,7 +115,8 @@ def test_a_worker_that_is_killed_again_and_again_leaves_its_place_to_the_next(
     """Nothing of one life is taken for another's, and the others' calls among themselves all succeed."""
     cluster = cluster_in_each_mode
     method = cluster.new_init_method()
-    staying = cluster.start(stay, 2, args=(method,), init=False)
+    over = tmp_path / "over"
+    staying = cluster.start(stay, 2, args=(method, os.fspath(over)), init=False)
     for life in range(LIVES):
         ready = tmp_path / f"ready{life}"
         guest = cluster.start(visit, 1, args=(method, life, os.fspath(ready)), init=False)
@@ -134,6 +128,7 @@ def test_a_worker_that_is_killed_again_and_again_leaves_its_place_to_the_next(
         else:
             (outcome,) = guest.wait(60.0)
             assert outcome.error is None, outcome.error
-    for outcome in staying.wait(30.0):
+    over.touch()
+    for outcome in staying.wait(60.0):
         assert outcome.error is None, outcome.error
         assert outcome.result > 0
