@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RendezvousError, RpcTimeoutError
-from zrpc.gathering import Gathering, Key, Lost
-from zrpc.ids import EndedLives
+from zrpc.gathering import Gathering, GatheringTable, Key, Lost
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
 
@@ -83,16 +82,13 @@ class Gatherings:
         self.remote = RemoteFunctions()
         self._agent = agent
         self._changed = threading.Condition(threading.Lock())  # its lock owns what follows
-        self._gatherings: dict[Key, Gathering] = {}
-        self._numbers: dict[Key, int] = {}  # key of number 0 -> number of the next one that begins here
-        self._results: dict[Key, dict[str, Any]] = {}  # of gatherings that survive losses
-        self._lost = EndedLives()
+        self._table = GatheringTable(lambda: agent.info.name)
         agent.on_peer_lost(self._on_peer_lost)
 
     def __len__(self) -> int:
         """Of how many gatherings, and series of gatherings of the same lives, something is kept here."""
         with self._changed:
-            return len(self._gatherings) + len(self._numbers) + len(self._results)
+            return len(self._table)
 
     def gather(
         self, obj: Any, names: tuple[str, ...], call_timeout_s: float, wait_timeout_s: float | None
@@ -116,7 +112,7 @@ class Gatherings:
             return gathering.objects
         finally:
             with self._changed:
-                self._gatherings.pop(key, None)
+                self._table.end(key)
 
     def gather_living(self, obj: Any, names: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
         """Take part in the next gathering of `names` that survives losses; see `gather_living`."""
@@ -126,7 +122,7 @@ class Gatherings:
         try:
             self.contribute(key, me, obj)
             while not gathering.is_complete:
-                leader = gathering.leader(key.lost(self._lost))
+                leader = gathering.leader(self._table.lost(key))
                 if leader == me:
                     self._watch_all(key)
                 else:
@@ -141,7 +137,7 @@ class Gatherings:
         finally:
             with self._changed:
                 if gathering.is_complete:  # else others may ask who came
-                    self._gatherings.pop(key, None)
+                    self._table.end(key)
 
     def contribute(self, key: Key, name: str, obj: Any) -> None:
         """On the leader, or who may become it: `name` takes part with `obj`.
@@ -150,14 +146,8 @@ class Gatherings:
             PeerLostError: the gathering is over here, or will not be complete.
         """
         with self._changed:
-            result = self._results.get(key)
-            if result is None:
-                if (why := self._why_refused(key)) is not None:
-                    raise PeerLostError(f"the gathering of {', '.join(key.names)} cannot be completed: {why}")
-                gathering = self._at(key)
-                gathering.objects[name] = obj
-                gathering.settle(key.lost(self._lost))
-                self._note(gathering)
+            result = self._table.contribute(key, name, obj)
+            self._changed.notify_all()
         if result is not None and name != self._agent.info.name:  # the leader was lost before it could tell `name`
             with suppress(PeerLostError):
                 self._start(key, name, _payload(self.remote.conclusion(key, result)), TELL_TIMEOUT_S)
@@ -165,52 +155,18 @@ class Gatherings:
     def conclude(self, key: Key, objects: dict[str, Any], error: str | None) -> None:
         """On a follower: this is what the leader gathered."""
         with self._changed:
-            if key in self._results or self._why_refused(key) is not None:
-                return
-            gathering = self._at(key)  # maybe before this worker has come here
-            gathering.conclude(objects, error)
-            self._note(gathering)
+            self._table.conclude(key, objects, error)
+            self._changed.notify_all()
 
     def missing(self, key: Key) -> list[str]:
         """Which workers have not come to a gathering, as far as this worker knows; without those that are lost."""
         with self._changed:
-            gathering = self._gatherings.get(key) or Gathering(key, self._agent.info.name)
-            lost = key.lost(self._lost)
-            return [name for name in gathering.awaited() if name not in lost and key not in self._results]
+            return self._table.missing(key)
 
     def give_up(self, key: Key, missing: list[str]) -> None:
         """On a follower: the leader's time is over, and `missing` had not come to it. This worker waits on."""
         with self._changed:
-            if key not in self._results and self._why_refused(key) is None:
-                self._at(key).missing = missing
-
-    # ---- under the lock ---------------------------------------------------------------------------------------------
-
-    def _at(self, key: Key) -> Gathering:
-        """The gathering of that key; others may begin it before this worker does."""
-        gathering = self._gatherings.get(key)
-        if gathering is None:
-            gathering = self._gatherings[key] = Gathering(key, self._agent.info.name)
-        return gathering
-
-    def _why_refused(self, key: Key) -> str | None:
-        """Why nothing is kept of what comes for that gathering; None: it is kept."""
-        if key in self._gatherings:
-            return None
-        if not self._is_to_come(key):
-            return f"{self._agent.info.name} has taken part in it, and waits no longer"
-        lost = {} if key.survives_loss else key.lost(self._lost)
-        return next((f"{name} is lost ({reason})" for name, reason in lost.items()), None)
-
-    def _is_to_come(self, key: Key) -> bool:
-        """Whether this worker has not begun that gathering yet."""
-        return key.number >= self._numbers.get(key._replace(number=0), 0)
-
-    def _note(self, gathering: Gathering) -> None:
-        """It has changed, and may be complete."""
-        if gathering.is_complete and gathering.key.survives_loss:
-            self._results[gathering.key] = gathering.objects
-        self._changed.notify_all()
+            self._table.give_up(key, missing)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -218,15 +174,10 @@ class Gatherings:
         if not self._agent.is_static_group:
             with suppress(RendezvousError):  # the store is gone: those who are known here may still gather
                 self._agent.refresh()
-        first = Key(names, 0, survives_loss, tuple(self._agent.resolve(name).incarnation for name in names))
+        lives = tuple(self._agent.resolve(name).incarnation for name in names)
         with self._changed:
-            key = first._replace(number=self._numbers.get(first, 0))
-            lost = key.lost(self._lost)
-            if survives_loss or not lost:
-                self._numbers[first] = key.number + 1
-            gathering = self._at(key)
-            gathering.settle(lost)
-            return key, gathering
+            gathering = self._table.begin(Key(names, 0, survives_loss, lives))
+        return gathering.key, gathering
 
     def _tell_leader(self, key: Key, gathering: Gathering, obj: Any, timeout_s: float) -> None:
         """Take part, unless the leader has given up already and said so, maybe as its last word."""
@@ -252,20 +203,20 @@ class Gatherings:
         """Wait until it is complete, or another worker than `leader` is to lead it; false: the time is over."""
         with blocking(), self._changed:
             return self._changed.wait_for(
-                lambda: gathering.is_complete or gathering.leader(gathering.key.lost(self._lost)) != leader,
+                lambda: gathering.is_complete or gathering.leader(self._table.lost(gathering.key)) != leader,
                 _left_s(deadline),
             )
 
     def _watch_all(self, key: Key) -> None:
-        for name, life in zip(key.names, key.lives, strict=True):
-            if name != self._agent.info.name and life not in self._lost:
-                member = self._agent.members.by_incarnation(life)
-                if member is not None:
-                    self._agent.watch(member.info)
+        lost = self._table.lost(key)
+        for name in key.names:
+            member = self._agent.members.by_incarnation(key.life_of(name))
+            if name != self._agent.info.name and name not in lost and member is not None:
+                self._agent.watch(member.info)
 
     def _late(self, key: Key, gathering: Gathering, timeout_s: float) -> PeerLostError:
         """The time is over: which workers did not come? The leader knows, and tells those that did."""
-        known_lost = key.lost(self._lost)
+        known_lost = self._table.lost(key)
         me, leader = self._agent.info.name, gathering.leader(known_lost)
         if leader != me:
             missing = gathering.missing or self._ask_missing(key, leader) or [leader]
@@ -295,8 +246,8 @@ class Gatherings:
         told = _payload(news)
         calls = []
         failed: list[tuple[str, Exception]] = []
-        for name, life in zip(key.names, key.lives, strict=True):
-            if name == self._agent.info.name or life in self._lost:
+        for name in key.names:
+            if name == self._agent.info.name or name in self._table.lost(key):
                 continue
             try:
                 calls.append(self._start(key, name, told, timeout_s))
@@ -317,10 +268,10 @@ class Gatherings:
             )
 
     def _start(self, key: Key, name: str, payload: Payload, timeout_s: float, waited: bool = False) -> Call:
-        life = key.life_of(name)
-        member = self._agent.members.by_incarnation(life)
+        member = self._agent.members.by_incarnation(key.life_of(name))
         if member is None:
-            raise PeerLostError(f"{name} is lost ({self._lost.get(life, 'it is not in the group any more')})")
+            reason = self._table.lost(key).get(name, "it is not in the group any more")
+            raise PeerLostError(f"{name} is lost ({reason})")
         return self._agent.request(member.info, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
 
     def _on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
@@ -331,23 +282,10 @@ class Gatherings:
                     self._start(key, name, _payload(news), TELL_TIMEOUT_S)
 
     def _note_lost(self, life: Incarnation, reason: str) -> list[tuple[Key, list[str]]]:
-        """A life is over.
-
-        Returns:
-            Gatherings that this worker was to lead and has not begun, and will not, with the workers that have come.
-        """
-        over: list[tuple[Key, list[str]]] = []
+        """See `GatheringTable.lose`."""
         with self._changed:
-            self._lost.note(life, reason)
-            for key, gathering in list(self._gatherings.items()):
-                gathering.settle(key.lost(self._lost))
-                self._note(gathering)
-                if life in key.lives and not key.survives_loss and self._is_to_come(key):
-                    del self._gatherings[key]
-                    if key.names[0] == self._agent.info.name:
-                        over.append((key, list(gathering.objects)))
-            for first in [first for first in self._numbers if life in first.lives and not first.survives_loss]:
-                del self._numbers[first]
+            over = self._table.lose(life, reason)
+            self._changed.notify_all()
         return over
 
 
