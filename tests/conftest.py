@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,10 +19,16 @@ def _frame_collector() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks() -> Iterator[None]:
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves something running or open."""
     with leaks.nothing_left():
         yield
+        request.node.funcargs.clear()  # what fixtures gave the test would be kept until the check is over
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C be raised, also where a shell has started pytest in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

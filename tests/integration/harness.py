@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["file", "tcp", "broker"]
 MODES: tuple[Mode, ...] = ("file", "tcp", "broker")
+
+PORTS = range(10_000, 32_768)
+"""Below those that Linux gives out."""
 
 AFTER_FAILURE_S = 10.0
 """In `Cluster.run`: how long the others may go on once a worker has failed, to say what they saw of it."""
@@ -257,9 +261,17 @@ class Cluster:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A TCP port of the loopback interface where nothing listens now.
+
+    Several processes run tests at once: it is none of those that the system gives to whatever asks for any port.
+    """
+    chance = random.SystemRandom()
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", chance.choice(PORTS))) as server:
+                return int(server.getsockname()[1])
+        except OSError:
+            continue
 
 
 def is_member(name: str) -> bool:
