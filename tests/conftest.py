@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,12 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_configure() -> None:
     """Let Ctrl-C be raised, also where a shell has started pytest in the background, which ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector of garbage what is there for good: many tests call it, and torch and the tests are large."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -7,6 +7,7 @@ the worker's rank and its result must be picklable.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -78,6 +79,7 @@ class Spec:
 def _run_worker(spec: Spec, pipe: multiprocessing.connection.Connection) -> None:
     """The whole life of a worker process."""
     try:
+        gc.freeze()  # torch and the tests: collecting garbage, which many tests do, takes long otherwise
         leaks.start_frame_collector()
         # torch's store, which rank 0 hosts, stays open in static groups: others may still read it.
         store_port = urlparse(spec.init_method).port if spec.init_method.startswith("tcp:") else None
