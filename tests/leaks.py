@@ -20,7 +20,7 @@ import zmq
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SETTLE_S = 5.0
+SETTLE_S = 10.0
 """How long what was closed may take to be gone: threads end, and ZeroMQ closes sockets, some time after."""
 PAUSE_S = 0.01
 

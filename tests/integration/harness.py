@@ -183,7 +183,7 @@ class Cluster:
         n: int = 2,
         *,
         args: tuple[Any, ...] = (),
-        timeout_s: float = 60.0,
+        timeout_s: float = 150.0,
         init: bool = True,
         **options: Any,
     ) -> list[Any]:
