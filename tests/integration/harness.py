@@ -38,8 +38,8 @@ PORTS = range(10_000, 32_768)
 AFTER_FAILURE_S = 10.0
 """In `Cluster.run`: how long the others may go on once a worker has failed, to say what they saw of it."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
     ["torch", "torch.distributed", "pytest", "psutil", "zrpc.api", "zrpc.autograd", "zrpc.optim"]
 )
 
@@ -220,9 +220,9 @@ class Cluster:
         running = Running([], [])
         self._running.append(running)
         for rank in range(n):
-            reader, writer = _context.Pipe(duplex=False)
+            reader, writer = forkserver.Pipe(duplex=False)
             spec = Spec(function, args, rank, n, method, init, options)
-            process = _context.Process(target=_run_worker, args=(spec, writer), name=f"worker{rank}", daemon=True)
+            process = forkserver.Process(target=_run_worker, args=(spec, writer), name=f"worker{rank}", daemon=True)
             process.start()
             writer.close()
             running.processes.append(process)
