@@ -1,6 +1,7 @@
 """One autograd context on one worker: what of its graph begins and ends here, and its gradients.
 
-The lock owns everything that changes. It is never held while user code, torch's engine or a send runs.
+One lock owns the gradients, another one all else that changes. Neither is held while user code, torch's engine or a
+send runs. Tensors are added under that of the gradients alone, which no thread that reads messages takes.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ class DistAutogradContext:
         self._sends: dict[GlobalId, SendFunction] = {}
         self._recvs: dict[GlobalId, weakref.ref[Node]] = {}
         self._known_workers: set[int] = set()
-        self._sums: dict[torch.Tensor, Sum] = {}
-        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
         self._active: BackwardPass | None = None
         self._ended: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._aborted: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._released = False
         self.whole_models: set[Any] = set()
+        self._summing = threading.Lock()  # owns what follows
+        self._sums: dict[torch.Tensor, Sum] = {}
+        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
 
     # ---- the graph -------------------------------------------------------------------------------------------------
 
@@ -84,7 +86,7 @@ class DistAutogradContext:
 
     def add_gradients(self, taken: Sequence[Taken]) -> None:
         """Add gradients of leaves."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             add_all(self._sums, taken)
@@ -93,7 +95,7 @@ class DistAutogradContext:
 
     def gradient(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """The gradient of `leaf` so far."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             found = self._sums.get(leaf)
@@ -101,7 +103,7 @@ class DistAutogradContext:
 
     def set_gradient(self, leaf: torch.Tensor, gradient: torch.Tensor) -> None:
         """Replace the gradient of `leaf`."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             self._sums[leaf] = Sum(gradient, is_ours=False)
@@ -110,7 +112,7 @@ class DistAutogradContext:
 
     def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         """The gradients so far, by leaf. The tensors are those of the context, not copies."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             return {leaf: total.value for leaf, total in self._sums.items()}
