@@ -167,9 +167,9 @@ class BrokeredEndpoint:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 threads.join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
-        self._outbox.drain()
-        can_flush = self.is_connected() and self._broker_lost is None
-        self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
+        if can_flush := self.is_connected() and self._broker_lost is None:
+            self._outbox.flush(deadline - time.monotonic())
+        self._outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)) if can_flush else 0)
         for way in list(self._ways.values()):
             if way is not None:
                 self._outbox.close_way(way)
