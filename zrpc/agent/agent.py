@@ -100,7 +100,11 @@ class Agent:
         )
         self.staging.pin = self._carrier.serve_devices(self.staging.receive_memory, self.staging)
         self.staging.imports.beside = self._carrier.beside
-        self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone)
+        self.control = ControlThread(lambda: self._calls.expire_due())
+        self._peers = Peers(
+            self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit,
+            lambda: self._server.hold(), self.open,
+        )  # fmt: skip
         self.members = self._peers.registry
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
         self._server = Server(
@@ -109,7 +113,6 @@ class Agent:
         )  # fmt: skip
         self._dropped = HandlerPool(1, "zrpc-finalizer")
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
-        self.control = ControlThread(lambda: self._calls.expire_due())
         self._calls = Calls(self._gates, self._carrier.interrupt, self._on_late, self.control.wake)
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows

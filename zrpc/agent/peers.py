@@ -48,6 +48,9 @@ class Peers:
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
         on_gone: called with a member that left or is lost, and why. Any thread; it must not block.
+        submit: runs on the control thread, in order, what would keep the reading thread for long.
+        hold: keeps requests back, as often as it is called; `resume` ends that.
+        resume: see `hold`.
     """
 
     def __init__(
@@ -58,6 +61,9 @@ class Peers:
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
         on_gone: Callable[[WorkerInfo, str], None],
+        submit: Callable[[Callable[[], object]], None],
+        hold: Callable[[], None],
+        resume: Callable[[], None],
     ) -> None:
         self.registry = Registry()
         self.is_static = True
@@ -67,6 +73,11 @@ class Peers:
         self._connect = connect
         self._disconnect = disconnect
         self._on_gone = on_gone
+        self._submit = submit
+        self._hold = hold
+        self._resume = resume
+        self._unwatched: dict[Incarnation, None] = {}  # owned by the control thread
+        self._using = threading.Lock()  # taken while devices are prepared
         self._lock = threading.Lock()
         self._gone_early: dict[Incarnation, str] = {}
         self._routes: dict[int, tuple[Member | None, PeerRoutes]] = {}  # by rank; an entry is replaced as a whole
@@ -134,10 +145,27 @@ class Peers:
         return 0 if member is None else self._carrier.queued_nbytes(member.incarnation)
 
     def watch(self, to: WorkerInfo) -> None:
-        """See to it that the loss of `to` is noticed even if nothing is ever sent to it."""
+        """See to it that the loss of `to` is noticed even if nothing is ever sent to it.
+
+        The thread that reads leaves it to the control thread, since it takes sockets.
+
+        Raises:
+            LimitError: no socket can be made. On the control thread that is logged, and tried again the next time.
+        """
         member = self.registry.member(to.id)
-        if member is not None:
+        if member is None:
+            return
+        if self._carrier.inbox.is_read_here:
+            self._submit(partial(self._watch_now, member.incarnation))
+        else:
             self._carrier.watch(member.incarnation)
+
+    def _watch_now(self, incarnation: Incarnation) -> None:
+        self._unwatched[incarnation] = None
+        for each in list(self._unwatched):
+            if self.registry.by_incarnation(each) is not None:
+                self._carrier.watch(each)
+            del self._unwatched[each]
 
     def routes(self, to: WorkerInfo) -> PeerRoutes:
         """Where tensors arrive that are sent to `to`."""
@@ -191,19 +219,27 @@ class Peers:
             self.registry.add(member)
             reason = self._gone_early.pop(member.incarnation, None)
         if not self.is_static and member.card.get("device_maps"):
-            try:
-                self._use_devices()
-            except Exception as error:  # it will be refused, or finds out by itself
-                log.warning("what the device maps of %s ask for is not there: %s", member.info, error)
+            self._hold()  # its requests may need them
+            self._submit(partial(self._use_devices_of, member))
         if reason is not None:
             self._forget(member.incarnation, reason)
+
+    def _use_devices_of(self, newcomer: Member) -> None:
+        """On the control thread: it may initialize CUDA, which takes seconds."""
+        try:
+            self._use_devices()
+        except Exception as error:  # it will be refused, or finds out by itself
+            log.warning("what the device maps of %s ask for is not there: %s", newcomer.info, error)
+        finally:
+            self._resume()
 
     def _use_devices(self) -> None:
         """Be ready for the devices that maps of the members name. In a group that grows they may become more."""
         me = getattr(self, "_me", None)
         if me is not None:
-            others = (self.registry.member(info.id) for info in self.registry.all())
-            self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
+            with self._using:
+                others = (self.registry.member(info.id) for info in self.registry.all())
+                self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
 
     def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
         self._forget(incarnation, reason)
