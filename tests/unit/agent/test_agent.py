@@ -975,6 +975,7 @@ def test_a_newcomer_whose_device_maps_cannot_be_is_no_end_of_the_reader(caplog: 
     with workers("a", "b", dynamic=True) as (a, b):
         for rank, maps in enumerate(({"a": 5}, 5), 7):
             a.group.on_joined(Member(WorkerInfo(f"n{rank}", rank), new_incarnation(), {"device_maps": maps}))
+            a.agent.control.flush(WAIT_S)
             assert f"what the device maps of WorkerInfo(id={rank}" in caplog.text
         b.agent.handle(RRefFetch, lambda request: request.reply(pickling.dumps(5)), inline=True)
         assert pickling.loads(a.agent.request(b.info, FETCH).wait()) == 5
