@@ -14,10 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zrpc.agent.execution import AsyncCalls
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
-from zrpc.agent.request import Request
+from zrpc.agent.request import AsyncCalls, Request
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.transport.lanes import COUNTED_MIN_NBYTES

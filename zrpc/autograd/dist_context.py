@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from zrpc.autograd.accumulate import Sum, Taken, add_all
 from zrpc.errors import AutogradError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch.autograd.graph import Node
 
-    from zrpc.autograd.backward_pass import BackwardPass
     from zrpc.autograd.functions import SendFunction
     from zrpc.ids import GlobalId
     from zrpc.staging.streams import Mark
@@ -29,7 +28,21 @@ if TYPE_CHECKING:
 MAX_ENDED = 64
 """How many passes that are over a context remembers, to refuse what comes late for them."""
 
-T = TypeVar("T")
+
+class Pass(Protocol):
+    """What a context needs of a backward pass."""
+
+    pass_id: GlobalId
+    began_here: bool
+
+    def fail(self, error: BaseException) -> None:
+        """End it with `error`, unless it is over."""
+
+    def lose(self, rank: int, text: str) -> None:
+        """The worker of `rank` is gone."""
+
+
+P = TypeVar("P", bound=Pass)
 
 
 class DistAutogradContext:
@@ -41,7 +54,7 @@ class DistAutogradContext:
         self._sends: dict[GlobalId, SendFunction] = {}
         self._recvs: dict[GlobalId, weakref.ref[Node]] = {}
         self._known_workers: set[int] = set()
-        self._active: BackwardPass | None = None
+        self._active: Pass | None = None
         self._ended: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._aborted: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._released = False
@@ -120,13 +133,11 @@ class DistAutogradContext:
     # ---- passes ----------------------------------------------------------------------------------------------------
 
     @property
-    def active(self) -> BackwardPass | None:
+    def active(self) -> Pass | None:
         """The backward pass under way here."""
         return self._active
 
-    def join_pass(
-        self, pass_id: GlobalId, make: Callable[[], BackwardPass]
-    ) -> tuple[BackwardPass, BackwardPass | None]:
+    def join_pass(self, pass_id: GlobalId, make: Callable[[], P]) -> tuple[P, Pass | None]:
         """The pass `pass_id`: the one under way, or a new one by `make`, which is cheap.
 
         Returns:
@@ -138,7 +149,7 @@ class DistAutogradContext:
         with self._lock:
             active = self._active
             if active is not None and active.pass_id == pass_id:
-                return active, None
+                return cast("P", active), None  # they are all of one kind
             if self._released:
                 raise AutogradError(f"autograd context {self.context_id} is released")
             if pass_id in self._ended:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from zrpc.agent.agent import Agent
     from zrpc.agent.future import Future
     from zrpc.ids import ForkId, RRefId, WorkerInfo
-    from zrpc.rref.rref import RRef
 
     Note = tuple[RRefId | None, ForkId] | ForkData
 
@@ -61,7 +60,7 @@ class Invoker(Protocol):
 
     def remote(
         self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
-    ) -> RRef[Any]:
+    ) -> Any:
         """See `zrpc.api.remote`."""
 
 
