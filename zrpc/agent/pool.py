@@ -75,8 +75,6 @@ class HandlerPool:
         around: runs each task, if it is not None.
     """
 
-    around: Callable[[Task], None] | None = None
-
     def __init__(self, size: int, name: str) -> None:
         self._size = size
         self._name = name
@@ -87,6 +85,11 @@ class HandlerPool:
         self._waiting = 0
         self._started = 0
         self._closed = False
+        self.around: Callable[[Task], None] | None = None
+
+    def run_with(self, around: Callable[[Task], None] | None) -> None:
+        """From now on `around` runs each task; None: nothing does."""
+        self.around = around
 
     def submit(self, task: Task) -> None:
         """Run `task` soon on a handler thread. After `close` it is dropped."""

@@ -81,8 +81,7 @@ class BrokerGroup:
         self._probes = itertools.count(1)
         self._answered_probe = 0
         self._heartbeats: threading.Thread | None = None
-        endpoint.on_control = self._on_control
-        endpoint.on_broker_lost = self._on_broker_lost
+        endpoint.tell(self._on_control, self._on_broker_lost)
 
     # ---- Group ------------------------------------------------------------------------------------------------------
 
