@@ -58,7 +58,7 @@ class _Step:
     begin: Callable[[], None]
     number: int = field(default_factory=partial(random.getrandbits, 63))
     thread: int | None = None
-    is_waiting: bool = False
+    num_waits: int = 0  # within each other
 
 
 class Turns:
@@ -135,7 +135,7 @@ class Turns:
         if not self._under_way:
             return True
         last = self._under_way[-1]
-        return last.number in step.chain and (last.is_waiting or last.thread == threading.get_ident())
+        return last.number in step.chain and (last.num_waits > 0 or last.thread == threading.get_ident())
 
     def _run(self, step: _Step, work: Callable[[], None]) -> None:
         """Run `work`, whose turn it is."""
@@ -152,7 +152,7 @@ class Turns:
         """The thread of `step` begins to wait for a call, or is about to go on."""
         if is_waiting:
             with self._changed:
-                step.is_waiting = True
+                step.num_waits += 1
                 begin = self._take_next()
             if begin is not None:
                 begin()
@@ -161,7 +161,7 @@ class Turns:
             try:
                 self._changed.wait_for(lambda: self._under_way[-1] is step)
             finally:
-                step.is_waiting = False
+                step.num_waits -= 1
 
     def _end(self, step: _Step) -> None:
         with self._changed:

@@ -150,6 +150,8 @@ def test_a_step_goes_on_only_when_the_one_that_it_called_for_is_over(agent: Agen
                 turns.submit(held, agent)
 
         with blocking():
+            with blocking():  # waits lie within each other
+                pass
             pool.submit(serve)
             assert held.has_begun.wait(PATIENCE_S)
             pool.submit(lambda: (order.append("lets go"), held.may_end.set()))
