@@ -23,6 +23,7 @@ from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
+from zrpc.optim.turns import install as install_optim
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.serving import install as install_rrefs
@@ -192,7 +193,7 @@ def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
 
 
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
-    for install in (gather.install, install_rrefs, install_autograd, install_profiling):
+    for install in (gather.install, install_rrefs, install_autograd, install_profiling, install_optim):
         install(agent)
     if agent.address is not None and world_size:
         _make_room(world_size)

@@ -93,16 +93,19 @@ class Agent:
         self.rpc_timeout_s = options.rpc_timeout
         self.extensions: dict[type, Any] = {}
         self.hooks = Hooks()
-        self._carrier = Carrier(endpoint, shared_memory)
+        self._carrier = Carrier(endpoint, shared_memory, lambda nbytes: self.staging.receive_memory(nbytes))
         self._group = group
         self._stagers = HandlerPool(1, "zrpc-stager")  # one more where all wait for devices
         self.staging = Staging(
-            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking, options.cuda_ipc
-        )
-        self.staging.pin = self._carrier.serve_devices(self.staging.receive_memory, self.staging)
-        self.staging.imports.beside = self._carrier.beside
+            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking, options.cuda_ipc,
+            pin=lambda buffer: self._carrier.pin(buffer, self.staging), beside=self._carrier.beside,
+            on_streams=self._run_on,
+        )  # fmt: skip
         self.control = ControlThread(lambda: self._calls.expire_due())
-        self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit)
+        self._peers = Peers(
+            self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit,
+            lambda: self._server.hold(), self.open,
+        )  # fmt: skip
         self.members = self._peers.registry
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
@@ -117,7 +120,6 @@ class Agent:
         self._closed = False
         self.lost_at: float | None = None  # when a peer was last lost, or left (`time.monotonic`)
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
-        self.staging.on_streams = self._run_on
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
@@ -409,7 +411,7 @@ class Agent:
     def _run_on(self, streams: Streams | None) -> None:
         """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""
         around = None if streams is None else streams.run
-        self._server.pool.around = around
+        self._server.pool.run_with(around)
         self.completions.run_with(around)
         handover.order_by(streams)
 

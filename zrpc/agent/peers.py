@@ -50,7 +50,9 @@ class Peers:
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
         on_gone: called with a member that left or is lost, and why, on the control thread: it must not wait.
-        submit: runs a task on the control thread.
+        submit: runs on the control thread, in order, what would keep the reading thread for long.
+        hold: keeps requests back, as often as it is called; `resume` ends that.
+        resume: see `hold`.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Peers:
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
         on_gone: Callable[[WorkerInfo, str], None],
-        submit: Callable[[Callable[[], None]], None],
+        submit: Callable[[Callable[[], object]], None],
+        hold: Callable[[], None],
+        resume: Callable[[], None],
     ) -> None:
         self.registry = Registry()
         self.is_static = True
@@ -72,6 +76,10 @@ class Peers:
         self._disconnect = disconnect
         self._on_gone = on_gone
         self._submit = submit
+        self._hold = hold
+        self._resume = resume
+        self._unwatched: dict[Incarnation, None] = {}  # owned by the control thread
+        self._using = threading.Lock()  # taken while devices are prepared
         self._lock = threading.Lock()
         self._routes: dict[Incarnation, PeerRoutes] = {}
         self._me: Member
@@ -152,9 +160,26 @@ class Peers:
         return self._carrier.queued_nbytes(to.incarnation) if self.is_here(to.incarnation) else 0
 
     def watch(self, to: WorkerInfo) -> None:
-        """See to it that the loss of `to` is noticed even if nothing is ever sent to it."""
-        if self.is_here(to.incarnation):
+        """See to it that the loss of `to` is noticed even if nothing is ever sent to it.
+
+        The thread that reads leaves it to the control thread, since it takes sockets.
+
+        Raises:
+            LimitError: no socket can be made. On the control thread that is logged, and tried again the next time.
+        """
+        if not self.is_here(to.incarnation):
+            return
+        if self._carrier.inbox.is_read_here:
+            self._submit(partial(self._watch_now, to.incarnation))
+        else:
             self._carrier.watch(to.incarnation)
+
+    def _watch_now(self, incarnation: Incarnation) -> None:
+        self._unwatched[incarnation] = None
+        for each in list(self._unwatched):
+            if self.registry.by_incarnation(each) is not None:
+                self._carrier.watch(each)
+            del self._unwatched[each]
 
     def routes(self, to: WorkerInfo) -> PeerRoutes:
         """Where tensors arrive that are sent to `to`."""
@@ -208,17 +233,25 @@ class Peers:
         if self.is_static and (reason := self.registry.ended.get(member.incarnation)) is not None:
             self._submit(partial(self._end, member, reason))  # lost while this worker joins
         if not self.is_static and member.card.get("device_maps"):
-            try:
-                self._use_devices()
-            except Exception as error:  # it will be refused, or finds out by itself
-                log.warning("what the device maps of %s ask for is not there: %s", member.info, error)
+            self._hold()  # its requests may need them
+            self._submit(partial(self._use_devices_of, member))
+
+    def _use_devices_of(self, newcomer: Member) -> None:
+        """On the control thread: it may initialize CUDA, which takes seconds."""
+        try:
+            self._use_devices()
+        except Exception as error:  # it will be refused, or finds out by itself
+            log.warning("what the device maps of %s ask for is not there: %s", newcomer.info, error)
+        finally:
+            self._resume()
 
     def _use_devices(self) -> None:
         """Be ready for the devices that maps of the members name. In a group that grows they may become more."""
         me = getattr(self, "_me", None)
         if me is not None:
-            others = (self.registry.member(info.id) for info in self.registry.all())
-            self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
+            with self._using:
+                others = (self.registry.member(info.id) for info in self.registry.all())
+                self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
 
     def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
         del lost

@@ -93,7 +93,7 @@ class Peers(Protocol):
 
 
 class BackwardPass:
-    """The pass `pass_id`. The lock owns all that changes.
+    """The pass `pass_id`. The lock owns all that changes; threads that read messages take it.
 
     Args:
         peers: this worker.
@@ -113,6 +113,7 @@ class BackwardPass:
         self._peers = peers
         self._marking: Marking | None = None
         self._lock = threading.RLock()
+        self._building = threading.Lock()
         self._changed: threading.Condition | None = None  # made by the first who waits without reading
         self._asked: Asked | None = None
         self._local: LocalPass | None = None
@@ -229,7 +230,7 @@ class BackwardPass:
 
     def _prepared(self) -> LocalPass:
         """The local part, on another worker than the first. It stays as long as a step that uses it runs."""
-        with self._lock:
+        with self._building:  # of a large graph that takes long, and threads that read take the other lock
             if self._local is None:
                 return self._built((), self.context.sends() if self._marking is None else self._marking.marked())
             return self._local

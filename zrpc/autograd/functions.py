@@ -26,7 +26,6 @@ from zrpc.errors import AutogradError
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
-    from zrpc.autograd.operators import Operator
     from zrpc.ids import GlobalId, Incarnation
 
 Gradients = Sequence[torch.Tensor | None]
@@ -52,6 +51,17 @@ class RecvInfo(NamedTuple):
     source: Incarnation
     message_id: GlobalId
     by_answer: bool = False
+
+
+class LoneNode(Protocol):
+    """A node that may be called without torch's engine: see `zrpc.autograd.operators.Operator`."""
+
+    @property
+    def info(self) -> RecvInfo:
+        """Where the tensors came from that its outputs are gradients of."""
+
+    def run(self, gradient: torch.Tensor | None) -> Gradients:
+        """The gradients for them."""
 
 
 class Run(Protocol):
@@ -163,7 +173,7 @@ class SendFunction:
         self.locate()
 
     @property
-    def operator(self) -> Operator | None:
+    def operator(self) -> LoneNode | None:
         """What may be run by itself instead of these."""
         return None
 

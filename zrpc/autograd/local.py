@@ -17,7 +17,7 @@ from torch.autograd.profiler import record_function
 
 from zrpc.autograd.cut import fit, fit_leaf
 from zrpc.autograd.engine import Job, execute
-from zrpc.autograd.functions import SEND_NAME, Gradients, RecvInfo, SendFunction
+from zrpc.autograd.functions import SEND_NAME, Gradients, LoneNode, RecvInfo, SendFunction
 from zrpc.autograd.graph import Graph, edges_of
 from zrpc.autograd.leaves import Taps
 from zrpc.autograd.lone_sends import LoneSends
@@ -27,7 +27,6 @@ from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
-    from zrpc.autograd.operators import Operator
     from zrpc.ids import GlobalId, Incarnation
     from zrpc.staging.streams import Mark
 
@@ -156,7 +155,7 @@ class LocalPass:
         """See `Run.deliver`."""
         self._on_received(info, gradients)
 
-    def _run_operator(self, send: SendFunction, operator: Operator, gradients: Gradients) -> None:
+    def _run_operator(self, send: SendFunction, operator: LoneNode, gradients: Gradients) -> None:
         made = operator.run(gradients[0])
         if not self._retain_graph:
             send.spend()

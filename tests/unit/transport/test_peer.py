@@ -64,7 +64,7 @@ def test_the_memory_of_large_frames_is_held_until_it_is_sent() -> None:
     with peers() as (a, b):
         for value in range(20):
             a.endpoint.send(b.id, [b"", bytearray([value]) * 1_000_000])
-            gc.collect()
+        gc.collect()
         for value, (_, frames) in enumerate(b.arrivals.wait_messages(20)):
             assert bytes(frames[1]) == bytes([value]) * 1_000_000
         b.arrivals.messages.clear()
