@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+TEST_PROCESSES ?= 3
 CONFORMANCE := ../shared/conformance/run.py
 
 .PHONY: setup demo demo-brokerless test lint format types conformance gpu bench bench-scaling clean
@@ -23,8 +24,9 @@ demo: $(READY)
 demo-brokerless: $(READY)
 	$(BIN)/python scripts/zrpc-peers -n 3 examples/digits/train.py $(ARGS)
 
+# In several processes, since tests with workers mostly wait: for example make test TEST_PROCESSES=1 ARGS='-x -k barrier'
 test: $(READY)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal tests $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

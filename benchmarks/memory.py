@@ -171,9 +171,9 @@ class Worker:
 
 def kept_rrefs() -> int:
     from zrpc.agent.current import current_agent
-    from zrpc.rref.ledger import Ledger
+    from zrpc.rref.context import RRefContext
 
-    return int(current_agent().extensions[Ledger].debug_info()["num_owner_rrefs"])
+    return int(current_agent().extensions[RRefContext].debug_info()["num_owner_rrefs"])
 
 
 class Peak:

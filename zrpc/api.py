@@ -15,7 +15,7 @@ from zrpc.agent.scripted import check_arguments
 from zrpc.config import UNSET_RPC_TIMEOUT_S
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
-from zrpc.rref.context import remote_builtin, remote_python
+from zrpc.rref.making import remote_builtin, remote_python
 from zrpc.wire import pickling, values
 from zrpc.wire.messages import BuiltinCall, Message, PythonCall
 from zrpc.wire.scripting import qualified_name

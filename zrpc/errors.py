@@ -38,6 +38,13 @@ class PeerLostError(ZrpcError):
     """
 
 
+class StaleWorkerError(UnknownWorkerError, PeerLostError):
+    """A `WorkerInfo` of a worker that has left or died since; nothing was sent.
+
+    Where a new worker has its name and rank, `get_worker_info` gives that one.
+    """
+
+
 class RpcTimeoutError(ZrpcError):
     """The call's time ran out. It is not known whether the call ran, or still runs, on the peer."""
 

@@ -11,6 +11,11 @@ There are two kinds.
 A leader that is lost after it has told some of the workers leaves them with the result. Each keeps it, and gives it to
 workers that tell it later. In the last gathering before the end those may have left by then: who was not told by them
 names them as lost too.
+
+A gathering is one of certain lives of the workers (`Key`), which each worker looks up as it comes. So a worker that has
+left or died, and comes again under its name, takes part in new gatherings, and the numbers of these begin anew on all.
+What comes for a gathering that is over here, or that a lost worker was to take part in, is refused: nothing is kept of
+it.
 """
 
 from __future__ import annotations
@@ -18,14 +23,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
-from zrpc.errors import PeerLostError, RpcTimeoutError
-from zrpc.gathering import Gathering, Key, Lost
+from zrpc.errors import PeerLostError, RendezvousError, RpcTimeoutError
+from zrpc.gathering import Gathering, GatheringTable, Key, Lost
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.agent import Agent
     from zrpc.agent.call import Call
-    from zrpc.ids import WorkerInfo
+    from zrpc.ids import Incarnation, WorkerInfo
     from zrpc.wire.payload import Payload
 
 log = logging.getLogger("zrpc")
@@ -78,11 +83,13 @@ class Gatherings:
         self.remote = RemoteFunctions()
         self._agent = agent
         self._changed = threading.Condition(threading.Lock())  # its lock owns what follows
-        self._gatherings: dict[Key, Gathering] = {}
-        self._counters: defaultdict[tuple[tuple[str, ...], bool], int] = defaultdict(int)
-        self._results: dict[Key, dict[str, Any]] = {}  # of gatherings that survive losses
-        self._lost: dict[str, str] = {}
+        self._table = GatheringTable(lambda: agent.info.name)
         agent.on_peer_lost(self._on_peer_lost)
+
+    def __len__(self) -> int:
+        """Of how many gatherings, and series of gatherings of the same lives, something is kept here."""
+        with self._changed:
+            return len(self._table)
 
     def gather(
         self, obj: Any, names: tuple[str, ...], call_timeout_s: float, wait_timeout_s: float | None
@@ -92,8 +99,7 @@ class Gatherings:
         key, gathering = self._begin(names, survives_loss=False)
         try:
             if me == leader:
-                for name in names:
-                    self._agent.watch(self._agent.resolve(name))
+                self._watch_all(key)
                 self.contribute(key, me, obj)
             else:
                 self._tell_leader(key, gathering, obj, call_timeout_s)
@@ -107,7 +113,7 @@ class Gatherings:
             return gathering.objects
         finally:
             with self._changed:
-                self._gatherings.pop(key, None)
+                self._table.end(key)
 
     def gather_living(self, obj: Any, names: tuple[str, ...], timeout_s: float) -> dict[str, Any]:
         """Take part in the next gathering of `names` that survives losses; see `gather_living`."""
@@ -117,7 +123,7 @@ class Gatherings:
         try:
             self.contribute(key, me, obj)
             while not gathering.is_complete:
-                leader = gathering.leader(self._lost)
+                leader = gathering.leader(self._table.lost(key))
                 if leader == me:
                     self._watch_all(key)
                 else:
@@ -132,62 +138,47 @@ class Gatherings:
         finally:
             with self._changed:
                 if gathering.is_complete:  # else others may ask who came
-                    self._gatherings.pop(key, None)
+                    self._table.end(key)
 
     def contribute(self, key: Key, name: str, obj: Any) -> None:
-        """On the leader, or who may become it: `name` takes part with `obj`."""
+        """On the leader, or who may become it: `name` takes part with `obj`.
+
+        Raises:
+            PeerLostError: the gathering is over here, or will not be complete.
+        """
         with self._changed:
-            result = self._results.get(key)
-            if result is None:
-                gathering = self._at(key)
-                gathering.objects[name] = obj
-                gathering.settle(self._lost)
-                self._note(gathering)
+            result = self._table.contribute(key, name, obj)
+            self._changed.notify_all()
         if result is not None and name != self._agent.info.name:  # the leader was lost before it could tell `name`
-            self._start(name, _payload(self.remote.conclusion(key, result)), TELL_TIMEOUT_S)
+            with suppress(PeerLostError):
+                self._start(key, name, _payload(self.remote.conclusion(key, result)), TELL_TIMEOUT_S)
 
     def conclude(self, key: Key, objects: dict[str, Any], error: str | None) -> None:
         """On a follower: this is what the leader gathered."""
         with self._changed:
-            if key in self._results:
-                return
-            gathering = self._at(key)  # maybe before this worker has come here
-            gathering.conclude(objects, error)
-            self._note(gathering)
+            self._table.conclude(key, objects, error)
+            self._changed.notify_all()
 
     def missing(self, key: Key) -> list[str]:
         """Which workers have not come to a gathering, as far as this worker knows; without those that are lost."""
         with self._changed:
-            return [name for name in self._at(key).awaited() if name not in self._lost]
+            return self._table.missing(key)
 
     def give_up(self, key: Key, missing: list[str]) -> None:
         """On a follower: the leader's time is over, and `missing` had not come to it. This worker waits on."""
         with self._changed:
-            if key not in self._results:
-                self._at(key).missing = missing
-
-    # ---- under the lock ---------------------------------------------------------------------------------------------
-
-    def _at(self, key: Key) -> Gathering:
-        """The gathering of that key; others may begin it before this worker does."""
-        gathering = self._gatherings.get(key)
-        if gathering is None:
-            gathering = self._gatherings[key] = Gathering(key, self._agent.info.name)
-        return gathering
-
-    def _note(self, gathering: Gathering) -> None:
-        """It has changed, and may be complete."""
-        if gathering.is_complete and gathering.key.survives_loss:
-            self._results[gathering.key] = gathering.objects
-        self._changed.notify_all()
+            self._table.give_up(key, missing)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _begin(self, names: tuple[str, ...], survives_loss: bool) -> tuple[Key, Gathering]:
+        if not self._agent.is_static_group:
+            with suppress(RendezvousError):  # the store is gone: those who are known here may still gather
+                self._agent.refresh()
+        lives = tuple(self._agent.resolve(name).incarnation for name in names)
         with self._changed:
-            key = Key(names, self._counters[names, survives_loss], survives_loss)
-            self._counters[names, survives_loss] += 1
-            return key, self._at(key)
+            gathering = self._table.begin(Key(names, 0, survives_loss, lives))
+        return gathering.key, gathering
 
     def _tell_leader(self, key: Key, gathering: Gathering, obj: Any, timeout_s: float) -> None:
         """Take part, unless the leader has given up already and said so, maybe as its last word."""
@@ -195,7 +186,7 @@ class Gatherings:
             if not gathering.is_complete:
                 told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
                 with interrupts.deferred:
-                    self._start(key.names[0], told, timeout_s, waited=True).wait()
+                    self._start(key, key.names[0], told, timeout_s, waited=True).wait()
         except PeerLostError:
             if not gathering.is_complete:
                 raise
@@ -205,27 +196,31 @@ class Gatherings:
         told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
         try:
             with interrupts.deferred:
-                self._start(leader, told, _left_s(deadline) or 0.0, waited=True).wait()
+                self._start(key, leader, told, _left_s(deadline) or 0.0, waited=True).wait()
         except RpcTimeoutError:
             return  # the wait that follows finds that the time is over
         except PeerLostError as error:
-            self._note_lost(leader, str(error))
+            self._note_lost(key.life_of(leader), str(error))
 
     def _wait_while_led_by(self, leader: str, gathering: Gathering, deadline: float | None) -> bool:
         """Wait until it is complete, or another worker than `leader` is to lead it; false: the time is over."""
         with blocking(), self._changed:
             return self._changed.wait_for(
-                lambda: gathering.is_complete or gathering.leader(self._lost) != leader, _left_s(deadline)
+                lambda: gathering.is_complete or gathering.leader(self._table.lost(gathering.key)) != leader,
+                _left_s(deadline),
             )
 
     def _watch_all(self, key: Key) -> None:
+        lost = self._table.lost(key)
         for name in key.names:
-            if name != self._agent.info.name and name not in self._lost:
-                self._agent.watch(self._agent.resolve(name))
+            member = self._agent.members.by_incarnation(key.life_of(name))
+            if name != self._agent.info.name and name not in lost and member is not None:
+                self._agent.watch(member.info)
 
     def _late(self, key: Key, gathering: Gathering, timeout_s: float) -> PeerLostError:
         """The time is over: which workers did not come? The leader knows, and tells those that did."""
-        me, leader = self._agent.info.name, gathering.leader(self._lost)
+        known_lost = self._table.lost(key)
+        me, leader = self._agent.info.name, gathering.leader(known_lost)
         if leader != me:
             missing = gathering.missing or self._ask_missing(key, leader) or [leader]
         else:
@@ -233,17 +228,17 @@ class Gatherings:
             if gathering.missing is not None:  # its leader before knew more
                 missing = [name for name in missing if name in gathering.missing] or missing
             news = _payload((_give_up, (key, missing)))
-            others = [name for name in gathering.objects if name != me and name not in self._lost]
-            for call in [self._start(name, news, ASK_TIMEOUT_S) for name in others]:
+            others = [name for name in gathering.objects if name != me and name not in known_lost]
+            for call in [self._start(key, name, news, ASK_TIMEOUT_S) for name in others]:
                 _outcome(call)
-        lost = "".join(f"; {name} is lost" for name in key.names if name in self._lost)
+        lost = "".join(f"; {name} is lost" for name in known_lost)
         return PeerLostError(
             f"the gathering of {', '.join(key.names)} cannot be completed: {', '.join(missing)} did not come within "
             f"{timeout_s:g} s{lost}"
         )
 
     def _ask_missing(self, key: Key, leader: str) -> list[str] | None:
-        answer = _outcome(self._start(leader, _payload((_missing, (key,))), ASK_TIMEOUT_S, waited=True))
+        answer = _outcome(self._start(key, leader, _payload((_missing, (key,))), ASK_TIMEOUT_S, waited=True))
         return None if answer is None else pickling.loads(answer)
 
     def _tell_followers(self, key: Key, gathering: Gathering, timeout_s: float) -> None:
@@ -253,11 +248,16 @@ class Gatherings:
             news = self.remote.failure(key, gathering.error)
         told = _payload(news)
         calls = []
-        for name in key.names:
-            if name != self._agent.info.name and name not in self._lost:
-                calls.append(self._start(name, told, timeout_s))
-                told = _payload(news) if told.passengers else told  # a passenger goes to one worker only
         failed: list[tuple[str, Exception]] = []
+        for name in key.names:
+            if name == self._agent.info.name or name in self._table.lost(key):
+                continue
+            try:
+                calls.append(self._start(key, name, told, timeout_s))
+            except PeerLostError as error:
+                if not key.survives_loss:
+                    failed.append((name, error))
+            told = _payload(news) if told.passengers else told  # a passenger goes to one worker only
         for call in calls:
             try:
                 call.wait()
@@ -270,19 +270,26 @@ class Gatherings:
                 f"The first exception is {failed[0][1]}"
             )
 
-    def _start(self, name: str, payload: Payload, timeout_s: float, waited: bool = False) -> Call:
-        to = self._agent.resolve(name)
-        return self._agent.request(to, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
+    def _start(self, key: Key, name: str, payload: Payload, timeout_s: float, waited: bool = False) -> Call:
+        member = self._agent.members.by_incarnation(key.life_of(name))
+        if member is None:
+            reason = self._table.lost(key).get(name, "it is not in the group any more")
+            raise PeerLostError(f"{name} is lost ({reason})")
+        return self._agent.request(member.info, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
 
     def _on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
-        self._note_lost(worker.name, reason)
+        for key, names in self._note_lost(worker.incarnation, reason):
+            news = self.remote.failure(key, f"{worker.name} is lost ({reason})")
+            for name in names:
+                with suppress(PeerLostError):
+                    self._start(key, name, _payload(news), TELL_TIMEOUT_S)
 
-    def _note_lost(self, name: str, reason: str) -> None:
+    def _note_lost(self, life: Incarnation, reason: str) -> list[tuple[Key, list[str]]]:
+        """See `GatheringTable.lose`."""
         with self._changed:
-            self._lost.setdefault(name, reason)
-            for gathering in self._gatherings.values():
-                gathering.settle(self._lost)
-                self._note(gathering)
+            over = self._table.lose(life, reason)
+            self._changed.notify_all()
+        return over
 
 
 def install(agent: Agent) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,12 @@ from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
+from zrpc.optim.turns import install as install_optim
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
-from zrpc.rref.context import install as install_rrefs
+from zrpc.rref.serving import install as install_rrefs
 from zrpc.transport import descriptors
+from zrpc.transport.look import has_ended
 from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
 from zrpc.transport.slabs import is_supported
@@ -34,7 +37,7 @@ from zrpc.transport.sockets import reachable_address
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zrpc.membership.store import Store
+    from zrpc.membership.claims import Store
 
 log = logging.getLogger("zrpc")
 
@@ -191,7 +194,7 @@ def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
 
 
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
-    for install in (gather.install, install_rrefs, install_autograd, install_profiling):
+    for install in (gather.install, install_rrefs, install_autograd, install_profiling, install_optim):
         install(agent)
     if agent.address is not None and world_size:
         _make_room(world_size)
@@ -237,11 +240,12 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
     endpoint = PeerEndpoint(new_incarnation(), bind, local=options.shared_memory)
+    address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
     return Agent(
         options,
         endpoint,
-        StoreGroup(store),
-        address=reachable_address(endpoint.address, os.environ.get("MASTER_ADDR")),
+        StoreGroup(store, partial(has_ended, own_address=address)),
+        address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
         shared_memory=_shared_memory(options),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from zrpc import interrupts
@@ -48,5 +49,24 @@ class WakeUps:
     def wake_all(self) -> None:
         """It is done: let `is_done()` be true from now on."""
         for lock in tuple(self._locks):
-            if lock.locked():
+            with suppress(RuntimeError):  # another thread has
                 lock.release()
+
+
+class WakeUp:
+    """Wakes one thread. To be woken twice before it waits is to be woken once."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Wake it, or keep it from waiting next time."""
+        with suppress(RuntimeError):
+            self._lock.release()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait to be woken, up to `timeout_s` seconds; None: no limit."""
+        self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s)

@@ -7,20 +7,23 @@ the worker's rank and its result must be picklable.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlparse
 
-from zmq.utils.garbage import GarbageCollectorThread
+from tests import leaks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +32,16 @@ if TYPE_CHECKING:
 Mode = Literal["file", "tcp", "broker"]
 MODES: tuple[Mode, ...] = ("file", "tcp", "broker")
 
+PORTS = range(10_000, 32_768)
+"""Below those that Linux gives out."""
+
 AFTER_FAILURE_S = 10.0
 """In `Cluster.run`: how long the others may go on once a worker has failed, to say what they saw of it."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "zrpc.api", "zrpc.autograd", "zrpc.optim"])
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
+    ["torch", "torch.distributed", "pytest", "psutil", "zrpc.api", "zrpc.autograd", "zrpc.optim"]
+)
 
 
 @dataclass
@@ -70,22 +78,18 @@ class Spec:
 
 def _run_worker(spec: Spec, pipe: multiprocessing.connection.Connection) -> None:
     """The whole life of a worker process."""
-    before = set(threading.enumerate())
     try:
-        result = _call(spec)
-        left = [t.name for t in threading.enumerate() if t not in before and _must_end(t)] if spec.init else []
-        if left:
-            raise AssertionError(f"threads outlive shutdown: {left}")
-        # Plain pickle: multiprocessing's own would send tensors through shared memory that outlives this process.
-        pipe.send_bytes(pickle.dumps((True, result)))
+        gc.freeze()  # torch and the tests: collecting garbage, which many tests do, takes long otherwise
+        leaks.start_frame_collector()
+        # torch's store, which rank 0 hosts, stays open in static groups: others may still read it.
+        store_port = urlparse(spec.init_method).port if spec.init_method.startswith("tcp:") else None
+        with leaks.nothing_left(store_port=store_port) if spec.init else nullcontext():
+            # Plain pickle: multiprocessing's own would send tensors through shared memory that outlives this process.
+            told = pickle.dumps((True, _call(spec)))
+        pipe.send_bytes(told)
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         os._exit(1)  # what the failed worker still holds must not keep its process alive
-
-
-def _must_end(thread: threading.Thread) -> bool:
-    """Every thread must, but pyzmq's collector of sent buffers, of which a process has one until it exits."""
-    return thread.is_alive() and not isinstance(thread, GarbageCollectorThread)
 
 
 def _call(spec: Spec) -> Any:
@@ -179,7 +183,7 @@ class Cluster:
         n: int = 2,
         *,
         args: tuple[Any, ...] = (),
-        timeout_s: float = 60.0,
+        timeout_s: float = 150.0,
         init: bool = True,
         **options: Any,
     ) -> list[Any]:
@@ -194,7 +198,7 @@ class Cluster:
             options: further options of `RpcBackendOptions`.
 
         Raises:
-            WorkersFailedError: a worker raised, died, left threads behind or did not end in time.
+            WorkersFailedError: a worker raised, died, left something behind or did not end in time.
         """
         outcomes = self.start(function, n, args=args, init=init, **options).wait(timeout_s, AFTER_FAILURE_S)
         if any(outcome.error is not None for outcome in outcomes):
@@ -216,9 +220,9 @@ class Cluster:
         running = Running([], [])
         self._running.append(running)
         for rank in range(n):
-            reader, writer = _context.Pipe(duplex=False)
+            reader, writer = forkserver.Pipe(duplex=False)
             spec = Spec(function, args, rank, n, method, init, options)
-            process = _context.Process(target=_run_worker, args=(spec, writer), name=f"worker{rank}", daemon=True)
+            process = forkserver.Process(target=_run_worker, args=(spec, writer), name=f"worker{rank}", daemon=True)
             process.start()
             writer.close()
             running.processes.append(process)
@@ -259,9 +263,17 @@ class Cluster:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A TCP port of the loopback interface where nothing listens now.
+
+    Several processes run tests at once: it is none of those that the system gives to whatever asks for any port.
+    """
+    chance = random.SystemRandom()
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", chance.choice(PORTS))) as server:
+                return int(server.getsockname()[1])
+        except OSError:
+            continue
 
 
 def is_member(name: str) -> bool:

@@ -10,6 +10,8 @@ import torch.distributed.rpc as rpc
 from torch.distributed.rpc import RRef
 from torch.futures import Future
 
+from tests.slow_lookup import SlowLookup
+
 # ---- values behind RRefs
 
 
@@ -151,6 +153,17 @@ def second(to: str, back: str, x: torch.Tensor) -> torch.Tensor:
 def first(to: str, back: str, x: torch.Tensor) -> torch.Tensor:
     begun = rpc.rpc_async(back, second, (to, back, x)).wait()
     return rpc.rpc_sync(back, second, (to, back, begun))
+
+
+lookup = SlowLookup()
+
+
+def slow_to_compile(to: str, x: torch.Tensor) -> torch.Tensor:
+    return rpc.rpc_sync(to, add, (lookup.relu(x), x))
+
+
+def let_the_compiler_go_on() -> None:
+    lookup.answer.set()
 
 
 class Caller(torch.nn.Module):

@@ -244,7 +244,9 @@ def test_arguments(cluster: Cluster) -> None:
     cluster.run(arguments, 1)
 
 
-def data_parallel(rank: int, store: str) -> None:
+def data_parallel(rank: int, method: str, store: str) -> None:
+    options = rpc.RpcBackendOptions(init_method=method)
+    rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         model = DistributedDataParallel(layer(1))
@@ -265,12 +267,13 @@ def data_parallel(rank: int, store: str) -> None:
         assert weight.grad is own
     finally:
         dist.barrier()
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # gloo has sockets open until the process ends
+    rpc.shutdown()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_models_in_distributed_data_parallel_average_their_gradients(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.run(data_parallel, 2, args=(str(tmp_path / "gloo"),))
+    cluster.run(data_parallel, 2, args=(cluster.new_init_method(), str(tmp_path / "gloo")), init=False)
 
 
 def doubled(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:

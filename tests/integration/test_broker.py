@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests.integration.broker_harness import TIMEOUT_S, Broker, Worker, WorkerProcess, running_broker, workers
 from tests.integration.harness import free_port
-from zrpc.errors import AgentClosedError, ConfigError, PeerLostError, RefusedError, RendezvousError
+from zrpc.errors import AgentClosedError, ConfigError, LimitError, PeerLostError, RefusedError, RendezvousError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -300,3 +301,47 @@ def test_a_port_that_is_taken_is_said(broker: Broker) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 2
     assert "cannot listen on" in done.stderr
+
+
+def test_an_error_while_a_heartbeat_is_due_does_not_end_the_heartbeats(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Something unforeseen goes wrong once in the thread of the heartbeats: it is logged, and they go on."""
+    with running_broker("--heartbeat-interval", "0.05") as broker, workers(broker.address, "a", "b") as (a, b):
+        is_connected = a.endpoint.is_connected
+        asked = threading.Semaphore(0)
+        faults = [OSError("a fault on purpose")]
+
+        def once_at_fault() -> bool:
+            if faults:
+                raise faults.pop()
+            asked.release()
+            return is_connected()
+
+        monkeypatch.setattr(a.endpoint, "is_connected", once_at_fault)
+        for _ in range(3):
+            assert asked.acquire(timeout=TIMEOUT_S)
+        assert not b.seen.lost
+    assert "a fault on purpose" in caplog.text
+    assert "zrpc-heartbeat goes on" in caplog.text
+
+
+def test_a_worker_that_gets_no_thread_for_its_heartbeats_does_not_join(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says what is missing, the broker is told nothing, and the endpoint closes."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "zrpc-heartbeat":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    refused = Worker(broker.address)
+    with pytest.raises(LimitError, match="zrpc-heartbeat cannot be started"):
+        refused.join("a", 1)
+    refused.close()
+    monkeypatch.undo()
+    with workers(broker.address, "a") as (again,):
+        assert again.members[0].info.name == "a"

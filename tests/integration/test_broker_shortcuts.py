@@ -50,9 +50,9 @@ def shortcut_between(a: Worker, b: Worker) -> Shortcut:
     def takes_it() -> bool:
         nonlocal count
         count += 1
-        before = shortcut._around
+        before = shortcut.num_around
         a.endpoint.send(b.incarnation, [b"small"])
-        return shortcut._around == before
+        return shortcut.num_around == before
 
     until(takes_it, "a message takes the shortcut")
     b.seen.wait(lambda: len(b.seen.frames) == count + 1)
@@ -84,7 +84,7 @@ def test_messages_keep_their_order_past_the_broker_and_through_it(broker: Broker
             one.join()
         names = [bytes(frames[0]) for _, frames in b.seen.frames]
         check_order(names, num_threads, num_rounds * each)
-        assert 2 < shortcut._around < len(names), "both ways were used"
+        assert 2 < shortcut.num_around < len(names), "both ways were used"
 
 
 def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Broker) -> None:
@@ -102,10 +102,10 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
         b.endpoint._on_frames = on_frames
         b.group._on_left = lambda *_: came_before.append(len(b.seen.frames))  # type: ignore[assignment]
         b.hold.clear()
-        around = shortcut._around
+        around = shortcut.num_around
         for number in range(count):
             a.endpoint.send(b.incarnation, [number.to_bytes(4, "little")])
-        assert shortcut._around == around, "all of it took the shortcut"
+        assert shortcut.num_around == around, "all of it took the shortcut"
         a.close()
         b.hold.set()
         until(lambda: came_before, "the goodbye has come")
@@ -119,7 +119,7 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
 def test_a_hanging_broker_is_noticed_by_workers_that_pass_it_by() -> None:
     with running_broker("--heartbeat-interval", "0.05") as broker, workers(broker.address, "a", "b") as (a, b):
         shortcuts = [shortcut_between(a, b), shortcut_between(b, a)]
-        around = [shortcut._around for shortcut in shortcuts]
+        around = [shortcut.num_around for shortcut in shortcuts]
         broker.process.send_signal(signal.SIGSTOP)
 
         def lost() -> bool:
@@ -131,7 +131,7 @@ def test_a_hanging_broker_is_noticed_by_workers_that_pass_it_by() -> None:
             return False
 
         until(lost, "the broker is taken for dead", within_s=5.0)
-        assert [shortcut._around for shortcut in shortcuts] == around, "what came meanwhile took the shortcuts"
+        assert [shortcut.num_around for shortcut in shortcuts] == around, "what came meanwhile took the shortcuts"
         for one, other in ((a, b), (b, a)):
             one.seen.wait(lambda one=one, other=other: other.incarnation in dict(one.seen.lost), timeout_s=5.0)  # type: ignore[misc]
             assert "has said nothing" in one.seen.lost[0][1]

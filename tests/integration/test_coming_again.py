@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 import zrpc as rpc
 import zrpc.autograd as dist_autograd
 from tests.integration.harness import is_member
 from tests.waiting import until
+from zrpc.errors import StaleWorkerError
+from zrpc.gather import all_gather
 
 if TYPE_CHECKING:
     from tests.integration.harness import Cluster
@@ -60,6 +63,37 @@ def check_gradients() -> None:
         assert torch.equal(dist_autograd.get_gradients(context_id)[x], torch.full((2,), 3.0))
 
 
+def keep_info() -> None:
+    global _kept
+    _kept = rpc.get_worker_info("guest")
+
+
+def kept_info_is_refused() -> str:
+    """Try every kind of call with the info of an earlier life; what it says."""
+    assert _kept == rpc.get_worker_info("guest")
+    texts = []
+    for call in (rpc.rpc_sync, rpc.rpc_async, rpc.remote):
+        with pytest.raises(StaleWorkerError) as caught:
+            call(_kept, number)  # type: ignore[operator]
+        texts.append(str(caught.value))
+    assert len(set(texts)) == 1
+    return texts[0]
+
+
+_kept: rpc.WorkerInfo | None = None
+
+
+def gather_here(life: int) -> dict[str, object]:
+    return dict(all_gather(f"{rpc.get_worker_info().name} {life}"))
+
+
+def gather_everywhere(life: int) -> None:
+    others = [rpc.rpc_async(name, gather_here, args=(life,)) for name in ("worker0", "worker1")]
+    wanted = {name: f"{name} {life}" for name in ("guest", "worker0", "worker1")}
+    assert gather_here(life) == wanted
+    assert [other.wait() for other in others] == [wanted, wanted]
+
+
 def program(rank: int, method: str) -> None:
     global _number
     options = rpc.RpcBackendOptions(init_method=method)
@@ -77,6 +111,14 @@ def program(rank: int, method: str) -> None:
             assert rpc.rpc_sync("worker0", hand_on, args=(rpc.RRef(life),)) == life
             assert rpc.rpc_sync("worker0", ask_on) == life
         check_gradients()
+        for _ in range(2):
+            gather_everywhere(life)
+        if life > 0:
+            text = rpc.rpc_sync("worker0", kept_info_is_refused)
+            assert "name=guest" in text, text
+            assert "it left the group" in text, text
+            assert "get_worker_info('guest')" in text, text
+        rpc.rpc_sync("worker0", keep_info)
         if life == LIVES - 1:
             for name in ("worker0", "worker1"):
                 rpc.rpc_sync(name, end)

@@ -120,6 +120,13 @@ def one_call_program(rank: int, method: str) -> None:
     ]
     for result in [future.wait() for future in futures] + [rref.to_here() for rref in rrefs]:
         assert result.tolist() == [2, 2]
+    by_hand = rpc.WorkerInfo(other.name, other.id)  # names whoever has the rank
+    assert native._invoke_rpc_builtin(by_hand, "aten::add", 5.0, ones, 1).wait().tolist() == [2, 2]
+    assert native._invoke_remote_python_udf(by_hand, *pickled, 5.0, False).to_here().tolist() == [2, 2]
+    stale = rpc.WorkerInfo(other.name, other.id, b"earlier.")
+    for invoke in (native._invoke_rpc_builtin, native._invoke_remote_builtin):
+        with pytest.raises(RuntimeError, match="is not in the group any more"):
+            invoke(stale, "aten::add", 5.0, ones, 1)
     del rrefs
     rpc.shutdown()
 

@@ -15,7 +15,7 @@ from tests.integration.harness import free_port
 if TYPE_CHECKING:
     from pathlib import Path
 
-TIMEOUT_S = 60
+TIMEOUT_S = 200
 
 
 def python(*args: str) -> str:
@@ -177,7 +177,7 @@ CHILDREN = """
             results = context.Queue()
             child = context.Process(target=look, args=(results,))
             child.start()
-            assert results.get(timeout=40) == ("zrpc.compat.rpc", 2), method
+            assert results.get(timeout=100) == ("zrpc.compat.rpc", 2), method
             child.join()
             assert child.exitcode == 0, method
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -282,8 +282,8 @@ FORKED_WORKER = """
     results = context.Queue()
     forked = context.Process(target=child, args=(results,))
     forked.start()
-    assert results.get(timeout=20) is False
-    assert results.get(timeout=20) == 2
+    assert results.get(timeout=100) is False
+    assert results.get(timeout=100) == 2
     forked.join()
     assert forked.exitcode == 0
     assert rpc.rpc_sync("parent", max, args=(1, 2)) == 2

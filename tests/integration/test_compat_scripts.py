@@ -159,6 +159,30 @@ def test_compiled_code_makes_calls(cluster_in_each_mode: Cluster) -> None:
     run_in_each_mode(cluster_in_each_mode, calling_program)
 
 
+def compiling_program(rank: int, method: str) -> None:
+    rpc = start(rank, method)
+    from tests.integration import scripted_calls as scripts
+
+    compilation = threading.Thread(target=torch.jit.script, args=(scripts.slow_to_compile,))
+    if rank == 1:
+        scripts.let_the_compiler_go_on()
+    compilation.start()
+    scripts.lookup.asked.wait()
+    rpc.api._barrier(["worker0", "worker1"])
+    if rank == 1:
+        compilation.join()
+        begun = rpc.rpc_async("worker0", torch.jit.script(scripts.slow_to_compile), args=("worker1", torch.ones(2)))
+        rpc.rpc_sync("worker0", scripts.let_the_compiler_go_on)
+        assert begun.wait().tolist() == [2, 2]
+    compilation.join()
+    rpc.shutdown()
+
+
+def test_a_function_that_the_callee_compiles_is_called_afterwards(cluster: Cluster) -> None:
+    """A worker that compiled a function sooner calls it: the other one runs it once it can run, with its calls."""
+    run(cluster, compiling_program)
+
+
 def deep_program(rank: int, method: str) -> None:
     rpc = start(rank, method)
     from tests.integration import scripted_calls as scripts

@@ -54,7 +54,7 @@ def outlive(rank: int) -> str:
 
 def test_a_dead_peer_hangs_nobody(cluster_in_each_mode: Cluster) -> None:
     cluster = cluster_in_each_mode
-    outcomes = cluster.start(started_and_outlive, 3, args=(cluster.new_init_method(),), init=False).wait(50)
+    outcomes = cluster.start(started_and_outlive, 3, args=(cluster.new_init_method(),), init=False).wait(150)
     assert [outcome.error for outcome in outcomes if outcome.rank != 1] == [None, None]
     assert [outcome.result for outcome in outcomes] == ["outlived", None, "outlived"]
 
@@ -68,7 +68,7 @@ def started_and_outlive(rank: int, init_method: str) -> str:
 def test_a_peer_that_dies_before_shutdown(cluster_in_each_mode: Cluster) -> None:
     """Nobody has called anybody: the loss is noticed all the same, by those who wait for the dead at shutdown."""
     cluster = cluster_in_each_mode
-    outcomes = cluster.start(shut_down_without, 4, args=(cluster.new_init_method(),), init=False).wait(50)
+    outcomes = cluster.start(shut_down_without, 4, args=(cluster.new_init_method(),), init=False).wait(150)
     assert [outcome.error for outcome in outcomes if outcome.rank != 2] == [None, None, None]
     assert [outcome.result for outcome in outcomes] == ["told", "told", None, "told"]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import zrpc as rpc
+from tests.integration.harness import MODES
 from zrpc import errors, lifecycle
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from tests.integration.harness import Cluster
 
+FIRST = ["cluster_in_each_mode"]
 CALLS = 30
 _at_end = threading.Event()
 _kept: list[rpc.RRef[str]] = []
@@ -58,14 +60,16 @@ SCENARIOS = {
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("shutdown", ["zrpc", "torch"])
+@pytest.mark.parametrize(
+    ("cluster_in_each_mode", "shutdown"), [*((mode, "zrpc") for mode in MODES), ("file", "torch")], indirect=FIRST
+)
 def test_those_who_have_not_come_are_served_and_all_learn_who_died(
     cluster_in_each_mode: Cluster, scenario: str, shutdown: str
 ) -> None:
     """A worker in its shutdown serves the living until they come to theirs; then all get an error naming the dead."""
     roles, cluster = SCENARIOS[scenario], cluster_in_each_mode
     args = (cluster.new_init_method(), roles, shutdown)
-    outcomes = cluster.start(play, len(roles), args=args, init=False).wait(50)
+    outcomes = cluster.start(play, len(roles), args=args, init=False).wait(150)
     dead = [f"worker{rank}" for rank, role in enumerate(roles) if role.startswith("dies")]
     alive = [outcome for outcome in outcomes if not roles[outcome.rank].startswith("dies")]
     assert [outcome.error for outcome in alive] == [None] * len(alive)
@@ -119,7 +123,7 @@ def names_lost(shutdown: Callable[[], None]) -> list[str]:
 @pytest.mark.parametrize("dying", [0, 1, 2])
 def test_a_worker_that_dies_between_the_two_waits_of_shutdown_is_named(cluster: Cluster, dying: int) -> None:
     """All have come, and a worker, maybe the leader, dies before it is through: the others get an error naming it."""
-    outcomes = cluster.start(die_halfway, 3, args=(cluster.new_init_method(), dying), init=False).wait(50)
+    outcomes = cluster.start(die_halfway, 3, args=(cluster.new_init_method(), dying), init=False).wait(150)
     alive = [outcome for outcome in outcomes if outcome.rank != dying]
     assert [outcome.error for outcome in alive] == [None, None]
     assert [outcome.result for outcome in alive] == [[f"worker{dying}"]] * 2
@@ -144,7 +148,7 @@ def test_a_request_that_is_never_answered_holds_no_shutdown_up_once_its_caller_d
 ) -> None:
     """A server that gathers updates of all trainers waits for one that died: its shutdown ends all the same."""
     args = (cluster.new_init_method(), shutdown)
-    outcomes = cluster.start(leave_unanswered, 3, args=args, init=False).wait(50)
+    outcomes = cluster.start(leave_unanswered, 3, args=args, init=False).wait(150)
     assert [outcome.error for outcome in outcomes if outcome.rank != 2] == [None, None]
 
 
@@ -158,15 +162,16 @@ def leave_unanswered(rank: int, init_method: str, shutdown: str) -> list[str]:
     return names_lost(shutdown_of(shutdown))
 
 
-@pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)
 @pytest.mark.parametrize("late", [0, 1, 2])
-@pytest.mark.parametrize("shutdown", ["zrpc", "torch"])
+@pytest.mark.parametrize(
+    ("cluster_in_each_mode", "shutdown"), [("file", "zrpc"), ("broker", "zrpc"), ("file", "torch")], indirect=FIRST
+)
 def test_the_time_limit_of_shutdown_names_those_who_did_not_come(
     cluster_in_each_mode: Cluster, late: int, shutdown: str
 ) -> None:
     """Each worker that came in vain names the worker that did not, and no other."""
     cluster = cluster_in_each_mode
-    outcomes = cluster.start(be_late, 3, args=(cluster.new_init_method(), late, shutdown), init=False).wait(50)
+    outcomes = cluster.start(be_late, 3, args=(cluster.new_init_method(), late, shutdown), init=False).wait(150)
     assert [outcome.error for outcome in outcomes] == [None] * 3
     said = [outcome.result for outcome in outcomes if outcome.rank != late]
     assert [re.findall(r"[:,] ([\w, ]+) did not come within 1 s", text) for text in said] == [[f"worker{late}"]] * 2

@@ -25,7 +25,7 @@ from zrpc import gather
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.autograd import backward, context, get_gradients
 from zrpc.errors import PeerLostError
-from zrpc.rref.ledger import Ledger
+from zrpc.rref.context import RRefContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ def die() -> None:
 
 
 def num_owned() -> int:
-    return int(current_agent().extensions[Ledger].debug_info()["num_owner_rrefs"])
+    return int(current_agent().extensions[RRefContext].debug_info()["num_owner_rrefs"])
 
 
 def in_thread(work: Callable[[], Any]) -> threading.Thread:

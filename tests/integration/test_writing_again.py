@@ -174,6 +174,7 @@ def write_again(rank: int, path: str, nbytes: int) -> None:
         thread.join()
     assert not failed, failed
     all_gather(None)
+    _seen.clear()  # it would keep what arrived after the shutdown
 
 
 @pytest.mark.parametrize("cluster_in_each_mode", ["file", "broker"], indirect=True)

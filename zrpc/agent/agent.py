@@ -29,7 +29,8 @@ from zrpc.agent.server import Server
 from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.control import ControlThread
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
-from zrpc.ids import IdGenerator, Incarnation, WorkerInfo, first_id_of
+from zrpc.exception_text import log_error
+from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
 from zrpc.staging import handover
 from zrpc.staging.cuda import CudaAccelerator
 from zrpc.staging.stager import Staging
@@ -94,31 +95,33 @@ class Agent:
         self.rpc_timeout_s = options.rpc_timeout
         self.extensions: dict[type, Any] = {}
         self.hooks = Hooks()
-        self._carrier = Carrier(endpoint, shared_memory)
+        self._carrier = Carrier(endpoint, shared_memory, lambda nbytes: self.staging.receive_memory(nbytes))
         self._group = group
         self._stagers = HandlerPool(1, "zrpc-stager")  # one more where all wait for devices
         self.staging = Staging(
-            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking, options.cuda_ipc
-        )
-        self.staging.pin = self._carrier.serve_devices(self.staging.receive_memory, self.staging)
-        self.staging.imports.beside = self._carrier.beside
-        self._peers = Peers(self._carrier, self.staging, group, connect, disconnect, self._on_gone)
+            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking, options.cuda_ipc,
+            pin=lambda buffer: self._carrier.pin(buffer, self.staging), beside=self._carrier.beside,
+            on_streams=self._run_on,
+        )  # fmt: skip
+        self.control = ControlThread(lambda: self._calls.expire_due())
+        self._peers = Peers(
+            self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit,
+            lambda: self._server.hold(), self.open,
+        )  # fmt: skip
         self.members = self._peers.registry
-        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls)
+        self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
             options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh(),
             self.staging, self._stagers.submit,
         )  # fmt: skip
         self._dropped = HandlerPool(1, "zrpc-finalizer")
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
-        self.control = ControlThread(lambda: self._calls.expire_due())
         self._calls = Calls(self._gates, self._carrier.inbox.wake, self.discard, self.control.wake)
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
         self.lost_at: float | None = None  # when a peer was last lost, or left (`time.monotonic`)
         self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
-        self.staging.on_streams = self._run_on
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
@@ -138,7 +141,7 @@ class Agent:
         self._carrier.start(self._on_envelope, self._peers.lose)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
-        self.ids = IdGenerator(me.info.id, 0 if self.is_static_group else first_id_of(me.incarnation))
+        self.ids = IdGenerator(me.info.id, me.incarnation)
 
     def open(self) -> None:
         """Serve requests from now on, and those kept back."""
@@ -166,7 +169,7 @@ class Agent:
             return
         with suppress(Exception):  # the store may be gone
             self.refresh()
-        others = [info for info in self.members.all() if info.id != self.info.id]
+        others = [info for info in self.members.all() if info.incarnation != self.info.incarnation]
         for call in [self.request(info, Leave(), timeout_s=timeout_s) for info in others]:
             with suppress(ZrpcError):
                 call.wait()
@@ -200,8 +203,8 @@ class Agent:
         Args:
             message_type: what it serves.
             handler: called once a request; it, or what it starts, answers. It may return further work.
-            inline: run it under the read lock of whichever thread reads, a user's included: it must not block, and
-                must not depend on the thread (torch's modes do). Else it runs as what it may return does: on a reader
+            inline: run it on the reader that takes the message, in the order in which messages came (a caller that
+                reads hands it on to one): it must not block. Else it runs as what it may return does: on a reader
                 outside of the lock, or on a handler thread.
         """
         self._server.handle(message_type, handler, inline)
@@ -239,6 +242,15 @@ class Agent:
             ValueError: `to` is none of the three.
         """
         return self._peers.resolve(to)
+
+    def resolve_life(self, rank: int, incarnation: Incarnation) -> WorkerInfo:
+        """That life of the worker of that rank; in a dynamic group newcomers are looked for.
+
+        Raises:
+            PeerLostError: it is not in the group, or not any more.
+            RendezvousError: as `resolve`.
+        """
+        return self._peers.resolve_life(rank, incarnation)
 
     def routes(self, to: WorkerInfo) -> PeerRoutes:
         """Where tensors arrive that are sent to `to`."""
@@ -281,7 +293,9 @@ class Agent:
             envelope = seal(message, call_id, payload, extras, route)
             call = Call(self, call_id, to, message, limit_s, waited)
             try:
-                left_s = self._gates[to.id].enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
+                left_s = self._gates[to.incarnation].enter(
+                    call_id, envelope, to, limit_s, self._standing if hooked else needed
+                )
             except ZrpcError as error:
                 call.complete(None, error)
                 return call
@@ -403,17 +417,20 @@ class Agent:
     def _run_on(self, streams: Streams | None) -> None:
         """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""
         around = None if streams is None else streams.run
-        self._server.pool.around = around
+        self._server.pool.run_with(around)
         self.completions.run_with(around)
         handover.order_by(streams)
 
     def _on_gone(self, worker: WorkerInfo, reason: str) -> None:
-        """A peer left or is lost: its calls fail."""
+        """A peer left or is lost: its calls fail. Runs on the control thread."""
         if self._closed:
             return
         self.lost_at = time.monotonic()
-        self._gates.drop(worker.id, PeerLostError(f"{worker} is lost: {reason}"))
+        self._gates.drop(worker.incarnation, PeerLostError(f"{worker} is lost: {reason}"))
         text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
-        self._calls.lose(worker.id, lambda: PeerLostError(text))
+        self._calls.lose(worker.incarnation, lambda: PeerLostError(text))
         for listener in self._lost_listeners:
-            self.control.submit(partial(listener, worker, reason))
+            try:
+                listener(worker, reason)
+            except Exception as error:  # the others are to know all the same
+                log_error(log, "what follows from the loss of %s was not done", worker, error=error)

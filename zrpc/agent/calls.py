@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.call import Call
     from zrpc.agent.gate import Gates
+    from zrpc.ids import Incarnation
     from zrpc.transport.inbox import Work
     from zrpc.wire.envelope import Envelope
 
@@ -65,7 +66,7 @@ class Calls:
             if answer is not None:
                 self._on_late(answer)
             return None
-        self._gates[call.peer.id].leave(call_id)
+        self._gates.leave(call_id, call.peer.incarnation)
         work = call.complete(answer, error)
         if answer is None:
             self._wake_reader(call)
@@ -86,10 +87,10 @@ class Calls:
         """Take a call out, which its caller ends; false if it is done already. It still counts at its gate."""
         return self._under_way.pop(call_id, None) is not None
 
-    def lose(self, rank: int, make_error: Callable[[], BaseException]) -> None:
-        """End the calls to the worker of `rank`, each with an error of its own."""
+    def lose(self, peer: Incarnation, make_error: Callable[[], BaseException]) -> None:
+        """End the calls to that life of a worker, each with an error of its own."""
         for call_id, call in list(self._under_way.items()):
-            if call.peer.id == rank:
+            if call.peer.incarnation == peer:
                 self.fail(call_id, make_error())
 
     def close(self, make_error: Callable[[], BaseException]) -> None:

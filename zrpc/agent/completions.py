@@ -41,7 +41,7 @@ class Completions:
 
     def run_with(self, around: Callable[[Callable[[], None]], None] | None) -> None:
         """From now on `around` runs each task; None: nothing does."""
-        self._pool.around = around
+        self._pool.run_with(around)
 
     def is_here(self) -> bool:
         """Whether this is a completer thread."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from functools import cache
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from zrpc.agent.request import Request
+    from zrpc.agent.request import AsyncCalls, Request
     from zrpc.wire.messages import BuiltinCall, PythonCall
     from zrpc.wire.payload import Payload
 
@@ -133,24 +132,6 @@ def _operator(op: str) -> Callable[..., Any]:
     except (AttributeError, RuntimeError) as error:
         raise ProtocolError(f"the torch of this worker has no operator {op}: {error}") from error
     return found
-
-
-class AsyncCalls:
-    """Counts functions marked with `async_execution` that have returned a future which is not done."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num = 0
-
-    @property
-    def num(self) -> int:
-        """How many there are now."""
-        return self._num
-
-    def change(self, by: int) -> None:
-        """One more (1), or one less (-1)."""
-        with self._lock:
-            self._num += by
 
 
 def when_done(

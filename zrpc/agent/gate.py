@@ -21,6 +21,7 @@ from zrpc import interrupts
 from zrpc.agent.pool import blocking
 from zrpc.agent.window import UNKNOWN, Window
 from zrpc.errors import OverloadedError
+from zrpc.ids import Incarnation
 from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
@@ -198,38 +199,50 @@ def _wait_for(turn: threading.Event, deadline: float | None) -> bool:
     )
 
 
-class Gates(dict[int, Gate]):
-    """The gates of one worker, by the rank of the peer; they are made as they are asked for.
+class Gates(dict[Incarnation, Gate]):
+    """The gates of one worker, by the life of the peer; they are made as they are asked for.
 
     Args:
         max_nbytes: see `Window`.
         max_calls: see `Window`.
+        is_here: whether a life is in the group. The gate of one that is over is not kept.
     """
 
-    def __init__(self, max_nbytes: int, max_calls: int) -> None:
+    def __init__(
+        self, max_nbytes: int, max_calls: int, is_here: Callable[[Incarnation], bool] = lambda _: True
+    ) -> None:
         super().__init__()
         self._max_nbytes = max_nbytes
         self._max_calls = max_calls
+        self._is_here = is_here
 
-    def __missing__(self, rank: int) -> Gate:
-        return self.setdefault(rank, Gate(self._max_nbytes, self._max_calls))
+    def __missing__(self, peer: Incarnation) -> Gate:
+        gate = self.setdefault(peer, Gate(self._max_nbytes, self._max_calls))
+        if not self._is_here(peer):  # `drop` may have passed by
+            self.pop(peer, None)
+        return gate
 
-    def leave(self, call_id: int) -> None:
-        """A request was answered that nobody waits for any more; to whom it went is not known."""
+    def leave(self, call_id: int, peer: Incarnation | None = None) -> None:
+        """A request was answered, or did not leave. `peer` None: it is not known to whom it went."""
+        if peer is not None:
+            gate = self.get(peer)
+            if gate is not None:
+                gate.leave(call_id)
+            return
         for gate in list(self.values()):
             if gate.leave(call_id):
                 return
 
-    def drop(self, rank: int, end: ZrpcError) -> None:
-        """The peer of that rank is gone: who waits gets `end` raised. Another one of that rank begins anew."""
-        gate = self.pop(rank, None)
+    def drop(self, peer: Incarnation, end: ZrpcError) -> None:
+        """The peer is gone: who waits gets `end` raised."""
+        gate = self.pop(peer, None)
         if gate is not None:
             gate.close(end)
 
     def close(self, end: ZrpcError) -> None:
         """This worker shuts down: who waits gets `end` raised."""
-        for rank in list(self):
-            self.drop(rank, end)
+        for peer in list(self):
+            self.drop(peer, end)
 
 
 def payload_nbytes(envelope: Envelope) -> int:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc.errors import ConfigError, PeerLostError, UnknownWorkerError
-from zrpc.ids import WorkerInfo
 from zrpc.membership.device_maps import Placement, Routes, check, devices_of, routes
 from zrpc.membership.registry import Registry
 from zrpc.staging.note import NOTE_NBYTES
@@ -18,7 +17,7 @@ from zrpc.wire.route import Route
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from zrpc.ids import Incarnation
+    from zrpc.ids import Incarnation, WorkerInfo
     from zrpc.membership.group import Group, Member
     from zrpc.staging.stager import Staging
     from zrpc.transport.carrier import Carrier
@@ -39,7 +38,10 @@ class PeerRoutes(NamedTuple):
 
 
 class Peers:
-    """The members of the group. Any thread may call it; the lock keeps a loss from slipping by while a member comes.
+    """The members of the group. Any thread may call it; the lock owns `_routes`.
+
+    A life that is over is taken out of the group at once. What follows is done on the control thread, in the order in
+    which the lives ended.
 
     Args:
         carrier: sends to the members.
@@ -47,7 +49,10 @@ class Peers:
         group: the membership.
         connect: tells the transport of a member's address (nothing, with a broker).
         disconnect: tells the transport that a member is gone for good.
-        on_gone: called with a member that left or is lost, and why. Any thread; it must not block.
+        on_gone: called with a member that left or is lost, and why, on the control thread: it must not wait.
+        submit: runs on the control thread, in order, what would keep the reading thread for long.
+        hold: keeps requests back, as often as it is called; `resume` ends that.
+        resume: see `hold`.
     """
 
     def __init__(
@@ -58,6 +63,9 @@ class Peers:
         connect: Callable[[Member], None],
         disconnect: Callable[[Incarnation], None],
         on_gone: Callable[[WorkerInfo, str], None],
+        submit: Callable[[Callable[[], object]], None],
+        hold: Callable[[], None],
+        resume: Callable[[], None],
     ) -> None:
         self.registry = Registry()
         self.is_static = True
@@ -67,9 +75,13 @@ class Peers:
         self._connect = connect
         self._disconnect = disconnect
         self._on_gone = on_gone
+        self._submit = submit
+        self._hold = hold
+        self._resume = resume
+        self._unwatched: dict[Incarnation, None] = {}  # owned by the control thread
+        self._using = threading.Lock()  # taken while devices are prepared
         self._lock = threading.Lock()
-        self._gone_early: dict[Incarnation, str] = {}
-        self._routes: dict[int, tuple[Member | None, PeerRoutes]] = {}  # by rank; an entry is replaced as a whole
+        self._routes: dict[Incarnation, PeerRoutes] = {}
         self._me: Member
 
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> Member:
@@ -98,21 +110,37 @@ class Peers:
         """This worker."""
         return self._me.info
 
+    def is_here(self, incarnation: Incarnation) -> bool:
+        """Whether that life is in the group."""
+        return self.registry.by_incarnation(incarnation) is not None
+
     def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
         """The worker that `to` names; in a dynamic group newcomers are looked for.
 
         Raises:
             UnknownWorkerError: there is none.
+            StaleWorkerError: it is a `WorkerInfo` of a worker that has left or died.
             RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
         try:
-            return self._lookup(to)
+            return self.registry.find(to)
         except UnknownWorkerError:
             if self.is_static:
                 raise
         self._group.refresh()
-        return self._lookup(to)
+        return self.registry.find(to)
+
+    def resolve_life(self, rank: int, incarnation: Incarnation) -> WorkerInfo:
+        """See `Agent.resolve_life`."""
+        member = self.registry.by_incarnation(incarnation)
+        if member is None and not self.is_static:
+            self._group.refresh()
+            member = self.registry.by_incarnation(incarnation)
+        if member is None:
+            reason = self.registry.ended.get(incarnation, "it has left or died, or is of another group")
+            raise PeerLostError(f"the worker of rank {rank} that is meant is not in the group any more: {reason}")
+        return member.info
 
     def send(self, to: WorkerInfo, envelope: Envelope, *, may_lie: bool = False) -> None:
         """Send `envelope`; see `Carrier.send`.
@@ -120,33 +148,49 @@ class Peers:
         Raises:
             PeerLostError: `to` is not in the group any more, or lost.
         """
-        member = self.registry.member(to.id)
-        if member is None:
+        if not self.is_here(to.incarnation):
             raise PeerLostError(f"{to} is not in the group any more")
         try:
-            self._carrier.send(member.incarnation, envelope, may_lie=may_lie)
+            self._carrier.send(to.incarnation, envelope, may_lie=may_lie)
         except PeerLostError as error:
             raise PeerLostError(f"{to} is lost: {error}. It is gone for good; check its log") from error
 
     def queued_nbytes(self, to: WorkerInfo) -> int:
         """How much waits here because `to` has not read what was sent before, in bytes."""
-        member = self.registry.member(to.id)
-        return 0 if member is None else self._carrier.queued_nbytes(member.incarnation)
+        return self._carrier.queued_nbytes(to.incarnation) if self.is_here(to.incarnation) else 0
 
     def watch(self, to: WorkerInfo) -> None:
-        """See to it that the loss of `to` is noticed even if nothing is ever sent to it."""
-        member = self.registry.member(to.id)
-        if member is not None:
-            self._carrier.watch(member.incarnation)
+        """See to it that the loss of `to` is noticed even if nothing is ever sent to it.
+
+        The thread that reads leaves it to the control thread, since it takes sockets.
+
+        Raises:
+            LimitError: no socket can be made. On the control thread that is logged, and tried again the next time.
+        """
+        if not self.is_here(to.incarnation):
+            return
+        if self._carrier.inbox.is_read_here:
+            self._submit(partial(self._watch_now, to.incarnation))
+        else:
+            self._carrier.watch(to.incarnation)
+
+    def _watch_now(self, incarnation: Incarnation) -> None:
+        self._unwatched[incarnation] = None
+        for each in list(self._unwatched):
+            if self.registry.by_incarnation(each) is not None:
+                self._carrier.watch(each)
+            del self._unwatched[each]
 
     def routes(self, to: WorkerInfo) -> PeerRoutes:
         """Where tensors arrive that are sent to `to`."""
-        member = self.registry.member(to.id)
-        known = self._routes.get(to.id)
-        if known is not None and known[0] is member:
-            return known[1]
+        known = self._routes.get(to.incarnation)
+        if known is not None:
+            return known
+        member = self.registry.by_incarnation(to.incarnation)
         made = self._make_routes(to, member)
-        self._routes[to.id] = (member, made)
+        with self._lock:
+            if member is not None and self.registry.by_incarnation(to.incarnation) is member:
+                self._routes[to.incarnation] = made
         return made
 
     def _make_routes(self, to: WorkerInfo, member: Member | None) -> PeerRoutes:
@@ -167,61 +211,68 @@ class Peers:
 
     def says_goodbye(self, worker: WorkerInfo) -> None:
         """`worker` told us that it leaves."""
-        member = self.registry.member(worker.id)
-        if member is not None:
-            self._forget(member.incarnation, "it left the group")
+        self._forget(worker.incarnation, "it left the group")
 
     def lose(self, incarnation: Incarnation, reason: str) -> None:
         """That member cannot be reached any more."""
         self._forget(incarnation, reason)
-
-    def _lookup(self, to: str | int | WorkerInfo) -> WorkerInfo:
-        if isinstance(to, WorkerInfo):
-            return self.registry.by_rank(to.id)
-        if isinstance(to, str):
-            return self.registry.by_name(to)
-        if isinstance(to, int) and not isinstance(to, bool):
-            return self.registry.by_rank(to)
-        raise ValueError(f"a worker is addressed by its name, its rank or its WorkerInfo, not by {to!r}")
+        if not self.is_static:
+            self._group.note_lost(incarnation)
 
     def _on_joined(self, member: Member) -> None:
         self._connect(member)
         self._carrier.meet(member.incarnation, member.card.get("memory"))
-        with self._lock:
-            self.registry.add(member)
-            reason = self._gone_early.pop(member.incarnation, None)
+        displaced = self.registry.add(member, although_ended=self.is_static)
+        if displaced is None:
+            if not self.is_here(member.incarnation):  # it was over before it was told of
+                self._carrier.forget(member.incarnation)
+                self._disconnect(member.incarnation)
+            return
+        for old in displaced:
+            self._submit(partial(self._end, old, self.registry.ended.get(old.incarnation, "")))
+        if self.is_static and (reason := self.registry.ended.get(member.incarnation)) is not None:
+            self._submit(partial(self._end, member, reason))  # lost while this worker joins
         if not self.is_static and member.card.get("device_maps"):
-            try:
-                self._use_devices()
-            except Exception as error:  # it will be refused, or finds out by itself
-                log.warning("what the device maps of %s ask for is not there: %s", member.info, error)
-        if reason is not None:
-            self._forget(member.incarnation, reason)
+            self._hold()  # its requests may need them
+            self._submit(partial(self._use_devices_of, member))
+
+    def _use_devices_of(self, newcomer: Member) -> None:
+        """On the control thread: it may initialize CUDA, which takes seconds."""
+        try:
+            self._use_devices()
+        except Exception as error:  # it will be refused, or finds out by itself
+            log.warning("what the device maps of %s ask for is not there: %s", newcomer.info, error)
+        finally:
+            self._resume()
 
     def _use_devices(self) -> None:
         """Be ready for the devices that maps of the members name. In a group that grows they may become more."""
         me = getattr(self, "_me", None)
         if me is not None:
-            others = (self.registry.member(info.id) for info in self.registry.all())
-            self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
+            with self._using:
+                others = (self.registry.member(info.id) for info in self.registry.all())
+                self._staging.use(devices_of(Placement.of(me), [Placement.of(other) for other in others if other]))
 
     def _on_left(self, incarnation: Incarnation, lost: bool, reason: str) -> None:
+        del lost
         self._forget(incarnation, reason)
-        if not lost:
-            self._disconnect(incarnation)
 
     def _forget(self, incarnation: Incarnation, reason: str) -> None:
-        """A member is gone. In a static group its name stays known: calls to it say what happened."""
+        """A life is over. In a static group its name stays known: calls to it say what happened."""
         with self._lock:
-            member = self.registry.by_incarnation(incarnation)
-            if member is None:  # while this worker joins, one may be lost before it is known here
-                self._gone_early[incarnation] = reason
-                return
-        self._carrier.forget(incarnation)
-        self._staging.forget(incarnation)
-        if not self.is_static:
-            self.registry.remove(incarnation)
+            member = self.registry.end(incarnation, reason, keep=self.is_static)
+            if not self.is_static:
+                self._routes.pop(incarnation, None)
+        if member is not None:
+            self._submit(partial(self._end, member, reason))
+
+    def _end(self, member: Member, reason: str) -> None:
+        """What follows from the end of a life. Runs on the control thread."""
+        self._carrier.forget(member.incarnation)
+        self._staging.forget(member.incarnation)
         self._on_gone(member.info, reason)
+        if not self.is_static:
+            self._disconnect(member.incarnation)
 
 
 def _by_rank(members: Sequence[Member]) -> list[Member]:

@@ -12,14 +12,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from zrpc.exception_text import log_error
 from zrpc.threads import join
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 log = logging.getLogger("zrpc")
@@ -27,10 +28,16 @@ log = logging.getLogger("zrpc")
 Task = Callable[[], None]
 
 
+class _Counter(Protocol):
+    def change_waiting(self, by: int) -> None:
+        """A thread waits (1), or does not any more (-1)."""
+
+
 class _Here(threading.local):
-    """The pool that this thread belongs to."""
+    """The pool that this thread belongs to, and what is told when the thread waits."""
 
     pool: HandlerPool | None = None
+    counter: _Counter | None = None
 
 
 _here = _Here()
@@ -39,8 +46,22 @@ _not_counted = nullcontext()
 
 def blocking() -> AbstractContextManager[None]:
     """While the body waits, this thread does not count as working. On a thread of no pool it does nothing."""
-    pool = _here.pool
-    return _not_counted if pool is None else _Waiting(pool)
+    counter = _here.counter
+    return _not_counted if counter is None else _Waiting(counter)
+
+
+@contextmanager
+def watching_waits(on_wait: Callable[[bool], None]) -> Iterator[None]:
+    """While the body runs, `on_wait(True)` is called when this thread begins to wait, `on_wait(False)` after it.
+
+    The second may itself wait; the thread does not count meanwhile either.
+    """
+    outer = _here.counter
+    _here.counter = _Watched(outer, on_wait)
+    try:
+        yield
+    finally:
+        _here.counter = outer
 
 
 class HandlerPool:
@@ -54,8 +75,6 @@ class HandlerPool:
         around: runs each task, if it is not None.
     """
 
-    around: Callable[[Task], None] | None = None
-
     def __init__(self, size: int, name: str) -> None:
         self._size = size
         self._name = name
@@ -66,6 +85,11 @@ class HandlerPool:
         self._waiting = 0
         self._started = 0
         self._closed = False
+        self.around: Callable[[Task], None] | None = None
+
+    def run_with(self, around: Callable[[Task], None] | None) -> None:
+        """From now on `around` runs each task; None: nothing does."""
+        self.around = around
 
     def submit(self, task: Task) -> None:
         """Run `task` soon on a handler thread. After `close` it is dropped."""
@@ -125,7 +149,7 @@ class HandlerPool:
                 )
 
     def _work(self) -> None:
-        _here.pool = self
+        _here.pool = _here.counter = self
         while True:
             task = self._queue.get()
             with self._lock:
@@ -150,18 +174,36 @@ class HandlerPool:
                 self._idle += 1
 
 
+class _Watched:
+    """What is told when a thread waits: `on_wait`, and what was told before."""
+
+    def __init__(self, outer: _Counter | None, on_wait: Callable[[bool], None]) -> None:
+        self._outer = outer
+        self._on_wait = on_wait
+
+    def change_waiting(self, by: int) -> None:
+        """See `_Counter`."""
+        if by > 0 and self._outer is not None:
+            self._outer.change_waiting(by)
+        try:
+            self._on_wait(by > 0)
+        finally:
+            if by < 0 and self._outer is not None:
+                self._outer.change_waiting(by)
+
+
 class _Waiting:
-    """The context of a waiting handler thread."""
+    """The context of a waiting thread."""
 
-    __slots__ = ("_pool",)
+    __slots__ = ("_counter",)
 
-    def __init__(self, pool: HandlerPool) -> None:
-        self._pool = pool
+    def __init__(self, counter: _Counter) -> None:
+        self._counter = counter
 
     def __enter__(self) -> None:
-        self._pool.change_waiting(1)
+        self._counter.change_waiting(1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._pool.change_waiting(-1)
+        self._counter.change_waiting(-1)

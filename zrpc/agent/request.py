@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -16,7 +17,6 @@ from zrpc.wire.payload import Payload, open_payload
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zrpc.agent.execution import AsyncCalls
     from zrpc.agent.hooks import CallHook, Hooks
     from zrpc.ids import WorkerInfo
     from zrpc.wire.envelope import Envelope
@@ -27,6 +27,24 @@ M = TypeVar("M", bound=Message)
 log = logging.getLogger("zrpc")
 
 _nothing = nullcontext()
+
+
+class AsyncCalls:
+    """Counts functions marked with `async_execution` that have returned a future which is not done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num = 0
+
+    @property
+    def num(self) -> int:
+        """How many there are now."""
+        return self._num
+
+    def change(self, by: int) -> None:
+        """One more (1), or one less (-1)."""
+        with self._lock:
+            self._num += by
 
 
 class Answerer(Protocol):

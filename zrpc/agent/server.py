@@ -1,20 +1,22 @@
 """Requests in: who serves them, and their answers out.
 
-Until the group is complete, requests are kept back (a peer that is done earlier may call already).
+Until the group is complete, requests are kept back (a peer that is done earlier may call already), and while this
+worker prepares for devices of a newcomer. They keep their order: what comes while those kept back are served joins
+them.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zrpc.agent.execution import AsyncCalls
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
-from zrpc.agent.request import Request
+from zrpc.agent.request import AsyncCalls, Request
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.transport.lanes import COUNTED_MIN_NBYTES
@@ -70,7 +72,9 @@ class Server:
         self._idle = threading.Condition(self._lock)
         self._serving = 0
         self._is_awaited = False
-        self._early: list[tuple[Incarnation, Envelope]] | None = []
+        self._holds = 1  # why requests are kept back: how many reasons there are
+        self._early: deque[tuple[Incarnation, Envelope]] | None = deque()
+        self._serves_early = False
 
     @property
     def num_serving(self) -> int:
@@ -82,11 +86,35 @@ class Server:
         self._handlers[message_type] = (handler, inline)
 
     def open(self) -> None:
-        """Serve requests from now on, and those kept back."""
+        """Serve requests from now on, those kept back first, unless `hold` was called meanwhile."""
         with self._lock:
-            early, self._early = self._early or [], None
-        for source, envelope in early:
-            self._submit(self.serve(source, envelope))
+            self._holds -= 1
+            if self._serves_early:
+                return  # by another thread, which goes on
+            self._serves_early = True
+        while (kept := self._next_early()) is not None:
+            source, envelope = kept
+            member = self._peers.registry.by_incarnation(source)
+            if member is None:
+                self.pool.submit(partial(self._serve_stranger, source, envelope))
+            else:
+                self._submit(self._serve(member.info, envelope))
+
+    def hold(self) -> None:
+        """Keep requests back that come from now on, until `open`. It must not be called while one is taken in."""
+        with self._lock:
+            self._holds += 1
+            if self._early is None:
+                self._early = deque()
+
+    def _next_early(self) -> tuple[Incarnation, Envelope] | None:
+        with self._lock:
+            if self._early and not self._holds:
+                return self._early.popleft()
+            self._serves_early = False
+            if not self._holds:
+                self._early = None
+            return None
 
     def wait(self, timeout_s: float) -> None:
         """Wait until the last request is answered, or somebody sees to it that none is, up to `timeout_s`."""
@@ -105,11 +133,14 @@ class Server:
             if self._early is not None:
                 self._early.append((source, envelope))
                 return None
-        self.pool.submit(lambda: self._serve_stranger(source, envelope))
+        self.pool.submit(partial(self._serve_stranger, source, envelope))
         return None
 
     def _serve_stranger(self, source: Incarnation, envelope: Envelope) -> None:
         """A request of somebody not known here: a newcomer, or one who is gone."""
+        if (reason := self._peers.registry.ended.get(source)) is not None:
+            log.debug("a %s of a worker came late: %s", type(envelope.message).__name__, reason)
+            return
         if self._peers.registry.by_incarnation(source) is None:
             self._refresh()
         member = self._peers.registry.by_incarnation(source)
@@ -182,7 +213,7 @@ class Server:
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
             is_large = len(envelope.buffers) > 0 or len(envelope.data) > COUNTED_MIN_NBYTES
             if is_large and (waiting_nbytes := self._peers.queued_nbytes(to)):
-                self._gates[to.id].check_answer(waiting_nbytes, self._peers.me, to)
+                self._gates[to.incarnation].check_answer(waiting_nbytes, self._peers.me, to)
             if envelope.is_arriving:
                 self._send_soon(partial(self._send_arriving, request, envelope, payload))
             else:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation
     from zrpc.staging.streams import Mark
 
 _PREFIX = "Error on Node "
@@ -58,8 +58,8 @@ class Asked(Protocol):
     """The request that drew this worker into a pass."""
 
     @property
-    def rank(self) -> int:
-        """Who asked."""
+    def source(self) -> Incarnation:
+        """The life of the worker that asked."""
 
     def reply(self, homeward: Sequence[ForSend]) -> None:
         """This worker's part is done; gradients for the asker go with the answer."""
@@ -83,8 +83,8 @@ class Peers(Protocol):
     def may_answer_with(self, info: RecvInfo) -> bool:
         """Whether gradients for tensors that came with an answer may go back with one: by the right device map."""
 
-    def watch(self, rank: int) -> None:
-        """See to it that `BackwardPass.lose` is called when the worker of `rank` is gone."""
+    def watch(self, life: Incarnation) -> None:
+        """See to it that `BackwardPass.lose` is called when that life is over."""
 
     def wait_for(self, backward: BackwardPass) -> None:
         """Wait until `backward.done()`, as a thread that may belong to a pool, and read messages meanwhile."""
@@ -94,7 +94,7 @@ class Peers(Protocol):
 
 
 class BackwardPass:
-    """The pass `pass_id`. The lock owns all that changes.
+    """The pass `pass_id`. The lock owns all that changes; threads that read messages take it.
 
     Args:
         peers: this worker.
@@ -114,6 +114,7 @@ class BackwardPass:
         self._peers = peers
         self._marking: Marking | None = None
         self._lock = threading.RLock()
+        self._building = threading.Lock()
         self._wake_ups = WakeUps()
         self._asked: Asked | None = None
         self._local: LocalPass | None = None
@@ -214,11 +215,11 @@ class BackwardPass:
         except AutogradError as error:
             raise self._described(error) from error
 
-    def lose(self, rank: int, text: str) -> None:
-        """The worker of `rank` is gone: fail if gradients were to come from there."""
+    def lose(self, life: Incarnation, text: str) -> None:
+        """That life is over: fail if gradients were to come from there."""
         with self._lock:
             local = self._local
-        if local is not None and rank in local.awaited():
+        if local is not None and life in local.awaited():
             self.fail(PeerLostError(f"gradients were to come from {text}"))
 
     # ---- the steps -------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class BackwardPass:
 
     def _prepared(self) -> LocalPass:
         """The local part, on another worker than the first. It stays as long as a step that uses it runs."""
-        with self._lock:
+        with self._building:  # of a large graph that takes long, and threads that read take the other lock
             if self._local is None:
                 return self._built((), self.context.sends() if self._marking is None else self._marking.marked())
             return self._local
@@ -250,8 +251,8 @@ class BackwardPass:
             self._step(lambda: self._watch(local), self._fail_here)
 
     def _watch(self, local: LocalPass) -> None:
-        for rank in local.awaited():
-            self._peers.watch(rank)
+        for life in local.awaited():
+            self._peers.watch(life)
         local.look_ahead()
 
     def _step(self, work: Callable[[], object], on_error: Callable[[BaseException], None]) -> None:
@@ -308,7 +309,7 @@ class BackwardPass:
         with self._lock:
             if self._over:
                 raise AutogradError(f"the backward pass was called off: {self._error}")
-            goes_home = self._asked is not None and info.source == self._asked.rank
+            goes_home = self._asked is not None and info.source == self._asked.source
             if goes_home and (not info.by_answer or self._peers.may_answer_with(info)):
                 self._homeward.append((info, gradients))
                 if handover.streams is not None:

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from zrpc.ids import Incarnation, WorkerInfo
+
 RANK_SHIFT = 48
 """A context id has its creator's rank in the upper 16 bits and a counter in the lower 48, as torch's."""
 
 FIRST_MAX = 1 << 46
-"""The counter begins anywhere below: the contexts of a worker that comes again under its rank are other ones."""
+"""The counter begins anywhere below: the contexts of a worker that comes again under its rank are other ones. Programs
+hand the ids around, so that they must differ by themselves: the creator's life is kept beside."""
 
 MAX_RELEASED = 4096
 """How many released contexts of other workers are remembered, so that late messages do not make them again."""
@@ -29,12 +32,14 @@ class ContextContainer:
     """The contexts of one worker. Any thread may use it; the lock owns the tables.
 
     Args:
-        rank: tells the worker's, which is not known before it joins.
-        on_foreign: is called with the rank of another worker when a context of that one is first heard of.
+        me: this worker, which is not known before it joins.
+        on_foreign: is called with the context when one of another worker is first heard of. It may remove it.
     """
 
-    def __init__(self, rank: Callable[[], int], on_foreign: Callable[[int], None] = lambda _: None) -> None:
-        self._rank = rank
+    def __init__(
+        self, me: Callable[[], WorkerInfo], on_foreign: Callable[[DistAutogradContext], None] = lambda _: None
+    ) -> None:
+        self._me = me
         self._on_foreign = on_foreign
         self._counter = itertools.count(random.SystemRandom().randrange(FIRST_MAX))
         self._lock = threading.Lock()
@@ -43,9 +48,14 @@ class ContextContainer:
         self._here = _Here()
 
     @property
+    def me(self) -> WorkerInfo:
+        """This worker."""
+        return self._me()
+
+    @property
     def max_id(self) -> int:
         """The largest id that a context of this worker can have."""
-        return self._rank() << RANK_SHIFT | (1 << RANK_SHIFT) - 1
+        return self._me().id << RANK_SHIFT | (1 << RANK_SHIFT) - 1
 
     def new(self) -> DistAutogradContext:
         """A context of this worker, current on this thread.
@@ -55,7 +65,8 @@ class ContextContainer:
         """
         if self._here.context_id is not None:
             raise AutogradError(f"Already have an autograd context id for this thread: {self._here.context_id}")
-        context = DistAutogradContext(self._rank() << RANK_SHIFT | next(self._counter))
+        me = self._me()
+        context = DistAutogradContext(me.id << RANK_SHIFT | next(self._counter), me.incarnation)
         with self._lock:
             self._contexts[context.context_id] = context
         self._here.context_id = context.context_id
@@ -76,18 +87,17 @@ class ContextContainer:
         """The context `context_id`, or None."""
         return self._contexts.get(context_id)
 
-    def get_or_create(self, context_id: int) -> DistAutogradContext | None:
+    def get_or_create(self, context_id: int, creator: Incarnation) -> DistAutogradContext | None:
         """The context `context_id` of whatever worker, made if it is new here; None if it is released."""
         context = self._contexts.get(context_id)
-        creator = context_id >> RANK_SHIFT
-        if context is not None or creator == self._rank():
+        if context is not None or creator == self._me().incarnation:
             return context
         with self._lock:
             if context_id in self._released:
                 return None
-            context = self._contexts.setdefault(context_id, DistAutogradContext(context_id))
-        self._on_foreign(creator)
-        return context
+            context = self._contexts.setdefault(context_id, DistAutogradContext(context_id, creator))
+        self._on_foreign(context)
+        return self._contexts.get(context_id)
 
     def remove(self, context_id: int) -> DistAutogradContext | None:
         """Take the context out, for good; None if it is not here."""
@@ -95,7 +105,7 @@ class ContextContainer:
             self._here.context_id = None
         with self._lock:
             context = self._contexts.pop(context_id, None)
-            if context_id >> RANK_SHIFT != self._rank():
+            if context is None or context.creator != self._me().incarnation:
                 self._released[context_id] = None
                 if len(self._released) > MAX_RELEASED:
                     self._released.popitem(last=False)

@@ -1,6 +1,7 @@
 """One autograd context on one worker: what of its graph begins and ends here, and its gradients.
 
-The lock owns everything that changes. It is never held while user code, torch's engine or a send runs.
+One lock owns the gradients, another one all else that changes. Neither is held while user code, torch's engine or a
+send runs. Tensors are added under that of the gradients alone, which no thread that reads messages takes.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from zrpc.autograd.accumulate import Sum, Taken, add_all
 from zrpc.errors import AutogradError
@@ -20,33 +21,53 @@ if TYPE_CHECKING:
     import torch
     from torch.autograd.graph import Node
 
-    from zrpc.autograd.backward_pass import BackwardPass
     from zrpc.autograd.functions import SendFunction
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation, WorkerInfo
     from zrpc.staging.streams import Mark
 
 MAX_ENDED = 64
 """How many passes that are over a context remembers, to refuse what comes late for them."""
 
-T = TypeVar("T")
+
+class Pass(Protocol):
+    """What a context needs of a backward pass."""
+
+    pass_id: GlobalId
+    began_here: bool
+
+    def fail(self, error: BaseException) -> None:
+        """End it with `error`, unless it is over."""
+
+    def lose(self, life: Incarnation, text: str) -> None:
+        """The worker of that life is gone."""
+
+
+P = TypeVar("P", bound=Pass)
 
 
 class DistAutogradContext:
-    """What this worker knows of the context `context_id`, whose creator's rank is in the upper 16 bits of its id."""
+    """What this worker knows of the context `context_id`, whose creator's rank is in the upper 16 bits of its id.
 
-    def __init__(self, context_id: int) -> None:
+    Args:
+        context_id: its id.
+        creator: the life of the worker that made it.
+    """
+
+    def __init__(self, context_id: int, creator: Incarnation = b"") -> None:
         self.context_id = context_id
+        self.creator = creator
         self._lock = threading.Lock()
         self._sends: dict[GlobalId, SendFunction] = {}
         self._recvs: dict[GlobalId, weakref.ref[Node]] = {}
-        self._known_workers: set[int] = set()
-        self._sums: dict[torch.Tensor, Sum] = {}
-        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
-        self._active: BackwardPass | None = None
+        self._known_workers: dict[Incarnation, int] = {}  # with their ranks
+        self._active: Pass | None = None
         self._ended: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._aborted: deque[GlobalId] = deque(maxlen=MAX_ENDED)
         self._released = False
         self.whole_models: set[Any] = set()
+        self._summing = threading.Lock()  # owns what follows
+        self._sums: dict[torch.Tensor, Sum] = {}
+        self._mark: Mark | None = None  # in the streams of the thread that changed `_sums` last; who sees them joins it
 
     # ---- the graph -------------------------------------------------------------------------------------------------
 
@@ -60,31 +81,31 @@ class DistAutogradContext:
         with self._lock:
             self._recvs[message_id] = weakref.ref(function)
 
-    def add_known_worker(self, rank: int) -> None:
-        """The worker of `rank` was told of this context."""
+    def add_known_worker(self, worker: WorkerInfo) -> None:
+        """`worker` was told of this context."""
         with self._lock:
-            self._known_workers.add(rank)
+            self._known_workers[worker.incarnation] = worker.id
 
-    def is_known_beyond(self, ranks: Collection[int | None]) -> bool:
-        """Whether a worker whose rank is not among `ranks` was told of this context from here."""
+    def is_known_beyond(self, lives: Collection[Incarnation | None]) -> bool:
+        """Whether a worker whose life is not among `lives` was told of this context from here."""
         with self._lock:
-            return not self._known_workers.issubset(ranks)
+            return any(life not in lives for life in self._known_workers)
 
     def sends(self) -> dict[GlobalId, SendFunction]:
         """The send functions, in the order in which they were made."""
         with self._lock:
             return dict(self._sends)
 
-    def known_workers(self) -> list[int]:
-        """The ranks that were told of this context from here."""
+    def known_workers(self) -> list[Incarnation]:
+        """The lives that were told of this context from here."""
         with self._lock:
-            return sorted(self._known_workers)
+            return list(self._known_workers)
 
     # ---- gradients -------------------------------------------------------------------------------------------------
 
     def add_gradients(self, taken: Sequence[Taken]) -> None:
         """Add gradients of leaves."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             add_all(self._sums, taken)
@@ -93,7 +114,7 @@ class DistAutogradContext:
 
     def gradient(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """The gradient of `leaf` so far."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             found = self._sums.get(leaf)
@@ -101,7 +122,7 @@ class DistAutogradContext:
 
     def set_gradient(self, leaf: torch.Tensor, gradient: torch.Tensor) -> None:
         """Replace the gradient of `leaf`."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             self._sums[leaf] = Sum(gradient, is_ours=False)
@@ -110,7 +131,7 @@ class DistAutogradContext:
 
     def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         """The gradients so far, by leaf. The tensors are those of the context, not copies."""
-        with self._lock:
+        with self._summing:
             if self._mark is not None:
                 self._mark.join()
             return {leaf: total.value for leaf, total in self._sums.items()}
@@ -118,13 +139,11 @@ class DistAutogradContext:
     # ---- passes ----------------------------------------------------------------------------------------------------
 
     @property
-    def active(self) -> BackwardPass | None:
+    def active(self) -> Pass | None:
         """The backward pass under way here."""
         return self._active
 
-    def join_pass(
-        self, pass_id: GlobalId, make: Callable[[], BackwardPass]
-    ) -> tuple[BackwardPass, BackwardPass | None]:
+    def join_pass(self, pass_id: GlobalId, make: Callable[[], P]) -> tuple[P, Pass | None]:
         """The pass `pass_id`: the one under way, or a new one by `make`, which is cheap.
 
         Returns:
@@ -136,7 +155,7 @@ class DistAutogradContext:
         with self._lock:
             active = self._active
             if active is not None and active.pass_id == pass_id:
-                return active, None
+                return cast("P", active), None  # they are all of one kind
             if self._released:
                 raise AutogradError(f"autograd context {self.context_id} is released")
             if pass_id in self._ended:
@@ -181,4 +200,5 @@ class DistAutogradContext:
             return {message_id: node for message_id, ref in self._recvs.items() if (node := ref()) is not None}
 
     def _known_worker_ids(self) -> set[int]:
-        return set(self.known_workers())
+        with self._lock:
+            return set(self._known_workers.values())

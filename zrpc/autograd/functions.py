@@ -26,8 +26,7 @@ from zrpc.errors import AutogradError
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
-    from zrpc.autograd.operators import Operator
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation
 
 Gradients = Sequence[torch.Tensor | None]
 
@@ -40,18 +39,29 @@ _tls: Any = torch._C  # its functions for thread-local objects are untyped
 
 
 class RecvInfo(NamedTuple):
-    """Where received tensors came from: the rank of their sender, and the send function there.
+    """Where received tensors came from: the life of their sender, and the send function there.
 
     Attributes:
-        source: the rank.
+        source: the life.
         message_id: of the send function.
         by_answer: whether they came with an answer; else with a request. The device map by which they came follows
             from it, and so the one by which their gradients go back.
     """
 
-    source: int
+    source: Incarnation
     message_id: GlobalId
     by_answer: bool = False
+
+
+class LoneNode(Protocol):
+    """A node that may be called without torch's engine: see `zrpc.autograd.operators.Operator`."""
+
+    @property
+    def info(self) -> RecvInfo:
+        """Where the tensors came from that its outputs are gradients of."""
+
+    def run(self, gradient: torch.Tensor | None) -> Gradients:
+        """The gradients for them."""
 
 
 class Run(Protocol):
@@ -107,7 +117,8 @@ def _recv_backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, Non
     run = current_run()
     if run is None:
         raise AutogradError(
-            f"local autograd reached a tensor that was received from the worker of rank {ctx.info.source}: use "
+            "local autograd reached a tensor that was received from the worker of rank "
+            f"{ctx.info.message_id.created_on}: use "
             "zrpc.autograd.backward(context_id, roots), which goes on from there"
         )
     run.deliver(ctx.info, gradients)
@@ -138,12 +149,12 @@ class SendFunction:
 
     Args:
         tensors: what was sent, all of which require grad. They are kept until `locate` only.
-        to: the rank that they went to.
+        to: the life that they went to.
     """
 
     __slots__ = ("_found", "to")
 
-    def __init__(self, tensors: Sequence[torch.Tensor], to: int) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], to: Incarnation) -> None:
         self.to = to
         self._found: Sequence[torch.Tensor] | Found = tensors
 
@@ -162,7 +173,7 @@ class SendFunction:
         self.locate()
 
     @property
-    def operator(self) -> Operator | None:
+    def operator(self) -> LoneNode | None:
         """What may be run by itself instead of these."""
         return None
 

@@ -60,7 +60,7 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
         return []
     try:
         entries = msgpack.unpackb(payload.data)
-        several = [(global_id([created_on, local_id]), present) for created_on, local_id, present in entries]
+        several = [(global_id(message_id), present) for *message_id, present in entries]
     except Exception as error:
         raise ProtocolError(f"{reprlib.repr(bytes(payload.data))} does not say which gradients came") from error
     if not all([type(present) is bytes for _, present in several]):

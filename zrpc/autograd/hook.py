@@ -13,7 +13,7 @@ from zrpc.autograd import grad_mode
 from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
 from zrpc.autograd.grad_mode import GradMode
 from zrpc.autograd.operators import OperatorSend
-from zrpc.ids import GlobalId, WorkerInfo
+from zrpc.ids import GlobalId, Incarnation, WorkerInfo
 from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Failure, Message
 
 if TYPE_CHECKING:
@@ -28,13 +28,18 @@ _BUILTIN = (BuiltinCall, BuiltinRemote)
 
 
 class AutogradHook:
-    """A call hook of the agent. Its metadata is `[context_id, autograd message id or None]`.
+    """A call hook of the agent. Its metadata is `[context_id, autograd message id or None, grad mode, creator]`.
+
+    The last two are left out where they say nothing.
 
     A call of user code carries the context even if it sends no tensors: it may answer with some. A call of a torch
     operator answers with tensors that require grad only if it got some.
 
     Where gradients are off at the caller, in a context, its grad mode is a third item, and holds for the call: nothing
     of it is recorded, and what it answers with does not require grad. The context id is None if the call needs none.
+
+    A caller that is not the creator of the context names the creator's life. An answer belongs to a context that both
+    know.
 
     Args:
         container: the contexts of this worker.
@@ -64,21 +69,25 @@ class AutogradHook:
             _warn_once()
         tensors = [tensor for tensor in payload.tensors if tensor.requires_grad]
         if tensors:
-            return self._send_tensors(context, to, payload, tensors)
+            return self._meta(context, to, self._send_tensors(context, to, payload, tensors))
         if isinstance(message, _BUILTIN):
             return None
-        context.add_known_worker(to.id)
-        return [context.context_id, None]
+        return self._meta(context, to)
 
     def receive(
         self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
     ) -> AbstractContextManager[None]:
         """See `CallHook.receive`. What comes for a released context is served without one."""
-        context_id, message_id, mode = _parse(meta)
+        context_id, message_id, mode, creator = _parse(meta)
         container = self._container
-        context = None if context_id is None else container.get_or_create(context_id)
+        if context_id is None:
+            context = None
+        elif is_reply:
+            context = container.find(context_id)
+        else:
+            context = container.get_or_create(context_id, creator or source.incarnation)
         if context is not None and message_id is not None:
-            _receive_tensors(context, RecvInfo(source.id, message_id, is_reply), payload)
+            _receive_tensors(context, RecvInfo(source.incarnation, message_id, is_reply), payload)
         active = _nothing if is_reply or context is None else container.activate(context)
         return active if mode is GradMode.ENABLED else grad_mode.Entered(mode, active)
 
@@ -91,7 +100,7 @@ class AutogradHook:
         return active if mode is GradMode.ENABLED else grad_mode.Entered(mode, active)
 
     def _send_answer(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object) -> object | None:
-        context_id, _, mode = _parse(request_meta)
+        context_id, _, mode, _ = _parse(request_meta)
         if mode is not GradMode.ENABLED or isinstance(message, Failure):  # an error is no result to be differentiated
             payload.tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in payload.tensors]
             return None
@@ -101,27 +110,43 @@ class AutogradHook:
         if payload.is_cut_off:
             _warn_once()
         tensors = [tensor for tensor in payload.tensors if tensor.requires_grad]
-        return self._send_tensors(context, to, payload, tensors) if tensors else None
+        if not tensors:
+            return None
+        context.add_known_worker(to)
+        return [context.context_id, self._send_tensors(context, to, payload, tensors)]
 
     def _send_tensors(
         self, context: DistAutogradContext, to: WorkerInfo, payload: Payload, tensors: list[torch.Tensor]
-    ) -> object:
-        context.add_known_worker(to.id)
+    ) -> GlobalId:
+        """Make the send function of `tensors`; its id."""
         message_id = self._next_id()
-        function = (OperatorSend if payload.is_unseen else SendFunction)(tensors, to.id)
+        function = (OperatorSend if payload.is_unseen else SendFunction)(tensors, to.incarnation)
         context.add_send(message_id, function)
         payload.after = function.prepare
-        return [context.context_id, message_id]
+        return message_id
+
+    def _meta(
+        self, context: DistAutogradContext, to: WorkerInfo, message_id: GlobalId | None = None,
+        mode: GradMode = GradMode.ENABLED,
+    ) -> list[object]:  # fmt: skip
+        """What a request to `to` carries, which knows the context from now on."""
+        context.add_known_worker(to)
+        if context.creator != self._container.me.incarnation:
+            return [context.context_id, message_id, int(mode), context.creator]
+        return (
+            [context.context_id, message_id]
+            if mode is GradMode.ENABLED
+            else [context.context_id, message_id, int(mode)]
+        )
 
     def _send_without_grad(
         self, context: DistAutogradContext, to: WorkerInfo, message: Message, payload: Payload
     ) -> object | None:
-        mode = [int(grad_mode.current())] if self._sends_mode() else []
+        mode = grad_mode.current() if self._sends_mode() else GradMode.ENABLED
         if isinstance(message, _BUILTIN):  # needs no context
-            is_needed = mode and any(tensor.requires_grad for tensor in payload.tensors)
-            return [None, None, *mode] if is_needed else None
-        context.add_known_worker(to.id)
-        return [context.context_id, None, *mode]
+            is_needed = mode is not GradMode.ENABLED and any(tensor.requires_grad for tensor in payload.tensors)
+            return [None, None, int(mode)] if is_needed else None
+        return self._meta(context, to, None, mode)
 
 
 @cache
@@ -144,8 +169,9 @@ def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payl
         payload.tensors[place] = output
 
 
-def _parse(meta: object) -> tuple[int | None, GlobalId | None, GradMode]:
+def _parse(meta: object) -> tuple[int | None, GlobalId | None, GradMode, Incarnation | None]:
     fields: Any = meta
-    context_id, message_id, *mode = fields
-    mode_here = grad_mode.received(mode[0]) if mode else GradMode.ENABLED
-    return context_id, None if message_id is None else GlobalId(*message_id), mode_here
+    context_id, message_id, *rest = fields
+    mode = grad_mode.received(rest[0]) if rest else GradMode.ENABLED
+    creator = rest[1] if len(rest) > 1 else None
+    return context_id, None if message_id is None else GlobalId(*message_id), mode, creator

@@ -17,7 +17,7 @@ from torch.autograd.profiler import record_function
 
 from zrpc.autograd.cut import fit, fit_leaf
 from zrpc.autograd.engine import Job, execute
-from zrpc.autograd.functions import SEND_NAME, Gradients, RecvInfo, SendFunction
+from zrpc.autograd.functions import SEND_NAME, Gradients, LoneNode, RecvInfo, SendFunction
 from zrpc.autograd.graph import Graph, edges_of
 from zrpc.autograd.leaves import Taps
 from zrpc.autograd.lone_sends import LoneSends
@@ -27,8 +27,7 @@ from zrpc.staging import handover
 
 if TYPE_CHECKING:
     from zrpc.autograd.accumulate import Taken
-    from zrpc.autograd.operators import Operator
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation
     from zrpc.staging.streams import Mark
 
 _profiler_enabled: Any = torch.autograd._profiler_enabled
@@ -96,11 +95,11 @@ class LocalPass:
         with self._lock:
             return self._scheduler.finished and not self._lone
 
-    def awaited(self) -> set[int]:
-        """The ranks from which gradients are still to come."""
+    def awaited(self) -> set[Incarnation]:
+        """The lives from which gradients are still to come."""
         with self._lock:
             numbers = self._scheduler.awaited
-            lone = self._lone.ranks()
+            lone = self._lone.lives()
         return lone | {self._sends[message_id].to for message_id, number in self._numbers.items() if number in numbers}
 
     def look_ahead(self) -> None:
@@ -156,7 +155,7 @@ class LocalPass:
         """See `Run.deliver`."""
         self._on_received(info, gradients)
 
-    def _run_operator(self, send: SendFunction, operator: Operator, gradients: Gradients) -> None:
+    def _run_operator(self, send: SendFunction, operator: LoneNode, gradients: Gradients) -> None:
         made = operator.run(gradients[0])
         if not self._retain_graph:
             send.spend()

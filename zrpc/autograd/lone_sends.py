@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from zrpc.autograd.functions import SendFunction
-    from zrpc.ids import GlobalId
+    from zrpc.ids import GlobalId, Incarnation
 
 
 class LoneSends:
@@ -67,8 +67,8 @@ class LoneSends:
         """The nodes of the leaves for which gradients are still to come."""
         return [node for send in self._sends.values() for node, _ in send.edges if is_leaf(node)]
 
-    def ranks(self) -> set[int]:
-        """From where they are to come."""
+    def lives(self) -> set[Incarnation]:
+        """The workers from which they are to come."""
         return {send.to for send in self._sends.values()}
 
     def take(self, message_id: GlobalId) -> SendFunction | None:

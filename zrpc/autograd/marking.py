@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from zrpc.autograd.graph import Graph, edges_of
 from zrpc.errors import AutogradError
-from zrpc.ids import GlobalId
+from zrpc.ids import GlobalId, Incarnation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from zrpc.autograd.functions import SendFunction
 
-Further = dict[int, list[GlobalId]]
-"""By rank, the send functions elsewhere that take part too."""
+Further = dict[Incarnation, list[GlobalId]]
+"""By the worker's life, the send functions elsewhere that take part too."""
 
 
 class Marking:
@@ -64,7 +64,7 @@ class Marking:
             return self._further()
 
     def _further(self) -> Further:
-        found: defaultdict[int, list[GlobalId]] = defaultdict(list)
+        found: defaultdict[Incarnation, list[GlobalId]] = defaultdict(list)
         for info in self._graph.received[self._told :]:
             found[info.source].append(info.message_id)
         self._told = len(self._graph.received)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zrpc.autograd.functions import Edge, Found, Gradients, RecvInfo
+    from zrpc.ids import Incarnation
 
 
 _Kind = tuple[torch.Size, torch.dtype]
@@ -92,12 +93,12 @@ class OperatorSend(SendFunction):
 
     Args:
         tensors: the result, which nobody here has seen.
-        to: the rank of the caller.
+        to: the caller's life.
     """
 
     __slots__ = ("_is_spent", "_lock", "_operator")
 
-    def __init__(self, tensors: Sequence[torch.Tensor], to: int) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], to: Incarnation) -> None:
         super().__init__(tensors, to)
         self._operator: Operator | None = None
         self._is_spent = False

@@ -11,9 +11,9 @@ from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
 from zrpc.autograd import gradients as codec
 from zrpc.autograd.backward_pass import Arrived, BackwardPass, ForSend
-from zrpc.autograd.container import RANK_SHIFT, ContextContainer
+from zrpc.autograd.container import ContextContainer
 from zrpc.autograd.marking import Countdown, Further
-from zrpc.errors import AgentClosedError, AutogradError, PeerLostError, UnknownWorkerError
+from zrpc.errors import AgentClosedError, AutogradError, PeerLostError
 from zrpc.exception_text import text_of
 from zrpc.wire.messages import AbortBackward, BackwardRequest, JoinContexts, MarkSends, Message, ReleaseContexts
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zrpc.agent.request import Request
     from zrpc.autograd.dist_context import DistAutogradContext
     from zrpc.autograd.functions import Gradients, RecvInfo, SendFunction
-    from zrpc.ids import GlobalId, WorkerInfo
+    from zrpc.ids import GlobalId, Incarnation, WorkerInfo
     from zrpc.transport.inbox import Work
     from zrpc.wire.payload import Payload
 
@@ -44,8 +44,10 @@ class AutogradService:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self.contexts = ContextContainer(lambda: agent.info.id, self.watch)
-        self._released: deque[tuple[DistAutogradContext, int | None]] = deque()  # to be told of; by the control thread
+        self.contexts = ContextContainer(lambda: agent.info, self._meet)
+        self._released: deque[tuple[DistAutogradContext, Incarnation | None]] = (
+            deque()
+        )  # to be told of; by the control thread
         self._closed = False
 
     # ---- for users -------------------------------------------------------------------------------------------------
@@ -115,18 +117,21 @@ class AutogradService:
             done(None)
 
         call = self._agent.request(
-            self._member(info.source), message, codec.pack(gradients), goes_back=not info.by_answer
+            self._member(info.source, info.message_id.created_on),
+            message,
+            codec.pack(gradients),
+            goes_back=not info.by_answer,
         )
         call.add_done_callback(answered, inline=backward.began_here)
 
     def may_answer_with(self, info: RecvInfo) -> bool:
         """See `Peers.may_answer_with`."""
-        routes = self._agent.routes(self._member(info.source))
+        routes = self._agent.routes(self._member(info.source, info.message_id.created_on))
         return routes.requests.devices == routes.replies.devices
 
-    def watch(self, rank: int) -> None:
+    def watch(self, life: Incarnation) -> None:
         """See `Peers.watch`."""
-        if rank != self.rank and (worker := self._worker(rank)) is not None:
+        if life != self._me and (worker := self._worker(life)) is not None:
             self._agent.watch(worker)
 
     def wait_for(self, backward: BackwardPass) -> None:
@@ -174,10 +179,10 @@ class AutogradService:
         self._mark_further(backward, further, done)
 
     def on_release(self, request: Request[ReleaseContexts]) -> Work | None:
-        """Serve a release. What belongs to the contexts is freed outside of the read lock."""
+        """Serve a release. What belongs to the contexts is freed by a thread that does not read."""
         work: list[Work] = []
         for context_id in request.message.context_ids:
-            self._release(context_id, work.append, told_by=request.source.id)
+            self._release(context_id, work.append, told_by=request.source.incarnation)
         request.reply()
         return (lambda: _do_all(work)) if work else None
 
@@ -187,12 +192,12 @@ class AutogradService:
         for context_id in request.message.context_ids:
             context = self.contexts.find(context_id)
             if context is not None:
-                context.add_known_worker(request.source.id)
+                context.add_known_worker(request.source)
             if self.contexts.find(context_id) is None:  # it may have ended just before it was told who knows it
                 over.append(context_id)
         request.reply()
         if over:
-            self._notify(request.source.id, ReleaseContexts(over))
+            self._notify(request.source.incarnation, ReleaseContexts(over))
 
     def on_abort(self, request: Request[AbortBackward]) -> Work:
         """Serve the end of a failed pass. That frees its local part, which is work."""
@@ -201,7 +206,7 @@ class AutogradService:
         def abort() -> None:
             context = self.contexts.find(message.context_id)
             if context is not None:
-                self._call_off(context, message.pass_id, message.reason, told_by=request.source.id)
+                self._call_off(context, message.pass_id, message.reason, told_by=request.source.incarnation)
             request.reply()
 
         return abort
@@ -212,18 +217,23 @@ class AutogradService:
         It may have been the only one to tell this worker of others' contexts, and of their end: so it is their creators
         who are to tell from now on.
         """
-        known: defaultdict[int, list[int]] = defaultdict(list)
+        known: defaultdict[Incarnation, list[int]] = defaultdict(list)
         for context in self.contexts.all():
-            creator = context.context_id >> RANK_SHIFT
-            if creator == worker.id:
+            if context.creator == worker.incarnation:
                 self._release(context.context_id, _at_once)
                 continue
-            known[creator].append(context.context_id)
+            known[context.creator].append(context.context_id)
             if (active := context.active) is not None:
-                active.lose(worker.id, f"{worker}, which is lost: {reason}")
+                active.lose(worker.incarnation, f"{worker}, which is lost: {reason}")
         for creator, context_ids in known.items():
-            if creator != self.rank:
+            if creator != self._me:
                 self._notify(creator, JoinContexts(context_ids))
+
+    def _meet(self, context: DistAutogradContext) -> None:
+        """A context of another worker is first heard of: it is over when its creator is, which may be so already."""
+        self.watch(context.creator)
+        if context.creator in self._agent.members.ended:
+            self._release(context.context_id, _at_once)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -246,7 +256,7 @@ class AutogradService:
         return backward
 
     def _call_off(
-        self, context: DistAutogradContext, pass_id: GlobalId, reason: str, told_by: int | None = None
+        self, context: DistAutogradContext, pass_id: GlobalId, reason: str, told_by: Incarnation | None = None
     ) -> None:
         """End a failed pass here and wherever the context was told of."""
         if not context.note_abort(pass_id):
@@ -255,19 +265,21 @@ class AutogradService:
         if active is not None and active.pass_id == pass_id:
             failed = active
             self._agent.submit(lambda: failed.fail(AutogradError(f"the backward pass failed elsewhere: {reason}")))
-        for rank in self._told(context, told_by):
-            self._notify(rank, AbortBackward(context.context_id, pass_id, reason))
+        for life in self._told(context, told_by):
+            self._notify(life, AbortBackward(context.context_id, pass_id, reason))
 
-    def _release(self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: int | None = None) -> None:
+    def _release(
+        self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: Incarnation | None = None
+    ) -> None:
         """Take a context out and tell the others; `run` is given what ends its pass, which may take a while."""
         context = self.contexts.remove(context_id)
         if context is None:
             return
-        if context.is_known_beyond((self.rank, told_by)):
+        if context.is_known_beyond((self._me, told_by)):
             self._tell_soon(context, told_by)
         run(context.release)
 
-    def _tell_soon(self, context: DistAutogradContext, told_by: int | None) -> None:
+    def _tell_soon(self, context: DistAutogradContext, told_by: Incarnation | None) -> None:
         """Tell of a released context, away from the thread that released it."""
         if not self._closed:
             self._released.append((context, told_by))
@@ -275,20 +287,20 @@ class AutogradService:
 
     def _tell_released(self) -> None:
         """Tell of all that is released by now, in one message to each worker; later tasks of a round find nothing."""
-        by_rank: defaultdict[int, list[int]] = defaultdict(list)
+        by_life: defaultdict[Incarnation, list[int]] = defaultdict(list)
         while self._released:
             context, told_by = self._released.popleft()
-            for rank in self._told(context, told_by):
-                by_rank[rank].append(context.context_id)
-        for rank, context_ids in by_rank.items():
-            self._notify(rank, ReleaseContexts(context_ids))
+            for life in self._told(context, told_by):
+                by_life[life].append(context.context_id)
+        for life, context_ids in by_life.items():
+            self._notify(life, ReleaseContexts(context_ids))
 
-    def _told(self, context: DistAutogradContext, told_by: int | None) -> list[int]:
+    def _told(self, context: DistAutogradContext, told_by: Incarnation | None) -> list[Incarnation]:
         """All that know `context` from here, but not who told this worker."""
-        return [rank for rank in context.known_workers() if rank not in (self.rank, told_by)]
+        return [life for life in context.known_workers() if life not in (self._me, told_by)]
 
-    def _notify(self, rank: int, message: Message) -> None:
-        worker = self._worker(rank)
+    def _notify(self, life: Incarnation, message: Message) -> None:
+        worker = self._worker(life)
         if worker is not None:
             self._agent.notify(worker, message)
 
@@ -313,27 +325,30 @@ class AutogradService:
     def _mark_further(self, backward: BackwardPass, further: Further, done: Done) -> None:
         """Mark send functions elsewhere; `done(error)` is called once all that this leads to is marked."""
         countdown = Countdown(len(further), done)
-        for rank, message_ids in further.items():
+        for life, message_ids in further.items():
             message = MarkSends(backward.context.context_id, backward.pass_id, backward.retain_graph, message_ids)
-            self._ask(rank, message, None, countdown.step)
+            to = self._member(life, message_ids[0].created_on)
+            self._ask(to, message, None, countdown.step)
 
     # ---- sending ---------------------------------------------------------------------------------------------------
 
-    def _ask(self, rank: int, message: Message, payload: Payload | None, done: Done) -> None:
+    def _ask(self, to: WorkerInfo, message: Message, payload: Payload | None, done: Done) -> None:
         """Send a request; `done(error)` is called with its outcome, maybe on the reading thread."""
-        self._agent.request(self._member(rank), message, payload).add_done_callback(lambda call: done(call.error))
+        self._agent.request(to, message, payload).add_done_callback(lambda call: done(call.error))
 
-    def _member(self, rank: int) -> WorkerInfo:
-        worker = self._worker(rank)
+    def _member(self, life: Incarnation, rank: int) -> WorkerInfo:
+        worker = self._worker(life)
         if worker is None:  # a group that may shrink does not know any more who that was
             raise PeerLostError(f"the worker of rank {rank} is not in the group any more")
         return worker
 
-    def _worker(self, rank: int) -> WorkerInfo | None:
-        try:
-            return self._agent.members.by_rank(rank)
-        except UnknownWorkerError:
-            return None
+    def _worker(self, life: Incarnation) -> WorkerInfo | None:
+        member = self._agent.members.by_incarnation(life)
+        return None if member is None else member.info
+
+    @property
+    def _me(self) -> Incarnation:
+        return self._agent.info.incarnation
 
 
 class _Asked:
@@ -341,7 +356,7 @@ class _Asked:
 
     def __init__(self, request: Request[BackwardRequest]) -> None:
         self._request = request
-        self.rank = request.source.id
+        self.source = request.source.incarnation
         self.fail = request.fail
 
     def reply(self, homeward: Sequence[ForSend]) -> None:

@@ -36,7 +36,7 @@ from zrpc.cli.plan import (
 )
 from zrpc.cli.process import ManagedProcess
 from zrpc.cli.supervisor import BROKER, Action, Phase, Report, StartWorkers, Stop, Supervisor
-from zrpc.errors import ConfigError
+from zrpc.errors import ConfigError, LimitError
 from zrpc_broker.defaults import READY_PREFIX
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Cluster:
             self._processes[name] = ManagedProcess(
                 name, colour, argv, environment, self._screen, self._on_exit, on_line
             )
-        except OSError as error:
+        except (OSError, LimitError) as error:
             _say(f"{name} cannot be started: {error}")
             self._put(partial(Supervisor.exited, name=name, code=127))
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from zrpc import threads
 from zrpc.cli.output import LineSplitter, Screen
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class ManagedProcess:
 
     Raises:
         OSError: it cannot be started.
+        LimitError: the threads cannot be; it is ended then.
     """
 
     def __init__(
@@ -65,11 +67,17 @@ class ManagedProcess:
             preexec_fn=_die_with_parent if _prctl is not None else None,
         )
         self.pid = self._popen.pid
+        self._lock = threading.Lock()  # owns what follows; held while a signal is sent
         self._is_over = False
-        self._reader = threading.Thread(target=self._read, name=f"zrpc-launch-read-{name}", daemon=True)
-        self._waiter = threading.Thread(target=self._wait, name=f"zrpc-launch-wait-{name}", daemon=True)
-        self._reader.start()
-        self._waiter.start()
+        try:
+            self._reader = threads.start(self._read, f"zrpc-launch-read-{name}")
+            threads.start(self._wait, f"zrpc-launch-wait-{name}")
+        except BaseException:
+            self.kill()
+            self._popen.wait()
+            if not hasattr(self, "_reader") and self._popen.stdout is not None:
+                self._popen.stdout.close()
+            raise
 
     def terminate(self) -> None:
         """Ask the process and its children to end."""
@@ -80,8 +88,11 @@ class ManagedProcess:
         self._signal_group(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
 
     def _signal_group(self, number: int) -> None:
-        if self._is_over:
-            return  # by now the number may be another process's
+        with self._lock:
+            if not self._is_over:  # else the number may be another process's by now
+                self._send(number)
+
+    def _send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.name == "posix":
                 os.killpg(self.pid, number)
@@ -105,9 +116,14 @@ class ManagedProcess:
             self._screen.show(self.name, self._colour, text, stays)
 
     def _wait(self) -> None:
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # until it is reaped no other group gets its number
+        else:
+            self._popen.wait()
+        with self._lock:
+            self._send(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+            self._is_over = True
         code = self._popen.wait()
-        self.kill()
-        self._is_over = True
         self._reader.join(DRAIN_S)
         self._on_exit(self, code)
 

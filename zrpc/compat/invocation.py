@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from zrpc.agent.current import current_agent
 from zrpc.agent.future import Future, future_of
 from zrpc.config import UNSET_RPC_TIMEOUT_S
-from zrpc.rref.context import remote_builtin, remote_python
+from zrpc.rref.making import remote_builtin, remote_python
 from zrpc.wire import pickling, values
 from zrpc.wire.messages import BuiltinCall, PythonCall
 from zrpc.wire.payload import Payload
@@ -59,7 +59,7 @@ def invoke_remote_builtin(
     dst: WorkerInfo, op_name: str, rpc_timeout: float = UNSET, *args: Any, **kwargs: Any
 ) -> RRef[Any]:
     """As `invoke_rpc_builtin`, and leave the result there."""
-    return remote_builtin(current_agent(), dst, op_name, values.pack((args, kwargs)), _limit_s(rpc_timeout))
+    return remote_builtin(current_agent(), _resolve(dst), op_name, values.pack((args, kwargs)), _limit_s(rpc_timeout))
 
 
 def invoke_remote_python_udf(
@@ -71,7 +71,7 @@ def invoke_remote_python_udf(
 ) -> RRef[Any]:
     """As `invoke_rpc_python_udf`, and leave the result there."""
     payload = Payload(pickled_python_udf, list(tensors))
-    return remote_python(current_agent(), dst, payload, _limit_s(rpc_timeout), is_async_execution)
+    return remote_python(current_agent(), _resolve(dst), payload, _limit_s(rpc_timeout), is_async_execution)
 
 
 def invoke_remote_torchscript(
@@ -90,12 +90,12 @@ def invoke_remote_torchscript(
 
 def _request(dst: WorkerInfo, message: BuiltinCall | PythonCall, payload: Payload, timeout: float) -> Future[Any]:
     agent = current_agent()
-    call = agent.request(dst, message, payload, timeout_s=_limit_s(timeout), hooked=True)
+    call = agent.request(_resolve(dst), message, payload, timeout_s=_limit_s(timeout), hooked=True)
     return future_of(call, pickling.loads, agent.completions)
 
 
-def _resolve(name: str) -> WorkerInfo:
-    return current_agent().resolve(name)
+def _resolve(to: str | WorkerInfo) -> WorkerInfo:
+    return current_agent().resolve(to)
 
 
 def _limit_s(timeout: float) -> float | None:

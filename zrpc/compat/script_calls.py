@@ -29,6 +29,7 @@ from zrpc.compat import scripting
 from zrpc.compat.script_threads import Entered, may_block, snapshot
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode
+from zrpc.wire.compilations import compilations
 from zrpc.wire.scripting import find_function
 
 _SYNC, _ASYNC, _REMOTE = "prim::rpc_sync", "prim::rpc_async", "prim::rpc_remote"
@@ -46,9 +47,10 @@ def install() -> None:
     native: Any = torch._C
     compile_function, make_module = native._jit_script_compile, recursive.create_script_module_impl
 
-    def compile_and_replace(*args: Any) -> Any:
-        function = compile_function(*args)
-        replace_calls(function.name, function.graph)
+    def compile_and_replace(name: str, *args: Any) -> Any:
+        with compilations.under_way(name):  # nor may it run before the calls in it are replaced
+            function = compile_function(name, *args)
+            replace_calls(function.name, function.graph)
         return function
 
     def make_and_replace(*args: Any) -> Any:

@@ -15,6 +15,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from zrpc import threads
 from zrpc.errors import ProtocolError, RefusedError, RendezvousError, ZrpcError
 from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.group import Member, OnJoined, OnLeft
@@ -79,9 +80,8 @@ class BrokerGroup:
         self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
         self._probes = itertools.count(1)
         self._answered_probe = 0
-        self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="zrpc-heartbeat", daemon=True)
-        endpoint.on_control = self._on_control
-        endpoint.on_broker_lost = self._on_broker_lost
+        self._heartbeats: threading.Thread | None = None
+        endpoint.tell(self._on_control, self._on_broker_lost)
 
     # ---- Group ------------------------------------------------------------------------------------------------------
 
@@ -103,9 +103,15 @@ class BrokerGroup:
             if self._state is not _State.OUTSIDE:
                 raise ProtocolError(f"{name!r} cannot join group {self._group!r} again: it is {self._state.value}")
             self._state = _State.JOINING
-        self._endpoint.open()
-        self._tell(Register(name, rank, world_size or 0, card, self._group))
-        self._heartbeat_thread.start()
+        try:
+            self._endpoint.open()
+            self._heartbeats = threads.start(self._heartbeat_loop, "zrpc-heartbeat")  # they wait for an interval first
+            self._tell(Register(name, rank, world_size or 0, card, self._group))
+        except BaseException:
+            with self._changed:
+                self._set_state(_State.ENDED)
+            self._join_heartbeats()
+            raise
         with self._changed:
             self._changed.wait_for(lambda: self._state is not _State.JOINING, timeout_s)
             if self._state is _State.JOINED:
@@ -114,7 +120,7 @@ class BrokerGroup:
             self._set_state(_State.ENDED)
         with contextlib.suppress(ZrpcError):
             self._tell(Leave())
-        self._heartbeat_thread.join()
+        self._join_heartbeats()
         raise error
 
     def refresh(self) -> None:
@@ -126,6 +132,9 @@ class BrokerGroup:
                 self._changed.wait_for(
                     lambda: self._answered_probe >= probe or self._state is not _State.JOINED, REFRESH_TIMEOUT_S
                 )
+
+    def note_lost(self, incarnation: Incarnation) -> None:
+        """See `Group.note_lost`. The broker says who is lost."""
 
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The broker has told everybody at once, and does not end with a worker."""
@@ -144,8 +153,7 @@ class BrokerGroup:
                     self._changed.wait_for(lambda: self._state is _State.ENDED, timeout_s)
         with self._changed:
             self._set_state(_State.ENDED)
-        if self._heartbeat_thread.ident is not None and self._heartbeat_thread is not threading.current_thread():
-            self._heartbeat_thread.join()
+        self._join_heartbeats()
 
     # ---- what the broker says ---------------------------------------------------------------------------------------
 
@@ -229,18 +237,21 @@ class BrokerGroup:
             self._endpoint.lose_broker(str(error))
 
     def _heartbeat_loop(self) -> None:
+        threads.keep_running(self._beat, lambda: self._state is _State.ENDED)
+
+    def _beat(self) -> None:
+        """Wait until a heartbeat is due; send it, or declare the broker lost."""
+        if not self._wait_interval():
+            return
         endpoint = self._endpoint
-        while self._wait_interval():
-            silent_s = time.monotonic() - endpoint.heard_at
-            if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
-                log.warning("nothing came from the broker for %.0f s; here %s", silent_s, endpoint.inbox.describe())
-                endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
-                return
-            with self._changed, contextlib.suppress(ZrpcError):
-                if (
-                    self._state is not _State.LEAVING
-                ):  # the broker takes one that comes after a goodbye for a stranger's
-                    self._tell(Heartbeat())
+        silent_s = time.monotonic() - endpoint.heard_at
+        if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
+            log.warning("nothing came from the broker for %.0f s; here %s", silent_s, endpoint.inbox.describe())
+            endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
+            return
+        with self._changed, contextlib.suppress(ZrpcError):
+            if self._state is not _State.LEAVING:  # the broker takes one that comes after a goodbye for a stranger's
+                self._tell(Heartbeat())
 
     def _wait_interval(self) -> bool:
         """Wait until a heartbeat is due, or the broker asks for another interval; false: no more are wanted."""
@@ -250,6 +261,10 @@ class BrokerGroup:
                 lambda: self._state is _State.ENDED or self._interval_s != interval_s, timeout=interval_s
             )
             return self._state is not _State.ENDED
+
+    def _join_heartbeats(self) -> None:
+        if self._heartbeats is not None and self._heartbeats is not threading.current_thread():
+            threads.join(self._heartbeats)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ class Member:
     """One worker of the group in one of its lives.
 
     Attributes:
-        info: its name and rank.
+        info: its name and rank; it knows the life too.
         incarnation: this life's id, and its identity on the transport.
         card: what it tells the others about itself (msgpack values): `address` where it listens (none with a broker),
             `host` it runs on, `devices` and device maps.
@@ -23,6 +23,10 @@ class Member:
     info: WorkerInfo
     incarnation: Incarnation
     card: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.info.incarnation != self.incarnation:
+            object.__setattr__(self, "info", WorkerInfo(self.info.name, self.info.id, self.incarnation))
 
 
 OnJoined = Callable[[Member], None]
@@ -61,6 +65,9 @@ class Group(Protocol):
         Raises:
             RendezvousError: the store is unreachable.
         """
+
+    def note_lost(self, incarnation: Incarnation) -> None:
+        """This worker cannot reach that life any more. Any thread; it does not block."""
 
     def linger(self, timeout_s: float) -> None:
         """All of a static group see that it cannot be and end at once: wait until they do, up to `timeout_s`."""

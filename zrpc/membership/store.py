@@ -3,6 +3,9 @@
 Each worker writes one record. In a static group the records lie under the ranks, and whoever comes last makes one
 roster of them, which all read; in a dynamic one under a counter, so that a look at the counter tells of newcomers.
 Nobody watches the store: a newcomer is looked for when a name, rank or incarnation is not known (`refresh`).
+
+What a look finds is told of in the order in which it was found, by one thread at a time: nobody is told to have left
+before it was told to have come.
 """
 
 from __future__ import annotations
@@ -10,14 +13,22 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from datetime import timedelta
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
+from zrpc.membership.claims import LEFT, Claims
 from zrpc.membership.group import Member, OnJoined, OnLeft
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.membership.claims import HasEnded, Store
 
 POLL_MIN_S = 0.005
 ANNOUNCE_WAIT_S = 1.0
@@ -30,33 +41,29 @@ POLL_SHARE = 0.1
 at a fixed short interval keep the store from serving those who come."""
 
 
-class Store(Protocol):
-    """What is used of `torch.distributed.Store`."""
-
-    def set(self, key: str, value: str | bytes, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def add(self, key: str, amount: int, /) -> int: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
-
-
 class StoreGroup:
     """One worker's membership in the group of a store. `refresh` and `leave` are guarded by a lock.
 
     Args:
         store: the store, shared by all workers of the group and used for nothing else under these keys.
+        has_ended: looks whether another worker has ended; see `Claims`.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, has_ended: HasEnded = lambda _address, _life: False) -> None:
         self._store = store
+        self._has_ended = has_ended
         self._lock = threading.Lock()
         self._announced = threading.Condition(self._lock)
-        self._announcing = 0  # looks whose findings are just being told of
+        self._announcer: int | None = None  # the thread that tells of what was found
+        self._found: deque[Callable[[], None]] = deque()  # to be told of, the oldest first
+        self._num_found = self._num_told = 0
         self._on_joined: OnJoined = _ignore
         self._on_left: OnLeft = _ignore
         self._dynamic = False
         self._index = 0
-        self._seen: dict[int, Incarnation] = {}
+        self._seen: dict[int, Member] = {}
+        self._suspects: set[int] = set()
+        self._claims: Claims | None = None
         self._unread: set[int] = set()
         self._count = 0
         self._me: Member | None = None
@@ -89,23 +96,19 @@ class StoreGroup:
         if not self._dynamic:
             return
         try:
+            self._look_for_suspects()
             with self._lock:
-                gone = [index for index in self._seen if self._store.check([f"left/{index}"])]
-                left = [self._seen.pop(index) for index in gone]
-                joined = self._read_newcomers()
-                self._announcing += 1
+                self._read_departures()
+                for member in self._read_newcomers():
+                    self._find(partial(self._on_joined, member))
         except RuntimeError as error:
             raise RendezvousError(f"the store of the group failed: {error}. Check that its host is up") from error
-        try:
-            for incarnation in left:  # first: a newcomer may have the name of one who left
-                self._on_left(incarnation, False, "it left the group")
-            for member in joined:
-                self._on_joined(member)
-        finally:
-            with self._announced:  # who looks for somebody must not miss whom another thread is just announcing
-                self._announcing -= 1
-                self._announced.notify_all()
-                self._announced.wait_for(lambda: not self._announcing, ANNOUNCE_WAIT_S)
+        self._tell()
+
+    def note_lost(self, incarnation: Incarnation) -> None:
+        """See `Group.note_lost`: the next `refresh` looks whether it has ended."""
+        with self._lock:
+            self._suspects |= {index for index, member in self._seen.items() if member.incarnation == incarnation}
 
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The store may end with this process, and others may not have read who is here."""
@@ -123,13 +126,12 @@ class StoreGroup:
         """
         del at_exit
         me, self._me = self._me, None
-        if me is None or not self._dynamic:
+        if me is None or self._claims is None:
             return
         try:
             _set_timeout(self._store, timeout_s)
-            self._store.set(f"left/{self._index}", b"1")
-            self._store.set(f"name/{me.info.name}", "")
-            self._store.set(f"rank/{me.info.id}", "")
+            self._store.set(f"left/{self._index}", LEFT)
+            self._claims.release()
         except RuntimeError:
             return  # the store's host is gone: so is the group
 
@@ -219,16 +221,17 @@ class StoreGroup:
     ) -> tuple[Member, list[Member]]:
         self._check_kind("dynamic")
         self._dynamic = True
-        mine = incarnation.hex()
-        if not self._claim(f"name/{name}", mine):
+        claims = self._claims = Claims(self._store, incarnation, card.get("address") or "", self._has_ended)
+        if not claims.take(f"name/{name}"):
             raise RefusedError(f"worker name {name} is not unique: a worker of this group has it. Choose another name")
         if rank < 0:
-            rank = next(free for free in range(1 << 16) if self._claim(f"rank/{free}", mine))
-        elif not self._claim(f"rank/{rank}", mine):
-            self._store.set(f"name/{name}", "")
+            rank = next(free for free in range(1 << 16) if claims.take(f"rank/{free}", from_ended=False))
+        elif not claims.take(f"rank/{rank}"):
+            claims.release()
             raise RefusedError(f"rank {rank} is taken by another worker of this group. Choose another rank")
         me = Member(WorkerInfo(name, rank), incarnation, card)
         self._index = self._store.add("members", 1)
+        claims.note_index(self._index)
         self._store.set(f"member/{self._index}", _pack(me, 0))
         self._unread = set(range(1, self._index))
         self._count = self._index
@@ -251,9 +254,57 @@ class StoreGroup:
             elif self._store.check([f"member/{index}"]):
                 self._unread.remove(index)
                 member, _ = _unpack(self._store.get(f"member/{index}"))
-                self._seen[index] = member.incarnation
+                self._seen[index] = member
                 found.append(member)
         return found
+
+    def _read_departures(self) -> None:
+        """Those that are gone since the last look. They are told of first: a newcomer may have the name of one."""
+        for index in [index for index in self._seen if self._store.check([f"left/{index}"])]:
+            reason = self._store.get(f"left/{index}").decode()
+            self._suspects.discard(index)
+            self._find(partial(self._on_left, self._seen.pop(index).incarnation, reason != LEFT, reason))
+
+    def _look_for_suspects(self) -> None:
+        """Of those that this worker cannot reach any more, note in the store which have ended."""
+        with self._lock:
+            members = [self._seen[index] for index in self._suspects if index in self._seen]
+            self._suspects.clear()
+        for member in members:
+            if self._claims is not None:
+                self._claims.note_ended(member.incarnation, member.card.get("address") or "")
+
+    def _find(self, tell: Callable[[], None]) -> None:
+        """Something is to be told of. Under the lock."""
+        self._found.append(tell)
+        self._num_found += 1
+
+    def _tell(self) -> None:
+        """Tell of all that was found by now; where another thread is at it, wait until it has."""
+        me = threading.get_ident()
+        with self._announced:
+            wanted = self._num_found
+            if self._announcer is not None:
+                if self._announcer != me:
+                    self._announced.wait_for(lambda: self._num_told >= wanted, ANNOUNCE_WAIT_S)
+                return
+            self._announcer = me
+        tell: Callable[[], None] | None = None
+        try:
+            while True:
+                with self._announced:
+                    self._num_told += tell is not None
+                    self._announced.notify_all()
+                    if not self._found:
+                        self._announcer = tell = None
+                        return
+                    tell = self._found.popleft()
+                tell()
+        finally:
+            with self._announced:
+                if self._announcer == me:  # what was told of raised
+                    self._num_told += tell is not None
+                    self._announcer = None
 
 
 def _ignore(*_: object) -> None:

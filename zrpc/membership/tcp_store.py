@@ -9,11 +9,12 @@ and no workers to wait for. It runs on a thread of its own, which is left behind
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from datetime import timedelta
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
+
+from zrpc import threads
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -34,6 +35,7 @@ def open_tcp_store(host: str, port: int, *, is_host: bool, timeout_s: float, use
     Raises:
         ListenError: this process is the host and cannot listen there. It is not tried again.
         RuntimeError: the store does not answer within `timeout_s` seconds; the text is the system's, or torch's.
+        LimitError: the system gives no thread.
     """
     import torch.distributed as dist
 
@@ -54,7 +56,7 @@ def open_tcp_store(host: str, port: int, *, is_host: bool, timeout_s: float, use
         else:
             outcome.put(store)
 
-    threading.Thread(target=construct, name="zrpc-store", daemon=True).start()
+    threads.start(construct, "zrpc-store")
     try:
         made = outcome.get(timeout=left_s + CONNECT_S)
     except Empty:

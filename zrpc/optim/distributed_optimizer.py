@@ -1,9 +1,9 @@
 """One optimizer over parameters of many workers: a local optimizer on each worker that owns some.
 
 Each local optimizer takes its gradients from a distributed autograd context. While it steps, they stand in the `grad`
-of its parameters; before and after, what stood there before stands there. Steps on one worker exclude each other, since
-two optimizers (those of two trainers, say) may hold the same parameters. A parameter that has no gradient in the
-context is left alone.
+of its parameters; before and after, what stood there before stands there. Steps on one worker exclude each other
+(`zrpc.optim.turns`), since two optimizers (those of two trainers, say) may hold the same parameters. A parameter that
+has no gradient in the context is left alone.
 
 A functional optimizer, which a program registers with `torch.distributed.optim.utils.register_functional_optim`, is
 given its gradients as a list and leaves `grad` alone.
@@ -12,12 +12,15 @@ given its gradients as a list and leaves `grad` alone.
 from __future__ import annotations
 
 import sys
-import threading
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.api import rpc_async
 from zrpc.autograd.interface import get_gradients
+from zrpc.functions import async_execution
+from zrpc.optim.turns import Turns
 from zrpc.rref.rref import RRef
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
     from zrpc.ids import WorkerInfo
 
-_stepping = threading.Lock()
+_turns_of_no_worker = Turns()
 
 
 class DistributedOptimizer:
@@ -107,26 +110,31 @@ class LocalOptimizer:
         self.optim = optimizer_class(params, *args, **kwargs)
 
     def step(self, context_id: int) -> None:
-        """Step with the gradients of `context_id`."""
-        gradients = get_gradients(context_id)
-        with _stepping:
-            before = [param.grad for param in self._params]
-            try:
-                for param in self._params:
-                    param.grad = gradients.get(param)
-                self.optim.step()
-            finally:
-                for param, grad in zip(self._params, before, strict=True):
-                    param.grad = grad
+        """Step with the gradients of `context_id`, once the steps before are over.
+
+        Raises:
+            AutogradError: too many steps run within each other (see `zrpc.optim.turns`).
+        """
+        turns = current_agent().extensions[Turns] if is_agent_set() else _turns_of_no_worker
+        turns.run(partial(self.step_now, get_gradients(context_id)))
+
+    def step_now(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Step with `gradients`. No other step may run meanwhile."""
+        before = [param.grad for param in self._params]
+        try:
+            for param in self._params:
+                param.grad = gradients.get(param)
+            self.optim.step()
+        finally:
+            for param, grad in zip(self._params, before, strict=True):
+                param.grad = grad
 
 
 class _FunctionalOptimizer(LocalOptimizer):
     """A functional optimizer of one owner's parameters: it is given a list of gradients."""
 
-    def step(self, context_id: int) -> None:
-        gradients = get_gradients(context_id)
-        with _stepping:
-            self.optim.step([gradients.get(param) for param in self._params])
+    def step_now(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+        self.optim.step([gradients.get(param) for param in self._params])
 
 
 def _make(optimizer_class: Callable[..., Any], params: list[RRef[Any]], args: Any, kwargs: Any) -> RRef[LocalOptimizer]:
@@ -141,8 +149,12 @@ def _make_functional(
     return RRef(_FunctionalOptimizer(optimizer_class, [param.local_value() for param in params], args, kwargs))
 
 
-def _step(optimizer: RRef[LocalOptimizer], context_id: int) -> None:
-    optimizer.local_value().step(context_id)
+@async_execution
+def _step(optimizer: RRef[LocalOptimizer], context_id: int) -> torch.futures.Future[None]:
+    """On the owner: a step, which waits for those before it on no thread."""
+    local, agent = optimizer.local_value(), current_agent()
+    turns: Turns = agent.extensions[Turns]
+    return turns.submit(partial(local.step_now, get_gradients(context_id)), agent)
 
 
 def all_of(futures: Sequence[torch.futures.Future[Any]]) -> list[Any]:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zrpc.ids import RRefId
+    from zrpc.ids import Incarnation, RRefId
     from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 
 
 @dataclass(frozen=True, slots=True)
 class Tell:
-    """Send `message` to worker `to`, again and again until it is acknowledged or `to` is lost."""
+    """Send `message` to the life `to` of a worker, again and again until it is acknowledged or `to` is lost."""
 
-    to: int
+    to: Incarnation
     message: RRefChildAccept | RRefForkRequest | RRefUserDelete
 
 
@@ -22,7 +22,7 @@ class Tell:
 class AskOwner:
     """As `Tell`, and report the acknowledgement (`acknowledged`) or its failure (`failed`) for `message.fork_id`."""
 
-    to: int
+    to: Incarnation
     message: RRefForkRequest
 
 
@@ -35,10 +35,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """The RRef `rref_id` will never get a value, because its creator `creator` is gone: tell all who wait for it."""
+    """The RRef `rref_id` will never get a value, because its creator is gone: tell all who wait for it."""
 
     rref_id: RRefId
-    creator: int
 
 
 Action = Tell | AskOwner | Release | Orphan

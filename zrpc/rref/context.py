@@ -1,288 +1,400 @@
-"""RRefs in an agent: `install` them, make them with `remote_python` and `remote_builtin`, and serve what others ask."""
+"""`RRefContext`: the reference counts of one worker at work. It has the table, the values it keeps, and sends messages.
+
+Every event goes the same way (`_decide`): the table decides under the lock, values that nobody uses are taken out under
+the same lock (so that a value shared again in that moment is not lost), and messages are sent after it. What `__del__`
+of RRefs sees is left to the control thread. Values are let go of on a thread of their own (`Agent.drop`): their
+`__del__` is user code.
+
+Any thread may call in. `_lock` owns `_table`, `_cells`, `_num_sending` and `_closed`.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import threading
+import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from zrpc.agent.execution import execute_builtin, execute_python, when_done
-from zrpc.errors import RpcTimeoutError, RRefError
-from zrpc.exception_text import text_of
+from zrpc import finalizers, interrupts
+from zrpc.agent.pool import blocking
+from zrpc.errors import PeerLostError, RRefError
+from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
 from zrpc.rref.cell import Cell
-from zrpc.rref.ledger import Ledger
+from zrpc.rref.forkdata import ForkData
 from zrpc.rref.owners import Availability
-from zrpc.rref.rref import RRef, backward_from
-from zrpc.rref.travel import ForkHook
-from zrpc.wire import pickling, values
-from zrpc.wire.messages import (
-    BuiltinRemote,
-    PythonRemote,
-    RRefBackward,
-    RRefChildAccept,
-    RRefFetch,
-    RRefForkRequest,
-    RRefUserDelete,
-)
+from zrpc.rref.states import UserState
+from zrpc.rref.table import RRefTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    import torch
 
     from zrpc.agent.agent import Agent
-    from zrpc.agent.call import Call
-    from zrpc.agent.request import Request
-    from zrpc.ids import ForkId, RRefId, WorkerInfo
-    from zrpc.rref.actions import Action
-    from zrpc.rref.table import RRefTable
-    from zrpc.transport.inbox import Work
-    from zrpc.wire.payload import Payload
+    from zrpc.agent.future import Future
+    from zrpc.ids import ForkId, Incarnation, RRefId, WorkerInfo
+
+    Note = tuple[RRefId | None, ForkId] | ForkData
+
+UNSENT_GRACE_S = 2.0
+"""How long a shutdown waits for forks that nobody is known to have. Those in answers are with their readers by then."""
+
+_NEW_LIFE = "init_rpc made another one since."
+_FORK_PHRASE = "Cannot call fork an UserRRef after deletion."
+_UNCONFIRMED = (UserState.CREATING, UserState.FORKING)
+_DELETED = (UserState.GONE, UserState.LEAVING, UserState.LEAVING_UNCONFIRMED)
 
 
-class RRefContext(Ledger):
-    """A worker's ledger, and what it does with messages and calls. Its handlers run where `install` says."""
+class Invoker(Protocol):
+    """How proxies call: `zrpc.api` looks like this, and so does whatever profiles calls."""
 
-    # ---- making RRefs ----------------------------------------------------------------------------------------------
+    def rpc_sync(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Any:
+        """See `zrpc.api.rpc_sync`."""
 
-    def create(
-        self,
-        to: WorkerInfo,
-        make_message: Callable[[RRefId, ForkId], PythonRemote | BuiltinRemote],
-        payload: Payload,
-        timeout_s: float | None,
-    ) -> RRef[Any]:
-        """Ask `to` to run a call and keep its result; return a reference to it at once."""
-        if to.id == self.agent.info.id:
-            return self._create_here(make_message, payload, timeout_s)
-        rref_id, fork_id = self.agent.ids.next(), self.agent.ids.next()
+    def rpc_async(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Future[Any]:
+        """See `zrpc.api.rpc_async`."""
+
+    def remote(
+        self, to: WorkerInfo, func: Callable[..., Any], args: tuple[Any, ...], kwargs: None, timeout: float
+    ) -> Any:
+        """See `zrpc.api.remote`."""
+
+
+class RRefContext:
+    """What this worker owns and uses. See torch's class of that name.
+
+    Attributes:
+        agent: the worker.
+        invoke: how the proxies of RRefs call.
+        backward_local: runs `(context_id, roots, retain_graph)` as distributed autograd does; set by that floor.
+    """
+
+    invoke: Invoker
+    backward_local: Callable[[int, list[torch.Tensor], bool], None]
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._table_made: RRefTable | None = None
+        self._cells: dict[RRefId, Cell] = {}
+        self._num_sending = 0
+        self._closed = False
+
+    # ---- creations, and what users ask
+
+    def begin_remote(self, rref_id: RRefId, fork_id: ForkId, owner: WorkerInfo) -> None:
+        """remote() is about to ask `owner` for a new RRef; `answered` follows."""
         with self._lock:
-            self._check_open("init_rpc made another one since.")
-            self._table.create(rref_id, fork_id, to.id)
-        self._watch(to.id)
-        made: RRef[Any] = RRef._of(self, to, rref_id, fork_id)
+            self._check_open(_NEW_LIFE)
+            self._table.create(rref_id, fork_id, owner.incarnation)
+        self._watch(owner.incarnation)
 
-        def answered(call: Call) -> None:
-            failed = call.failed
-            self._decide(lambda table: table.failed(fork_id) if failed else table.acknowledged(fork_id))
+    def answered(self, fork_id: ForkId, failed: bool) -> None:
+        """The owner has answered what `begin_remote` announced, or asking it failed."""
+        self._decide(lambda table: table.failed(fork_id) if failed else table.acknowledged(fork_id))
 
-        try:
-            call = self.agent.request(to, make_message(rref_id, fork_id), payload, timeout_s=timeout_s, hooked=True)
-        except BaseException:
-            self._decide(lambda table: table.failed(fork_id))
-            raise
-        made._call = call
-        call.add_done_callback(answered)
-        return made
-
-    def _create_here(
-        self,
-        make_message: Callable[[RRefId, ForkId], PythonRemote | BuiltinRemote],
-        payload: Payload,
-        timeout_s: float | None,
-    ) -> RRef[Any]:
-        """remote() to this worker itself. The owner's RRef is there at once, and kept until the call is over."""
-        rref_id = self.agent.ids.next()
-        cell = Cell()
+    def begin_here(self, rref_id: RRefId, cell: Cell) -> None:
+        """remote() to this worker itself: the RRef is kept until `finish_here` at least."""
         with self._lock:
-            self._check_open("init_rpc made another one since.")
+            self._check_open(_NEW_LIFE)
             self._table.begin_here(rref_id)
             self._cells[rref_id] = cell
-        made: RRef[Any] = RRef._of(self, self.agent.info, rref_id, None, cell)
 
-        def answered(call: Call) -> None:
-            error = call.error
-            if error is not None and not issubclass(type(error), RpcTimeoutError):  # else the function may still run
-                cell.set_error(RRefError(f"RRef creation via rpc.remote() failed: {text_of(error)}"))
-                self._decide(lambda table: table.finish_here(rref_id))
+    def finish_here(self, rref_id: RRefId) -> None:
+        """The call that `begin_here` announced is over."""
+        self._decide(lambda table: table.finish_here(rref_id))
 
-        try:
-            call = self.agent.request(
-                self.agent.info, make_message(rref_id, rref_id), payload, timeout_s=timeout_s, hooked=True
-            )
-        except BaseException:
-            self._decide(lambda table: table.finish_here(rref_id))
-            raise
-        made._call = call
-        # Not on the reading thread: it may unpickle an exception.
-        call.add_done_callback(lambda done: self.agent.completions.submit(lambda: answered(done)))
-        return made
-
-    # ---- serving creations -----------------------------------------------------------------------------------------
-
-    def serve_python_remote(self, request: Request[PythonRemote]) -> None:
-        """Run the function; its result, or what it raises, is the value. An asynchronous one is not waited for here."""
-        is_async = request.message.async_execution
-        self._serve_remote(request, lambda: execute_python(request.payload, keep=not is_async), is_async)
-
-    def serve_builtin_remote(self, request: Request[BuiltinRemote]) -> None:
-        """Run the operator; its result, or what it raises, is the value."""
-        self._serve_remote(request, lambda: execute_builtin(request.message.op, request.payload), False)
-
-    def _serve_remote(self, request: Request[Any], execute: Callable[[], Any], async_execution: bool) -> None:
-        cell = self._begin(request)
-
-        def finish(set_cell: Callable[[Any], None], outcome: Any) -> None:
-            self._finish(request, lambda: set_cell(outcome))
-
-        def finish_elsewhere(set_cell: Callable[[Any], None], outcome: Any) -> None:
-            self.agent.submit(lambda: finish(set_cell, outcome))
-
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(request.context())
-                result = execute()
-                if async_execution:
-                    when_done(
-                        result,
-                        request.async_calls,
-                        partial(finish_elsewhere, cell.set_value),
-                        partial(finish_elsewhere, cell.set_error),
-                    )
-                    return
-            except BaseException as error:
-                finish(cell.set_error, error)
-            else:
-                finish(cell.set_value, result)
-
-    def _begin(self, request: Request[Any]) -> Cell:
-        """The cell for what `request` creates. The RRef's life here begins, unless it is over already."""
-        message = request.message
-        source = self.living(request.source.id)
-        self._watch(source)
+    def creation_arrived(self, rref_id: RRefId, fork_id: ForkId, creator: WorkerInfo) -> Cell:
+        """A creation came; the cell for its value. The RRef's life here begins, unless it is over already."""
+        self._watch(creator.incarnation)
         found: list[Cell] = []
 
         def arrive(table: RRefTable) -> list[Action]:
-            found.append(self._cells.setdefault(message.rref_id, Cell()))
-            if message.fork_id == message.rref_id:  # remote() to this worker itself: `_create_here` counted it
+            found.append(self._cells.setdefault(rref_id, Cell()))
+            if fork_id == rref_id:  # remote() to this worker itself: `begin_here` counted it
                 return []
-            return table.creation_arrived(message.rref_id, message.fork_id, source)
+            return table.creation_arrived(rref_id, fork_id, creator.incarnation)
 
         self._decide(arrive)
         return found[0] if found else Cell()
 
-    def _finish(self, request: Request[Any], set_cell: Callable[[], None]) -> None:
-        message = request.message
-        set_cell()
-        if message.fork_id == message.rref_id:
-            self._decide(lambda table: table.finish_here(message.rref_id))
-        request.reply()
+    def wanted(self, rref_id: RRefId, fork_id: ForkId, asker: WorkerInfo) -> Cell:
+        """Where the value is or will be that `asker` wants.
 
-    # ---- serving users ---------------------------------------------------------------------------------------------
+        Raises:
+            RRefError: it is gone.
+        """
+        self._watch(asker.incarnation, rref_id.life)
+        with self._lock:
+            if self._closed:
+                raise RRefError(f"The value of {rref_id} is gone: its owner {self.agent.info} has shut down")
+            if self._table.value_wanted(rref_id, fork_id, asker.incarnation) is not Availability.REFUSED:
+                return self._cells.setdefault(rref_id, Cell())
+        raise RRefError(
+            f"The value of {rref_id} is gone: its user {fork_id} was deleted before, or who handed it on died before "
+            "the owner counted it"
+        )
 
-    def serve_fetch(self, request: Request[RRefFetch]) -> Work | None:
-        """Answer with the value, once it is set. No thread waits for it."""
-        cell = self._cell_for(request, request.message.rref_id, request.message.fork_id)
-        if cell is None:
-            return None
-
-        def answer() -> None:
-            def work() -> None:
-                value = cell.get()
-                request.reply(pickling.dumps(value, keep_graph=cell.is_given and values.is_typed(value)))
-
-            request.run(work)
-
-        if cell.is_set():
-            return answer
-        cell.when_set(lambda: self.agent.submit(answer))
-        return None
-
-    def serve_backward(self, request: Request[RRefBackward]) -> None:
-        """Run a backward pass from the value, once it is set."""
-        message = request.message
-        cell = self._cell_for(request, message.rref_id, message.fork_id)
-        if cell is None:
-            return
-
-        def work() -> None:
-            backward_from(self, cell.get(), message.context_id, message.retain_graph)
-            request.reply()
-
-        def run() -> None:
-            request.run(work)
-
-        cell.when_set(lambda: self.agent.submit(run))
-
-    def serve_fork_request(self, request: Request[RRefForkRequest]) -> None:
+    def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: WorkerInfo) -> None:
         """Count a new user."""
-        message, holder = request.message, self.living(request.source.id)
-        self._watch(holder, message.rref_id.created_on)
+        self._watch(holder.incarnation, rref_id.life)
+        self._decide(lambda table: table.fork_requested(rref_id, fork_id, holder.incarnation))
+
+    def child_accepted(self, fork_id: ForkId) -> None:
+        """A child of a fork here is counted."""
+        self._decide(lambda table: table.child_accepted(fork_id))
+
+    def user_deleted(self, rref_id: RRefId, fork_id: ForkId) -> None:
+        """A user is gone."""
+        self._decide(lambda table: table.user_deleted(rref_id, fork_id))
+
+    def on_peer_lost(self, peer: WorkerInfo, _reason: str) -> None:
+        """Everything that `peer` held or owned is gone."""
+        self._decide(lambda table: table.peer_lost(peer.incarnation))
+
+    # ---- RRefs come and go
+
+    def fork(self, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId | None, cell: Cell | None) -> ForkData:
+        """Count a new fork of this worker's own RRef (`cell` holds its value) or of its fork `fork_id`.
+
+        Raises:
+            RRefError: it was deleted, or is of a worker's life that is over.
+            PeerLostError: its owner is gone.
+        """
+        with self._lock:
+            self._check_open(_FORK_PHRASE)
+            child = self.agent.ids.next()
+            if cell is not None:
+                self._table.share_owned(rref_id, child)
+                self._cells.setdefault(rref_id, cell)
+            else:
+                assert fork_id is not None
+                self._check_usable(owner, rref_id, fork_id, _FORK_PHRASE)
+                if self._table.user_state(fork_id) is UserState.DOUBTFUL:
+                    raise RRefError(f"{rref_id} cannot be shared: asking its owner, {owner}, to count it failed")
+                self._table.share_used(fork_id, child)
+        return ForkData(owner.id, owner.incarnation, rref_id, child)
+
+    def sent(self, fork: ForkData, holder: WorkerInfo) -> None:
+        """`fork` leaves for `holder`: if `holder` is lost, so is the fork."""
+        self._watch(holder.incarnation)
+        self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.incarnation))
+
+    def receive_used(self, fork: ForkData, announced: bool) -> None:
+        """A fork of another worker's RRef came."""
+        self._watch(fork.owner_life)
+        self._decide(
+            lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner_life, fork.parent, announced=announced)
+        )
+
+    def receive_owned(self, fork: ForkData) -> tuple[Cell, bool]:
+        """This worker's own RRef came home.
+
+        Returns:
+            Its cell, and whether its creation is still to come: then a note `(rref_id, fork_id)` must follow.
+
+        Raises:
+            RRefError: its value is gone.
+        """
+        self._watch(fork.rref_id.life)
+        found: list[tuple[Availability, Cell | None]] = []
 
         def arrive(table: RRefTable) -> list[Action]:
-            table.fork_requested(message.rref_id, message.fork_id, holder)
-            return []
+            cell = self._cells.get(fork.rref_id)
+            availability, actions = table.came_home(fork.rref_id, fork.fork_id, fork.parent)
+            if availability is Availability.AWAITED:
+                cell = self._cells.setdefault(fork.rref_id, Cell())
+            found.append((availability, cell))
+            return actions
 
         self._decide(arrive)
-        request.reply()
-
-    def serve_child_accept(self, request: Request[RRefChildAccept]) -> None:
-        """A child of a fork here is counted."""
-        fork_id = request.message.fork_id
-        self._decide(lambda table: table.child_accepted(fork_id))
-        request.reply()
-
-    def serve_user_delete(self, request: Request[RRefUserDelete]) -> None:
-        """A user is gone."""
-        message = request.message
-        self._decide(lambda table: table.user_deleted(message.rref_id, message.fork_id))
-        request.reply()
-
-    def on_peer_lost(self, peer: WorkerInfo, reason: str) -> None:
-        """Everything that `peer` held or owned is gone."""
-        del reason
-        self._watched.discard(peer.id)
-        self._decide(lambda table: table.peer_lost(peer.id))
-
-    def _cell_for(self, request: Request[Any], rref_id: RRefId, fork_id: ForkId) -> Cell | None:
-        """Where the value is or will be; None, and an answer that says why, if it is gone."""
-        asker = self.living(request.source.id)
-        self._watch(asker, rref_id.created_on)
-        with self._lock:
-            refused = self._closed or self._table.value_wanted(rref_id, fork_id, asker) is Availability.REFUSED
-            cell = None if refused else self._cells.setdefault(rref_id, Cell())
-        if cell is None:
-            why = (
-                f"its owner {self.agent.info} has shut down"
-                if self._closed
-                else f"its user {fork_id} was deleted before, or who handed it on died before the owner counted it"
+        availability, cell = found[0]
+        if availability is Availability.REFUSED or cell is None:
+            raise RRefError(
+                f"The value of the RRef {fork.rref_id} is gone: it was deleted, because those who handed it on died"
             )
-            request.fail(RRefError(f"The value of {rref_id} is gone: {why}"))
-        return cell
+        return cell, availability is Availability.AWAITED
 
+    def note_dropped(self, owner_awaited: RRefId | None, fork_id: ForkId) -> None:
+        """An RRef object was freed: a fork, or (`owner_awaited`) this worker's own. For `__del__`: from anywhere."""
+        self._note((owner_awaited, fork_id))
 
-def install(agent: Agent) -> None:
-    """Make `agent` serve RRefs. To be called before it joins its group."""
-    context = RRefContext(agent)
-    agent.extensions[Ledger] = agent.extensions[RRefContext] = context
-    agent.hooks.passengers = hook = ForkHook(context)
-    agent.add_hook(hook)
-    agent.handle(PythonRemote, context.serve_python_remote, inline=False)
-    agent.handle(BuiltinRemote, context.serve_builtin_remote, inline=False)
-    agent.handle(RRefFetch, context.serve_fetch, inline=True)
-    agent.handle(RRefBackward, context.serve_backward, inline=True)
-    agent.handle(RRefForkRequest, context.serve_fork_request, inline=True)
-    agent.handle(RRefChildAccept, context.serve_child_accept, inline=True)
-    agent.handle(RRefUserDelete, context.serve_user_delete, inline=True)
-    agent.on_peer_lost(context.on_peer_lost)
+    def note_unsent(self, fork: ForkData) -> None:
+        """`fork` was pickled and will not leave. For `__del__`: from anywhere."""
+        self._note(fork)
 
+    def user_state(self, fork_id: ForkId) -> UserState:
+        """The state of this worker's fork `fork_id`."""
+        with self._lock:
+            return UserState.GONE if self._closed else self._table.user_state(fork_id)
 
-def remote_python(
-    agent: Agent, to: WorkerInfo, payload: Payload, timeout_s: float | None, async_execution: bool
-) -> RRef[Any]:
-    """Have `to` run the pickled call and keep its result; a reference to it.
+    def check_usable(self, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
+        """Raise what keeps the fork `fork_id` from being used; `phrase` says what cannot be done with it.
 
-    Args:
-        payload: the pickled `(function, args, kwargs)`.
-        timeout_s: how long the creation may take; 0: no limit; None: the agent's. After it, using the RRef raises.
-        async_execution: the function returns a future, whose value is the result.
+        Raises:
+            RRefError: it was deleted, or is of a worker's life that is over.
+            PeerLostError: its owner is gone.
+        """
+        with self._lock:
+            self._check_open(phrase)
+            self._check_usable(owner, rref_id, fork_id, phrase)
 
-    Raises:
-        SerializationError: a tensor of the payload cannot travel.
-    """
-    context: RRefContext = agent.extensions[RRefContext]
-    return context.create(to, lambda rref, fork: PythonRemote(rref, fork, async_execution), payload, timeout_s)
+    def wait_confirmed(self, fork_ids: Iterable[ForkId]) -> None:
+        """Wait until the owners of `fork_ids` count them, or cannot any more."""
+        unconfirmed = set(fork_ids)
 
+        def settled() -> bool:
+            unconfirmed.intersection_update(
+                {fork for fork in unconfirmed if self._table.user_state(fork) in _UNCONFIRMED}
+            )
+            return not unconfirmed or self._closed
 
-def remote_builtin(agent: Agent, to: WorkerInfo, op: str, payload: Payload, timeout_s: float | None) -> RRef[Any]:
-    """As `remote_python`, for the torch operator `op` with the packed `(args, kwargs)`."""
-    context: RRefContext = agent.extensions[RRefContext]
-    return context.create(to, lambda rref, fork: BuiltinRemote(rref, fork, op), payload, timeout_s)
+        with self._lock:
+            if settled():
+                return
+        with blocking(), self._lock:
+            self._changed.wait_for(settled)
+
+    # ---- the end
+
+    def delete_all_user_and_unforked_owner_rrefs(self, timeout_s: float = 100.0) -> None:
+        """Give up every RRef here, and wait until the others gave up theirs to what this worker owns.
+
+        For a graceful shutdown: nobody makes or shares RRefs any more. What was pickled and is not known to have left
+        (its pickling failed, or `_serialize` was called for nothing) is waited for only shortly. What does not come to
+        pass in `timeout_s` is left to `destroy`.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._wait_until(lambda table: not table.num_unconfirmed_users and not table.num_sent_children, deadline)
+        self._wait_until(lambda table: not table.num_children, min(deadline, time.monotonic() + UNSENT_GRACE_S))
+        self._decide(lambda table: table.drop_all_users())
+        self._decide(lambda table: table.drop_unforked_owners())
+        self._wait_until(lambda table: not table.num_sent_owned, deadline)
+        self._wait_until(lambda table: not table.num_owned, min(deadline, time.monotonic() + UNSENT_GRACE_S))
+        self._decide(lambda table: table.drop_unsent())
+        self._wait_until(lambda table: not table.num_owned and not self._num_sending, deadline)
+
+    def destroy(self, ignore_leak: bool) -> None:
+        """End it: RRefs of this life can not be used any more, and values are let go of. Idempotent.
+
+        Raises:
+            RRefError: others still use RRefs of this worker, and `ignore_leak` is false.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            forks = self._table.owned_forks() if self._table_made else {}
+            garbage = list(self._cells.values())
+            self._cells.clear()
+            self._changed.notify_all()
+        if garbage:
+            self.agent.drop(garbage)
+        if forks and not ignore_leak:
+            leaks = [(rref_id, fork_id) for rref_id, held in forks.items() for fork_id in held]
+            raise RRefError("\n".join(f"Leaking RRef {rref_id} with fork Id {fork_id}" for rref_id, fork_id in leaks))
+
+    def debug_info(self) -> dict[str, str]:
+        """Counts, under the names that torch gives them."""
+        with self._lock:
+            table = self._table_made
+            forks = table.owned_forks() if table else {}
+            return {
+                "num_owner_rrefs": str(len(forks)),
+                "num_pending_users": str(table.num_unconfirmed_users if table else 0),
+                "num_pending_futures": str(self._num_sending),
+                "num_forks": str(sum(map(len, forks.values()))),
+            }
+
+    # ---- below
+
+    @property
+    def _table(self) -> RRefTable:
+        """The table; it is made at first use, when the agent has a rank. Call it under the lock."""
+        if self._table_made is None:
+            self._table_made = RRefTable(self.agent.info.incarnation)
+        return self._table_made
+
+    def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
+        """Let the table decide on `event`, and carry out what it asks for."""
+        with interrupts.held:
+            with self._lock:
+                if self._closed:
+                    return
+                actions = event(self._table)
+                garbage: list[Any] = []
+                orphans: list[tuple[Orphan, Cell]] = []
+                for action in actions:
+                    if isinstance(action, Release):
+                        garbage.append(self._cells.pop(action.rref_id, None))
+                    elif isinstance(action, Orphan):
+                        orphans.append((action, self._cells.setdefault(action.rref_id, Cell())))
+                self._num_sending += sum(isinstance(action, Tell | AskOwner) for action in actions)
+                self._changed.notify_all()
+            if garbage:
+                self.agent.drop(garbage)
+            for orphan, cell in orphans:
+                cell.set_error(
+                    PeerLostError(f"The worker {orphan.rref_id.created_on} died before it created {orphan.rref_id}")
+                )
+            for action in actions:
+                if isinstance(action, Tell | AskOwner):
+                    self._send(action)
+
+    def _send(self, action: Tell | AskOwner) -> None:
+        def done(error: BaseException | None) -> None:
+            with self._lock:
+                self._num_sending -= 1
+                self._changed.notify_all()
+            if isinstance(action, AskOwner):
+                fork_id = action.message.fork_id
+                self._decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
+
+        member = self.agent.members.by_incarnation(action.to)
+        if member is None:
+            done(PeerLostError("the worker is not in the group any more"))
+            return
+        self.agent.notify(member.info, action.message, done)
+
+    def _note(self, note: Note) -> None:
+        if not self._closed:
+            finalizers.defer(partial(self._on_note, note))
+
+    def _on_note(self, note: Note) -> None:
+        if isinstance(note, ForkData):
+            self._decide(lambda table: table.unsent(note.rref_id, note.fork_id))
+            return
+        owner_awaited, fork_id = note
+        if owner_awaited is not None:
+            self._decide(lambda table: table.home_dropped(owner_awaited, fork_id))
+        else:
+            self._decide(lambda table: table.user_dropped(fork_id))
+
+    def _wait_until(self, condition: Callable[[RRefTable], bool], deadline: float) -> bool:
+        with blocking(), self._lock:
+            return self._changed.wait_for(
+                lambda: self._closed or condition(self._table), max(0.0, deadline - time.monotonic())
+            )
+
+    def _watch(self, *lives: Incarnation) -> None:
+        """Have the end of these lives told to us even if we never call them. One that is over was told of."""
+        for life in lives:
+            member = self.agent.members.by_incarnation(life)
+            if member is not None and life != self.agent.info.incarnation:
+                self.agent.watch(member.info)
+
+    def _check_open(self, phrase: str) -> None:
+        if self._closed:
+            raise RRefError(f"This RRef is of a worker that was shut down. {phrase}")
+
+    def _check_usable(self, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId, phrase: str) -> None:
+        state = self._table.user_state(fork_id)
+        if state in _DELETED:
+            raise RRefError(f"The user of {rref_id} with fork id {fork_id} has been deleted. {phrase}")
+        if state is UserState.ORPHANED:
+            raise PeerLostError(f"The owner of {rref_id}, {owner}, is lost, and the value with it")

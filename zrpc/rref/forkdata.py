@@ -6,23 +6,35 @@ import struct
 from typing import NamedTuple
 
 from zrpc.errors import ProtocolError
-from zrpc.ids import ForkId, GlobalId, RRefId
+from zrpc.ids import INCARNATION_NBYTES, ForkId, GlobalId, Incarnation, RRefId
 
-_PACKED = struct.Struct("<iiqiqi")
+_PACKED = struct.Struct(f"<i{INCARNATION_NBYTES}siq{INCARNATION_NBYTES}siq{INCARNATION_NBYTES}s")
 _NUM_FIELDS = 7
 
 
 class ForkData(NamedTuple):
-    """One fork on its way: the ranks of the owner and of the sender, and the ids of the RRef and of the fork."""
+    """One fork on its way. Whoever hands it out made its id, which therefore says who that is.
+
+    Attributes:
+        owner: the owner's rank, for people.
+        owner_life: the owner's incarnation.
+        rref_id: the RRef.
+        fork_id: the fork.
+    """
 
     owner: int
+    owner_life: Incarnation
     rref_id: RRefId
     fork_id: ForkId
-    parent: int
+
+    @property
+    def parent(self) -> Incarnation:
+        """The life that handed it out."""
+        return self.fork_id.life
 
     def pack(self) -> bytes:
         """As bytes; a pickle stream that holds the fork holds exactly these."""
-        return _PACKED.pack(self.owner, *self.rref_id, *self.fork_id, self.parent)
+        return _PACKED.pack(self.owner, self.owner_life, *self.rref_id, *self.fork_id)
 
     @classmethod
     def unpack(cls, packed: bytes) -> ForkData:
@@ -33,12 +45,14 @@ class ForkData(NamedTuple):
         """
         if not isinstance(packed, bytes) or len(packed) != _PACKED.size:
             raise ProtocolError(f"{packed!r} is not a pickled RRef")
-        owner, rref_on, rref_local, fork_on, fork_local, parent = _PACKED.unpack(packed)
-        return cls(owner, GlobalId(rref_on, rref_local), GlobalId(fork_on, fork_local), parent)
+        owner, owner_life, *ids = _PACKED.unpack(packed)
+        return cls(owner, owner_life, GlobalId(*ids[:3]), GlobalId(*ids[3:]))
 
     def as_tuple(self) -> tuple[int, int, int, int, int, int, bytes]:
         """As torch lays it out, for `RRef._serialize`; in the place of the type comes `pack`."""
-        return self.owner, *self.rref_id, *self.fork_id, self.parent, self.pack()
+        rref, fork = self.rref_id, self.fork_id
+        ids = rref.created_on, rref.local_id, fork.created_on, fork.local_id
+        return self.owner, *ids, fork.created_on, self.pack()
 
     @classmethod
     def from_tuple(cls, fields: tuple[int, int, int, int, int, int, bytes]) -> ForkData:

@@ -19,9 +19,9 @@ from zrpc.rref.actions import Action, Orphan, Release
 from zrpc.rref.states import OWNER_TRANSITIONS, OwnerEvent, OwnerState, step
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Container, Iterator
 
-    from zrpc.ids import ForkId, GlobalId, RRefId
+    from zrpc.ids import ForkId, GlobalId, Incarnation, RRefId
 
 REMEMBERED_MAX = 16384
 """So many ended forks (about 2 MB) stay known. A repeated fork request can only do harm if it is overtaken by that many
@@ -30,7 +30,7 @@ FORGOTTEN_AT_ONCE = 64
 """The oldest 64th is forgotten together: in a plain dict, which takes half of what an ordered one does, to find the
 oldest entry means to pass over those that were deleted before."""
 
-UNSENT = -1
+UNSENT = b""
 """Holder of a fork that is pickled but not sent to anybody yet."""
 
 
@@ -61,8 +61,7 @@ class Remembered:
 
 
 def _number(item: GlobalId) -> int:
-    created_on, local_id = item
-    return created_on << 64 | local_id
+    return (int.from_bytes(item.life, "big") << 32 | item.created_on) << 64 | item.local_id
 
 
 class Availability(Enum):
@@ -78,26 +77,28 @@ class Owned:
     """One RRef of this owner that somebody uses.
 
     Attributes:
-        forks: the users that keep it alive, each with the rank that holds it.
-        waiting: forks that want its value before it was created, each with the rank that asked; they keep the record,
+        forks: the users that keep it alive, each with the life that holds it.
+        waiting: forks that want its value before it was created, each with the life that asked; they keep the record,
             never the value.
     """
 
     state: OwnerState
-    forks: dict[ForkId, int] = field(default_factory=dict)
-    waiting: dict[ForkId, int] = field(default_factory=dict)
+    forks: dict[ForkId, Incarnation] = field(default_factory=dict)
+    waiting: dict[ForkId, Incarnation] = field(default_factory=dict)
 
 
 class OwnerTable:
     """The RRefs that worker `me` owns and others use. Whoever calls it owns it: nothing here locks.
 
     Args:
-        me: this worker's rank.
-        lost: the ranks of lost workers; the caller keeps it up to date.
+        me: this worker's incarnation.
+        lost: the lives that are over; the caller keeps it up to date.
         remembered_max: see `REMEMBERED_MAX`.
     """
 
-    def __init__(self, me: int, lost: Collection[int] = (), remembered_max: int = REMEMBERED_MAX) -> None:
+    def __init__(
+        self, me: Incarnation, lost: Container[Incarnation] = (), remembered_max: int = REMEMBERED_MAX
+    ) -> None:
         self._me = me
         self._lost = lost
         self._owned: dict[RRefId, Owned] = {}
@@ -113,7 +114,7 @@ class OwnerTable:
     def __iter__(self) -> Iterator[RRefId]:
         return iter(self._owned)
 
-    def forks(self, rref_id: RRefId) -> dict[ForkId, int]:
+    def forks(self, rref_id: RRefId) -> dict[ForkId, Incarnation]:
         """The counted forks of `rref_id` and who holds them."""
         owned = self._owned.get(rref_id)
         return dict(owned.forks) if owned else {}
@@ -127,11 +128,11 @@ class OwnerTable:
         owned = self._owned.get(rref_id)
         if owned:
             return owned.state
-        creator = rref_id.created_on
+        creator = rref_id.life
         over = creator == self._me or creator in self._lost or rref_id in self._unused
         return OwnerState.UNUSED if over else OwnerState.UNKNOWN
 
-    def created(self, rref_id: RRefId, fork_id: ForkId, holder: int, alive: bool = True) -> list[Action]:
+    def created(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation, alive: bool = True) -> list[Action]:
         """The creation of `rref_id` came; its creator's own fork is `fork_id`, unless that ended already."""
         owned = self._enter(rref_id, OwnerEvent.CREATED)
         owned.waiting.clear()
@@ -143,13 +144,13 @@ class OwnerTable:
         """This worker pickled its own RRef: `fork_id` counts from now on."""
         self._enter(rref_id, OwnerEvent.SHARED).forks[fork_id] = UNSENT
 
-    def sent(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
+    def sent(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> None:
         """The fork that `shared` counted is on its way to `holder`."""
         owned = self._owned.get(rref_id)
         if owned and fork_id in owned.forks:
             owned.forks[fork_id] = holder
 
-    def forked(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
+    def forked(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> None:
         """The new user `fork_id` asks to be counted: again, too late, or before the creation, as it may be."""
         if fork_id in self._ended:
             return
@@ -157,7 +158,7 @@ class OwnerTable:
         if state is not OwnerState.UNUSED:
             self._enter(rref_id, OwnerEvent.FORKED).forks[fork_id] = holder
 
-    def used(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> Availability:
+    def used(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> Availability:
         """Somebody wants the value, in the name of `fork_id`."""
         if fork_id in self._ended:
             return Availability.REFUSED
@@ -183,16 +184,16 @@ class OwnerTable:
         owned.waiting.pop(fork_id, None)
         return self._settle(rref_id)
 
-    def peer_lost(self, rank: int) -> list[Action]:
-        """Worker `rank` is gone, and with it what it held and what it was still to create."""
+    def peer_lost(self, peer: Incarnation) -> list[Action]:
+        """The life `peer` is over, and with it what it held and what it was still to create."""
         actions: list[Action] = []
         for rref_id, owned in list(self._owned.items()):
-            owned.forks = {fork: holder for fork, holder in owned.forks.items() if holder != rank}
-            owned.waiting = {fork: holder for fork, holder in owned.waiting.items() if holder != rank}
-            if owned.state is OwnerState.AWAITED and rref_id.created_on == rank:
+            owned.forks = {fork: holder for fork, holder in owned.forks.items() if holder != peer}
+            owned.waiting = {fork: holder for fork, holder in owned.waiting.items() if holder != peer}
+            if owned.state is OwnerState.AWAITED and rref_id.life == peer:
                 owned.state = step(OWNER_TRANSITIONS, rref_id, owned.state, OwnerEvent.CREATOR_LOST)
                 owned.waiting.clear()
-                actions.append(Orphan(rref_id, rank))
+                actions.append(Orphan(rref_id))
             actions += self._settle(rref_id)
         return actions
 

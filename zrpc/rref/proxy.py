@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,7 +12,30 @@ from zrpc.agent.future import Future, settle
 from zrpc.functions import async_execution
 
 if TYPE_CHECKING:
-    from zrpc.rref.rref import RRef
+    from zrpc.ids import WorkerInfo
+    from zrpc.rref.cell import Cell
+    from zrpc.rref.context import RRefContext
+
+
+class Reference(Protocol):
+    """What proxies need of their RRef."""
+
+    @property
+    def _cell(self) -> Cell | None:
+        """The value, on its owner."""
+
+    @property
+    def _context(self) -> RRefContext:
+        """The references of this worker."""
+
+    def owner(self) -> WorkerInfo:
+        """The owner."""
+
+    def local_value(self) -> Any:
+        """The value, on its owner."""
+
+    def _get_type(self, timeout: float, blocking: bool) -> Any:
+        """A future for the type of the value, where `blocking` is false."""
 
 
 class RRefProxy:
@@ -24,7 +47,7 @@ class RRefProxy:
         timeout: seconds for each call; 0: no limit; -1: the agent's.
     """
 
-    def __init__(self, rref: RRef[Any], rpc_api: str, timeout: float) -> None:
+    def __init__(self, rref: Reference, rpc_api: str, timeout: float) -> None:
         self.rref = rref
         self.rpc_api = rpc_api
         self.rpc_timeout = timeout
@@ -33,10 +56,10 @@ class RRefProxy:
         return partial(_call_method, self.rref, self.rpc_api, name, self.rpc_timeout)
 
 
-def type_future(rref: RRef[Any], timeout: float) -> Future[type]:
+def type_future(rref: Reference, timeout: float) -> Future[type]:
     """A future for the type of the value of `rref`; a user asks the owner."""
     if rref._cell is None:
-        future: Future[type] = rref._ledger.invoke.rpc_async(
+        future: Future[type] = rref._context.invoke.rpc_async(
             rref.owner(), _rref_typeof_on_owner, (rref,), None, timeout
         )
         return future
@@ -46,25 +69,25 @@ def type_future(rref: RRef[Any], timeout: float) -> Future[type]:
     return local
 
 
-def _rref_typeof_on_owner(rref: RRef[Any]) -> type:
+def _rref_typeof_on_owner(rref: Reference) -> type:
     return type(rref.local_value())
 
 
-def _local_invoke(rref: RRef[Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _local_invoke(rref: Reference, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return getattr(rref.local_value(), name)(*args, **kwargs)
 
 
 @async_execution
-def _local_invoke_async_execution(rref: RRef[Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _local_invoke_async_execution(rref: Reference, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return getattr(rref.local_value(), name)(*args, **kwargs)
 
 
-def _call_method(rref: RRef[Any], rpc_api: str, name: str, timeout: float, /, *args: Any, **kwargs: Any) -> Any:
+def _call_method(rref: Reference, rpc_api: str, name: str, timeout: float, /, *args: Any, **kwargs: Any) -> Any:
     types = rref._get_type(timeout=timeout, blocking=False)
     if rpc_api != "rpc_async":
         return _invoke(rref, rpc_api, name, timeout, types.wait(), args, kwargs)
     result: Future[Any] = Future()
-    hooks = rref._ledger.agent.hooks
+    hooks = rref._context.agent.hooks
     contexts = hooks.carry_over()  # of the thread that calls; another one may go on
 
     def go_on(known: torch.futures.Future[type]) -> None:
@@ -83,7 +106,7 @@ def _call_method(rref: RRef[Any], rpc_api: str, name: str, timeout: float, /, *a
 
 
 def _invoke(
-    rref: RRef[Any],
+    rref: Reference,
     rpc_api: str,
     name: str,
     timeout: float,
@@ -97,4 +120,4 @@ def _invoke(
         getattr(cls, name), ASYNC_ATTRIBUTE
     ):
         func = _local_invoke_async_execution
-    return getattr(rref._ledger.invoke, rpc_api)(rref.owner(), func, (rref, name, args, kwargs), None, timeout)
+    return getattr(rref._context.invoke, rpc_api)(rref.owner(), func, (rref, name, args, kwargs), None, timeout)

@@ -13,8 +13,8 @@ from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
 from zrpc.errors import RpcTimeoutError, RRefError
 from zrpc.exception_text import describe, text_of
 from zrpc.rref.cell import Cell
+from zrpc.rref.context import RRefContext
 from zrpc.rref.forkdata import ForkData
-from zrpc.rref.ledger import Ledger
 from zrpc.rref.proxy import RRefProxy, type_future
 from zrpc.rref.states import UserState
 from zrpc.wire import pickling
@@ -46,7 +46,7 @@ class RRef(Generic[T]):
         NotInitializedError: `init_rpc` was not called.
     """
 
-    _ledger: Ledger
+    _context: RRefContext
     _owner: WorkerInfo
     _rref_id: RRefId
     _fork_id: ForkId | None  # this user's fork; on the owner, what stands for it while the creation is awaited
@@ -58,13 +58,13 @@ class RRef(Generic[T]):
     def __init__(self, value: T, type_hint: object = None) -> None:
         del type_hint
         agent = current_agent()
-        ledger: Ledger = agent.extensions[Ledger]
-        self._bind(ledger, agent.info, agent.ids.next(), None, Cell.holding(value))
+        context: RRefContext = agent.extensions[RRefContext]
+        self._bind(context, agent.info, agent.ids.next(), None, Cell.holding(value))
 
     @classmethod
     def _of(
         cls,
-        ledger: Ledger,
+        context: RRefContext,
         owner: WorkerInfo,
         rref_id: RRefId,
         fork_id: ForkId | None,
@@ -72,21 +72,21 @@ class RRef(Generic[T]):
     ) -> RRef[T]:
         """A user's RRef (`fork_id`), or the owner's (`cell`)."""
         made = cls.__new__(cls)
-        made._bind(ledger, owner, rref_id, fork_id, cell)
+        made._bind(context, owner, rref_id, fork_id, cell)
         return made
 
     def _bind(
-        self, ledger: Ledger, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId | None, cell: Cell | None
+        self, context: RRefContext, owner: WorkerInfo, rref_id: RRefId, fork_id: ForkId | None, cell: Cell | None
     ) -> None:
         self._owner, self._rref_id, self._fork_id, self._cell = owner, rref_id, fork_id, cell
         self._call = self._type = self._profiling_future = None
-        self._ledger = ledger
+        self._context = context
 
     @interrupts.uninterrupted
     def __del__(self) -> None:
-        ledger = getattr(self, "_ledger", None)
-        if ledger is not None and self._fork_id is not None:
-            ledger.note_dropped(self._rref_id if self._cell is not None else None, self._fork_id)
+        context = getattr(self, "_context", None)
+        if context is not None and self._fork_id is not None:
+            context.note_dropped(self._rref_id if self._cell is not None else None, self._fork_id)
 
     # ---- the value -------------------------------------------------------------------------------------------------
 
@@ -118,12 +118,12 @@ class RRef(Generic[T]):
         self._check_creation()
         cell = self._cell
         if cell is None:
-            agent = self._ledger.agent
+            agent = self._context.agent
             return future_of(self._fetch(timeout, waited=False), pickling.loads, agent.completions)
         future: Future[T] = Future()
         limit_s = _wait_s(timeout)
         if limit_s and not cell.is_set():
-            self._ledger.agent.submit(lambda: settle(future, lambda: cell.wait(limit_s)))
+            self._context.agent.submit(lambda: settle(future, lambda: cell.wait(limit_s)))
         else:
             cell.when_set(lambda: settle(future, cell.get))
         return future
@@ -136,7 +136,7 @@ class RRef(Generic[T]):
             Exception: whatever making the value raised.
         """
         if self._cell is None:
-            me = self._ledger.agent.info
+            me = self._context.agent.info
             raise RRefError(
                 f"For UserRRef(rref_id={self._rref_id}, fork_id={self._fork_id}), can't call localValue() on user "
                 f"{me}. Call it on owner {self._owner}; to_here() copies the value to where you are"
@@ -161,7 +161,7 @@ class RRef(Generic[T]):
         if self._cell is not None:
             return True
         assert self._fork_id is not None
-        return self._ledger.user_state(self._fork_id) is UserState.CONFIRMED
+        return self._context.user_state(self._fork_id) is UserState.CONFIRMED
 
     # ---- calls on the value ----------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class RRef(Generic[T]):
             AutogradError: there is no such context.
         """
         if self._cell is not None:
-            backward_from(self._ledger, self.local_value(), dist_autograd_ctx_id, retain_graph)
+            backward_from(self._context, self.local_value(), dist_autograd_ctx_id, retain_graph)
             return
         if dist_autograd_ctx_id == NO_CONTEXT:
             raise RRefError(
@@ -204,7 +204,7 @@ class RRef(Generic[T]):
         fork_id = self._usable_fork("Cannot call backward() on it after deletion.")
         message = RRefBackward(self._rref_id, fork_id, dist_autograd_ctx_id, retain_graph)
         with interrupts.deferred:
-            self._ledger.agent.request(self._owner, message, waited=True).wait()
+            self._context.agent.request(self._owner, message, waited=True).wait()
 
     # ---- under torch's names ---------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class RRef(Generic[T]):
     def _get_future(self) -> torch.futures.Future[None]:
         """A future that is done when the owner has answered the `remote` that made this RRef."""
         if self._call is not None:
-            return future_of(self._call, lambda _: None, self._ledger.agent.completions)
+            return future_of(self._call, lambda _: None, self._context.agent.completions)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -251,7 +251,7 @@ class RRef(Generic[T]):
     @staticmethod
     def _deserialize(fields: tuple[int, int, int, int, int, int, bytes]) -> RRef[Any]:
         """The RRef that `_serialize` forked."""
-        return receive(current_agent().extensions[Ledger], ForkData.from_tuple(fields))
+        return receive(current_agent().extensions[RRefContext], ForkData.from_tuple(fields))
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise RRefError(
@@ -268,16 +268,18 @@ class RRef(Generic[T]):
 
     def _fork(self) -> ForkData:
         self._check_creation()
-        return self._ledger.fork(self._owner.id, self._rref_id, self._fork_id, self._cell)
+        return self._context.fork(self._owner, self._rref_id, self._fork_id, self._cell)
 
     def _fetch(self, timeout: float, *, waited: bool) -> Call:
         fork_id = self._usable_fork(_FETCH_PHRASE)
         message = RRefFetch(self._rref_id, fork_id)
-        return self._ledger.agent.request(self._owner, message, timeout_s=_limit_s(timeout), hooked=True, waited=waited)
+        return self._context.agent.request(
+            self._owner, message, timeout_s=_limit_s(timeout), hooked=True, waited=waited
+        )
 
     def _usable_fork(self, phrase: str) -> ForkId:
         assert self._fork_id is not None
-        self._ledger.check_usable(self._owner.id, self._rref_id, self._fork_id, phrase)
+        self._context.check_usable(self._owner, self._rref_id, self._fork_id, phrase)
         return self._fork_id
 
     def _check_creation(self) -> None:
@@ -297,20 +299,20 @@ class RRef(Generic[T]):
             raise RRefError(f"RRef creation via rpc.remote() on {self._owner} failed: {text_of(error)}") from error
 
 
-def receive(ledger: Ledger, fork: ForkData, announced: bool = False) -> RRef[Any]:
+def receive(context: RRefContext, fork: ForkData, announced: bool = False) -> RRef[Any]:
     """The RRef that `fork` makes here."""
-    me = ledger.agent.info
-    if fork.owner == me.id:
+    me = context.agent.info
+    if fork.owner_life == me.incarnation:
         with interrupts.held:
-            cell, awaited = ledger.receive_owned(fork)
-            return RRef._of(ledger, me, fork.rref_id, fork.fork_id if awaited else None, cell)
-    owner = ledger.agent.resolve(fork.owner)
+            cell, awaited = context.receive_owned(fork)
+            return RRef._of(context, me, fork.rref_id, fork.fork_id if awaited else None, cell)
+    owner = context.agent.resolve_life(fork.owner, fork.owner_life)
     with interrupts.held:
-        ledger.receive_used(fork, announced)
-        return RRef._of(ledger, owner, fork.rref_id, fork.fork_id)
+        context.receive_used(fork, announced)
+        return RRef._of(context, owner, fork.rref_id, fork.fork_id)
 
 
-def backward_from(ledger: Ledger, value: object, context_id: int, retain_graph: bool) -> None:
+def backward_from(context: RRefContext, value: object, context_id: int, retain_graph: bool) -> None:
     """Run a backward pass from the value of an RRef, on its owner.
 
     Raises:
@@ -321,7 +323,7 @@ def backward_from(ledger: Ledger, value: object, context_id: int, retain_graph: 
     if context_id == NO_CONTEXT:
         torch.autograd.backward([value], retain_graph=retain_graph)
     else:
-        ledger.backward_local(context_id, [value], retain_graph)
+        context.backward_local(context_id, [value], retain_graph)
 
 
 def _limit_s(timeout: float) -> float | None:

@@ -4,7 +4,8 @@ The table knows no thread, clock or socket. It relies on three things of whoever
 
 - an action is carried out after the lock that guards the table is released, and exactly once;
 - `Tell` and `AskOwner` are repeated until they are acknowledged; they may arrive repeated, late and in any order;
-- a worker that was reported lost stays lost until `peer_joined`: what still comes from it is ignored here.
+- workers are told apart by their incarnations. A life that was reported lost stays lost: what still comes from it is
+  ignored here. A worker that comes again under its rank is another one.
 
 docs/rref.md tells the protocol, and what lost, late and repeated messages and dead workers do to it.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zrpc.ids import EndedLives
 from zrpc.rref.actions import Action, Tell
 from zrpc.rref.owners import REMEMBERED_MAX, Availability, OwnerTable
 from zrpc.rref.users import UserTable
 from zrpc.wire.messages import RRefChildAccept, RRefForkRequest
 
 if TYPE_CHECKING:
-    from zrpc.ids import ForkId, RRefId
+    from zrpc.ids import ForkId, Incarnation, RRefId
     from zrpc.rref.states import OwnerState, UserState
 
 
@@ -27,13 +29,13 @@ class RRefTable:
     """Reference counts of worker `me`. Whoever calls it guards it with one lock: nothing here locks.
 
     Args:
-        me: this worker's rank.
+        me: this worker's incarnation.
         remembered_max: how many ended forks and unused RRefs stay known (see `owners.REMEMBERED_MAX`).
     """
 
-    def __init__(self, me: int, remembered_max: int = REMEMBERED_MAX) -> None:
+    def __init__(self, me: Incarnation, remembered_max: int = REMEMBERED_MAX) -> None:
         self._me = me
-        self._lost: set[int] = set()
+        self._lost = EndedLives()
         self._owners = OwnerTable(me, self._lost, remembered_max)
         self._users = UserTable()
 
@@ -47,23 +49,24 @@ class RRefTable:
         """The call that `begin_here` announced is over."""
         return self._owners.forget(rref_id, rref_id)
 
-    def creation_arrived(self, rref_id: RRefId, fork_id: ForkId, creator: int) -> list[Action]:
+    def creation_arrived(self, rref_id: RRefId, fork_id: ForkId, creator: Incarnation) -> list[Action]:
         """Another worker's remote() came: its value is being made.
 
         The RRef may be released at once, if its creator gave up and said so before, or is lost.
         """
         return self._owners.created(rref_id, fork_id, creator, alive=creator not in self._lost)
 
-    def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> None:
+    def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> list[Action]:
         """`RRefForkRequest` came: first, again, before the creation or after the delete."""
         if holder not in self._lost:
             self._owners.forked(rref_id, fork_id, holder)
+        return []
 
     def user_deleted(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
         """`RRefUserDelete` came: first, again, or before the creation."""
         return self._owners.ended(rref_id, fork_id)
 
-    def value_wanted(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> Availability:
+    def value_wanted(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> Availability:
         """A user asks for the value: by `RRefFetch`, say."""
         return Availability.REFUSED if holder in self._lost else self._owners.used(rref_id, fork_id, holder)
 
@@ -71,7 +74,7 @@ class RRefTable:
         """This worker pickles its own RRef for somebody: `fork_id` counts from now on."""
         self._owners.shared(rref_id, fork_id)
 
-    def came_home(self, rref_id: RRefId, fork_id: ForkId, parent: int) -> tuple[Availability, list[Action]]:
+    def came_home(self, rref_id: RRefId, fork_id: ForkId, parent: Incarnation) -> tuple[Availability, list[Action]]:
         """This worker's own RRef came back to it as `fork_id`, sent by itself or by a user.
 
         Returns:
@@ -89,12 +92,12 @@ class RRefTable:
 
     # ---- this worker as user -----------------------------------------------------------------------------------
 
-    def create(self, rref_id: RRefId, fork_id: ForkId, owner: int) -> None:
+    def create(self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation) -> None:
         """remote() is about to ask `owner`; `acknowledged` or `failed` follows."""
         self._users.create(rref_id, fork_id, owner)
 
     def receive(
-        self, rref_id: RRefId, fork_id: ForkId, owner: int, parent: int, announced: bool = True
+        self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation, parent: Incarnation, announced: bool = True
     ) -> list[Action]:
         """A fork of another worker's RRef came, sent by `parent`.
 
@@ -128,7 +131,7 @@ class RRefTable:
 
     # ---- both --------------------------------------------------------------------------------------------------
 
-    def sent(self, rref_id: RRefId, fork_id: ForkId, holder: int) -> list[Action]:
+    def sent(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation) -> list[Action]:
         """What was pickled as `fork_id` is on its way to `holder`, who may be lost by now."""
         self._owners.sent(rref_id, fork_id, holder)
         self._users.sent(fork_id, holder)
@@ -138,14 +141,10 @@ class RRefTable:
         """What was pickled as `fork_id` will not be sent to anybody."""
         return self._owners.forget(rref_id, fork_id) + self._users.child_accepted(fork_id)
 
-    def peer_lost(self, rank: int) -> list[Action]:
-        """Worker `rank` died, left or became unreachable."""
-        self._lost.add(rank)
-        return self._owners.peer_lost(rank) + self._users.peer_lost(rank)
-
-    def peer_joined(self, rank: int) -> None:
-        """A new worker `rank` is here: what comes from it counts again."""
-        self._lost.discard(rank)
+    def peer_lost(self, peer: Incarnation) -> list[Action]:
+        """The life `peer` is over: it died, left or became unreachable."""
+        self._lost.note(peer, "")
+        return self._owners.peer_lost(peer) + self._users.peer_lost(peer)
 
     def drop_all_users(self) -> list[Action]:
         """Let go of every fork as if the program had: this worker shuts down."""
@@ -161,9 +160,9 @@ class RRefTable:
 
     # ---- questions ---------------------------------------------------------------------------------------------
 
-    def is_lost(self, rank: int) -> bool:
-        """Whether `rank` was lost and nobody took its place."""
-        return rank in self._lost
+    def is_lost(self, peer: Incarnation) -> bool:
+        """Whether the life `peer` is over, as far as this worker remembers."""
+        return peer in self._lost
 
     def user_state(self, fork_id: ForkId) -> UserState:
         """The state of this worker's fork `fork_id`."""
@@ -173,8 +172,8 @@ class RRefTable:
         """What this worker, the owner, knows of `rref_id`."""
         return self._owners.state(rref_id)
 
-    def owned_forks(self) -> dict[RRefId, dict[ForkId, int]]:
-        """The forks of this worker's RRefs with the ranks that hold them."""
+    def owned_forks(self) -> dict[RRefId, dict[ForkId, Incarnation]]:
+        """The forks of this worker's RRefs with the lives that hold them."""
         return {rref_id: self._owners.forks(rref_id) for rref_id in self._owners}
 
     @property

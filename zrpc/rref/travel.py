@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.errors import ProtocolError
+from zrpc.rref.context import RRefContext
 from zrpc.rref.forkdata import ForkData
-from zrpc.rref.ledger import Ledger
 from zrpc.rref.rref import RRef, receive
 from zrpc.wire import pickling
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 class Departure:
     """A fork on board a payload. It may be freed anywhere: it only leaves a note then."""
 
-    __slots__ = ("_has_left", "_ledger", "fork")
+    __slots__ = ("_context", "_has_left", "fork")
 
-    def __init__(self, ledger: Ledger, fork: ForkData) -> None:
-        self._ledger = ledger
+    def __init__(self, context: RRefContext, fork: ForkData) -> None:
+        self._context = context
         self._has_left = False
         self.fork = fork
 
@@ -51,16 +51,16 @@ class Departure:
     @interrupts.uninterrupted
     def __del__(self) -> None:
         if not self._has_left:
-            self._ledger.note_unsent(self.fork)
+            self._context.note_unsent(self.fork)
 
 
 class ForkHook:
-    """Tells the owner's ledger, and the receiver, which forks a message carries."""
+    """Tells the owner's context, and the receiver, which forks a message carries."""
 
     key = "rref"
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, context: RRefContext) -> None:
+        self._context = context
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """See `CallHook.send`: note that `to` holds the forks in `payload`, and announce them."""
@@ -68,7 +68,7 @@ class ForkHook:
             return None
         leaving = [key for key in payload.passengers if payload.has_in_stream(key)]  # others may be elsewhere
         for key in leaving:
-            self._ledger.sent(payload.passengers[key].fork, to)
+            self._context.sent(payload.passengers[key].fork, to)
         return leaving or None
 
     def receive(
@@ -83,7 +83,7 @@ class ForkHook:
         if is_reply:
             return nullcontext()
         users = [rref._fork_id for rref in arrived.values() if rref._cell is None and rref._fork_id is not None]
-        self._ledger.wait_confirmed(users)
+        self._context.wait_confirmed(users)
         return _leaving_nobody(payload)
 
     def carry_over(self) -> None:
@@ -96,7 +96,7 @@ class ForkHook:
     def _receive(self, source: WorkerInfo | None, meta: object) -> dict[bytes, RRef[Any]]:
         if not isinstance(meta, list):
             raise ProtocolError(f"{source} announced the RRefs {meta!r}")
-        return {raw: receive(self._ledger, ForkData.unpack(raw), announced=True) for raw in meta}
+        return {raw: receive(self._context, ForkData.unpack(raw), announced=True) for raw in meta}
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _leaving_nobody(payload: Payload) -> Iterator[None]:
 def _rebuild(packed: bytes) -> RRef[Any]:
     """Take an RRef out of a payload."""
     rref = pickling.alight(packed)
-    return rref if isinstance(rref, RRef) else receive(current_agent().extensions[Ledger], ForkData.unpack(packed))
+    return rref if isinstance(rref, RRef) else receive(current_agent().extensions[RRefContext], ForkData.unpack(packed))
 
 
 def reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
@@ -119,7 +119,7 @@ def reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
     with interrupts.held:  # else a fork would be counted that is not on board
         fork = rref._fork()
         packed = fork.pack()
-        pickling.board(packed, Departure(rref._ledger, fork))
+        pickling.board(packed, Departure(rref._context, fork))
     return _rebuild, (packed,)
 
 

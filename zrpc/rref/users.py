@@ -20,7 +20,7 @@ from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zrpc.ids import ForkId, RRefId
+    from zrpc.ids import ForkId, Incarnation, RRefId
 
 _UNCONFIRMED = frozenset({UserState.CREATING, UserState.FORKING, UserState.LEAVING_UNCONFIRMED})
 _LEAVING = frozenset({UserState.LEAVING_UNCONFIRMED, UserState.LEAVING})
@@ -31,16 +31,17 @@ class Fork:
     """One fork that this worker holds.
 
     Attributes:
+        owner: the owner's life.
         parent: the user that handed it out and waits to hear that the owner counts it; None if nobody waits.
-        children: forks of this one that were handed out and not accepted yet, each with the rank it went to.
+        children: forks of this one that were handed out and not accepted yet, each with the life it went to.
     """
 
     rref_id: RRefId
     fork_id: ForkId
-    owner: int
+    owner: Incarnation
     state: UserState
-    parent: int | None = None
-    children: dict[ForkId, int] = field(default_factory=dict)
+    parent: Incarnation | None = None
+    children: dict[ForkId, Incarnation] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"fork {self.fork_id} of {self.rref_id}"
@@ -80,12 +81,12 @@ class UserTable:
         fork = self._forks.get(fork_id)
         return fork.state if fork else UserState.GONE
 
-    def create(self, rref_id: RRefId, fork_id: ForkId, owner: int) -> None:
+    def create(self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation) -> None:
         """remote() is about to ask `owner` for a new RRef."""
         self._step(self._fork(rref_id, fork_id, owner), UserEvent.CREATED)
 
     def receive(
-        self, rref_id: RRefId, fork_id: ForkId, owner: int, parent: int, owner_lost: bool = False
+        self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation, parent: Incarnation, owner_lost: bool = False
     ) -> list[Action]:
         """A fork came from `parent`, the owner (which counted it before it sent it) or another user."""
         fork = self._fork(rref_id, fork_id, owner)
@@ -109,7 +110,7 @@ class UserTable:
         fork.children[child] = UNSENT
         self._parent_of[child] = fork_id
 
-    def sent(self, child: ForkId, holder: int) -> None:
+    def sent(self, child: ForkId, holder: Incarnation) -> None:
         """The pickled `child` is on its way to `holder`."""
         parent = self._forks.get(self._parent_of.get(child, child))
         if parent and child in parent.children:
@@ -143,16 +144,16 @@ class UserTable:
         self._step(fork, UserEvent.DROPPED)
         return self._settle(fork)
 
-    def peer_lost(self, rank: int) -> list[Action]:
-        """Worker `rank` is gone: forks of its RRefs are orphans, and children it held are nobody's concern."""
+    def peer_lost(self, peer: Incarnation) -> list[Action]:
+        """The life `peer` is over: forks of its RRefs are orphans, and children it held are nobody's concern."""
         actions: list[Action] = []
         for fork in list(self._forks.values()):
-            if fork.parent == rank:
+            if fork.parent == peer:
                 fork.parent = None
-            if fork.owner == rank:
+            if fork.owner == peer:
                 actions += self._orphan(fork)
                 continue
-            for child in [child for child, holder in fork.children.items() if holder == rank]:
+            for child in [child for child, holder in fork.children.items() if holder == peer]:
                 actions += self.child_accepted(child)
         return actions
 
@@ -180,7 +181,7 @@ class UserTable:
         self._step(fork, UserEvent.SETTLED)
         return [Tell(fork.owner, RRefUserDelete(fork.rref_id, fork.fork_id))]
 
-    def _fork(self, rref_id: RRefId, fork_id: ForkId, owner: int) -> Fork:
+    def _fork(self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation) -> Fork:
         return self._forks.get(fork_id) or Fork(rref_id, fork_id, owner, UserState.GONE)
 
     def _step(self, fork: Fork, event: UserEvent) -> None:

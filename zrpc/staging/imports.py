@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
 
     Dropped = deque[tuple[str, torch.Tensor]]
+    Beside = Callable[[Buffer, Callable[[], "Import"]], "Import"]
 
 
 class Import:
@@ -51,16 +52,16 @@ class Imports:
     Args:
         accelerator: gives the devices.
         submit: runs a task on another thread, unless the worker is closed.
-
-    Attributes:
         beside: keeps what is made for a note as long as the note is of use; see `zrpc.transport.attachments`.
     """
 
-    def __init__(self, accelerator: Callable[[], Accelerator], submit: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, accelerator: Callable[[], Accelerator], submit: Callable[[Callable[[], None]], None], beside: Beside
+    ) -> None:
         self._accelerator = accelerator
         self._submit = submit
         self._dropped: Dropped = deque()
-        self.beside: Callable[[Buffer, Callable[[], Import]], Import] = _make
+        self._beside = beside
 
     def try_to_open(self, note: Buffer, device: str) -> None:
         """See `zrpc.wire.route.Stager.try_import`."""
@@ -107,12 +108,12 @@ class Imports:
 
     def _open(self, note: Buffer, device: str) -> Import:
         self.tidy_soon()
-        return self.beside(note, partial(self._make, note, device))
+        return self._beside(note, partial(self._make, note, device))
 
     def _make(self, note: Buffer, device: str) -> Import:
         return Import(self._accelerator().import_memory(read_ticket(note), device), device, self._dropped)
 
 
-def _make(_: Buffer, make: Callable[[], Import]) -> Import:
+def keep_nothing(_: Buffer, make: Callable[[], Import]) -> Import:
     """Nothing is kept."""
     return make()

@@ -13,7 +13,7 @@ from zrpc.errors import DeviceError, ProtocolError
 from zrpc.staging import handover
 from zrpc.staging.exports import Exports
 from zrpc.staging.held import Held
-from zrpc.staging.imports import Imports
+from zrpc.staging.imports import Imports, keep_nothing
 from zrpc.staging.outgoing import Outgoing
 from zrpc.staging.pinned import PinnedPool
 from zrpc.staging.streams import Streams
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from zrpc.ids import Incarnation
     from zrpc.staging.accelerator import Accelerator, Event, Stream
+    from zrpc.staging.imports import Beside
     from zrpc.staging.note import MakeNote
     from zrpc.staging.process import Process
     from zrpc.wire.envelope import Buffer
@@ -35,6 +36,10 @@ SMALL_MAX_NBYTES = 65_536
 """Received buffers up to this size are copied into pinned memory first; larger ones are copied from where they lie."""
 RECEIVED_MAX_SHARE = 0.5
 """The part of the pinned pool that memory for what comes through sockets may take."""
+
+
+def _leave(_: Buffer) -> None:
+    """Pageable memory can be copied from too."""
 
 
 class Staging:
@@ -48,12 +53,13 @@ class Staging:
         submit: runs a task on another thread, unless the worker is closed.
         waiting: entered while a thread waits for a device.
         cuda_ipc: export memory of devices to workers of this host (`zrpc.staging.exports`).
+        pin: may pin the memory that a received buffer lies in, which then is copied from faster.
+        beside: see `Imports`.
+        on_streams: is told of `streams` when `use` changes them.
 
     Attributes:
         devices: the devices that the worker uses.
         streams: the streams of its requests; None: it uses no device.
-        pin: may pin the memory that a received buffer lies in, which then is copied from faster.
-        on_streams: is told of `streams` when `use` changes them.
         imports: memory of other workers' devices.
     """
 
@@ -64,6 +70,10 @@ class Staging:
         submit: Callable[[Callable[[], None]], None],
         waiting: Callable[[], AbstractContextManager[None]],
         cuda_ipc: bool = False,
+        *,
+        pin: Callable[[Buffer], None] = _leave,
+        beside: Beside = keep_nothing,
+        on_streams: Callable[[Streams | None], None] = handover.order_by,
     ) -> None:
         self._open_accelerator = open_accelerator
         self._pool_nbytes = pinned_pool_nbytes
@@ -73,12 +83,12 @@ class Staging:
         self._pool: PinnedPool
         self._held = Held(submit, waiting)
         self._exports = Exports(lambda: self.accelerator, submit, waiting) if cuda_ipc else None
-        self.imports = Imports(lambda: self.accelerator, submit)
+        self.imports = Imports(lambda: self.accelerator, submit, beside)
         self._inward: dict[str, Stream] = {}
         self.devices: Sequence[str] = ()
         self.streams: Streams | None = None
-        self.pin: Callable[[Buffer], None] = _leave
-        self.on_streams: Callable[[Streams | None], None] = handover.order_by
+        self._pin = pin
+        self._on_streams = on_streams
 
     @property
     def accelerator(self) -> Accelerator:
@@ -107,7 +117,7 @@ class Staging:
         if list(devices) != list(self.devices):
             self.streams = Streams(self.accelerator, devices) if devices else None
             self.devices = tuple(devices)
-            self.on_streams(self.streams)
+            self._on_streams(self.streams)
 
     def fetch(self, source: torch.Tensor, device: str) -> Outgoing:
         """See `zrpc.wire.route.Stager.fetch`. The stream that copies is none of the caller's, who is not held up."""
@@ -210,7 +220,7 @@ class Staging:
             if not loan.is_pooled:
                 self._held.until(event, loan)
             return
-        self.pin(buffer)
+        self._pin(buffer)
         view = memoryview(buffer)
         source = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
         self._held.until(self._copy(target, source, stream), source)
@@ -225,7 +235,3 @@ class Staging:
         if stream is None:
             stream = self._inward.setdefault(device, self.accelerator.new_stream(device))
         return stream
-
-
-def _leave(_: Buffer) -> None:
-    """Pageable memory can be copied from too."""

@@ -30,6 +30,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from zrpc import threads
 from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
@@ -55,6 +56,10 @@ OnControl = Callable[[list[Buffer]], None]
 """`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
 
 
+def _ignore(_: object) -> None:
+    """Nobody listens yet."""
+
+
 class BrokeredEndpoint:
     """One worker's end of the brokered transport.
 
@@ -66,8 +71,6 @@ class BrokeredEndpoint:
         local: pass the broker by on the way to workers of this host.
 
     Attributes:
-        on_control: takes the broker's own messages. Set it before `open`.
-        on_broker_lost: takes the reason when the broker is gone. Any thread; it must not block. Set it before `open`.
         heard_at: when anything last came from the broker (`time.monotonic`).
 
     Raises:
@@ -82,8 +85,8 @@ class BrokeredEndpoint:
         self.address = address
         self._numeric_address = sockets.split_address(sockets.resolve(address))
         self._local = local
-        self.on_control: OnControl = _ignore
-        self.on_broker_lost: Callable[[str], None] = _ignore
+        self._on_control: OnControl = _ignore
+        self._on_broker_lost: Callable[[str], None] = _ignore
         self.heard_at = time.monotonic()
         self._context, carrier = io_thread.make_context()
         try:
@@ -103,7 +106,7 @@ class BrokeredEndpoint:
         self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
         self._lock = threading.Lock()  # owns what follows and the wake sockets
         self._ways: dict[Incarnation, Way | None] = {}  # to those who are there
-        self._gone: dict[Incarnation, str] = {}
+        self._gone = EndedLives()
         self._broker_lost: str | None = None
         self._connections_up = 0
         self._clogged = False
@@ -167,9 +170,9 @@ class BrokeredEndpoint:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 threads.join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
-        self._outbox.drain()
-        can_flush = self.is_connected() and self._broker_lost is None
-        self._outbox.close(linger_ms=int(flush_s * 1000) if can_flush else 0)
+        if can_flush := self.is_connected() and self._broker_lost is None:
+            self._outbox.flush(deadline - time.monotonic())
+        self._outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)) if can_flush else 0)
         for way in list(self._ways.values()):
             if way is not None:
                 self._outbox.close_way(way)
@@ -186,8 +189,21 @@ class BrokeredEndpoint:
 
     # ---- for the membership -----------------------------------------------------------------------------------------
 
+    def tell(self, on_control: OnControl, on_broker_lost: Callable[[str], None]) -> None:
+        """Say who is to be told. To be called once, before `open`.
+
+        Args:
+            on_control: takes the broker's own messages.
+            on_broker_lost: takes the reason when the broker is gone. Any thread; it must not block.
+        """
+        self._on_control, self._on_broker_lost = on_control, on_broker_lost
+
     def open(self) -> None:
-        """Begin to read: the broker's messages are taken from now on, the workers' kept until `start`. Idempotent."""
+        """Begin to read: the broker's messages are taken from now on, the workers' kept until `start`. Idempotent.
+
+        Raises:
+            LimitError: the system gives no thread.
+        """
         with self._lock:
             if self._threads or self._closed:
                 return
@@ -215,7 +231,7 @@ class BrokeredEndpoint:
         with self._lock:
             known = peer in self._ways
             way = self._ways.pop(peer, None)
-            self._gone.setdefault(peer, reason)
+            self._gone.note(peer, reason)
         if way is not None:
             self._outbox.close_way(way)
         return known
@@ -235,7 +251,7 @@ class BrokeredEndpoint:
             self._wake(self._reader_wake)
         for peer in peers:
             self.lose_peer(peer, reason)
-        self.on_broker_lost(reason)
+        self._on_broker_lost(reason)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -292,7 +308,7 @@ class BrokeredEndpoint:
                     return None
             return self._deliver(source, frames)
         try:
-            self.on_control(frames)
+            self._on_control(frames)
         except Exception:  # whatever one message does, the next one is read
             log.exception("a message of the broker was not carried out")
         return None
@@ -349,7 +365,3 @@ class BrokeredEndpoint:
             self._connections_up += 1
         elif self._connections_up:
             self.lose_broker(f"the connection to the broker at {self.address} broke")
-
-
-def _ignore(_: object) -> None:
-    """Nobody listens yet."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zrpc.errors import PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
-from zrpc.transport.chunks import Transfers
+from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
 from zrpc.wire.envelope import Envelope, Exported, decode, encode
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.ids import Incarnation
-    from zrpc.transport.chunks import Bytes
+    from zrpc.transport.chunks import MakeMemory
     from zrpc.transport.endpoint import Endpoint, OnLost
     from zrpc.transport.filling import Fill, Unfilled
     from zrpc.transport.inbox import Work
@@ -49,13 +49,14 @@ class Carrier:
     Args:
         endpoint: the sockets; the carrier starts and closes them.
         shared_memory: None: large buffers go through the endpoint.
+        make: makes memory for what comes through sockets.
     """
 
-    def __init__(self, endpoint: Endpoint, shared_memory: SharedMemory | None) -> None:
+    def __init__(self, endpoint: Endpoint, shared_memory: SharedMemory | None, make: MakeMemory = plain) -> None:
         self._endpoint = endpoint
         self._shared_memory = shared_memory
         self._lanes = Lanes(endpoint.send, endpoint.credit_nbytes)
-        self._transfers = Transfers(self._lanes.send)
+        self._transfers = Transfers(self._lanes.send, make)
         self._batches = Batches(self._lanes.send, self.forget)
         self._on_envelope: OnEnvelope
         self._is_over = False
@@ -161,21 +162,10 @@ class Carrier:
                 memory.take_handed_back(peer, descriptor)
             raise
 
-    def serve_devices(self, make: Callable[[int], Bytes], pins: Pins) -> Callable[[Buffer], None]:
-        """What comes is brought to devices.
-
-        Args:
-            make: makes memory for what comes through sockets.
-            pins: pins memory that is shared with other workers.
-
-        Returns:
-            Pins the memory that a received buffer lies in, if it is shared.
-        """
-        self._transfers.buffers.make = make
-        shared_memory = self._shared_memory
-        if shared_memory is None:
-            return _nothing_to_pin
-        return lambda buffer: shared_memory.pin(buffer, pins)
+    def pin(self, buffer: Buffer, pins: Pins) -> None:
+        """Have `pins` pin the memory that a received buffer lies in, if it is shared with another worker."""
+        if self._shared_memory is not None:
+            self._shared_memory.pin(buffer, pins)
 
     def note(self, peer: Incarnation, nbytes: int) -> Note | None:
         """See `SharedMemory.note`; None also where this worker shares no memory."""
@@ -275,10 +265,6 @@ class Carrier:
         if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
             return self._shared_memory.fetch(source, descriptor, unfilled)
         return self._transfers.fetch(source, descriptor)
-
-
-def _nothing_to_pin(_: Buffer) -> None:
-    """No memory is shared."""
 
 
 def _do_all(works: list[Work]) -> None:

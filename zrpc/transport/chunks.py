@@ -45,6 +45,7 @@ _HEADER = struct.Struct("<BQQQ")  # magic, transfer, offset, total
 
 Descriptor = list[Any]
 Bytes = npt.NDArray[np.uint8]
+MakeMemory = Callable[[int], Bytes]
 Send = Callable[[Incarnation, Sequence[Buffer]], None]
 
 
@@ -63,7 +64,7 @@ def keep_freed_memory() -> None:
     np.empty(_KEPT_BLOCK_NBYTES, np.uint8)
 
 
-def _plain(nbytes: int) -> Bytes:
+def plain(nbytes: int) -> Bytes:
     return np.empty(nbytes, np.uint8)
 
 
@@ -72,12 +73,13 @@ class WarmBuffers:
 
     What is kept longest without use makes room for what comes back.
 
-    Attributes:
+    Args:
+        kept_max_nbytes: how much is kept at most.
         make: makes fresh memory of so many bytes.
     """
 
-    def __init__(self, kept_max_nbytes: int = KEPT_MAX_NBYTES) -> None:
-        self.make: Callable[[int], Bytes] = _plain
+    def __init__(self, kept_max_nbytes: int = KEPT_MAX_NBYTES, make: MakeMemory = plain) -> None:
+        self._make = make
         self._lock = threading.Lock()
         self._kept: list[Bytes] = []  # the one used last is the last
         self._kept_max_nbytes = kept_max_nbytes
@@ -97,7 +99,7 @@ class WarmBuffers:
             self._take_back()
             memory = self._find(nbytes)
         if memory is None:
-            memory = self.make(nbytes)
+            memory = self._make(nbytes)
         loan: Bytes = np.frombuffer(memory.data, np.uint8, nbytes)  # views of it keep it alive, and not `memory`
         whole = memory
 
@@ -152,12 +154,12 @@ class Transfers:
         buffers: where what comes in is put together.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, make: MakeMemory = plain) -> None:
         keep_freed_memory()
         self.num_placed = 0
         self._send = send
         self._numbers = itertools.count(1)
-        self.buffers = WarmBuffers()
+        self.buffers = WarmBuffers(make=make)
         self._incoming: dict[tuple[Incarnation, int], _Incoming] = {}
 
     def place(self, peer: Incarnation, buffer: Buffer | Arriving) -> Descriptor | None:

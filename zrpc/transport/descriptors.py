@@ -23,22 +23,35 @@ PER_ENDPOINT = 24
 """What an endpoint has open before it knows anybody, at most. [measured: 19]"""
 SPARE = 8
 """Left to the rest of the process by whoever asks whether there is room."""
+_LISTING = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 
 
 def check_room(count: int) -> None:
-    """See whether `count` more files can be opened, and `SPARE` beside them, by opening as many for a moment.
+    """See whether `count` more files can be opened, and `SPARE` beside them.
+
+    None is opened to find that out, which might be the last one that another thread can have, unless the system does
+    not say how many are open.
 
     Raises:
         LimitError: they cannot.
     """
-    try:
-        _open_for_a_moment(count + SPARE)
-    except OSError as error:
+    opened, allowed = count_open(), _allowed()
+    if opened is not None and opened + count + SPARE > allowed:
+        opened = _count_numbers_below(allowed)  # a limit that was lowered counts what is below it
+    if (opened is None and not _can_open(count + SPARE)) or (opened or 0) + count + SPARE > allowed:
         raise LimitError(
-            f"no socket can be made, as this process may not open {count + SPARE} more files ({error.strerror}; "
-            f"{describe()}). A worker needs {PER_PEER} files for each worker that it talks to: raise the limit with "
-            "`ulimit -n`, or use a broker, with which it needs none"
-        ) from error
+            f"no socket can be made, as this process may not open {count + SPARE} more files ({describe()}). A worker "
+            f"needs {PER_PEER} files for each worker that it talks to: raise the limit with `ulimit -n`, or use a "
+            "broker, with which it needs none"
+        )
+
+
+def _count_numbers_below(limit: float) -> int | None:
+    """How many open files have numbers below `limit`; None where that cannot be found out."""
+    try:
+        return sum(int(number) < limit for number in os.listdir(_LISTING))
+    except OSError as error:
+        return int(limit) if error.errno == errno.EMFILE else None
 
 
 def _open_for_a_moment(count: int) -> None:
@@ -100,10 +113,11 @@ def are_plenty() -> bool:
 def count_open() -> int | None:
     """How many files this process has open; None where that cannot be found out.
 
-    To list them takes a file more. Where this process may not open it, it has as many as it may.
+    Since Linux 6.2 the size of `/proc/self/fd` says it. To list them takes a file more. Where this process may not open
+    that, it has as many as it may.
     """
     try:
-        return len(os.listdir("/dev/fd"))
+        return os.stat(_LISTING).st_size or len(os.listdir(_LISTING))
     except OSError as error:
         return int(_allowed()) if error.errno == errno.EMFILE and _allowed() != math.inf else None
 

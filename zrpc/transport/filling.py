@@ -2,7 +2,7 @@
 
 To copy 1 MiB into a slab takes as long as a message takes to its receiver. So unless a buffer is large, the message
 that names it goes first, and the copy is made while it travels; the slab's header says when it is whole. The receiver
-takes the message in as any other, and looks at the header when somebody wants what came: outside of the read lock,
+takes the message in as any other, and looks at the header when somebody wants what came: not on the thread that reads,
 because the sender may have been stopped in between, and then it has to wait.
 
 Measured on one host, calls that send a buffer of that size, without and with this (least of 12 processes each): 64 KiB

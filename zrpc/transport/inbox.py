@@ -26,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ from zrpc import interrupts, threads
 from zrpc.exception_text import log_error
 from zrpc.transport.polling import Polling
 from zrpc.transport.turns import Place, Turns
+from zrpc.wakeups import WakeUp
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Inbox:
         self._interrupt = interrupt
         self._lock = threading.Lock()
         self._turns = Turns()
-        self._wakes: dict[int, _Wake] = {}  # of the readers; each adds its own
+        self._wakes: dict[int, WakeUp] = {}  # of the readers; each adds its own
         self._serves_queue = 0  # the reader at work that had not to wait for it
         self._begun: list[zmq.Frame] = []  # of the message that is being received
         self._held: list[Buffer] = []  # a message of the socket, before which others are handed on
@@ -179,7 +180,7 @@ class Inbox:
     def run(self) -> None:
         """Be a reader, until `is_over`."""
         me = threading.get_ident()
-        self._wakes[me] = _Wake()
+        self._wakes[me] = WakeUp()
         with self._lock:
             self._turns.reader_comes(me)
         threads.keep_running(partial(self._be_reader, me), self._is_over)
@@ -389,25 +390,6 @@ class Inbox:
         """This thread reads now, or waits: the reader at work that left something lying may not come back for long."""
         self._serves_queue = 0
         self.on_queue_empty()
-
-
-class _Wake:
-    """Wakes one thread. To be woken twice before it waits is to be woken once."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def set(self) -> None:
-        """Wake it, or keep it from waiting next time."""
-        with suppress(RuntimeError):
-            self._lock.release()
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Wait to be woken, up to `timeout_s` seconds; None: no limit."""
-        self._lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
 
 
 _NOBLOCK = (int(zmq.NOBLOCK),)

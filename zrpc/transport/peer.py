@@ -24,6 +24,7 @@ import zmq
 
 from zrpc import threads
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
+from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
 from zrpc.transport.outbox import Outbox
@@ -66,6 +67,7 @@ class PeerEndpoint:
         # A peer connects again while this process stands still, for which the connection before is still there: without
         # this the new one would be taken in and never read.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        router.setsockopt(zmq.ROUTING_ID, incarnation)  # so that it can be seen which life listens: `has_ended`
         try:
             self.address = sockets.bind(router, bind)
             if local and sys.platform.startswith("linux"):
@@ -88,7 +90,7 @@ class PeerEndpoint:
         self._addresses: dict[Incarnation, str] = {}
         self._outboxes: dict[Incarnation, Outbox] = {}
         self._new_monitors: list[tuple[Incarnation, sockets.Socket]] = []
-        self._lost: dict[Incarnation, str] = {}
+        self._lost = EndedLives()
         self._clogged: set[Incarnation] = set()
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -120,7 +122,7 @@ class PeerEndpoint:
         """Forget a peer that said goodbye; what was sent to it may still leave."""
         with self._lock:
             self._addresses.pop(peer, None)
-            self._lost.setdefault(peer, "it left the group")
+            self._lost.note(peer, "it left the group")
             outbox = self._outboxes.pop(peer, None)
         if outbox is not None:
             outbox.close(linger_ms=1_000)
@@ -223,7 +225,7 @@ class PeerEndpoint:
             try:
                 sockets.connect(sock, local if self._local and sockets.is_reachable(local) else address)
             except ConfigError as error:
-                self._lost[peer] = f"its address cannot be used: {error}"
+                self._lost.note(peer, f"its address cannot be used: {error}")
                 sock.disable_monitor()  # its last word must be sent while somebody is there to read it
                 sock.close()
                 monitor.close()
@@ -263,6 +265,7 @@ class PeerEndpoint:
             outbox = self._outboxes.pop(peer, None)
             if outbox is None:
                 return
-            self._lost[peer] = reason
+            self._addresses.pop(peer, None)
+            self._lost.note(peer, reason)
         outbox.close(linger_ms=0)
         self._on_lost(peer, reason)

@@ -71,9 +71,9 @@ class Shortcuts:
 
     def __init__(self, me: Incarnation, *, is_thrifty: bool = False) -> None:
         self._is_thrifty = is_thrifty
-        self._listener = _make_socket()
+        self._listener = make_socket()
         try:
-            self._listener.bind(_address(me))
+            self._listener.bind(address_of(me))
             self._listener.listen(_BACKLOG)
             self._epoll = select.epoll()
         except OSError:
@@ -197,7 +197,7 @@ class Shortcuts:
             source = message.removeprefix(_HELLO)
             self._connections[sock.fileno()] = sock, source
             self._by_source[source] = sock
-            self.send_back(_mark(0), source)
+            self.send_back(mark_of(0), source)
         else:
             self._drop(sock, source)
         return None
@@ -212,15 +212,18 @@ class Shortcut:
         me: who sends.
         peer: to whom.
 
+    Attributes:
+        num_around: how many messages have gone around; the first stands for all that were sent before.
+
     Raises:
         OSError: there is none.
     """
 
     def __init__(self, me: Incarnation, peer: Incarnation) -> None:
-        self._sock = _make_socket()
+        self._sock = make_socket()
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_NBYTES)
-            self._sock.connect(_address(peer))
+            self._sock.connect(address_of(peer))
             if not _is_of_this_user(self._sock):
                 raise PermissionError("another user's process listens there")
             self._sock.send(_HELLO + me, _NO_SIGNAL)
@@ -228,7 +231,7 @@ class Shortcut:
             self._sock.close()
             raise
         self._is_open = True
-        self._around = 1  # how many messages have gone around; the first stands for all that were sent before
+        self.num_around = 1
         self._confirmed = -1  # how many of them have been read, for sure; -1: it is not welcome yet
 
     @classmethod
@@ -248,9 +251,9 @@ class Shortcut:
         """Send one message; false: it must go around."""
         if len(frames) != 1 or not 0 < len(frames[0]) <= MAX_NBYTES or not self._is_open:
             return False
-        if self._around != self._confirmed:
+        if self.num_around != self._confirmed:
             self._look()
-            if self._around != self._confirmed:
+            if self.num_around != self._confirmed:
                 return False
         try:
             self._sock.send(frames[0], _NO_SIGNAL)
@@ -263,16 +266,16 @@ class Shortcut:
 
     def go_around(self) -> bytes:
         """A message goes around. Returns its mark."""
-        self._around += 1
+        self.num_around += 1
         if self._is_open:
             self._look()  # or what comes back would be too much to hold
-        return _mark(self._around)
+        return mark_of(self.num_around)
 
     def is_unread(self) -> bool:
         """Whether something that went around may not have been read yet, by a peer that is there."""
         if self._is_open:
             self._look()
-        return self._is_open and 0 <= self._confirmed < self._around
+        return self._is_open and 0 <= self._confirmed < self.num_around
 
     def wait_read(self, timeout_s: float) -> None:
         """Wait until all that went around has been read, up to `timeout_s`; not for a peer that is gone.
@@ -297,7 +300,7 @@ class Shortcut:
         try:
             while mark := self._sock.recv(_MARK_NBYTES):
                 (number,) = _NUMBER.unpack(mark[len(_MARK) :])
-                self._confirmed = max(self._confirmed, min(number, self._around))
+                self._confirmed = max(self._confirmed, min(number, self.num_around))
             self.close()
         except BlockingIOError:
             pass
@@ -310,16 +313,18 @@ def is_mark(frame: Buffer) -> bool:
     return len(frame) == _MARK_NBYTES and frame[: len(_MARK)] == _MARK
 
 
-def _mark(number: int) -> bytes:
+def mark_of(number: int) -> bytes:
+    """The mark of the message that went around as the `number`-th."""
     return _MARK + _NUMBER.pack(number)
 
 
-def _address(incarnation: Incarnation) -> str:
-    """An abstract Unix socket, which leaves no file."""
+def address_of(incarnation: Incarnation) -> str:
+    """Where the worker of that life listens for shortcuts: an abstract Unix socket, which leaves no file."""
     return f"\0zrpc-shortcut-{incarnation.hex()}"
 
 
-def _make_socket() -> socket.socket:
+def make_socket() -> socket.socket:
+    """A socket for one end of a shortcut."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 

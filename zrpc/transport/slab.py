@@ -11,7 +11,8 @@ import ctypes
 import errno
 import mmap
 import os
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,6 +32,8 @@ _STATE, _RETIRED, _CONTENT = 0, 1, 2
 _NUMBER = slice(8, 16)
 """Where the slab's number stands: a random one, so that no other file can be taken for it."""
 
+SWEEP = 16
+"""So many slabs are looked at in one go for such as are free again."""
 NOBODY = b""
 """In place of the worker that holds a slab, or owns it: it came home."""
 
@@ -193,6 +196,37 @@ class Slab:
         self.memory.retire()
         self.memory.unpin()
         os.close(self.fd)
+
+
+@dataclass(slots=True)
+class Shelf:
+    """The slabs of one size. Owned by the pool's lock."""
+
+    placed: deque[Slab] = field(default_factory=deque)
+    """Given to receivers, the last one last; some may be free again."""
+    free: list[Slab] = field(default_factory=list)
+    """Known to be free; the one used last is the last."""
+
+    def take(self) -> Slab | None:
+        """A free slab, the warmest there is."""
+        if self.placed and self.placed[-1].memory.is_free():
+            return self.placed.pop()
+        if not self.free:
+            self.sweep(SWEEP)
+        return self.free.pop() if self.free else None
+
+    def sweep(self, count: int) -> None:
+        """Look at `count` slabs for such as are free again, a few at a time in turn."""
+        for _ in range(min(count, len(self.placed))):
+            slab = self.placed.popleft()
+            (self.free if slab.memory.is_free() else self.placed).append(slab)
+
+    def pick(self, holder: Incarnation) -> list[Slab]:
+        """Take out what `holder` holds."""
+        picked = [slab for slab in self.placed if slab.holder == holder and not slab.memory.is_free()]
+        for slab in picked:
+            self.placed.remove(slab)
+        return picked
 
 
 def open_slab(pid: int, fd: int) -> SlabMemory:

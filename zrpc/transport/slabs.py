@@ -35,8 +35,7 @@ import logging
 import os
 import resource
 import threading
-from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from collections import defaultdict
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -45,7 +44,7 @@ from zrpc.errors import ProtocolError
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
-from zrpc.transport.slab import NOBODY, Descriptor, Slab, size_class
+from zrpc.transport.slab import NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
 from zrpc.wire.envelope import Arriving
 
 if TYPE_CHECKING:
@@ -79,7 +78,6 @@ ALLOWANCE_NBYTES = 64 << 20
 """How much is taken, at most, before it is asked again what is available."""
 REFUSALS = 64
 """So many more slabs are refused, once there was not enough memory, before it is asked again."""
-_SWEEP = 16
 
 
 def is_supported() -> bool:
@@ -100,39 +98,10 @@ def limits() -> tuple[int, int]:
     return nbytes, count
 
 
-@dataclass(slots=True)
-class Shelf:
-    """The slabs of one size. Owned by the pool's lock."""
-
-    placed: deque[Slab] = field(default_factory=deque)
-    """Given to receivers, the last one last; some may be free again."""
-    free: list[Slab] = field(default_factory=list)
-    """Known to be free; the one used last is the last."""
-
-    def take(self) -> Slab | None:
-        """A free slab, the warmest there is."""
-        if self.placed and self.placed[-1].memory.is_free():
-            return self.placed.pop()
-        if not self.free:
-            self.sweep(_SWEEP)
-        return self.free.pop() if self.free else None
-
-    def sweep(self, count: int) -> None:
-        """Look at `count` slabs for such as are free again, a few at a time in turn."""
-        for _ in range(min(count, len(self.placed))):
-            slab = self.placed.popleft()
-            (self.free if slab.memory.is_free() else self.placed).append(slab)
-
-    def pick(self, holder: Incarnation) -> list[Slab]:
-        """Take out what `holder` holds."""
-        picked = [slab for slab in self.placed if slab.holder == holder and not slab.memory.is_free()]
-        for slab in picked:
-            self.placed.remove(slab)
-        return picked
-
-
 class SlabPool:
     """The slabs that this worker sends in. Any thread may call it; the tables are owned by the lock.
+
+    Threads that read take the lock, so no memory is taken or given back, and nothing is logged, under it.
 
     Args:
         max_nbytes: what they may take together.
@@ -147,9 +116,11 @@ class SlabPool:
         self._nbytes = 0
         self._count = 0
         self._sweeps_to_skip = 0
-        self._asks_to_skip = 0
         self._num_placed = 0
+        self._asking = threading.Lock()  # owns the next three; senders alone take it
+        self._asks_to_skip = 0
         self._allowance = 0
+        self._making_nbytes = 0
         self._has_warned = False
         self._closed = False
         self._copier = Copier()
@@ -167,14 +138,15 @@ class SlabPool:
         if nbytes < MIN_NBYTES:
             return None
         with self._lock:
-            slab = None if self._closed else self._take(size_class(nbytes))
+            slab = None if self._closed else self._shelves[size_class(nbytes)].take()
+            if slab is not None:
+                self._give(slab, holder, nbytes)
+        if slab is None:
+            slab = self._grow(size_class(nbytes), holder, nbytes)
             if slab is None:
                 return None
-            slab.memory.hold()
-            slab.holder = holder
-            slab.descriptor = descriptor = [self._pid, slab.fd, slab.number, nbytes]
-            self._shelves[slab.room].placed.append(slab)
-            self._num_placed += 1
+        descriptor = slab.descriptor
+        assert descriptor is not None  # it stays as it is: nobody but this thread knows that the slab is held
         if nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving):
             slab.memory.begin_filling()
             later.append(Fill(slab, buffer))
@@ -218,11 +190,13 @@ class SlabPool:
         """
         with self._lock:
             slab = self._find(descriptor)
-            if slab is not None and slab.descriptor is descriptor:
-                if slab.memory.is_filling:
-                    slab.memory.end_filling(is_whole=False)
-                self._shelves[slab.room].placed.remove(slab)
-                self._let_go([slab])
+            if slab is None or slab.descriptor is not descriptor:
+                return
+            if slab.memory.is_filling:
+                slab.memory.end_filling(is_whole=False)
+            self._shelves[slab.room].placed.remove(slab)
+            self._strike_off([slab])
+        slab.retire()
 
     def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory | None:
         """The memory of a slab that `holder` has handed back: it is held here now. None: it is no slab of this pool.
@@ -248,8 +222,9 @@ class SlabPool:
     def reclaim(self, holder: Incarnation) -> None:
         """`holder` is lost: let go of what it held."""
         with self._lock:
-            for shelf in self._shelves.values():
-                self._let_go(shelf.pick(holder))
+            picked = [slab for shelf in self._shelves.values() for slab in shelf.pick(holder)]
+            self._strike_off(picked)
+        _retire(picked)
 
     def counts(self) -> dict[str, int]:
         """How many slabs there are, how many of them are held, their bytes, and how many buffers were placed so far."""
@@ -262,93 +237,143 @@ class SlabPool:
         """Let go of every slab. Idempotent."""
         with self._lock:
             self._closed = True
-            for shelf in self._shelves.values():
-                self._let_go((*shelf.placed, *shelf.free))
+            left = [slab for shelf in self._shelves.values() for slab in (*shelf.placed, *shelf.free)]
+            self._strike_off(left)
             self._shelves.clear()
+        _retire(left)
         self._copier.close()
 
-    def _take(self, room: int) -> Slab | None:
-        """A free slab of that size, made if need be. Call it under the lock."""
-        shelf = self._shelves[room]
-        slab = shelf.take()
-        if slab is not None:
+    def _give(self, slab: Slab, holder: Incarnation, nbytes: int) -> None:
+        """`holder` is about to be told of `slab`. Call it under the lock."""
+        slab.memory.hold()
+        slab.holder = holder
+        slab.descriptor = [self._pid, slab.fd, slab.number, nbytes]
+        self._shelves[slab.room].placed.append(slab)
+        self._num_placed += 1
+
+    def _grow(self, room: int, holder: Incarnation, nbytes: int) -> Slab | None:
+        """A slab of that size for `holder`, where none was free: made, or found among those that are free by now.
+
+        Its place is reserved under the lock; it is made outside, since its pages take up to a second to be there, and
+        every slab that comes home waits for the lock.
+        """
+        gone: list[Slab] = []
+        with self._lock:
+            slab = None
+            if not self._closed and not self._may_grow(room):
+                gone = self._make_way(room)
+                slab = self._shelves[room].take()
+                if slab is not None:
+                    self._give(slab, holder, nbytes)
+            is_reserved = slab is None and not self._closed and self._may_grow(room)
+            if is_reserved:
+                self._nbytes += room
+                self._count += 1
+            is_full = slab is None and not self._closed and not is_reserved
+        _retire(gone)
+        if is_full:
+            self._warn(
+                f"{self._count} slabs of {self._nbytes >> 20} MiB in all are held, "
+                f"and there may be {self._max_count} of {self._max_nbytes >> 20} MiB"
+            )
+        if not is_reserved:
             return slab
-        if not self._may_grow(room):
-            self._make_way(room)
-            slab = shelf.take()
-            if slab is not None:
-                return slab
-        if self._may_grow(room):
-            return self._make(room)
-        self._warn(
-            f"{self._count} slabs of {self._nbytes >> 20} MiB in all are held, "
-            f"and there may be {self._max_count} of {self._max_nbytes >> 20} MiB"
-        )
-        return None
+        made = None
+        try:
+            made = self._make(room)
+        finally:
+            with self._lock:
+                if made is not None and not self._closed:
+                    self._give(made, holder, nbytes)
+                    slab = made
+                else:
+                    self._nbytes -= room
+                    self._count -= 1
+            if slab is None and made is not None:
+                made.retire()
+        return slab
 
     def _may_grow(self, room: int) -> bool:
         return self._nbytes + room <= self._max_nbytes and self._count < self._max_count
 
-    def _make_way(self, room: int) -> None:
-        """Find free slabs of that size, or let go of such of other sizes until one can be made. Under the lock."""
+    def _make_way(self, room: int) -> list[Slab]:
+        """Find free slabs of that size, or let go of such of other sizes until one can be made. Under the lock.
+
+        Returns:
+            What to retire, outside of the lock.
+        """
+        gone: list[Slab] = []
         if self._sweeps_to_skip:
             self._sweeps_to_skip -= 1
-            return
+            return gone
         for shelf in self._shelves.values():
             shelf.sweep(len(shelf.placed))
         for shelf in self._shelves.values():
             while shelf.free and not self._shelves[room].free and not self._may_grow(room):
-                self._let_go([shelf.free.pop(0)])
+                gone.append(shelf.free.pop(0))
+                self._strike_off(gone[-1:])
         if not self._shelves[room].free and not self._may_grow(room):
-            self._sweeps_to_skip = self._count // _SWEEP  # so that on average each buffer looks at a few slabs only
+            self._sweeps_to_skip = self._count // SWEEP  # so that on average each buffer looks at a few slabs only
+        return gone
 
     def _make(self, room: int) -> Slab | None:
-        """A fresh slab. Call it under the lock.
+        """A fresh slab. Call it under no lock.
 
         Too much would not be refused: a process in a full cgroup is killed while it allocates [measured: version 1,
         `posix_fallocate` of a memfd, SIGKILL]. So it is asked first.
         """
-        if room > self._allowance:
-            self._allowance = self._ask(room)
-        if room > self._allowance:
+        with self._asking:
+            refusal = self._ask(room) if room > self._allowance else None
+            is_allowed = room <= self._allowance
+            if is_allowed:
+                self._allowance -= room
+                self._making_nbytes += room
+        if refusal is not None:
+            self._warn(refusal)
+        if not is_allowed:
             return None
         try:
-            slab = Slab.make(room)
+            return Slab.make(room)
         except OSError as error:
             self._warn(f"no slab of {room} bytes can be made: {error}")
             return None
-        self._allowance -= room
-        self._nbytes += room
-        self._count += 1
-        return slab
+        finally:
+            with self._asking:
+                self._making_nbytes -= room
 
-    def _ask(self, room: int) -> int:
-        """How much may be taken now, if it is as much as `room`."""
+    def _ask(self, room: int) -> str | None:
+        """Find out how much may be taken from now on; why not `room`, if that was asked. Under the lock for this."""
+        self._allowance = 0
         if self._asks_to_skip:
             self._asks_to_skip -= 1
-            return 0
+            return None
         try:
             available = available_nbytes()
         except OSError as error:  # then nothing is taken
-            self._warn(f"it cannot be found out how much memory is available ({error})")
             self._asks_to_skip = REFUSALS
-            return 0
+            return f"it cannot be found out how much memory is available ({error})"
         if available is None:  # a system that never says: the pool's own limit has to do
-            return max(room, ALLOWANCE_NBYTES)
-        most = int((available - RESERVE_NBYTES) * GROWTH_MAX_SHARE)
+            self._allowance = max(room, ALLOWANCE_NBYTES)
+            return None
+        most = int((available - self._making_nbytes - RESERVE_NBYTES) * GROWTH_MAX_SHARE)
         if room > most:
-            self._warn(f"a slab of {room} bytes is too much where {available} bytes are available")
             self._asks_to_skip = REFUSALS
-            return 0
-        return min(most, max(room, ALLOWANCE_NBYTES))
+            return f"a slab of {room} bytes is too much where {available} bytes are available"
+        self._allowance = min(most, max(room, ALLOWANCE_NBYTES))
+        return None
 
-    def _let_go(self, slabs: Iterable[Slab]) -> None:
+    def _strike_off(self, slabs: Iterable[Slab]) -> None:
+        """They are the pool's no more. Call it under the lock, and retire them outside: that unmaps memory."""
         for slab in slabs:
             self._nbytes -= slab.room
             self._count -= 1
-            slab.retire()
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
             self._has_warned = True
             log.warning("shared memory is not used for now, sockets are: %s", reason)
+
+
+def _retire(slabs: Iterable[Slab]) -> None:
+    for slab in slabs:
+        slab.retire()

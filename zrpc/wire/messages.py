@@ -58,8 +58,10 @@ def global_id(value: Any) -> GlobalId:
     Raises:
         ProtocolError: it is none.
     """
-    if type(value) is list and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return GlobalId(*value)
+    if type(value) is list and len(value) == 3:
+        created_on, local_id, life = value
+        if type(created_on) is type(local_id) is int and type(life) is bytes:
+            return GlobalId(created_on, local_id, life)
     raise ProtocolError(f"{reprlib.repr(value)} is not a global id")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zrpc.errors import SerializationError
+from zrpc.wire.compilations import compilations
 from zrpc.wire.reducers import Reduced, note_cut_off, register_reducer
 
 _ROOT = "__torch__."
@@ -24,12 +25,12 @@ def qualified_name(function: Any) -> str:
 
 
 def find_function(name: str) -> Any:
-    """The compiled function of that qualified name, in this process.
+    """The compiled function of that qualified name, in this process. One that is being compiled is waited for.
 
     Raises:
         SerializationError: there is none.
     """
-    found = torch.jit._state._python_cu.find_function(name)
+    found = _find(name)
     if found is not None:
         return found
     module, _, attribute = name.removeprefix(_ROOT).rpartition(".")
@@ -39,13 +40,28 @@ def find_function(name: str) -> Any:
         raise SerializationError(
             f"the module of the TorchScript function {name} cannot be imported: {error}"
         ) from error
-    found = torch.jit._state._python_cu.find_function(name)
+    found = _find(name)
     if found is None:
         raise SerializationError(
             f"attempted to get undefined function {attribute}: there is no TorchScript function {name} here. Compile "
             f"{attribute} with torch.jit.script at the top level of {module}, which caller and callee both import"
         )
     return found
+
+
+def _find(name: str) -> Any:
+    """The compiled function of that qualified name; None: there is none, or it could not be compiled."""
+    found: Any = torch.jit._state._python_cu.find_function(name)
+    if found is None:
+        return None
+    compilations.wait(name)
+    is_whole = any(True for _ in found.graph.outputs())  # TorchScript keeps the beginning of one that it cannot compile
+    return found if is_whole else None
+
+
+def _compile(name: str, *args: Any) -> Any:
+    with compilations.under_way(name):
+        return _compile_of_torch(name, *args)
 
 
 def _reduce_function(function: Any) -> Reduced:
@@ -69,6 +85,9 @@ def _load_module(saved: bytes) -> Any:
     return _jit.load(io.BytesIO(saved))
 
 
+_native: Any = torch._C
+_compile_of_torch = _native._jit_script_compile
+_native._jit_script_compile = _compile
 register_reducer(torch.jit.ScriptFunction, _reduce_function)
 register_reducer(torch._C.ScriptModule, _reduce_bare_module)
 for _cls in (_jit.RecursiveScriptModule, _jit.TopLevelTracedModule):

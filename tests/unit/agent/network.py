@@ -12,7 +12,7 @@ from tests.unit.staging.fake import FakeAccelerator
 from tests.unit.wire.travel import received
 from zrpc.agent.agent import Agent
 from zrpc.config import RpcBackendOptions
-from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.errors import AgentClosedError, LimitError, PeerLostError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
 from zrpc.membership.group import Member
 from zrpc.transport.chunks import MAGIC
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WAIT_S = 20.0
 
+READER = "reader"
 Parcel = tuple[Incarnation, list[Buffer]]
 
 
@@ -47,9 +48,9 @@ class ReadElsewhere:
     """An inbox that a thread of its own reads, and no caller."""
 
     is_read_by_caller = False
-    is_read_here = False
     is_reader_here = False
     can_work = False
+    must_hand_on = False
     serves_queue_here = False
     num_sent = 0
 
@@ -57,6 +58,10 @@ class ReadElsewhere:
         self.on_callers_left: Callable[[], None] | None = None
         self.on_queue_empty: Callable[[], None] | None = None
         self.polling = SimpleNamespace(busy_poll_s=0.0)
+
+    @property
+    def is_read_here(self) -> bool:
+        return threading.current_thread().name == READER
 
     def wait_for(self, wanted: Any, deadline: float | None) -> None:
         wanted.block(deadline)
@@ -66,7 +71,14 @@ class ReadElsewhere:
 
 
 class MemoryEndpoint:
-    """An `Endpoint` whose messages travel through a queue, read by a thread of its own."""
+    """An `Endpoint` whose messages travel through a queue, read by a thread of its own.
+
+    Attributes:
+        watched: whom it was to watch.
+        watched_on: on which threads, by their names.
+        num_refused: how often it cannot watch from now on.
+        num_read: how many messages were taken in.
+    """
 
     credit_nbytes = 1 << 30
 
@@ -74,6 +86,9 @@ class MemoryEndpoint:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
         self.watched: list[Incarnation] = []
+        self.watched_on: list[str] = []
+        self.num_refused = 0
+        self.num_read = 0
         self._network = network
         self._queue: SimpleQueue[Parcel | None] = SimpleQueue()
         self._gone: set[Incarnation] = set()
@@ -88,8 +103,9 @@ class MemoryEndpoint:
         def read() -> None:
             while (parcel := self._queue.get()) is not None:
                 on_frames(*parcel)
+                self.num_read += 1
 
-        self._thread = threading.Thread(target=read, name="reader")
+        self._thread = threading.Thread(target=read, name=READER)
         self._thread.start()
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
@@ -112,6 +128,10 @@ class MemoryEndpoint:
         self._on_lost(peer, reason)
 
     def watch(self, peer: Incarnation) -> None:
+        if self.num_refused:
+            self.num_refused -= 1
+            raise LimitError("no more files")
+        self.watched_on.append(threading.current_thread().name)
         self.watched.append(peer)
 
     def interrupt(self) -> None:
@@ -160,6 +180,9 @@ class MemoryGroup:
     ) -> tuple[Member, list[Member]]:
         return next(member for member in self.members if member.incarnation == incarnation), self.members
 
+    def note_lost(self, incarnation: Incarnation) -> None:
+        pass
+
     def refresh(self) -> None:
         self.refreshes += 1
         newcomers, self.newcomers = self.newcomers, []
@@ -187,14 +210,18 @@ class Worker:
         self.options = options or RpcBackendOptions(num_worker_threads=4)
         self.endpoint = MemoryEndpoint(network)
         self.group = MemoryGroup([])
-        self.info = WorkerInfo(name, rank)
+        self.info = WorkerInfo(name, rank, self.endpoint.incarnation)
         self.connected: list[Member] = []
         self.disconnected: list[Incarnation] = []
         self.accelerator = FakeAccelerator(rank)
         self.agent = Agent(
             self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append,
-            shared_memory, open_accelerator=lambda: self.accelerator,
+            shared_memory, open_accelerator=lambda: self.open_accelerator(),
         )  # fmt: skip
+
+    def open_accelerator(self) -> FakeAccelerator:
+        """What initializes its devices."""
+        return self.accelerator
 
     def member(self, **card: Any) -> Member:
         return Member(self.info, self.endpoint.incarnation, card)

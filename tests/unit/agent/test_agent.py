@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.unit.agent.network import WAIT_S, Network, Worker, workers
+from tests.waiting import until
 from zrpc.agent import agent as agent_module
 from zrpc.config import RpcBackendOptions
 from zrpc.errors import (
@@ -21,6 +22,7 @@ from zrpc.errors import (
     RemoteError,
     RpcTimeoutError,
     SerializationError,
+    StaleWorkerError,
     UnknownWorkerError,
 )
 from zrpc.ids import GlobalId, WorkerInfo, new_incarnation
@@ -453,6 +455,69 @@ def test_requests_that_come_early_are_kept_back() -> None:
             call.wait()
 
 
+def test_requests_that_come_while_those_kept_back_are_served_are_served_after_them() -> None:
+    """A worker opens with requests kept back; while it serves the first of them a newer one comes: the order holds."""
+    served: list[int] = []
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def serve(request: Request[Any]) -> None:
+        number = pickling.loads(request.payload)
+        if not number:
+            has_begun.set()
+            assert may_end.wait(WAIT_S)
+        served.append(number)
+        request.reply()
+
+    with workers("a", "b", open_them=False) as (a, b):
+        a.agent.open()
+        b.agent.handle(RRefFetch, serve, inline=True)
+        calls = [a.agent.request(b.info, FETCH, pickling.dumps(number)) for number in range(2)]
+        until(lambda: b.endpoint.num_read == 2, "both are kept back")
+        opening = in_thread(b.agent.open)
+        assert has_begun.wait(WAIT_S)
+        calls.append(a.agent.request(b.info, FETCH, pickling.dumps(2)))
+        until(lambda: b.endpoint.num_read == 3, "the newer one has come")
+        may_end.set()
+        opening.join()
+        for call in calls:
+            call.wait()
+        assert served == [0, 1, 2]
+
+
+def test_the_reading_thread_opens_no_sockets_to_watch_a_peer() -> None:
+    """A handler on the reading thread has a peer watched: the control thread does that, other threads do it at once."""
+    with workers("a", "b", "c") as (a, b, c):
+        c.agent.watch(b.info)
+        assert c.endpoint.watched == [b.endpoint.incarnation]
+
+        def serve(request: Request[Any]) -> None:
+            b.agent.watch(c.info)
+            request.reply()
+
+        b.agent.handle(RRefFetch, serve, inline=True)
+        a.agent.request(b.info, FETCH).wait()
+        until(lambda: b.endpoint.watched, "it is watched")
+        assert b.endpoint.watched == [c.endpoint.incarnation]
+        assert b.endpoint.watched_on == ["zrpc-control"]
+
+
+def test_a_peer_that_cannot_be_watched_now_is_watched_later(caplog: pytest.LogCaptureFixture) -> None:
+    """No socket can be made for one peer: the next time that one is to be watched both are, once each."""
+    with workers("a", "b", "c") as (a, b, c):
+
+        def serve(request: Request[Any]) -> None:
+            b.agent.watch((a, c)[pickling.loads(request.payload)].info)
+            request.reply()
+
+        b.agent.handle(RRefFetch, serve, inline=True)
+        b.endpoint.num_refused = 1
+        for number in range(2):
+            a.agent.request(b.info, FETCH, pickling.dumps(number)).wait()
+        until(lambda: len(b.endpoint.watched) == 2, "both are watched")
+        assert b.endpoint.watched == [a.endpoint.incarnation, c.endpoint.incarnation]
+    assert "no more files" in caplog.text
+
+
 def test_an_agent_that_is_not_open_may_call() -> None:
     with workers("a", "b", open_them=False) as (a, b):
         b.agent.handle(RRefFetch, echo, inline=True)
@@ -474,6 +539,50 @@ def test_a_newcomer_is_looked_for_when_its_request_comes() -> None:
             assert [member.info.name for member in a.connected] == ["a", "b"]
         finally:
             newcomer.agent.close(WAIT_S)
+
+
+@pytest.mark.parametrize("is_told_first", [False, True])
+def test_a_loss_ends_the_calls_to_that_life_and_not_those_to_the_next(is_told_first: bool) -> None:
+    """The next life has name and rank of the one before, and joins before or after the loss is told."""
+    network = Network()
+    with workers("a", "b", dynamic=True, network=network) as (a, b):
+        successor, gates = Worker(network, "b", 1), (Gate(), Gate())
+        for worker, gate in zip((b, successor), gates, strict=True):
+            worker.agent.handle(RRefFetch, gate, inline=True)
+        successor.join([a.member(), successor.member()], None)
+        successor.agent.open()
+        try:
+            to_first = a.agent.request(b.info, FETCH)
+            gates[0].wait()
+            if is_told_first:
+                a.endpoint.lose(b.endpoint.incarnation, "it died")
+            a.group.on_joined(successor.member())
+            assert a.agent.resolve("b").incarnation == successor.endpoint.incarnation
+            to_second = a.agent.request(a.agent.resolve("b"), FETCH)
+            gates[1].wait()
+            a.endpoint.lose(b.endpoint.incarnation, "it died")
+            with pytest.raises(PeerLostError, match="it died" if is_told_first else "came in its place"):
+                to_first.wait()
+            a.endpoint.lose(b.endpoint.incarnation, "told again")
+            gates[1].requests[0].reply()
+            to_second.wait()
+            with pytest.raises(StaleWorkerError):
+                a.agent.resolve(b.info)
+        finally:
+            successor.agent.close(WAIT_S)
+
+
+def test_what_comes_late_of_a_worker_that_is_gone_is_dropped_without_a_look() -> None:
+    """It is no newcomer."""
+    with workers("a", "b", dynamic=True) as (a, b):
+        a.agent.handle(RRefUserDelete, lambda request: request.reply(), inline=True)
+        b.agent.request(a.info, DELETE).wait()
+        a.endpoint.lose(b.endpoint.incarnation, "it died")
+        before = a.group.refreshes
+        late = b.agent.request(a.info, DELETE, timeout_s=0.2)
+        with pytest.raises(RpcTimeoutError):
+            late.wait()
+        assert a.group.refreshes == before
 
 
 def test_a_newcomer_is_looked_for_when_its_name_is_not_known() -> None:
@@ -826,12 +935,14 @@ def test_device_maps_hold_both_ways() -> None:
         join = worker.group.on_joined
         join(Member(WorkerInfo("b", 1), new_incarnation(), {"device_maps": {"a": {"cuda:5": "cuda:6"}}}))
         join(Member(WorkerInfo("c", 2), new_incarnation(), {"device_maps": {"a": {"cuda:3": "cuda:4"}}}))
-        routes = [worker.agent._peers.routes(WorkerInfo(name, rank)) for rank, name in enumerate("bcd", start=1)]
+        others = [worker.agent.resolve("b"), worker.agent.resolve("c"), WorkerInfo("d", 3)]
+        routes = [worker.agent.routes(other) for other in others]
         assert [route.requests.devices for route in routes] == [{"cuda:0": "cuda:1"}, {"cuda:4": "cuda:3"}, {}]
         assert [route.replies.devices for route in routes] == [{"cuda:6": "cuda:5"}, {"cuda:4": "cuda:3"}, {}]
+        worker.agent.control.flush(WAIT_S)
         assert worker.agent.staging.devices == ("cuda:0", "cuda:4", "cuda:6"), "as maps of newcomers name them"
         join(Member(WorkerInfo("c", 2), new_incarnation(), {}))
-        assert worker.agent._peers.routes(WorkerInfo("c", 2)).requests.devices == {}, "a new life has maps of its own"
+        assert worker.agent.routes(worker.agent.resolve("c")).requests.devices == {}, "a new life has maps of its own"
     finally:
         worker.agent.close(0.0)
 
@@ -910,6 +1021,7 @@ def test_a_newcomer_whose_device_maps_cannot_be_is_no_end_of_the_reader(caplog: 
     with workers("a", "b", dynamic=True) as (a, b):
         for rank, maps in enumerate(({"a": 5}, 5), 7):
             a.group.on_joined(Member(WorkerInfo(f"n{rank}", rank), new_incarnation(), {"device_maps": maps}))
+            a.agent.control.flush(WAIT_S)
             assert f"what the device maps of WorkerInfo(id={rank}" in caplog.text
         b.agent.handle(RRefFetch, lambda request: request.reply(pickling.dumps(5)), inline=True)
         assert pickling.loads(a.agent.request(b.info, FETCH).wait()) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from zrpc.wire.messages import PythonCall
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from tests.unit.staging.fake import FakeAccelerator
     from zrpc.agent.request import Request
@@ -314,3 +315,48 @@ def test_workers_without_devices_open_none() -> None:
         assert handover.streams is None
     finally:
         worker.agent.close(5.0)
+
+
+class SlowToStart(Worker):
+    """A worker whose devices are there when the test says so."""
+
+    has_begun = threading.Event()
+    may_end = threading.Event()
+
+    def open_accelerator(self) -> FakeAccelerator:
+        self.has_begun.set()
+        assert self.may_end.wait(WAIT_S)
+        return super().open_accelerator()
+
+
+def test_devices_for_a_newcomer_are_prepared_on_no_thread_that_reads() -> None:
+    """A newcomer maps devices: preparing them keeps nothing else waiting, and its requests come after that."""
+    net = Network()
+    a, b = SlowToStart(net, "a", 0), Worker(net, "b", 1)
+    used: list[Sequence[str]] = []
+
+    def answer(request: Request[PythonCall]) -> None:
+        used.append(a.agent.staging.devices)
+        request.reply()
+
+    try:
+        a.join([a.member(device_count=1)], None)
+        a.agent.open()
+        a.agent.handle(PythonCall, answer, inline=True)
+        newcomer = b.member(device_count=1, device_maps={"a": {"cuda:0": "cuda:0"}})
+        with ThreadPoolExecutor() as pool:
+            pool.submit(a.group.on_joined, newcomer).result(WAIT_S)
+        assert a.has_begun.wait(WAIT_S)
+        b.join([a.member(device_count=1), newcomer], None)
+        b.agent.open()
+        b.agent.handle(PythonCall, lambda request: request.reply(), inline=True)
+        request = b.agent.request(a.info, PythonCall(False))
+        a.agent.request(b.info, PythonCall(False)).wait()  # answers are taken in
+        assert not used
+        a.may_end.set()
+        request.wait()
+        assert used == [("cuda:0",)]
+    finally:
+        a.may_end.set()
+        a.agent.close(5.0)
+        b.agent.close(5.0)

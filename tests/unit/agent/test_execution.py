@@ -11,6 +11,7 @@ import torch
 from zrpc import functions
 from zrpc.agent import execution
 from zrpc.agent.future import Future
+from zrpc.agent.request import AsyncCalls
 from zrpc.errors import ProtocolError
 from zrpc.wire import pickling, values
 
@@ -74,7 +75,7 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
     futures = [kind() for _ in range(3)]
     watched = [futures[0], futures[1], futures[2].then(lambda future: future.value() + 1)]
     for future in watched:
-        execution.when_done(future, execution.AsyncCalls(), outcomes.append, outcomes.append)
+        execution.when_done(future, AsyncCalls(), outcomes.append, outcomes.append)
     assert outcomes == []
     error: Any = ValueError("x")
     futures[0].set_result(1)
@@ -85,7 +86,7 @@ def test_futures_of_any_kind_are_waited_for_without_a_thread(kind: type[torch.fu
 
 def test_asynchronous_calls_are_counted_until_their_futures_are_done() -> None:
     """What returned a future counts as under way; what ends with an error counts no more either."""
-    calls = execution.AsyncCalls()
+    calls = AsyncCalls()
     futures: list[torch.futures.Future[int]] = [torch.futures.Future(), torch.futures.Future()]
     for future in futures:
         execution.when_done(future, calls, lambda _: None, lambda _: None)
@@ -97,7 +98,7 @@ def test_asynchronous_calls_are_counted_until_their_futures_are_done() -> None:
 
 def test_what_is_no_future_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"must return a torch\.futures\.Future object, but this one returned a str"):
-        execution.when_done("result", execution.AsyncCalls(), print, print)
+        execution.when_done("result", AsyncCalls(), print, print)
 
 
 def test_the_mark_of_asynchronous_functions() -> None:

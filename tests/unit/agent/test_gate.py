@@ -210,3 +210,21 @@ def test_many_threads_lose_no_place_and_no_turn(threads: ThreadPoolExecutor) -> 
     for future in [threads.submit(call, 1000 * caller) for caller in range(8)]:
         future.result(60)
     assert (gate.nbytes, gate.num_calls, gate._window.num_waiting) == (0, 0, 0)
+
+
+def test_each_life_of_a_peer_has_a_gate_of_its_own_and_none_is_kept_of_those_that_are_over() -> None:
+    """Not of hundreds of departures either, though answers to them are checked and calls to them end late."""
+    here = {b"now"}
+    gates = Gates(10 * KB, 0, here.__contains__)
+    gates[b"now"].enter(1, envelope(8 * KB), PEER, 0.0, free)
+    for number in range(300):
+        life = number.to_bytes(8, "big")
+        here.add(life)
+        gates[life].enter(1000 + number, envelope(8 * KB), PEER, 0.0, free)
+        here.discard(life)
+        gates.drop(life, PeerLostError("gone"))
+        gates[life].check_answer(1, PEER, PEER)
+        gates[life].enter(2000 + number, envelope(8 * KB), PEER, 0.0, free)
+        gates.leave(1000 + number, life)
+    assert list(gates) == [b"now"]
+    assert (gates[b"now"].num_calls, gates[b"now"].nbytes) == (1, 8 * KB)

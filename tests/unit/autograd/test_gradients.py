@@ -87,7 +87,7 @@ def test_another_number_of_tensors_is_refused(present: bytes, count: int) -> Non
     with pytest.raises(ProtocolError, match="tensors came for"):
         codec.unpack(Payload(present, list(tensors)))
     with pytest.raises(ProtocolError, match="tensors came for"):
-        codec.unpack_several(Payload(msgpack.packb([[0, 1, present]]), list(tensors)))
+        codec.unpack_several(Payload(msgpack.packb([[0, 1, b"", present]]), list(tensors)))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,16 +12,15 @@ from torch.autograd import Function
 from tests.unit.autograd.cluster import Cluster, Worker
 from tests.waiting import until
 from zrpc.autograd.container import ContextContainer
+from zrpc.autograd.functions import RecvInfo
 from zrpc.autograd.leaves import _taps
 from zrpc.errors import AgentClosedError, AutogradError, PeerLostError
-from zrpc.ids import GlobalId
+from zrpc.ids import GlobalId, WorkerInfo
 from zrpc.wire.messages import BuiltinCall, PythonCall
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from zrpc.autograd.functions import RecvInfo
 
 
 @pytest.fixture
@@ -235,15 +233,17 @@ def test_a_context_that_is_over_ends_where_nobody_told_of_its_end(cluster: Clust
     first, second, third = cluster.workers
     with first.context() as context_id:
         pass
-    assert third.service.contexts.get_or_create(context_id) is not None, "a call is late, and its sender dies"
+    assert third.service.contexts.get_or_create(context_id, first.agent.info.incarnation) is not None, (
+        "a call is late, and its sender dies"
+    )
     cluster.kill(second)
     until(lambda: third.service.contexts.find(context_id) is None, "the context is released")
 
 
 def test_a_worker_that_a_group_does_not_know_any_more_is_lost(cluster: Cluster) -> None:
-    info = SimpleNamespace(source=7)
+    info = RecvInfo(b"gone", GlobalId(7, 0, b"gone"))
     with pytest.raises(PeerLostError, match="the worker of rank 7 is not in the group any more"):
-        cluster.workers[0].service.may_answer_with(cast("RecvInfo", info))
+        cluster.workers[0].service.may_answer_with(info)
 
 
 def test_a_late_message_does_not_bring_a_context_back(cluster: Cluster) -> None:
@@ -272,10 +272,60 @@ def test_ids_have_the_rank_above_a_counter(cluster: Cluster) -> None:
 
 
 def test_who_comes_again_under_a_rank_has_other_contexts() -> None:
-    lives = [ContextContainer(lambda: 2) for _ in range(2)]
+    infos = [WorkerInfo("guest", 2, life) for life in (b"life 1", b"life 2")]
+    lives = [ContextContainer(lambda info=info: info) for info in infos]  # type: ignore[misc]
     first, second = (life.new().context_id for life in lives)
     assert first >> 48 == second >> 48 == 2
     assert first != second
+
+
+def test_a_context_ends_with_the_life_of_its_creator_and_not_with_another_of_its_rank(cluster: Cluster) -> None:
+    """Its creator came again before the loss of its earlier life is told of here; and nothing late brings it back."""
+    first, second, third = cluster.workers
+    contexts = second.service.contexts
+    earlier, later = WorkerInfo("worker0", 0, b"earlier."), first.agent.info
+    number = contexts.max_id
+    assert contexts.get_or_create(number, earlier.incarnation) is not None
+    assert contexts.get_or_create(number + 1, later.incarnation) is not None
+    second.service.on_peer_lost(earlier, "it died")
+    assert contexts.find(number) is None
+    assert contexts.find(number + 1) is not None
+    with third.context() as context_id:
+        meta = [number, None, 0, earlier.incarnation]
+        with second.agent.hooks["autograd"].receive(third.agent.info, meta, Payload(), False):
+            assert contexts.find_current() is None
+        third.call(second, lambda _: None)
+        assert contexts.find(context_id) is not None
+
+
+def test_who_hands_on_a_context_says_whose_it_is(cluster: Cluster) -> None:
+    """A worker that hears of a context from another than its creator drops it when its creator is lost."""
+    first, second, third = cluster.workers
+
+    def seen_by_third(worker: Worker) -> Any:
+        hook = worker.agent.hooks["autograd"]
+        return hook.send(third.agent.info, PythonCall(), Payload(), None)
+
+    with first.context() as context_id:
+        assert first.agent.hooks["autograd"].send(second.agent.info, PythonCall(), Payload(), None) == [
+            context_id,
+            None,
+        ]
+        meta = first.call(second, seen_by_third)
+        assert meta == [context_id, None, 0, first.agent.info.incarnation]
+        with third.agent.hooks["autograd"].receive(second.agent.info, meta, Payload(), False):
+            assert third.service.contexts.get(context_id).creator == first.agent.info.incarnation
+
+
+def test_a_context_whose_creator_was_lost_before_is_not_made(cluster: Cluster) -> None:
+    """A call of its that comes late, from another worker, is served without one."""
+    first, second, third = cluster.workers
+    with first.context() as context_id:
+        meta = [context_id, None, 0, first.agent.info.incarnation]
+        cluster.kill(first)
+        with third.agent.hooks["autograd"].receive(second.agent.info, meta, Payload(), False):
+            assert third.service.contexts.find_current() is None
+    assert third.service.debug_info()["num_autograd_contexts"] == 0
 
 
 def test_a_thread_has_one_context_at_a_time(cluster: Cluster) -> None:

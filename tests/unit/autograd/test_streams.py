@@ -14,6 +14,7 @@ from zrpc.autograd.dist_context import DistAutogradContext
 from zrpc.autograd.functions import RecvInfo
 from zrpc.autograd.service import AutogradService
 from zrpc.ids import GlobalId, WorkerInfo
+from zrpc.membership.group import Member
 from zrpc.staging import handover
 from zrpc.staging.streams import Streams
 from zrpc.wire.route import Route
@@ -71,8 +72,8 @@ class TwoMaps:
     def __init__(self) -> None:
         self.members = self
 
-    def by_rank(self, rank: int) -> WorkerInfo:
-        return WorkerInfo(f"worker{rank}", rank)
+    def by_incarnation(self, life: bytes) -> Member:
+        return Member(WorkerInfo(f"worker{life[0]}", life[0]), life)
 
     def routes(self, to: WorkerInfo) -> Any:
         class Routes:
@@ -86,4 +87,4 @@ class TwoMaps:
 def test_gradients_ride_on_answers_where_the_device_map_is_the_right_one(rank: int, expected: bool) -> None:
     agent: Any = TwoMaps()
     service = AutogradService(agent)
-    assert service.may_answer_with(RecvInfo(rank, GlobalId(0, 0), by_answer=True)) is expected
+    assert service.may_answer_with(RecvInfo(bytes([rank]), GlobalId(0, 0), by_answer=True)) is expected

@@ -14,10 +14,13 @@ from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
 from zrpc.membership import store as store_module
 from zrpc.membership.group import Member
-from zrpc.membership.store import Store, StoreGroup
+from zrpc.membership.store import StoreGroup
 
 if TYPE_CHECKING:
+    from collections.abc import Container
     from pathlib import Path
+
+    from zrpc.membership.claims import Store
 
 WAIT_S = 20.0
 
@@ -32,11 +35,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 class Seat:
     """One worker's membership, and what it was told."""
 
-    def __init__(self, store: Store, name: str, rank: int) -> None:
+    def __init__(self, store: Store, name: str, rank: int, ended: Container[Incarnation] = ()) -> None:
         self.info = WorkerInfo(name, max(rank, 0))
         self.rank = rank
         self.incarnation = new_incarnation()
-        self.group = StoreGroup(store)
+        self.group = StoreGroup(store, lambda _, incarnation: incarnation in ended)
         self.joined: list[Member] = []
         self.left: list[tuple[Incarnation, bool, str]] = []
         self.told: list[str] = []
@@ -268,6 +271,87 @@ def test_threads_may_look_at_once(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert sorted(a.told) == [f"+w{number}" for number in range(5)]
+
+
+# ---- deaths ------------------------------------------------------------------------------------------------------
+
+
+def test_name_and_rank_of_one_that_died_are_taken_and_the_others_learn_of_it(store: Store) -> None:
+    """They are told that it is lost, then that the newcomer is there; what the dead one held alone is free too."""
+    ended: set[Incarnation] = set()
+    a, b = Seat(store, "a", 0, ended), Seat(store, "b", 1, ended)
+    a.join(None)
+    b.join(None)
+    a.group.refresh()
+    with pytest.raises(RefusedError, match="worker name b is not unique"):
+        Seat(store, "b", 1, ended).join(None)
+    with pytest.raises(RefusedError, match="rank 1 is taken"):
+        Seat(store, "c", 1, ended).join(None)
+    ended.add(b.incarnation)
+    again = Seat(store, "b", 1, ended)
+    _, members = again.join(None)
+    assert {member.incarnation for member in members} == {a.incarnation, again.incarnation}
+    a.group.refresh()
+    assert a.told == ["+b", "-", "+b"]
+    ((life, is_lost, reason),) = a.left
+    assert (life, is_lost) == (b.incarnation, True)
+    assert "it died without leaving the group" in reason
+    b.group.leave(1.0)
+    with pytest.raises(RefusedError, match="worker name b is not unique"):
+        Seat(store, "b", 1, ended).join(None)
+
+
+def test_only_one_of_many_gets_the_name_of_one_that_died(store: Store) -> None:
+    """All others are refused: the name has a living holder again."""
+    ended: set[Incarnation] = set()
+    first = Seat(store, "guest", 0, ended)
+    first.join(None)
+    ended.add(first.incarnation)
+    results = join_all([Seat(store, "guest", -1, ended) for _ in range(8)], None)
+    assert sum(isinstance(result, tuple) for result in results) == 1
+    assert sum(isinstance(result, RefusedError) for result in results) == 7
+
+
+def test_one_that_cannot_be_reached_is_gone_for_newcomers_if_it_has_ended(store: Store) -> None:
+    """Whoever lost it looks, and notes it for all; one that lives stays."""
+    ended: set[Incarnation] = set()
+    a, b, c = (Seat(store, name, rank, ended) for rank, name in enumerate("abc"))
+    for seat in (a, b, c):
+        seat.join(None)
+    a.group.refresh()
+    ended.add(b.incarnation)
+    a.group.note_lost(b.incarnation)
+    a.group.note_lost(c.incarnation)
+    a.group.refresh()
+    _, members = Seat(store, "d", 3, ended).join(None)
+    assert [member.info.name for member in members] == ["a", "c", "d"]
+
+
+def test_nobody_is_told_to_have_left_before_it_was_told_to_have_come(store: Store) -> None:
+    """Two threads look: one is telling of a newcomer when the other finds that it has left."""
+    a = Seat(store, "a", 0)
+    a.join(None)
+    telling, go_on = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def on_joined(member: Member) -> None:
+        telling.set()
+        assert go_on.wait(WAIT_S)
+        told.append(f"+{member.info.name}")
+
+    a.group.watch(on_joined, lambda *_: told.append("-"))
+    b = Seat(store, "b", 1)
+    b.join(None)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(a.group.refresh)
+        assert telling.wait(WAIT_S)
+        b.group.leave(1.0)
+        second = pool.submit(a.group.refresh)
+        while not second.done() and store.check(["left/2"]) and not go_on.is_set():
+            go_on.set()
+        first.result(WAIT_S)
+        second.result(WAIT_S)
+    assert told == ["+b", "-"]
 
 
 # ---- stores that fail --------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Only the decisions are real (`RRefTable`). The network keeps every message that is under way in a list and delivers
 them in any order, repeats and drops control messages and their acknowledgements (the sender repeats what is not
 acknowledged), and delivers calls once at most. Workers die: their messages under way may still arrive, until the others
-hear of the death.
+hear of the death. A dead worker may come again under its rank, as another one, while messages of its earlier life are
+still under way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from zrpc.ids import ForkId, GlobalId, IdGenerator, RRefId
+from zrpc.ids import ForkId, GlobalId, IdGenerator, Incarnation, RRefId
 from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
 from zrpc.rref.owners import Availability
 from zrpc.rref.states import OwnerState, UserState
@@ -19,6 +20,23 @@ from zrpc.rref.table import RRefTable
 from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 
 Control = RRefChildAccept | RRefForkRequest | RRefUserDelete
+
+
+def life_of(number: int) -> Incarnation:
+    """The incarnation of worker `number`."""
+    return number.to_bytes(8, "big")
+
+
+def number_of(life: Incarnation) -> int:
+    """The worker of that incarnation."""
+    return int.from_bytes(life, "big")
+
+
+def maker_of(item: GlobalId) -> int:
+    """The worker that gave out that id."""
+    return number_of(item.life)
+
+
 SHARABLE = (UserState.CREATING, UserState.FORKING, UserState.CONFIRMED)
 
 
@@ -93,6 +111,8 @@ class Fetch(Packet):
 
 @dataclass
 class Worker:
+    """One life of a worker. `rank` is its place in the world: those that come again stand behind the others."""
+
     rank: int
     table: RRefTable
     handles: list[Handle] = field(default_factory=list)
@@ -106,8 +126,11 @@ class World:
     """Some workers and everything under way between them."""
 
     def __init__(self, size: int) -> None:
-        self.workers = [Worker(rank, RRefTable(rank)) for rank in range(size)]
-        self.ids = [IdGenerator(rank) for rank in range(size)]
+        self.current = [0] * size  # the worker that has that rank now, or had it last
+        self.workers: list[Worker] = []
+        self.ids: list[IdGenerator] = []
+        for rank in range(size):
+            self._add(rank)
         self.dead: set[int] = set()
         self.told: dict[int, set[int]] = defaultdict(set)
         self.packets: list[Packet] = []
@@ -116,14 +139,28 @@ class World:
         self.undeliverable: set[RRefId] = set()
         """RRefs whose creation was lost for good: their users exist and their value never will."""
 
+    def _add(self, rank: int) -> None:
+        """A worker comes; it gives out ids under `rank`, from 0 on."""
+        number = self.current[rank] = len(self.workers)
+        self.workers.append(Worker(number, RRefTable(life_of(number))))
+        self.ids.append(IdGenerator(rank, life_of(number)))
+
+    def come_again(self, choice: int) -> None:
+        """A worker that has died comes again under its rank, whether or not all have heard of its death."""
+        free = [rank for rank, number in enumerate(self.current) if number in self.dead]
+        if free:
+            self._add(free[choice % len(free)])
+
     # ---- what programs do --------------------------------------------------------------------------------------
 
     def make_local(self, rank: int) -> None:
         """RRef(value) on `rank`."""
+        rank = self.current[rank]
         self.workers[rank].handles.append(Handle(self.ids[rank].next(), rank, None, frozenset({rank})))
 
     def make_remote(self, rank: int, owner: int) -> None:
         """remote() from `rank` to `owner`."""
+        rank, owner = self.current[rank], self.current[owner]
         worker = self.workers[rank]
         if owner == rank:
             rref_id = self.ids[rank].next()
@@ -133,7 +170,7 @@ class World:
             self.packets.append(Creation(rank, rank, rref_id, rref_id))
             return
         rref_id, fork_id = self.ids[rank].next(), self.ids[rank].next()
-        worker.table.create(rref_id, fork_id, owner)
+        worker.table.create(rref_id, fork_id, life_of(owner))
         worker.creating.add(fork_id)
         worker.handles.append(Handle(rref_id, owner, fork_id, frozenset({rank})))
         self.packets.append(Creation(rank, owner, rref_id, fork_id))
@@ -156,7 +193,7 @@ class World:
         if picked is None:
             return
         worker, handle = picked
-        rank = worker.rank
+        rank, to = worker.rank, self.current[to]
         if handle.fork_id is not None and worker.table.user_state(handle.fork_id) not in SHARABLE:
             return
         child = self.ids[rank].next()
@@ -168,7 +205,7 @@ class World:
             worker.table.share_used(handle.fork_id, child)
         self.packets.append(Carry(rank, to, handle.rref_id, handle.owner, child, handle.lineage | {to}, announced))
         if announced:
-            self.act(rank, worker.table.sent(handle.rref_id, child, to))
+            self.act(rank, worker.table.sent(handle.rref_id, child, life_of(to)))
 
     def fetch(self, choice: int) -> None:
         """to_here() on a user's RRef."""
@@ -192,12 +229,16 @@ class World:
 
     def die(self, rank: int) -> None:
         """Worker `rank` dies; nobody knows yet."""
-        self.dead.add(rank)
+        self.dead.add(self.current[rank])
 
     def tell_deaths(self, rank: int) -> None:
         """Worker `rank` hears who died."""
+        self.tell_all_deaths(self.current[rank])
+
+    def tell_all_deaths(self, number: int) -> None:
+        """Worker `number` hears who died."""
         for dead in sorted(self.dead):
-            self.tell_death(rank, dead)
+            self.tell_death(number, dead)
 
     def tell_death(self, rank: int, dead: int) -> None:
         """Worker `rank` hears that `dead` died. Its own requests to `dead` fail with it."""
@@ -205,8 +246,8 @@ class World:
             return
         self.told[rank].add(dead)
         worker = self.workers[rank]
-        self.act(rank, worker.table.peer_lost(dead))
-        assert not any(rref_id.created_on == dead for rref_id in worker.waiters), "somebody waits for a dead creator"
+        self.act(rank, worker.table.peer_lost(life_of(dead)))
+        assert not any(maker_of(rref_id) == dead for rref_id in worker.waiters), "somebody waits for a dead creator"
         for number, packet in list(worker.unacknowledged.items()):
             if packet.to == dead:
                 del worker.unacknowledged[number]
@@ -262,17 +303,22 @@ class World:
 
     def retry(self, rank: int) -> None:
         """Worker `rank` repeats what is not acknowledged."""
-        if rank not in self.dead:
-            self.packets.extend(self.workers[rank].unacknowledged.values())
+        self.repeat_all(self.current[rank])
+
+    def repeat_all(self, number: int) -> None:
+        """Worker `number` repeats what is not acknowledged."""
+        if number not in self.dead:
+            self.packets.extend(self.workers[number].unacknowledged.values())
 
     def act(self, rank: int, actions: list[Action]) -> None:
         """Carry out what a table asked for."""
         worker = self.workers[rank]
         for action in actions:
             if isinstance(action, Tell | AskOwner):
-                packet = ControlPacket(rank, action.to, self.next_number, action.message, isinstance(action, AskOwner))
+                to = number_of(action.to)
+                packet = ControlPacket(rank, to, self.next_number, action.message, isinstance(action, AskOwner))
                 self.next_number += 1
-                if action.to not in self.told[rank]:
+                if to not in self.told[rank]:
                     worker.unacknowledged[packet.number] = packet
                     self.packets.append(packet)
                 elif isinstance(action, AskOwner):
@@ -281,7 +327,7 @@ class World:
                 worker.values.discard(action.rref_id)
                 worker.waiters.pop(action.rref_id, None)
             elif isinstance(action, Orphan):
-                assert action.creator in self.told[rank]
+                assert maker_of(action.rref_id) in self.told[rank]
                 worker.waiters.pop(action.rref_id, None)
 
     # ---- what must hold ----------------------------------------------------------------------------------------
@@ -303,7 +349,7 @@ class World:
         is under way.
         """
         for worker in self.workers:
-            self.tell_deaths(worker.rank)
+            self.tell_all_deaths(worker.rank)
         self._exhaust()
         for worker in self.workers:
             if worker.rank not in self.dead:
@@ -325,7 +371,7 @@ class World:
         self.calm()
         for _ in range(2):
             for worker in self.workers:
-                self.retry(worker.rank)
+                self.repeat_all(worker.rank)
             self.calm()
 
     def _check_answer(self, worker: Worker, handle: Handle) -> None:
@@ -333,11 +379,11 @@ class World:
         if handle.owner in self.dead or handle.owner == worker.rank or handle.fork_id is None:
             return
         owner = self.workers[handle.owner]
-        availability = owner.table.value_wanted(handle.rref_id, handle.fork_id, worker.rank)
+        availability = owner.table.value_wanted(handle.rref_id, handle.fork_id, life_of(worker.rank))
         if availability is Availability.AWAITED:
-            assert handle.rref_id.created_on not in self.dead, handle
+            assert maker_of(handle.rref_id) not in self.dead, handle
             assert handle.rref_id in self.undeliverable or self._creation_under_way(handle.rref_id), handle
-        if not handle.lineage & self.dead and handle.rref_id.created_on not in self.dead:
+        if not handle.lineage & self.dead and maker_of(handle.rref_id) not in self.dead:
             assert availability is not Availability.REFUSED, handle
 
     def check_empty(self) -> None:
@@ -378,7 +424,7 @@ class World:
 
     def _check_value(self, rref_id: RRefId, owner: int, lineage: frozenset[int]) -> None:
         """A value that somebody can ask for exists, unless its creation is under way, or lost, or its maker dead."""
-        if lineage & self.dead or owner in self.dead or rref_id.created_on in self.dead:
+        if lineage & self.dead or owner in self.dead or maker_of(rref_id) in self.dead:
             return
         if rref_id in self.undeliverable or self._creation_under_way(rref_id):
             return
@@ -415,7 +461,7 @@ class World:
     def _control(self, worker: Worker, packet: ControlPacket) -> None:
         message, table = packet.message, worker.table
         if isinstance(message, RRefForkRequest):
-            table.fork_requested(message.rref_id, message.fork_id, packet.source)
+            table.fork_requested(message.rref_id, message.fork_id, life_of(packet.source))
         elif isinstance(message, RRefChildAccept):
             self.act(worker.rank, table.child_accepted(message.fork_id))
         else:
@@ -427,18 +473,22 @@ class World:
             self.act(
                 worker.rank,
                 worker.table.receive(
-                    packet.rref_id, packet.fork_id, packet.owner, packet.source, announced=packet.announced
+                    packet.rref_id,
+                    packet.fork_id,
+                    life_of(packet.owner),
+                    life_of(packet.source),
+                    announced=packet.announced,
                 ),
             )
             worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage))
             return
-        availability, actions = worker.table.came_home(packet.rref_id, packet.fork_id, packet.source)
+        availability, actions = worker.table.came_home(packet.rref_id, packet.fork_id, life_of(packet.source))
         self.act(worker.rank, actions)
         if availability is not Availability.REFUSED:
             waits = availability is Availability.AWAITED
             worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage, waits))
         else:
-            alive = not packet.lineage & self.dead and packet.rref_id.created_on not in self.dead
+            alive = not packet.lineage & self.dead and maker_of(packet.rref_id) not in self.dead
             assert not alive or any(h.rref_id == packet.rref_id for h in worker.handles), "the owner lost its own RRef"
 
     def _creation(self, worker: Worker, packet: Creation) -> None:
@@ -447,16 +497,16 @@ class World:
             return
         worker.values.add(packet.rref_id)
         worker.waiters.pop(packet.rref_id, None)
-        self.act(worker.rank, worker.table.creation_arrived(packet.rref_id, packet.fork_id, packet.source))
+        self.act(worker.rank, worker.table.creation_arrived(packet.rref_id, packet.fork_id, life_of(packet.source)))
         self.packets.append(Created(worker.rank, packet.source, packet.fork_id))
 
     def _fetched(self, worker: Worker, packet: Fetch) -> None:
         handle = packet.handle
         assert handle.fork_id is not None
         holder = self.workers[packet.source]
-        availability = worker.table.value_wanted(handle.rref_id, handle.fork_id, packet.source)
+        availability = worker.table.value_wanted(handle.rref_id, handle.fork_id, life_of(packet.source))
         interested = handle in holder.handles and not (handle.lineage | {packet.source}) & self.dead
         if availability is Availability.REFUSED and interested:
-            assert handle.rref_id.created_on in self.dead, f"{handle} was refused"
+            assert maker_of(handle.rref_id) in self.dead, f"{handle} was refused"
         if availability is Availability.AWAITED:
             worker.waiters[handle.rref_id].append(handle)

@@ -13,8 +13,16 @@ import torch
 
 from tests.unit.rref.workers import Chaos, Worker, cluster
 from tests.waiting import until
-from zrpc.errors import OverloadedError, PeerLostError, ProtocolError, RpcTimeoutError, RRefError, SerializationError
-from zrpc.rref import ledger as ledger_module
+from zrpc.errors import (
+    LimitError,
+    OverloadedError,
+    PeerLostError,
+    ProtocolError,
+    RpcTimeoutError,
+    RRefError,
+    SerializationError,
+)
+from zrpc.rref import context as context_module
 from zrpc.rref.cell import Cell
 from zrpc.rref.rref import RRef
 from zrpc.rref.states import UserState
@@ -43,7 +51,7 @@ def fetch(rref: RRef[Any]) -> Any:
 
 
 def state_of(rref: RRef[Any]) -> str:
-    return rref._ledger.user_state(rref._fork_id).name if rref._fork_id else "OWNER"
+    return rref._context.user_state(rref._fork_id).name if rref._fork_id else "OWNER"
 
 
 def give_back(rref: RRef[Any]) -> RRef[Any]:
@@ -212,7 +220,29 @@ def test_a_dead_user_that_got_its_rref_in_an_answer(monkeypatch: pytest.MonkeyPa
         rref = a.call(o, own, 3)
         assert rref.to_here() == 3
         a.wait_counts(sending=0)
-        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.id}}
+        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.incarnation}}
+        c.kill(a.info.id)
+        empty([o])
+
+
+def test_a_worker_that_could_not_be_connected_to_is_watched_at_the_next_chance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A creation that needs a connection which cannot be made fails; the creator of the next one is watched."""
+    with cluster(monkeypatch, 2) as c:
+        a, o = c.workers
+        watched: list[bytes] = []
+
+        def refuse(peer: bytes) -> None:
+            raise LimitError("too many open files")
+
+        monkeypatch.setattr(c.endpoints[o.info.id], "watch", refuse)
+        with pytest.raises(LimitError, match="too many open files"):
+            a.remote(o, make, 1)._get_future().wait()
+        monkeypatch.setattr(c.endpoints[o.info.id], "watch", watched.append)
+        rref = a.remote(o, make, 1)
+        assert rref.to_here() == 1
+        assert a.info.incarnation in watched
         c.kill(a.info.id)
         empty([o])
 
@@ -370,7 +400,7 @@ def test_a_fork_in_an_answer_needs_no_word_to_its_owner(monkeypatch: pytest.Monk
         a, o = c.workers
         c.network.hold(RRefForkRequest)
         rref = a.call(o, own, 3)
-        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.id}}
+        assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.incarnation}}
         assert rref.to_here() == 3
         assert not c.network._held
         del rref
@@ -428,7 +458,7 @@ def test_shutdown_deletes_users_and_waits_for_those_of_others(monkeypatch: pytes
 
 
 def test_shutdown_does_not_wait_for_what_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "UNSENT_GRACE_S", 0.05)
+    monkeypatch.setattr(context_module, "UNSENT_GRACE_S", 0.05)
     with cluster(monkeypatch, 2) as c:
         a, o = c.workers
         used, owned = a.remote(o, make, 1), a.local(2)

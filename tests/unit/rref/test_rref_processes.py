@@ -15,7 +15,6 @@ from zrpc.agent.current import current_agent
 from zrpc.functions import async_execution
 from zrpc.gather import all_gather
 from zrpc.rref.context import RRefContext
-from zrpc.rref.ledger import Ledger
 from zrpc.rref.rref import RRef
 
 
@@ -253,7 +252,7 @@ def after_shutdown(rank: int, options: dict[str, Any]) -> None:
     rpc.init_rpc(name(rank), rank=rank, world_size=2, rpc_backend_options=rpc.RpcBackendOptions(**options))
     rref = rpc.remote(name(1 - rank), torch.add, args=(torch.ones(1), 1))
     local = RRef(1)
-    context = current_agent().extensions[Ledger]
+    context = current_agent().extensions[RRefContext]
     rpc.shutdown()
     assert not context._cells
     with pytest.raises(RuntimeError, match=r"Cannot call to_here\(\) on it after deletion."):

@@ -7,7 +7,7 @@ import pytest
 from zrpc.errors import ProtocolError
 from zrpc.ids import GlobalId
 from zrpc.rref.actions import AskOwner, Orphan, Release, Tell
-from zrpc.rref.owners import Availability, OwnerTable, Remembered
+from zrpc.rref.owners import UNSENT, Availability, OwnerTable, Remembered
 from zrpc.rref.states import (
     OWNER_TRANSITIONS,
     USER_TRANSITIONS,
@@ -20,13 +20,15 @@ from zrpc.rref.states import (
 from zrpc.rref.table import RRefTable
 from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 
-OWNER, CREATOR, USER = 0, 1, 2
-R, F = GlobalId(CREATOR, 0), GlobalId(CREATOR, 1)
+OWNER, CREATOR, USER = b"owner", b"creator", b"user"
+R, F = GlobalId(1, 0, CREATOR), GlobalId(1, 1, CREATOR)
 """An RRef that CREATOR makes on OWNER, and CREATOR's fork of it."""
-G = GlobalId(CREATOR, 2)
+G = GlobalId(1, 2, CREATOR)
 """CREATOR's fork for USER."""
-MINE, LENT = GlobalId(OWNER, 0), GlobalId(OWNER, 1)
+MINE, LENT = GlobalId(0, 0, OWNER), GlobalId(0, 1, OWNER)
 """An RRef that OWNER made itself, and the fork it hands out."""
+NEXT_USER = b"user 2"
+"""The worker that comes under USER's rank after it."""
 
 
 @pytest.fixture
@@ -148,7 +150,7 @@ def test_a_waiting_peer_that_dies_leaves_nothing(owner: RRefTable) -> None:
 def test_a_creator_that_dies_before_its_creation_comes(owner: RRefTable) -> None:
     owner.fork_requested(R, G, USER)
     assert owner.value_wanted(R, G, USER) is Availability.AWAITED
-    assert owner.peer_lost(CREATOR) == [Orphan(R, CREATOR)]
+    assert owner.peer_lost(CREATOR) == [Orphan(R)]
     assert owner.value_wanted(R, G, USER) is Availability.HERE
     assert owner.owner_state(R) is OwnerState.ORPHANED
     assert owner.user_deleted(R, G) == [Release(R)]
@@ -163,18 +165,19 @@ def test_a_creator_that_is_known_to_be_dead_is_not_waited_for(owner: RRefTable) 
     assert owner.num_owned == 0
 
 
-def test_what_a_lost_worker_still_says_is_ignored_until_another_takes_its_place(owner: RRefTable) -> None:
+def test_what_a_lost_worker_still_says_is_ignored_and_what_its_successor_says_is_not(owner: RRefTable) -> None:
     owner.share_owned(MINE, LENT)
     assert owner.peer_lost(USER) == []
     owner.fork_requested(MINE, G, USER)
-    assert owner.owned_forks() == {MINE: {LENT: -1}}
+    assert owner.owned_forks() == {MINE: {LENT: UNSENT}}
     assert owner.sent(MINE, LENT, USER) == [Release(MINE)]
     assert owner.creation_arrived(R, F, CREATOR) == []
     owner.fork_requested(R, G, USER)
     assert owner.owned_forks() == {R: {F: CREATOR}}
-    owner.peer_joined(USER)
-    owner.fork_requested(R, G, USER)
-    assert owner.owned_forks() == {R: {F: CREATOR, G: USER}}
+    owner.fork_requested(R, G, NEXT_USER)
+    assert owner.owned_forks() == {R: {F: CREATOR, G: NEXT_USER}}
+    assert owner.peer_lost(USER) == []
+    assert owner.owned_forks() == {R: {F: CREATOR, G: NEXT_USER}}
 
 
 def test_a_creation_from_a_lost_worker_is_released_at_once(owner: RRefTable) -> None:
@@ -261,8 +264,9 @@ def test_shutdown(owner: RRefTable, creator: RRefTable) -> None:
 def test_memory_of_ended_forks_is_bounded() -> None:
     table = OwnerTable(OWNER, remembered_max=2)
     for local_id in range(10):
-        table.created(GlobalId(CREATOR, 2 * local_id), GlobalId(CREATOR, 2 * local_id + 1), CREATOR)
-        table.ended(GlobalId(CREATOR, 2 * local_id), GlobalId(CREATOR, 2 * local_id + 1))
+        rref_id, fork_id = GlobalId(1, 2 * local_id, CREATOR), GlobalId(1, 2 * local_id + 1, CREATOR)
+        table.created(rref_id, fork_id, CREATOR)
+        table.ended(rref_id, fork_id)
     assert (len(table._ended), len(table._unused)) == (2, 2)
     remembered = Remembered(1)
     remembered.add(F)

@@ -48,6 +48,8 @@ DEATHS = [
     st.tuples(st.just("tell_deaths"), rank),
 ]
 
+RETURNS = [st.tuples(st.just("come_again"), choice)]
+
 thorough = settings(max_examples=HISTORIES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -79,3 +81,10 @@ def test_lost_and_late_messages(history: list[tuple[object, ...]]) -> None:
 @given(st.lists(st.one_of(*PROGRAM, *NETWORK, *LOSSES, *DEATHS), max_size=100))
 def test_dying_workers(history: list[tuple[object, ...]]) -> None:
     run(history, max_deaths=1)
+
+
+@thorough
+@given(st.lists(st.one_of(*PROGRAM, *NETWORK, *LOSSES, *DEATHS, *RETURNS, *RETURNS), max_size=100))
+def test_workers_that_die_and_come_again_under_their_ranks(history: list[tuple[object, ...]]) -> None:
+    """No message or loss of one life is taken for another's, though both give out ids of one rank and counter."""
+    run(history, max_deaths=3)

@@ -20,8 +20,10 @@ from zrpc.ids import WorkerInfo, new_incarnation
 from zrpc.membership.group import Member
 from zrpc.rref import rref as rref_module
 from zrpc.rref import travel as travel_module
-from zrpc.rref.context import RRefContext, install, remote_python
+from zrpc.rref.context import RRefContext
+from zrpc.rref.making import remote_python
 from zrpc.rref.rref import RRef
+from zrpc.rref.serving import install
 from zrpc.wire import pickling
 from zrpc.wire.envelope import decode
 from zrpc.wire.messages import Failure, PythonCall, Reply
@@ -266,8 +268,8 @@ class Worker:
 
     def wait_lost(self, peer: Worker) -> None:
         """Wait until this worker's RRefs know of the loss of `peer`."""
-        rank = peer.info.id
-        assert self.rrefs._wait_until(lambda table: table.is_lost(rank), time.monotonic() + 10)
+        life = peer.info.incarnation
+        assert self.rrefs._wait_until(lambda table: table.is_lost(life), time.monotonic() + 10)
 
 
 class DirectInvoker:
@@ -310,7 +312,7 @@ def _limit_s(timeout: float) -> float | None:
 class Cluster:
     def __init__(self, size: int, chaos: Chaos) -> None:
         self.network = Network(chaos)
-        endpoints = [FakeEndpoint(self.network) for _ in range(size)]
+        self.endpoints = endpoints = [FakeEndpoint(self.network) for _ in range(size)]
         members = [
             Member(WorkerInfo(f"worker{rank}", rank), endpoint.incarnation) for rank, endpoint in enumerate(endpoints)
         ]

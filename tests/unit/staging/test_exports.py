@@ -74,10 +74,9 @@ class Pair:
     ) -> None:
         self.a, self.b = sender, receiver
         self.tasks: list[Callable[[], None]] = []
+        self.attachments = Attachments()
         self.sender = self._staging(sender)
         self.receiver = self._staging(receiver)
-        self.attachments = Attachments()
-        self.receiver.imports.beside = self.attachments.beside
         self.process = FakeProcess()
         self.notes: list[Any] = []
 
@@ -89,7 +88,9 @@ class Pair:
         self.route = Route({"cuda:0": "cuda:0"}, self.sender, "Request", "b", exporter)
 
     def _staging(self, accelerator: FakeAccelerator) -> Staging:
-        made = Staging(lambda: accelerator, 1 << 20, self.tasks.append, nullcontext, cuda_ipc=True)
+        made = Staging(
+            lambda: accelerator, 1 << 20, self.tasks.append, nullcontext, True, beside=self.attachments.beside
+        )
         made.use(["cuda:0"])
         return made
 

@@ -36,8 +36,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handover.order_by(None)
 
 
-def staging_of(accelerator: FakeAccelerator, pool_nbytes: int = 1 << 20, submit: Any = None) -> Staging:
-    made = Staging(lambda: accelerator, pool_nbytes, submit or (lambda task: None), nullcontext)
+def staging_of(accelerator: FakeAccelerator, pool_nbytes: int = 1 << 20, submit: Any = None, **options: Any) -> Staging:
+    made = Staging(lambda: accelerator, pool_nbytes, submit or (lambda task: None), nullcontext, **options)
     made.use(["cuda:0"])
     return made
 
@@ -197,9 +197,8 @@ def test_the_memory_of_sockets_is_pinned_where_devices_are_used() -> None:
 
 def test_shared_memory_is_pinned_where_it_is_large_and_waited_for_before_it_is_not() -> None:
     accelerator = FakeAccelerator()
-    staging = staging_of(accelerator)
     pinned: list[int] = []
-    staging.pin = lambda buffer: pinned.append(len(buffer))
+    staging = staging_of(accelerator, pin=lambda buffer: pinned.append(len(buffer)))
     source = memoryview(bytearray(b"\1" * (SMALL_MAX_NBYTES + 1)))
     target = staging.deliver(source, "cuda:0")
     staging.deliver(bytes(SMALL_MAX_NBYTES), "cuda:0")

@@ -221,13 +221,23 @@ def test_no_more_memory_is_kept_than_allowed() -> None:
     assert buffers.kept_nbytes == 2000
 
 
+def noting(made: list[int]) -> chunks.MakeMemory:
+    """Makes memory, and notes in `made` of what size."""
+
+    def make(nbytes: int) -> chunks.Bytes:
+        made.append(nbytes)
+        return np.zeros(nbytes, np.uint8)
+
+    return make
+
+
 def test_what_was_not_used_for_longest_makes_room_for_sizes_that_are_used_now() -> None:
-    buffers = WarmBuffers(kept_max_nbytes=100)
+    made: list[int] = []
+    buffers = WarmBuffers(kept_max_nbytes=100, make=noting(made))
     for nbytes in range(10, 30):
         buffers.lend(nbytes)
     buffers.lend(50)
-    made: list[int] = []
-    buffers.make = lambda nbytes: np.zeros(made.append(nbytes) or nbytes, np.uint8)  # type: ignore[func-returns-value]
+    made.clear()
     for _ in range(5):
         assert buffers.lend(50).nbytes == 50
     assert made == [], "memory that was used last is warm"
@@ -236,8 +246,7 @@ def test_what_was_not_used_for_longest_makes_room_for_sizes_that_are_used_now() 
 
 def test_batches_that_vary_in_length_use_memory_again() -> None:
     made: list[int] = []
-    buffers = WarmBuffers()
-    buffers.make = lambda nbytes: np.zeros(made.append(nbytes) or nbytes, np.uint8)  # type: ignore[func-returns-value]
+    buffers = WarmBuffers(make=noting(made))
     for nbytes in (1000, 950, 900, 980):
         assert buffers.lend(nbytes).nbytes == nbytes
     assert made == [1000]
@@ -247,13 +256,7 @@ def test_batches_that_vary_in_length_use_memory_again() -> None:
 
 def test_destination_buffers_are_made_as_the_worker_says() -> None:
     made: list[int] = []
-
-    def make(nbytes: int) -> chunks.Bytes:
-        made.append(nbytes)
-        return np.zeros(nbytes, np.uint8)
-
-    buffers = WarmBuffers()
-    buffers.make = make
+    buffers = WarmBuffers(make=noting(made))
     assert buffers.lend(100).nbytes == 100
     assert buffers.lend(100).nbytes == 100
     assert made == [100], "the second is the first one again"

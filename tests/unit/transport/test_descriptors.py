@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,6 +38,43 @@ def test_room_is_asked_for_and_given_back(set_limit: Callable[[int], None]) -> N
     with pytest.raises(LimitError, match=r"may not open 108 more files .* of at most \d+ are open.* `ulimit -n`"):
         descriptors.check_room(100)
     assert descriptors.count_open() == before
+
+
+def test_to_ask_for_room_takes_no_files_from_other_threads(set_limit: Callable[[int], None]) -> None:
+    """One thread asks for room all the time while another opens the last files that there are: it gets them."""
+    set_limit(descriptors.SPARE + 4)
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(LimitError):
+                descriptors.check_room(2)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            for _ in range(500):
+                for fd in [os.dup(0) for _ in range(descriptors.SPARE)]:
+                    os.close(fd)
+        finally:
+            is_over.set()
+        asking.result()
+
+
+def test_files_above_a_limit_that_was_lowered_take_no_room_below_it() -> None:
+    """What counts is whether there are free numbers below the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = descriptors.count_open()
+    assert opened is not None
+    limit = opened + 40
+    high = [fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, limit + 10) for _ in range(40)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        descriptors.check_room(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in high:
+            os.close(fd)
 
 
 def test_room_is_made_by_raising_the_soft_limit(set_limit: Callable[[int], None]) -> None:
@@ -96,12 +136,16 @@ def no_more_files(set_limit: Callable[[int], None]) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_more_files")
 def test_at_the_limit_files_are_scarce_and_counted_as_many_as_there_may_be() -> None:
-    """The files cannot be listed then, which is not taken for none."""
+    """The files cannot be listed then, which is not taken for none. Those above a lowered limit are counted too."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert descriptors.count_open() == allowed
+    opened = descriptors.count_open()
+    assert opened is not None
+    assert opened >= allowed
     assert descriptors.is_scarce()
     assert not descriptors.are_plenty()
-    assert descriptors.describe() == f"{allowed} of at most {allowed} are open"
+    assert descriptors.describe() == f"{opened} of at most {allowed} are open"
+    with pytest.raises(LimitError):
+        descriptors.check_room(1)
     assert descriptors.make_room(30)
     descriptors.check_room(22)
 
@@ -114,6 +158,7 @@ def test_a_count_that_cannot_be_found_out_is_none(monkeypatch: pytest.MonkeyPatc
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "stat", refuse)
     assert descriptors.count_open() is None
     assert descriptors.describe().startswith("it is not known how many")
     assert not descriptors.is_scarce()

@@ -13,7 +13,7 @@ import zmq
 from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLostError
-from zrpc.ids import new_incarnation
+from zrpc.ids import ENDED_MAX, new_incarnation
 from zrpc.transport import outbox, sockets, way
 from zrpc.transport.peer import PeerEndpoint
 
@@ -64,7 +64,7 @@ def test_the_memory_of_large_frames_is_held_until_it_is_sent() -> None:
     with peers() as (a, b):
         for value in range(20):
             a.endpoint.send(b.id, [b"", bytearray([value]) * 1_000_000])
-            gc.collect()
+        gc.collect()
         for value, (_, frames) in enumerate(b.arrivals.wait_messages(20)):
             assert bytes(frames[1]) == bytes([value]) * 1_000_000
         b.arrivals.messages.clear()
@@ -256,6 +256,34 @@ def test_a_peer_whose_address_is_none_is_lost() -> None:
                 a.endpoint.send(stranger, [b"x"])
             a.endpoint.watch(stranger)
         assert [peer for peer, reason in a.arrivals.wait_lost(2) if "address" in reason] != []
+
+
+def test_hundreds_of_departures_leave_a_bounded_memory() -> None:
+    """A message to one of the last that left is refused with the reason; of those before nothing is kept."""
+    with peers(1) as (a,):
+        before = a.endpoint.remote_addresses()
+        lives = [number.to_bytes(8, "big") for number in range(1, ENDED_MAX + 300)]
+        for life in lives:
+            a.endpoint.connect(life, "tcp://127.0.0.1:9")
+            a.endpoint.disconnect(life)
+        assert a.endpoint.remote_addresses() == before
+        with pytest.raises(PeerLostError, match="it left the group"):
+            a.endpoint.send(lives[-1], [b"x"])
+        with pytest.raises(PeerLostError, match="it is not connected"):
+            a.endpoint.send(lives[0], [b"x"])
+
+
+def test_of_peers_that_are_lost_no_address_is_kept() -> None:
+    """They died without a goodbye."""
+    with peers(3) as (a, *others):
+        for other in others:
+            a.endpoint.send(other.id, [b"x"])
+            other.arrivals.wait_messages(1)
+            other.endpoint.close(0.0)
+        a.arrivals.wait_lost(2)
+        with pytest.raises(PeerLostError):
+            a.endpoint.send(others[0].id, [b"x"])
+        assert not a.endpoint.remote_addresses() & {sockets.split_address(other.endpoint.address) for other in others}
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_QUEUED", 10), ("MAX_QUEUED_NBYTES", 95_000)])

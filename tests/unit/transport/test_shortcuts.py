@@ -62,6 +62,16 @@ def pair() -> Iterator[tuple[Shortcut, Shortcuts, bytes]]:
             sender.close()
 
 
+def outbox_of(sender: Peer, to: Peer) -> Any:
+    """What `sender` has toward a peer."""
+    return sender.endpoint._outboxes[to.id]
+
+
+def shortcut_of(sender: Peer, to: Peer) -> Any:
+    """The shortcut that `sender` has toward a peer, once it has one."""
+    return outbox_of(sender, to)._way._shortcut
+
+
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", True)
@@ -257,7 +267,7 @@ def test_where_all_strangers_look_the_same_nobody_is_let_in(monkeypatch: pytest.
 def test_many_that_connect_at_once_do_not_keep_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortcuts, "_ACCEPTED_MAX", 3)
     with pair() as (sender, receiver, me):
-        strangers = [shortcuts._make_socket() for _ in range(10)]
+        strangers = [shortcuts.make_socket() for _ in range(10)]
         for stranger in strangers:
             stranger.connect(receiver._listener.getsockname())
         assert sender.send([b"x"])
@@ -314,8 +324,8 @@ def test_who_is_thrifty_makes_and_takes_in_none_where_files_are_not_plenty(monke
 
 def test_one_that_says_something_else_first_is_turned_away() -> None:
     with receiving() as (receiver, peer):
-        sock = shortcuts._make_socket()
-        sock.connect(shortcuts._address(peer))
+        sock = shortcuts.make_socket()
+        sock.connect(shortcuts.address_of(peer))
         sock.send(b"GET / HTTP/1.0")
         assert receiver.receive() is None
         assert sock.recv(100) == b""
@@ -427,9 +437,9 @@ def test_messages_keep_their_order_whichever_way_they_go() -> None:
             one.join()
         names = [bytes(frames[0]) for _, frames in messages]
         check_order(names, num_threads, num_rounds * each)
-        shortcut = a.endpoint._outboxes[b.id]._way._shortcut
+        shortcut = shortcut_of(a, b)
         assert shortcut is not None
-        assert 0 < shortcut._around < len(names), "both ways were used"
+        assert 0 < shortcut.num_around < len(names), "both ways were used"
 
 
 @pytest.mark.usefixtures("local")
@@ -439,8 +449,8 @@ def test_marks_that_nobody_had_room_for_are_asked_for_again() -> None:
         for _ in range(2):
             a.endpoint.send(b.id, [b"head", b"body"])
         b.arrivals.wait_messages(2)
-        box = a.endpoint._outboxes[b.id]
-        shortcut = box._way._shortcut
+        box = outbox_of(a, b)
+        shortcut = shortcut_of(a, b)
         assert shortcut is not None
         until(lambda: not box.is_unread() and shortcut._confirmed == 2, "both are known to be read")
         with b.arrivals.stopped():
@@ -456,7 +466,7 @@ def test_marks_that_nobody_had_room_for_are_asked_for_again() -> None:
 @pytest.mark.parametrize("is_local", [False, True])
 def test_what_looks_like_a_mark_arrives_too(monkeypatch: pytest.MonkeyPatch, count: int, is_local: bool) -> None:
     monkeypatch.setattr(Peer, "local", is_local)
-    frames: list[Buffer] = [b"head", shortcuts._mark(7)]
+    frames: list[Buffer] = [b"head", shortcuts.mark_of(7)]
     with peers() as (a, b):
         for _ in range(count):
             a.endpoint.send(b.id, frames)
@@ -469,7 +479,7 @@ def test_nobody_waits_for_a_mark_that_was_never_sent() -> None:
     with peers() as (a, b):
         a.endpoint.send(b.id, [b"x"])
         b.arrivals.wait_messages(1)
-        box = a.endpoint._outboxes[b.id]
+        box = outbox_of(a, b)
         until(box.is_unread, "the shortcut is welcome")
         box.flush(WAIT_S)
         until(lambda: not box.is_unread(), "all that went around is known to be read")
@@ -481,13 +491,13 @@ def test_after_a_pause_messages_take_the_shortcut_again() -> None:
         a.endpoint.send(b.id, [b"first"])  # before it is welcome
         a.endpoint.send(b.id, [b"head", bytes(5000)])
         b.arrivals.wait_messages(2)
-        shortcut = a.endpoint._outboxes[b.id]._way._shortcut
+        shortcut = shortcut_of(a, b)
         assert shortcut is not None
 
         def takes_it() -> bool:
-            before = shortcut._around
+            before = shortcut.num_around
             a.endpoint.send(b.id, [b"small"])
-            return shortcut._around == before
+            return shortcut.num_around == before
 
         until(takes_it, "a message takes the shortcut")
 
@@ -496,7 +506,7 @@ def test_workers_that_share_no_memory_have_none() -> None:
     with peers() as (a, b):
         a.endpoint.send(b.id, [b"hello"])
         b.arrivals.wait_messages(1)
-        assert a.endpoint._outboxes[b.id]._way is None
+        assert outbox_of(a, b)._way is None
         assert Shortcut.make(new_incarnation(), b.id) is None
 
 
@@ -505,9 +515,9 @@ def test_a_peer_that_is_seldom_sent_to_has_none(monkeypatch: pytest.MonkeyPatch)
     with peers() as (a, b):
         for _ in range(way.SHORTCUT_AFTER - 1):
             a.endpoint.send(b.id, [b"x"])
-        assert a.endpoint._outboxes[b.id]._way._shortcut is None
+        assert shortcut_of(a, b) is None
         a.endpoint.send(b.id, [b"x"])
-        assert a.endpoint._outboxes[b.id]._way._shortcut is not None
+        assert shortcut_of(a, b) is not None
         b.arrivals.wait_messages(way.SHORTCUT_AFTER)
 
 

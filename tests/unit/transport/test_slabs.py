@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import mmap
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +32,13 @@ from zrpc.wire.messages import Reply
 from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zrpc.transport.filling import Fill
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
+PATIENCE_S = 30.0
 A, B = b"A" * 8, b"B" * 8
 
 
@@ -340,6 +344,105 @@ def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monk
     assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
     with pool() as sender:
         assert placed(sender, bytes(600_000)) is not None
+
+
+# ---- memory that takes its time ------------------------------------------------------------------------------------
+
+
+class Held:
+    """A call of the system's that takes until the test says so."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self.is_held = True
+        self.has_begun = threading.Event()
+        self.may_end = threading.Event()
+
+    def __call__(self, *args: Any) -> Any:
+        if self.is_held:
+            self.has_begun.set()
+            assert self.may_end.wait(PATIENCE_S)
+        return self._call(*args)
+
+
+@pytest.fixture(params=["posix_fallocate", "available_nbytes"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """What taking fresh memory waits for: its pages, or what the system says of how much there is."""
+    where: Any = os if request.param == "posix_fallocate" else slabs
+    made = Held(getattr(where, request.param))
+    made.is_held = False
+    monkeypatch.setattr(where, request.param, made)
+    yield made
+    made.may_end.set()
+
+
+def test_slabs_come_home_while_a_fresh_one_is_made(held: Held) -> None:
+    """A sender waits for fresh memory; meanwhile slabs come home, others are sent, and holders are lost."""
+    with pool() as sender, ThreadPoolExecutor() as threads:
+        first, second = place(sender, buffer(MIN_NBYTES)), place(sender, buffer(MIN_NBYTES))
+        held.is_held = True
+        making = threads.submit(place, sender, bytes(slabs.ALLOWANCE_NBYTES))
+        assert held.has_begun.wait(PATIENCE_S)
+
+        def read() -> None:
+            memory = sender.take_home(B, first)
+            assert memory is not None
+            memory.free()
+            place(sender, buffer(MIN_NBYTES), A)
+            sender.take_back(second)
+            sender.reclaim(A)
+
+        try:
+            threads.submit(read).result(PATIENCE_S)
+        finally:
+            held.may_end.set()
+        making.result(PATIENCE_S)
+
+
+def test_a_slab_that_is_being_made_counts_already(held: Held) -> None:
+    """While one sender waits for fresh memory, another one takes no more than both may have together."""
+    with pool(max_nbytes=slabs.ALLOWANCE_NBYTES) as sender, ThreadPoolExecutor() as threads:
+        held.is_held = True
+        making = threads.submit(place, sender, bytes(slabs.ALLOWANCE_NBYTES))
+        assert held.has_begun.wait(PATIENCE_S)
+        try:
+            assert threads.submit(placed, sender, bytes(MIN_NBYTES)).result(PATIENCE_S) is None
+        finally:
+            held.may_end.set()
+        making.result(PATIENCE_S)
+
+
+def test_a_pool_that_is_closed_while_a_slab_is_made_keeps_none(held: Held) -> None:
+    """A pool is closed while a sender waits for fresh memory: that buffer goes another way, and no file stays open."""
+    with pool() as sender, ThreadPoolExecutor() as threads:
+        held.is_held = True
+        making = threads.submit(placed, sender, bytes(slabs.ALLOWANCE_NBYTES))
+        assert held.has_begun.wait(PATIENCE_S)
+        try:
+            threads.submit(sender.close).result(PATIENCE_S)
+        finally:
+            held.may_end.set()
+        assert making.result(PATIENCE_S) is None
+        assert sender.counts()["nbytes"] == 0
+
+
+def test_a_log_handler_may_send_where_no_slab_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning that sockets are used is given under no lock: a handler of the log may itself send."""
+    monkeypatch.setattr(slabs, "available_nbytes", lambda: 0)
+    with pool() as sender, pool(max_nbytes=1) as full, ThreadPoolExecutor() as threads:
+
+        class Sends(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                assert placed(sender, bytes(MIN_NBYTES)) is None
+                assert placed(full, bytes(MIN_NBYTES)) is None
+
+        handler = Sends()
+        logging.getLogger("zrpc").addHandler(handler)
+        try:
+            for one in (sender, full):
+                assert threads.submit(placed, one, bytes(MIN_NBYTES)).result(PATIENCE_S) is None
+        finally:
+            logging.getLogger("zrpc").removeHandler(handler)
 
 
 # ---- devices -------------------------------------------------------------------------------------------------------

@@ -568,7 +568,11 @@ class ExitsAtImport:
 
 
 @BOTH
-@pytest.mark.parametrize("error", [SetsItself("x"), SaysExit("x"), Plain(ExitsAtImport(), 2)], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [SetsItself("x"), SaysExit("x"), Plain(ExitsAtImport(), 2)],
+    ids=["SetsItself", "SaysExit", "ExitsAtImport"],
+)
 def test_what_a_class_raises_on_the_main_thread_is_no_interrupt(sent: Any, error: Any) -> None:
     assert isinstance(sent(error), type(error))
 

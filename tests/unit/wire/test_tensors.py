@@ -260,15 +260,15 @@ def _stays_shared(tensors: list[Tensor]) -> None:
     after = travel_tensors(*tensors)
     for one, other in zip(tensors, after, strict=True):
         assert_same(one, other)
-    storages = [t.untyped_storage()._cdata for t in tensors if t.numel()]
+    storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
     groups = [storages.index(storage) for storage in storages]
-    received_storages = [t.untyped_storage()._cdata for t in after if t.numel()]
+    received_storages = [t.untyped_storage().data_ptr() for t in after if t.numel()]
     assert [received_storages.index(storage) for storage in received_storages] == groups
     originals = [bits(t) for t in tensors]
     overwrite(after[0])
     for one, other, original in zip(tensors, after, originals, strict=True):
         assert np.array_equal(bits(one), original)
-        if other.numel() and other.untyped_storage()._cdata == after[0].untyped_storage()._cdata:
+        if other.numel() and other.untyped_storage().data_ptr() == after[0].untyped_storage().data_ptr():
             assert bytes(bits(other).tobytes()) == b"\xaa" * (other.numel() * other.element_size())
 
 

@@ -39,7 +39,7 @@ from zrpc.compat.rpc.stand_ins import method_name as method_name
 from zrpc.compat.rpc.stand_ins import new_method as new_method
 from zrpc.config import check_timeout
 from zrpc.ids import WorkerInfo
-from zrpc.rref.ledger import Ledger
+from zrpc.rref.context import RRefContext
 from zrpc.rref.rref import RRef
 from zrpc.wire.payload import Payload
 
@@ -254,17 +254,17 @@ def _destroy_rref_context(ignore_rref_leak: bool) -> dict[str, str]:
     Raises:
         RRefError: others still use values of this worker, and `ignore_rref_leak` is false.
     """
-    _ledger().destroy(ignore_rref_leak)
+    _rref_context().destroy(ignore_rref_leak)
     return _rref_context_get_debug_info()
 
 
 def _rref_context_get_debug_info() -> dict[str, str]:
     """Counts of this worker's references and values."""
-    return _ledger().debug_info()
+    return _rref_context().debug_info()
 
 
-def _ledger() -> Ledger:
-    found: Ledger = current_agent().extensions[Ledger]
+def _rref_context() -> RRefContext:
+    found: RRefContext = current_agent().extensions[RRefContext]
     return found
 
 
