@@ -95,8 +95,7 @@ def promise() -> torch.futures.Future[str]:
 def keep_and_stay() -> None:
     """Answer `promise` once another thread reads, and wait for what its caller does with that."""
     inbox = current_agent()._carrier.inbox
-    me = threading.get_ident()
-    until(lambda: inbox._reader not in (0, me), "another thread reads")
+    until(lambda: not inbox.is_read_here and "no thread reads" not in inbox.describe(), "another thread reads")
     _promised.pop().set_result("kept")
     assert _came.wait(PATIENCE_S), "the answer lies there"
     _came.clear()

@@ -203,7 +203,7 @@ def test_a_hanging_broker_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
         a.seen.wait(lambda: b.incarnation in {peer for peer, _ in a.seen.lost}, timeout_s=5.0)
         b.seen.wait(lambda: a.incarnation in {peer for peer, _ in b.seen.lost}, timeout_s=5.0)
         assert "has said nothing" in a.seen.lost[0][1]
-    assert re.search(r"nothing came .*; here (zrpc-reader-\d|nobody) reads, \d of 2 readers are parked", caplog.text)
+    assert re.search(r"nothing came .*; here (a reader|no thread) reads, the readers are \w+, \w+", caplog.text)
 
 
 def test_an_unreachable_broker_is_said_within_the_timeout() -> None:

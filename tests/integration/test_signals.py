@@ -297,6 +297,7 @@ def be_interrupted_at_the_ends(rank: int, method: str, second: str) -> None:
         assert not is_agent_set()
     init(second)
     if rank == 0:
+        rpc.rpc_sync("worker1", echo, args=(1,))  # it is there
         sender = send_soon(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             rpc.shutdown()

@@ -258,8 +258,8 @@ def test_interrupts_at_random_moments_leave_no_section_in_the_middle(ran: list[s
     struck = 0
     lock = threading.Lock()
     while struck < 500:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-4))
         try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-4))
             while True:
                 interrupts.restart(lambda: interrupts.wait(lambda: time.sleep(1e-5)))
                 with interrupts.deferred, lock:
