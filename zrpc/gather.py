@@ -275,7 +275,8 @@ class Gatherings:
         if member is None:
             reason = self._table.lost(key).get(name, "it is not in the group any more")
             raise PeerLostError(f"{name} is lost ({reason})")
-        return self._agent.request(member.info, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
+        with interrupts.deferred:
+            return self._agent.request(member.info, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
 
     def _on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
         for key, names in self._note_lost(worker.incarnation, reason):

@@ -124,7 +124,7 @@ class _Deferred:
 
     def __enter__(self) -> None:
         if _get_ident() == _main:
-            if not _state.depth:
+            if not _state.depth and list(map(_getsignal, _SIGNALS)) != _seen:
                 install()
             _state.depth += 1
 
@@ -220,12 +220,16 @@ def restart(waiting: Callable[[], T]) -> T:
 
     Within a section that is held it is not interrupted. What a handler raises is raised here.
     """
-    with deferred:
-        while True:
-            try:
-                return waiting()
-            except Interrupted:
-                run_handlers()
+    if _get_ident() != _main:
+        return waiting()
+    if not _state.depth:
+        with deferred:
+            return restart(waiting)
+    while True:
+        try:
+            return waiting()
+        except Interrupted:
+            run_handlers()
 
 
 def run_handlers() -> None:
@@ -237,7 +241,7 @@ def run_handlers() -> None:
 def install() -> None:
     """Put a `_Deferrable` around each handler that is written in Python. For the main thread; else it does nothing."""
     global _seen
-    if _get_ident() != _main or list(map(_getsignal, _SIGNALS)) == _seen:
+    if _get_ident() != _main:
         return
     for signum in _SIGNALS:
         handler = _getsignal(signum)
@@ -256,8 +260,8 @@ def uninstall() -> None:
 
 
 def _catchable() -> tuple[int, ...]:
-    """The signals that programs have handlers for."""
-    names = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGVTALRM", "SIGPROF", "SIGCHLD")
+    """The signals that programs have handlers for which call or raise."""
+    names = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP")
     return tuple(int(getattr(signal, name)) for name in names if hasattr(signal, name))
 
 

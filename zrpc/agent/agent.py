@@ -16,7 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
-from zrpc import interrupts
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
@@ -267,6 +266,7 @@ class Agent:
         """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
 
         A hooked request waits for room in the window of its peer (`zrpc.agent.window`), unless this thread may not.
+        Call it in a section of `zrpc.interrupts`.
 
         Args:
             to: the callee.
@@ -282,41 +282,40 @@ class Agent:
             DeviceError: one cannot be brought here from its device.
         """
         limit_s = self.rpc_timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
-        with interrupts.deferred:
-            extras = None
-            if hooked and self.hooks:
-                payload = payload or Payload()
-                extras = self.hooks.send(to, message, payload, None)
-            call_id = next(self._call_ids)
-            routes = self._peers.routes(to)
-            route = routes.replies if goes_back else routes.requests
-            envelope = seal(message, call_id, payload, extras, route)
-            call = Call(self, call_id, to, message, limit_s, waited)
-            try:
-                left_s = self._gates[to.incarnation].enter(
-                    call_id, envelope, to, limit_s, self._standing if hooked else needed
-                )
-            except ZrpcError as error:
-                call.complete(None, error)
-                return call
-            try:
-                self._calls.add(call)
-                if envelope.is_arriving and not waited:
-                    self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
-                elif not self._send(call, envelope, payload):
-                    return call
-                if payload is not None and payload.after is not None:
-                    payload.after()
-                if not waited:
-                    self._carrier.inbox.num_sent += 1
-                    if limit_s:
-                        self._calls.limit(call_id, left_s)
-            except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
-                self._calls.fail(call_id, interrupt)
-                raise
-            if self._closed:  # the sweep of close() may have passed by
-                self._calls.fail(call_id, AgentClosedError("this worker has shut down"))
+        extras = None
+        if hooked and self.hooks:
+            payload = payload or Payload()
+            extras = self.hooks.send(to, message, payload, None)
+        call_id = next(self._call_ids)
+        routes = self._peers.routes(to)
+        route = routes.replies if goes_back else routes.requests
+        envelope = seal(message, call_id, payload, extras, route)
+        call = Call(self, call_id, to, message, limit_s, waited)
+        try:
+            left_s = self._gates[to.incarnation].enter(
+                call_id, envelope, to, limit_s, self._standing if hooked else needed
+            )
+        except ZrpcError as error:
+            call.complete(None, error)
             return call
+        try:
+            self._calls.add(call)
+            if envelope.is_arriving and not waited:
+                self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
+            elif not self._send(call, envelope, payload):
+                return call
+            if payload is not None and payload.after is not None:
+                payload.after()
+            if not waited:
+                self._carrier.inbox.num_sent += 1
+                if limit_s:
+                    self._calls.limit(call_id, left_s)
+        except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
+            self._calls.fail(call_id, interrupt)
+            raise
+        if self._closed:  # the sweep of close() may have passed by
+            self._calls.fail(call_id, AgentClosedError("this worker has shut down"))
+        return call
 
     def _send(self, call: Call, envelope: Envelope, payload: Payload | None) -> bool:
         """Send a request; false: the call has ended."""

@@ -256,7 +256,12 @@ class Call:
         )
 
     def _ensure_open(self) -> None:
-        if self._opening is not _Opening.DONE:
+        if self._opening is _Opening.DONE:
+            return
+        try:
+            self._open()
+        except interrupts.Interrupted:
+            interrupts.run_handlers()
             interrupts.restart(self._open)
 
     def _open(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.future import Future, future_of
 from zrpc.config import UNSET_RPC_TIMEOUT_S
@@ -90,8 +91,9 @@ def invoke_remote_torchscript(
 
 def _request(dst: WorkerInfo, message: BuiltinCall | PythonCall, payload: Payload, timeout: float) -> Future[Any]:
     agent = current_agent()
-    call = agent.request(_resolve(dst), message, payload, timeout_s=_limit_s(timeout), hooked=True)
-    return future_of(call, pickling.loads, agent.completions)
+    with interrupts.deferred:
+        call = agent.request(_resolve(dst), message, payload, timeout_s=_limit_s(timeout), hooked=True)
+        return future_of(call, pickling.loads, agent.completions)
 
 
 def _resolve(to: str | WorkerInfo) -> WorkerInfo:

@@ -119,7 +119,8 @@ class RRef(Generic[T]):
         cell = self._cell
         if cell is None:
             agent = self._context.agent
-            return future_of(self._fetch(timeout, waited=False), pickling.loads, agent.completions)
+            with interrupts.deferred:
+                return future_of(self._fetch(timeout, waited=False), pickling.loads, agent.completions)
         future: Future[T] = Future()
         limit_s = _wait_s(timeout)
         if limit_s and not cell.is_set():

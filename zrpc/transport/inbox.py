@@ -216,7 +216,8 @@ class Inbox:
         finally:
             with self._lock:
                 reader = self._turns.reader_leaves(me, has_work=work is not None)
-            self._wake(reader)
+            if reader:
+                self._wake(reader)
         if work is None:
             self.on_queue_empty()
             return
@@ -297,7 +298,15 @@ class Inbox:
             return
         try:
             self._take_over()
-            self._read_for(wanted, deadline)
+            while not wanted.done() and not self._is_over():
+                if not self._is_ready() and not self.polling.wait(deadline):
+                    break
+                self._hand_on()
+                if wanted.done():
+                    break
+                interrupts.check()
+                if deadline is not None and time.monotonic() >= deadline:
+                    break
         finally:
             with self._lock:
                 reader = self._turns.caller_leaves(me)
@@ -306,15 +315,6 @@ class Inbox:
                 self._wakes[reader].set()
             elif is_nested:  # the outer wait may be over, and not know
                 self._interrupt()
-
-    def _read_for(self, wanted: Awaited, deadline: float | None) -> None:
-        while not wanted.done() and not self._is_over():
-            if not self._is_ready() and not self.polling.wait(deadline):
-                break
-            self._hand_on()
-            interrupts.check()
-            if deadline is not None and time.monotonic() >= deadline:
-                break
 
     # ---- the end
 

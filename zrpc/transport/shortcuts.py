@@ -101,8 +101,11 @@ class Shortcuts:
     def is_ready(self) -> bool:
         """Whether there is something to receive, maybe only a connection that begins or ends."""
         if not self._ready:
-            self._ready = [file for file, _ in self._epoll.poll(0)]
-        return bool(self._ready)
+            events = self._epoll.poll(0)
+            if not events:  # as a rule, where a thread polls
+                return False
+            self._ready = [file for file, _ in events]
+        return True
 
     def receive(self) -> tuple[Incarnation, bytes] | None:
         """The next message, and who sent it; None if there is none, or none yet. Senders take turns."""

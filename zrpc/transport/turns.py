@@ -65,6 +65,7 @@ class Event(Enum):
     SLEEP = "it is not needed"
 
 
+_WATCHING = Place.WATCHING
 _PARKED = frozenset((Place.WATCHING, Place.ASLEEP))
 _PLACES = {
     (Place.AWAY, Event.READ): Place.READING,
@@ -81,6 +82,14 @@ _PLACES = {
     (Place.ASLEEP, Event.WATCH): Place.WATCHING,
     (Place.ASLEEP, Event.SLEEP): Place.ASLEEP,
 }
+
+
+_CHANGES = {
+    (place, event): (after, (after in _PARKED) - (place in _PARKED), (after is _WATCHING) - (place is _WATCHING))
+    for (place, event), after in _PLACES.items()
+}
+"""The place after an event, and how many more readers are parked, and keep watch, then."""
+_NO_CHANGE = (None, 0, 0)
 
 
 @dataclass(slots=True)
@@ -116,6 +125,7 @@ class Turns:
         self.holder = 0
         self.reading_for: list[Awaited] = []
         self.num_parked = 0
+        self._num_watching = 0
         self._blocked: list[Awaited] = []
         self._activity = 0
         self._streak = 0
@@ -169,9 +179,11 @@ class Turns:
         if self.holder != thread or not self.reading_for:
             raise RuntimeError(f"thread {thread} leaves, and does not read as a caller: {self.describe()}")
         self.reading_for.pop()
-        if self.reading_for or self._place(thread) is Place.READING:  # what it was in the midst of goes on
-            return 0
+        if self.reading_for or (thread in self._readers and self._readers[thread].place is Place.READING):
+            return 0  # what it was in the midst of goes on
         self.holder = 0
+        if self._num_watching and not self._blocked:
+            return 0
         return self._call(must_read=not self._all_served())
 
     # ---- readers
@@ -182,7 +194,9 @@ class Turns:
 
     def reader_goes(self, thread: int) -> None:
         """It ends."""
-        self.num_parked -= self._readers.pop(thread).place in _PARKED
+        place = self._readers.pop(thread).place
+        self.num_parked -= place in _PARKED
+        self._num_watching -= place is Place.WATCHING
 
     def next_step(self, thread: int, num_sent: int) -> tuple[Place, float | None]:
         """What a reader that is not reading is to do now.
@@ -238,7 +252,7 @@ class Turns:
         if not has_work:
             return 0  # it keeps watch itself
         self._activity += 1
-        return self._call(must_read=False)
+        return 0 if self._num_watching else self._call(must_read=False)
 
     def follows_closely(self, now: float) -> bool:
         """A caller's outcome was brought by a reader. Whether callers follow each other closely, and none is left."""
@@ -297,14 +311,11 @@ class Turns:
         reader.watch.activity, reader.watch.num_sent = self._activity, num_sent
         return reader.place, reader.watch.pause_s
 
-    def _place(self, thread: int) -> Place | None:
-        reader = self._readers.get(thread)
-        return None if reader is None else reader.place
-
     def _after(self, thread: int, event: Event) -> Place:
         place = self._readers[thread].place
-        after = _PLACES.get((place, event))
+        after, parked, watching = _CHANGES.get((place, event), _NO_CHANGE)
         if after is None:
             raise RuntimeError(f"reader {thread} is {place.name}, and {event.name} cannot be there: {self.describe()}")
-        self.num_parked += (after in _PARKED) - (place in _PARKED)
+        self.num_parked += parked
+        self._num_watching += watching
         return after
