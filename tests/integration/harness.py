@@ -8,6 +8,7 @@ the worker's rank and its result must be picklable.
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -176,6 +177,7 @@ class Cluster:
         self._directory = directory
         self._running: list[Running] = []
         self._brokers: list[subprocess.Popen[bytes]] = []
+        self._stores = itertools.count()
 
     def run(
         self,
@@ -232,7 +234,7 @@ class Cluster:
     def new_init_method(self) -> str:
         """A meeting point for one group; with a broker, one of its own is started."""
         if self.mode == "file":
-            return f"file://{self._directory}/store{len(self._running)}"
+            return f"file://{self._directory}/store{next(self._stores)}"
         port = free_port()
         if self.mode == "tcp":
             return f"tcp://127.0.0.1:{port}"

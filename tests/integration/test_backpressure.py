@@ -44,6 +44,7 @@ def size_of(tensor: torch.Tensor, seconds: float = 0.0) -> int:
 
 
 _gate = threading.Event()
+_triggered = threading.Event()
 
 
 def stand_still(_: object = None) -> int:
@@ -166,13 +167,22 @@ def test_the_number_of_calls_is_bounded_too(cluster: Cluster) -> None:
     assert cluster.run(number_in_flight, 3, max_in_flight_calls=3)[0] == 10
 
 
+def await_trigger() -> None:
+    assert _triggered.wait(WAIT_S)
+
+
+def end_trigger() -> None:
+    _triggered.set()
+
+
 def in_callbacks(rank: int) -> int:
     """A callback that waited for room would keep the completer thread from completing other futures."""
     if rank != 0:
         return 0
     held = rpc.rpc_async("worker1", stand_still, args=(fresh(MB),))
-    trigger = rpc.rpc_async("worker1", size_of, args=(fresh(10),))
+    trigger = rpc.rpc_async("worker1", await_trigger)
     nested = trigger.then(lambda _: rpc.rpc_async("worker1", size_of, args=(fresh(MB),)))
+    rpc.rpc_sync("worker1", end_trigger)  # not before: else the callback runs here, and this thread may wait
     answered = nested.wait().wait()
     rpc.rpc_sync("worker1", open_gate)
     return int(answered) + held.wait()

@@ -199,12 +199,12 @@ class Inbox:
         with self._lock:
             if self._handed_on and not self._doing.locked():
                 return
-            place, pause_s = self._turns.next_step(me, self.num_sent)
+            place = self._turns.next_step(me, self.num_sent)
         if place is Place.READING:
             self._read_and_work(me)
             return
         self.on_queue_empty()
-        self._wakes[me].wait(pause_s)
+        self._wakes[me].wait(self._turns.pause_s(me))
         if place is Place.WATCHING:
             self.on_queue_empty()
             self.on_callers_left()

@@ -13,7 +13,8 @@ Invariants: one thread reads at most. While none does, a reader keeps watch, or 
 one does, it serves those that are blocked; if it leaves before, a reader is called to read. A reader is called once for
 each time that it parks. A wait may nest in another one of the same thread, within a destructor: it reads too.
 
-Threads: none. Call it under one lock (`zrpc.transport.inbox`).
+Threads: none. Call it under one lock (`zrpc.transport.inbox`). What readers and callers call all the time makes no
+objects: there the garbage collector might run destructors, which may wait, and so want that lock.
 
 Failure: an event that cannot be is a `RuntimeError` that names it.
 """
@@ -85,30 +86,31 @@ _PLACES = {
 
 
 _CHANGES = {
-    (place, event): (after, (after in _PARKED) - (place in _PARKED), (after is _WATCHING) - (place is _WATCHING))
-    for (place, event), after in _PLACES.items()
+    place: {
+        event: (after, (after in _PARKED) - (place in _PARKED), (after is _WATCHING) - (place is _WATCHING))
+        for (before, event), after in _PLACES.items()
+        if before is place
+    }
+    for place in Place
 }
 """The place after an event, and how many more readers are parked, and keep watch, then."""
 _NO_CHANGE = (None, 0, 0)
 
 
 @dataclass(slots=True)
-class _Watch:
-    """What a reader that keeps watch saw when it last looked."""
-
-    activity: int
-    num_sent: int
-    unread_s: float = 0.0
-    pause_s: float = PARK_S
-
-
-@dataclass(slots=True)
 class _Reader:
+    """A reader; while it keeps watch, what it saw when it last looked."""
+
+    number: int
     place: Place = Place.AWAY
     is_called: bool = False
     must_read: bool = False
     leaves_to_callers: bool = False
-    watch: _Watch | None = None
+    watches: bool = False
+    activity: int = 0
+    num_sent: int = 0
+    unread_s: float = 0.0
+    pause_s: float = PARK_S
 
 
 class Turns:
@@ -122,6 +124,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._readers: dict[int, _Reader] = {}
+        self._all: list[_Reader] = []  # the same
         self.holder = 0
         self.reading_for: list[Awaited] = []
         self.num_parked = 0
@@ -190,15 +193,18 @@ class Turns:
 
     def reader_comes(self, thread: int) -> None:
         """A thread becomes a reader."""
-        self._readers[thread] = _Reader()
+        self._readers[thread] = _Reader(thread)
+        self._all.append(self._readers[thread])
 
     def reader_goes(self, thread: int) -> None:
         """It ends."""
-        place = self._readers.pop(thread).place
+        reader = self._readers.pop(thread)
+        self._all.remove(reader)
+        place = reader.place
         self.num_parked -= place in _PARKED
         self._num_watching -= place is Place.WATCHING
 
-    def next_step(self, thread: int, num_sent: int) -> tuple[Place, float | None]:
+    def next_step(self, thread: int, num_sent: int) -> Place:
         """What a reader that is not reading is to do now.
 
         Args:
@@ -206,14 +212,13 @@ class Turns:
             num_sent: how many requests callers have sent so far.
 
         Returns:
-            `READING`, and it holds the socket; or how long it is to wait for being woken in seconds, None: no limit.
-            Then it asks again.
+            `READING`, and it holds the socket; or it is to wait until it is woken, for up to `pause_s`, and asks again.
         """
         reader = self._readers[thread]
         must_read, was_called = reader.must_read, reader.is_called
         reader.is_called = reader.must_read = False
         if self.holder:
-            is_lively = reader.watch is not None and reader.watch.activity != self._activity
+            is_lively = reader.watches and reader.activity != self._activity
             if not was_called and not is_lively and not reader.leaves_to_callers:
                 return self._park(thread, reader, Event.SLEEP, num_sent)
             reader.leaves_to_callers = False
@@ -221,10 +226,15 @@ class Turns:
         leaves, reader.leaves_to_callers = reader.leaves_to_callers, False
         if must_read or (reader.place is Place.AWAY and not leaves) or self._lies_unread(reader, num_sent):
             reader.place = self._after(thread, Event.READ)
-            reader.watch = None
+            reader.watches = False
             self.holder = thread
-            return Place.READING, None
+            return Place.READING
         return self._park(thread, reader, Event.WATCH, num_sent)
+
+    def pause_s(self, thread: int) -> float | None:
+        """For how long a reader that is parked waits to be woken in seconds; None: without a limit."""
+        reader = self._readers[thread]
+        return reader.pause_s if reader.place is Place.WATCHING else None
 
     def call_for_work(self) -> int:
         """Work is handed on by the thread that reads. Returns the reader to be woken for it; 0: one comes by itself."""
@@ -236,7 +246,7 @@ class Turns:
     def reader_works(self, thread: int) -> None:
         """A reader that does not read does what was handed on; then it asks for its next step."""
         reader = self._readers[thread]
-        reader.place, reader.watch = self._after(thread, Event.WORK), None
+        reader.place, reader.watches = self._after(thread, Event.WORK), False
 
     def reader_leaves(self, thread: int, *, has_work: bool) -> int:
         """A reader stops reading. Returns the reader to be woken; 0: none.
@@ -269,51 +279,51 @@ class Turns:
 
     def _call(self, *, must_read: bool) -> int:
         """No thread reads now: see to it that a reader keeps watch, or reads. Returns the one to be woken, or 0."""
-        called = 0
-        for thread, reader in self._readers.items():
+        called: _Reader | None = None
+        index = 0
+        while index < len(self._all):
+            reader = self._all[index]
+            index += 1
             if reader.place is Place.WATCHING or reader.is_called:
                 if not must_read:
                     return 0
-                called = thread
+                called = reader
                 break
             if reader.place is Place.ASLEEP:
-                called = thread
-        if called:
-            reader = self._readers[called]
-            reader.is_called, reader.must_read = True, must_read or reader.must_read
-        return called
+                called = reader
+        if called is None:
+            return 0
+        called.is_called, called.must_read = True, must_read or called.must_read
+        return called.number
 
     def _lies_unread(self, reader: _Reader, num_sent: int) -> bool:
         """Whether nothing was read, or will be soon, since the reader last looked."""
-        watch = reader.watch
-        if watch is None:
+        if not reader.watches:
             return False
-        if watch.activity != self._activity:
-            watch.unread_s = 0.0
-            watch.pause_s = min(2 * watch.pause_s, PARK_MAX_S)
-        else:
-            watch.unread_s += watch.pause_s
-            watch.pause_s = PARK_S
-            if watch.num_sent == num_sent or watch.unread_s > UNREAD_MAX_S:
-                return True
-        return False
+        if reader.activity != self._activity:
+            reader.unread_s = 0.0
+            reader.pause_s = min(2 * reader.pause_s, PARK_MAX_S)
+            return False
+        reader.unread_s += reader.pause_s
+        reader.pause_s = PARK_S
+        return reader.num_sent == num_sent or reader.unread_s > UNREAD_MAX_S
 
-    def _park(self, thread: int, reader: _Reader, event: Event, num_sent: int) -> tuple[Place, float | None]:
+    def _park(self, thread: int, reader: _Reader, event: Event, num_sent: int) -> Place:
         reader.place = self._after(thread, event)
         if event is Event.SLEEP:
-            reader.watch = None
-            return reader.place, None
-        if reader.watch is None:
-            reader.watch = _Watch(self._activity, num_sent)
-        elif self.holder and reader.watch.activity != self._activity:
-            reader.watch.unread_s = 0.0
-            reader.watch.pause_s = min(2 * reader.watch.pause_s, PARK_MAX_S)
-        reader.watch.activity, reader.watch.num_sent = self._activity, num_sent
-        return reader.place, reader.watch.pause_s
+            reader.watches = False
+            return reader.place
+        if not reader.watches:
+            reader.watches, reader.unread_s, reader.pause_s = True, 0.0, PARK_S
+        elif self.holder and reader.activity != self._activity:
+            reader.unread_s = 0.0
+            reader.pause_s = min(2 * reader.pause_s, PARK_MAX_S)
+        reader.activity, reader.num_sent = self._activity, num_sent
+        return reader.place
 
     def _after(self, thread: int, event: Event) -> Place:
         place = self._readers[thread].place
-        after, parked, watching = _CHANGES.get((place, event), _NO_CHANGE)
+        after, parked, watching = _CHANGES[place].get(event, _NO_CHANGE)
         if after is None:
             raise RuntimeError(f"reader {thread} is {place.name}, and {event.name} cannot be there: {self.describe()}")
         self.num_parked += parked

@@ -81,7 +81,8 @@ class Threads(RuleBasedStateMachine):
         elif reader.does == "works":
             reader.does = "asks"
         elif reader.does == "asks":
-            place, reader.pause_s = self.turns.next_step(number, self.num_sent)
+            place = self.turns.next_step(number, self.num_sent)
+            reader.pause_s = self.turns.pause_s(number)
             reader.does = "reads" if place is Place.READING else "is parked"
         elif not self.messages:
             return False
@@ -221,7 +222,7 @@ def test_events_that_cannot_be_name_what_is_wrong() -> None:
 def test_a_reader_leaves_the_socket_to_callers_that_follow_each_other_closely() -> None:
     turns = Turns()
     turns.reader_comes(1)
-    assert turns.next_step(1, 0) == (Place.READING, None)
+    assert turns.next_step(1, 0) is Place.READING
     for number in range(STREAK + 1):
         wanted = Wanted()
         assert not turns.caller_waits(11, wanted)
@@ -229,32 +230,31 @@ def test_a_reader_leaves_the_socket_to_callers_that_follow_each_other_closely() 
         assert turns.follows_closely(1.0 + number / 1000) == (number == STREAK)
         turns.caller_unblocked(wanted)
     assert turns.reader_leaves(1, has_work=False) == 0
-    place, pause_s = turns.next_step(1, 0)
-    assert (place, pause_s) == (Place.WATCHING, PARK_S)
+    assert turns.next_step(1, 0) is Place.WATCHING
+    assert turns.pause_s(1) == PARK_S
     for _ in range(5):  # callers read, one after the other: it looks less and less often
         assert turns.caller_waits(11, Wanted())
         assert turns.caller_leaves(11) == 0
-        place, pause_s = turns.next_step(1, 0)
-        assert place is Place.WATCHING
-    assert pause_s == PARK_MAX_S
-    assert turns.next_step(1, 1)[0] is Place.WATCHING, "a caller has sent, and will read"
-    assert turns.next_step(1, 1) == (Place.READING, None), "nothing was read or sent"
+        assert turns.next_step(1, 0) is Place.WATCHING
+    assert turns.pause_s(1) == PARK_MAX_S
+    assert turns.next_step(1, 1) is Place.WATCHING, "a caller has sent, and will read"
+    assert turns.next_step(1, 1) is Place.READING, "nothing was read or sent"
 
 
 def test_a_caller_that_leaves_another_one_blocked_calls_a_reader_to_read() -> None:
     turns = Turns()
     assert turns.caller_waits(11, Wanted())
     turns.reader_comes(1)
-    assert turns.next_step(1, 0) == (Place.ASLEEP, None)
+    assert turns.next_step(1, 0) is Place.ASLEEP
     assert not turns.caller_waits(12, Wanted())
     assert turns.caller_leaves(11) == 1
-    assert turns.next_step(1, 0) == (Place.READING, None)
+    assert turns.next_step(1, 0) is Place.READING
 
 
 def test_the_reader_that_a_nested_wait_was_made_on_goes_on_reading() -> None:
     turns = Turns()
     turns.reader_comes(1)
-    assert turns.next_step(1, 0) == (Place.READING, None)
+    assert turns.next_step(1, 0) is Place.READING
     assert turns.caller_waits(1, Wanted())
     assert turns.reading_for
     assert turns.caller_leaves(1) == 0
