@@ -63,7 +63,7 @@ def _create(
         context.answered(fork_id, failed=True)
         raise
     made._call = call
-    call.add_done_callback(lambda done: context.answered(fork_id, done.failed))
+    call.add_done_callback(lambda done: context.answered(fork_id, done.failed), inline=True)
     return made
 
 
