@@ -319,8 +319,6 @@ def lost(name: str) -> bool:
 def test_ctrl_c_ends_init_rpc_and_shutdown(cluster_in_each_mode: Cluster) -> None:
     """The process is no worker afterwards."""
     cluster = cluster_in_each_mode
-    if cluster.mode == "file":
-        pytest.skip("a Ctrl-C is lost now and then while a worker waits in a file store: not found out yet")
     cluster.run(be_interrupted_at_the_ends, 2, args=(cluster.new_init_method(), cluster.new_init_method()), init=False)
 
 

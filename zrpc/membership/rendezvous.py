@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qs, urlparse
@@ -40,7 +41,8 @@ class _Generations:
         return self._next + 1 if self._dynamic and not dynamic else self._next
 
 
-_generations = _Generations()
+_generations: defaultdict[str, _Generations] = defaultdict(_Generations)
+"""By store: an `init_rpc` elsewhere that came to nothing, as one that Ctrl-C ended, counts there alone."""
 _kept_alive: list[object] = []
 
 TAKEN_WAIT_S = 1.0
@@ -106,8 +108,19 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     except RuntimeError as error:
         raise RendezvousError(f"the store of init_method {init_method!r} cannot be opened: {error}") from error
     store.set_timeout(timedelta(seconds=timeout_s))
-    prefixed = dist.PrefixStore(f"zrpc/{_generations.enter(world_size is None)}", store)
+    generation = _generations[_place_of(init_method)].enter(world_size is None)
+    prefixed = dist.PrefixStore(f"zrpc/{generation}", store)
     return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
+
+
+def _place_of(init_method: str) -> str:
+    """Where the store of `init_method` is."""
+    url = urlparse(init_method)
+    if url.scheme == "env":
+        return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if url.scheme == "tcp":
+        return f"{url.hostname}:{url.port}"
+    return init_method
 
 
 def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: float) -> dist.Store:
@@ -148,7 +161,7 @@ def _is_rank_0_taken(host: str, port: int) -> bool:
     deadline = time.monotonic() + TAKEN_WAIT_S
     try:
         store = open_tcp_store(host, port, is_host=False, timeout_s=TAKEN_WAIT_S)
-        prefixed = dist.PrefixStore(f"zrpc/{_generations.next(dynamic=False)}", store)
+        prefixed = dist.PrefixStore(f"zrpc/{_generations[f'{host}:{port}'].next(dynamic=False)}", store)
         while not prefixed.check(["rank/0"]):
             if time.monotonic() > deadline:
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def be_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on as if this process had opened no store yet."""
+    monkeypatch.setattr(rendezvous, "_generations", defaultdict(rendezvous._Generations))
+
+
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variables of a launcher, and no store that outlives the test."""
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(rendezvous, "_generations", rendezvous._Generations())
+    be_another_process(monkeypatch)
     kept: list[object] = []
     monkeypatch.setattr(rendezvous, "_kept_alive", kept)
     yield
@@ -146,3 +152,16 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_a_store_that_nobody_hosts_is_named(world_size: int | None) -> None:
     with pytest.raises(RendezvousError, match=r"init_method 'tcp://127.0.0.1:\d+' .* cannot be reached"):
         open_store(f"tcp://127.0.0.1:{free_port()}", 1, world_size, 0.2)
+
+
+def test_a_start_elsewhere_that_came_to_nothing_keeps_no_group_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process opened another store before, where nobody came; the other did not, and they meet all the same."""
+    first, second = (f"file://{tmp_path}/{name}" for name in ("first", "second"))
+    elsewhere = open_store(first, 0, 2, 5.0)
+    one = open_store(second, 0, 2, 5.0)
+    one.set("key", b"value")
+    be_another_process(monkeypatch)
+    assert open_store(second, 1, 2, 5.0).get("key") == b"value"
+    del elsewhere
