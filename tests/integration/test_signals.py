@@ -101,10 +101,12 @@ def share_a_future(rank: int, method: str) -> list[str] | None:
         return None
     future = rpc.rpc_async("worker1", wait_told)
     ended: list[str] = []
+    has_called = threading.Event()
 
     def wait(calls_first: bool) -> None:
         for _ in range(300 if calls_first else 0):  # callers in a row read for themselves: this one will
             rpc.rpc_sync("worker1", echo, args=(1,))
+        has_called.set()
         try:
             future.wait()
         except PeerLostError as error:
@@ -113,6 +115,7 @@ def share_a_future(rank: int, method: str) -> list[str] | None:
     threads = []
     for number in range(4):
         threads.append(in_thread(partial(wait, number == 0)))
+        assert has_called.wait(WAIT_S)
         time.sleep(0.1)
     rpc.rpc_async("worker1", die)
     for thread in threads:
