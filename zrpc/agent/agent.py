@@ -11,11 +11,13 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
+from zrpc import finalizers
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
@@ -108,12 +110,15 @@ class Agent:
             lambda: self._server.hold(), self.open,
         )  # fmt: skip
         self.members = self._peers.registry
+        self.watched = self._peers.watched
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
             options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh(),
             self.staging, self._stagers.submit,
         )  # fmt: skip
         self._dropped = HandlerPool(1, "zrpc-finalizer")
+        self._garbage: deque[list[Any]] = deque()
+        self._takes_garbage = True
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._calls = Calls(self._gates, self._carrier.inbox.wake, self.discard, self.control.wake)
         self._call_ids = itertools.count(1)
@@ -190,6 +195,8 @@ class Agent:
         self.completions.close(flush_s)
         self.staging.close(flush_s)
         self.control.close(max(flush_s, CONTROL_END_S))
+        self._takes_garbage = False
+        self._let_go()
         self._dropped.close(flush_s)
         if self.staging.streams is not None:
             handover.order_by(None)
@@ -225,8 +232,18 @@ class Agent:
         self._server.pool.submit(task)
 
     def drop(self, garbage: list[Any]) -> None:
-        """Let go of values, on a thread of their own: their `__del__` is user code. The caller keeps none of them."""
-        self._dropped.submit(garbage.clear)
+        """Let go of values soon, on a thread of their own: their `__del__` is user code. The caller keeps none."""
+        if self._takes_garbage:
+            self._garbage.append(garbage)
+            finalizers.defer(self._let_go)
+
+    def _let_go(self) -> None:
+        """Let go of all that was dropped by now; later tasks of a round of the control thread find nothing."""
+        garbage: list[list[Any]] = []
+        while self._garbage:
+            garbage.append(self._garbage.popleft())
+        if garbage:
+            self._dropped.submit(garbage.clear)
 
     def memory_card(self) -> list[Any] | None:
         """What the membership card says of this worker's shared memory."""
@@ -290,11 +307,10 @@ class Agent:
         routes = self._peers.routes(to)
         route = routes.replies if goes_back else routes.requests
         envelope = seal(message, call_id, payload, extras, route)
-        call = Call(self, call_id, to, message, limit_s, waited)
+        gate = self._gates[to.incarnation]
+        call = Call(self, call_id, to, gate, message, limit_s, waited)
         try:
-            left_s = self._gates[to.incarnation].enter(
-                call_id, envelope, to, limit_s, self._standing if hooked else needed
-            )
+            left_s = gate.enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
         except ZrpcError as error:
             call.complete(None, error)
             return call
@@ -335,11 +351,17 @@ class Agent:
         self._send(call, envelope, payload)
 
     def notify(
-        self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] | None = None
-    ) -> None:
+        self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] = lambda _: None, *,
+        inline: bool = True,
+    ) -> None:  # fmt: skip
         """Send an idempotent message until it is acknowledged, the peer is lost or this worker closes.
 
-        `on_done(error)`, if given, is called once, on a thread where it must not block.
+        Args:
+            to: the peer.
+            message: what is told.
+            on_done: called once, with what went wrong or None. It must not block.
+            inline: that all went well may be noted by the thread that reads: `on_done` only counts. To hand each
+                acknowledgement on takes as long as a call.
 
         Raises:
             ProtocolError: the message is not idempotent.
@@ -349,11 +371,21 @@ class Agent:
 
         def settle(call: Call) -> None:
             if issubclass(type(call.error), RpcTimeoutError) and not self._closed:
-                self.control.submit(lambda: self.notify(to, message, on_done))
-            elif on_done is not None:
+                self.control.submit(lambda: self.notify(to, message, on_done, inline=inline))
+            else:
                 on_done(call.error)
 
-        self.request(to, message, timeout_s=NOTIFY_TIMEOUT_S).add_done_callback(settle)
+        def note(call: Call) -> None:
+            if not call.failed:
+                on_done(None)
+            elif call.is_unopened:  # it came as a pickle
+                self.completions.submit(partial(settle, call))
+            else:
+                settle(call)
+
+        self.request(to, message, timeout_s=NOTIFY_TIMEOUT_S).add_done_callback(
+            note if inline else settle, inline=inline
+        )
 
     def counts(self) -> dict[str, int]:
         """Calls under way, requests being served, handler threads and idle ones."""

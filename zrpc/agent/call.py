@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from zrpc import interrupts
-from zrpc.agent.pool import blocking
+from zrpc.agent.pool import blocking, is_counted
 from zrpc.errors import RpcTimeoutError
 from zrpc.exception_text import without_traceback
 from zrpc.staging import handover
@@ -34,6 +34,7 @@ from zrpc.wire.raisable import Raisable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zrpc.agent.gate import Gate
     from zrpc.ids import WorkerInfo
     from zrpc.staging.streams import Mark
     from zrpc.transport.inbox import Work
@@ -72,6 +73,9 @@ class _Opening(Enum):
     DONE = "the outcome is there"
 
 
+_DONE = _Opening.DONE
+
+
 class Call:
     """A request that was sent, or could not be. Any thread may use it.
 
@@ -81,6 +85,7 @@ class Call:
 
     Attributes:
         peer: who was called.
+        gate: where it counts until it is answered.
         message: what was asked.
         timeout_s: its time limit in seconds; 0: none.
         failed: whether it is done and went wrong.
@@ -88,23 +93,25 @@ class Call:
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_opening", "_owner", "_payload",
-        "_raised", "_waited", "_wake_ups", "call_id", "failed", "message", "peer", "timeout_s",
+        "_raised", "_waited", "_wake_ups", "call_id", "failed", "gate", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(
-        self, owner: CallOwner, call_id: int, peer: WorkerInfo, message: Message, timeout_s: float, waited: bool
-    ) -> None:
+        self, owner: CallOwner, call_id: int, peer: WorkerInfo, gate: Gate, message: Message, timeout_s: float,
+        waited: bool,
+    ) -> None:  # fmt: skip
         self._owner = owner
         self._waited = waited
         self.call_id = call_id
         self.peer = peer
+        self.gate = gate
         self.message = message
         self.timeout_s = timeout_s
         self.failed = False
         self._deadline = time.monotonic() + timeout_s if timeout_s else None
         self._lock = threading.Lock()
         self._wake_ups: WakeUps | None = None  # made by the first thread that waits and does not read
-        self._inline: list[Callable[[Call], None]] = []
+        self._inline: list[Callable[[Call], None]] | None = None
         self._callbacks: list[Callable[[Call], None]] | None = []  # None: it is done
         self._answer: Envelope | None = None
         self._opening = _Opening.CLOSED
@@ -123,7 +130,7 @@ class Call:
         self.failed = answer is None or isinstance(answer.message, Failure)
         with self._lock:
             callbacks, self._callbacks = self._callbacks, None
-            inline, self._inline = self._inline, []
+            inline, self._inline = self._inline, None
             wake_ups = self._wake_ups
         if wake_ups is not None:
             wake_ups.wake_all()
@@ -145,7 +152,12 @@ class Call:
         """
         with self._lock:
             if self._callbacks is not None:
-                (self._inline if inline else self._callbacks).append(callback)
+                if not inline:
+                    self._callbacks.append(callback)
+                elif self._inline is None:
+                    self._inline = [callback]
+                else:
+                    self._inline.append(callback)
                 return
         callback(self)
 
@@ -169,14 +181,19 @@ class Call:
 
     def await_done(self) -> None:
         """Wait until the call is done, up to its own time limit; if nobody else reads messages, this thread does."""
-        if self._callbacks is not None:
+        if self._callbacks is None:
+            return
+        if is_counted():
             with blocking():
                 self._await()
+        else:
+            self._await()
 
     def result(self) -> Payload:
         """The outcome of a call that is done; see `wait`."""
-        assert self.done()
-        self._ensure_open()
+        assert self._callbacks is None
+        if self._opening is not _DONE:
+            self._ensure_open()
         error, payload, mark = self._error, self._payload, self._mark
         if error is not None:
             if not self._waited:  # else one thread waits, once
@@ -193,6 +210,11 @@ class Call:
         return payload
 
     @property
+    def is_unopened(self) -> bool:
+        """Whether it was answered, and no thread has asked for the outcome yet."""
+        return self._answer is not None
+
+    @property
     def is_empty(self) -> bool:
         """Whether a call that is done, and whose outcome no thread has asked for yet, was answered with nothing."""
         answer = self._answer
@@ -201,7 +223,7 @@ class Call:
     @property
     def error(self) -> BaseException | None:
         """What went wrong with the call; None if nothing did, or it is not done."""
-        if self._callbacks is None:
+        if self._callbacks is None and self._opening is not _DONE:
             self._ensure_open()
         return self._error
 
@@ -256,10 +278,12 @@ class Call:
         )
 
     def _ensure_open(self) -> None:
-        if self._opening is _Opening.DONE:
-            return
         try:
-            self._open()
+            if self._waited:  # no other thread asks
+                self._open_here()
+                self._opening = _DONE
+            else:
+                self._open()
         except interrupts.Interrupted:
             interrupts.run_handlers()
             interrupts.restart(self._open)

@@ -66,7 +66,7 @@ class Calls:
             if answer is not None:
                 self._on_late(answer)
             return None
-        self._gates.leave(call_id, call.peer.incarnation)
+        call.gate.leave(call_id)
         work = call.complete(answer, error)
         if answer is None:
             self._wake_reader(call)

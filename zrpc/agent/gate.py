@@ -222,13 +222,8 @@ class Gates(dict[Incarnation, Gate]):
             self.pop(peer, None)
         return gate
 
-    def leave(self, call_id: int, peer: Incarnation | None = None) -> None:
-        """A request was answered, or did not leave. `peer` None: it is not known to whom it went."""
-        if peer is not None:
-            gate = self.get(peer)
-            if gate is not None:
-                gate.leave(call_id)
-            return
+    def leave(self, call_id: int) -> None:
+        """A request that is not under way any more was answered; it is not known to whom it went."""
         for gate in list(self.values()):
             if gate.leave(call_id):
                 return

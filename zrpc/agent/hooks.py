@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 
 class CallHook(Protocol):
-    """Something that rides on calls: autograd, profiling. Its metadata travels in the envelope under its key."""
+    """Something that rides on calls: autograd, profiling. Its metadata travels in the envelope under its key.
+
+    Attributes:
+        key: names it.
+        is_idle: it has nothing to say of requests as long as this is true.
+    """
 
     key: str
+    is_idle: bool
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """A hooked request (`request_meta` None), or the answer to one that came with `request_meta`, is to be sent.
@@ -41,7 +47,7 @@ class CallHook(Protocol):
 
 
 class PassengerHook(CallHook, Protocol):
-    """The hook of the passengers: it is also asked for answers to requests that came without its metadata."""
+    """The hook of the passengers: it is asked for each message that has some, and for no other."""
 
     def discard(self, meta: object) -> None:
         """Metadata came with an answer that nobody waits for any more. Runs on a handler thread."""
@@ -62,7 +68,11 @@ class Hooks(dict[str, CallHook]):
         """What the hooks add to a request, or to the answer of one that came with `request_extras`."""
         extras = {}
         for key, hook in self.items():
-            if request_extras is None or key in request_extras or (payload.passengers and hook is self.passengers):
+            if hook is self.passengers:
+                is_asked = payload.passengers is not None
+            else:
+                is_asked = not hook.is_idle if request_extras is None else key in request_extras
+            if is_asked:
                 meta = hook.send(to, message, payload, request_extras.get(key) if request_extras else None)
                 if meta is not None:
                     extras[key] = meta

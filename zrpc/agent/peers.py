@@ -53,6 +53,9 @@ class Peers:
         submit: runs on the control thread, in order, what would keep the reading thread for long.
         hold: keeps requests back, as often as it is called; `resume` ends that.
         resume: see `hold`.
+
+    Attributes:
+        watched: the lives whose loss will be noticed, come what may.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Peers:
         self._submit = submit
         self._hold = hold
         self._resume = resume
+        self.watched: set[Incarnation] = set()
         self._unwatched: dict[Incarnation, None] = {}  # owned by the control thread
         self._using = threading.Lock()  # taken while devices are prepared
         self._lock = threading.Lock()
@@ -148,7 +152,7 @@ class Peers:
         Raises:
             PeerLostError: `to` is not in the group any more, or lost.
         """
-        if not self.is_here(to.incarnation):
+        if self.registry.by_incarnation(to.incarnation) is None:
             raise PeerLostError(f"{to} is not in the group any more")
         try:
             self._carrier.send(to.incarnation, envelope, may_lie=may_lie)
@@ -167,19 +171,25 @@ class Peers:
         Raises:
             LimitError: no socket can be made. On the control thread that is logged, and tried again the next time.
         """
-        if not self.is_here(to.incarnation):
+        if to.incarnation in self.watched or not self.is_here(to.incarnation):
             return
         if self._carrier.inbox.is_read_here:
             self._submit(partial(self._watch_now, to.incarnation))
         else:
-            self._carrier.watch(to.incarnation)
+            self._watch(to.incarnation)
 
     def _watch_now(self, incarnation: Incarnation) -> None:
         self._unwatched[incarnation] = None
         for each in list(self._unwatched):
-            if self.registry.by_incarnation(each) is not None:
-                self._carrier.watch(each)
+            if self.is_here(each):
+                self._watch(each)
             del self._unwatched[each]
+
+    def _watch(self, incarnation: Incarnation) -> None:
+        self._carrier.watch(incarnation)
+        self.watched.add(incarnation)
+        if not self.is_here(incarnation):  # it was forgotten meanwhile
+            self.watched.discard(incarnation)
 
     def routes(self, to: WorkerInfo) -> PeerRoutes:
         """Where tensors arrive that are sent to `to`."""
@@ -263,6 +273,7 @@ class Peers:
             member = self.registry.end(incarnation, reason, keep=self.is_static)
             if not self.is_static:
                 self._routes.pop(incarnation, None)
+        self.watched.discard(incarnation)
         if member is not None:
             self._submit(partial(self._end, member, reason))
 

@@ -50,6 +50,11 @@ def blocking() -> AbstractContextManager[None]:
     return _not_counted if counter is None else _Waiting(counter)
 
 
+def is_counted() -> bool:
+    """Whether `blocking` does anything on this thread."""
+    return _here.counter is not None
+
+
 @contextmanager
 def watching_waits(on_wait: Callable[[bool], None]) -> Iterator[None]:
     """While the body runs, `on_wait(True)` is called when this thread begins to wait, `on_wait(False)` after it.

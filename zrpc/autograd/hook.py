@@ -48,6 +48,7 @@ class AutogradHook:
     """
 
     key = "autograd"
+    is_idle = False
 
     def __init__(
         self, container: ContextContainer, next_id: Callable[[], GlobalId], sends_mode: Callable[[], bool]

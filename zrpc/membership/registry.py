@@ -88,6 +88,8 @@ class Registry:
             UnknownWorkerError: there is none.
             ValueError: `to` is none of the three.
         """
+        if type(to) is str:
+            return self.by_name(to)
         if isinstance(to, WorkerInfo):
             if not to.incarnation:
                 return self.by_rank(to.id)

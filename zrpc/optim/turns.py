@@ -139,6 +139,7 @@ class Turns:
 
     def _run(self, step: _Step, work: Callable[[], None]) -> None:
         """Run `work`, whose turn it is."""
+        StepHook.is_idle = False
         step.thread = threading.get_ident()
         outer, _here.chain = _here.chain, (*step.chain, step.number)
         try:
@@ -190,9 +191,13 @@ class Turns:
 
 
 class StepHook:
-    """A call hook: calls that are made within a step say so, and so do those that are made to serve them."""
+    """A call hook: calls that are made within a step say so, and so do those that are made to serve them.
+
+    It is idle until a step runs in this process, or serves one.
+    """
 
     key = "step"
+    is_idle = True
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """See `CallHook.send`."""
@@ -210,6 +215,7 @@ class StepHook:
 
 @contextmanager
 def _within(chain: tuple[int, ...]) -> Iterator[None]:
+    StepHook.is_idle = False
     outer, _here.chain = _here.chain, chain
     try:
         yield

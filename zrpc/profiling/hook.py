@@ -33,6 +33,7 @@ _outgoing = _Outgoing()
 @contextmanager
 def sending(recording: Recording) -> Iterator[None]:
     """The request sent in the body is the one that `recording` records."""
+    ProfilingHook.is_idle = False
     _outgoing.recording = recording
     try:
         yield
@@ -41,9 +42,13 @@ def sending(recording: Recording) -> Iterator[None]:
 
 
 class ProfilingHook:
-    """Rides on the calls of one agent. Its tables change by one atomic operation each."""
+    """Rides on the calls of one agent. Its tables change by one atomic operation each.
+
+    It is idle until this process records a call.
+    """
 
     key = "profile"
+    is_idle = True
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent

@@ -359,7 +359,7 @@ class RRefContext:
         if member is None:
             done(PeerLostError("the worker is not in the group any more"))
             return
-        self.agent.notify(member.info, action.message, done)
+        self.agent.notify(member.info, action.message, done, inline=isinstance(action, Tell))
 
     def _note(self, note: Note) -> None:
         if not self._closed:
@@ -384,8 +384,10 @@ class RRefContext:
     def _watch(self, *lives: Incarnation) -> None:
         """Have the end of these lives told to us even if we never call them. One that is over was told of."""
         for life in lives:
+            if life in self.agent.watched or life == self.agent.info.incarnation:
+                continue
             member = self.agent.members.by_incarnation(life)
-            if member is not None and life != self.agent.info.incarnation:
+            if member is not None:
                 self.agent.watch(member.info)
 
     def _check_open(self, phrase: str) -> None:

@@ -58,6 +58,7 @@ class ForkHook:
     """Tells the owner's context, and the receiver, which forks a message carries."""
 
     key = "rref"
+    is_idle = False
 
     def __init__(self, context: RRefContext) -> None:
         self._context = context

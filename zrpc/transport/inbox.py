@@ -283,9 +283,9 @@ class Inbox:
         interrupts.restart(partial(self._wait_for, wanted, deadline))
 
     def _wait_for(self, wanted: Awaited, deadline: float | None) -> None:
-        if self.serves_queue_here:
-            self._take_over()
         me = threading.get_ident()
+        if self._serves_queue == me:
+            self._take_over()
         with self._lock:
             reads = self._turns.caller_waits(me, wanted)
         if not reads:

@@ -104,26 +104,21 @@ class Polling:
     def _is_there(self) -> bool:
         return (self._shortcuts is not None and self._shortcuts.is_ready()) or self.is_on_socket()
 
-    def _is_near(self) -> bool:
-        """Whether there is a message, where it came the last time."""
-        if self._shortcuts is not None and self._on_shortcut:
-            return self._shortcuts.is_ready()
-        return self._is_there()
-
     def _poll(self, began: float) -> bool:
         self._io_thread.be_polite(True)
         now, turn = began, 0
+        shortcuts = self._shortcuts if self._on_shortcut else None
         while now - began < self.busy_poll_s:
             let_others_run()
             last, now = now, time.monotonic()
             turn += 1
-            came = self._is_near() if turn % SOCKET_EVERY else self._is_there()
+            came = shortcuts.is_ready() if shortcuts is not None and turn % SOCKET_EVERY else self._is_there()
             if now - last > TAKEN_S:
                 self._note_taken(now - last, now)
                 return came
             if came:
                 self._owes_way = True
-                self._on_shortcut = self._shortcuts is not None and self._shortcuts.is_ready()
+                self._on_shortcut = self._shortcuts is not None and self._shortcuts.has_seen
                 return True
         return False
 

@@ -98,6 +98,11 @@ class Shortcuts:
         """A file that can be read while there is something to receive."""
         return self._epoll.fileno()
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether the last look showed something that was not received yet."""
+        return bool(self._ready)
+
     def is_ready(self) -> bool:
         """Whether there is something to receive, maybe only a connection that begins or ends."""
         if not self._ready:

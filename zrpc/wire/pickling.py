@@ -119,13 +119,17 @@ def dumps_call(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, keep_gra
     """Take `(function, args, kwargs)` apart, as `dumps`."""
     function, args, kwargs = call
     if type(function) is FunctionType and _are_plain(args) and _are_plain(kwargs.values()) and _has_a_name(function):
-        with suppress(values.UnpackableError):
+        try:
             return values.pack([function.__module__, function.__name__, list(args), kwargs], _CALL, bare=True)
+        except values.UnpackableError:
+            pass
     return dumps(call, keep_graph=keep_graph)
 
 
 def _are_plain(arguments: Collection[Any]) -> bool:
     """Whether they are tensors and plain values, none of them large."""
+    if not arguments:
+        return True
     try:
         if _NUMBERS_OR_TENSOR.issuperset(map(type, arguments)):
             return True

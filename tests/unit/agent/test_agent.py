@@ -744,6 +744,7 @@ class Recorder:
     """A hook that counts, doubles tensors on their way, and notes what it is asked."""
 
     key = "recorder"
+    is_idle = False
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []

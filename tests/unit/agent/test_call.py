@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zrpc.agent.call import Call
+from zrpc.agent.gate import Gate
 from zrpc.errors import PeerLostError, RpcTimeoutError
 from zrpc.ids import WorkerInfo
 from zrpc.wire.envelope import Envelope
@@ -33,7 +34,7 @@ class Owner:
         self.open: Callable[[Envelope], Payload] = lambda envelope: Payload(envelope.data)
 
     def call(self, timeout_s: float = 0.0) -> Call:
-        call = Call(self, 7, PEER, MESSAGE, timeout_s, waited=False)
+        call = Call(self, 7, PEER, Gate(0, 0), MESSAGE, timeout_s, waited=False)
         self.calls[7] = call
         return call
 

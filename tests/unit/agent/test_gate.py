@@ -225,6 +225,6 @@ def test_each_life_of_a_peer_has_a_gate_of_its_own_and_none_is_kept_of_those_tha
         gates.drop(life, PeerLostError("gone"))
         gates[life].check_answer(1, PEER, PEER)
         gates[life].enter(2000 + number, envelope(8 * KB), PEER, 0.0, free)
-        gates.leave(1000 + number, life)
+        gates.leave(1000 + number)
     assert list(gates) == [b"now"]
     assert (gates[b"now"].num_calls, gates[b"now"].nbytes) == (1, 8 * KB)
