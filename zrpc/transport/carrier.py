@@ -18,6 +18,7 @@ from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
 from zrpc.wire.envelope import Envelope, Exported, decode, encode
+from zrpc.wire.region import Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,14 +211,17 @@ class Carrier:
             self._shared_memory.close()
 
     def _place(
-        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], buffer: Buffer | Arriving
+        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], buffer: Buffer | Arriving | Region
     ) -> list[Any] | None:
         """See to it that a large buffer goes beside its envelope, and give its descriptor; see `_encoded`.
 
         None: it travels as a frame.
         """
         share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
-        descriptor = self._transfers.place(peer, buffer) if share is None else share(buffer, later)
+        if share is not None:
+            descriptor = share(buffer, later)
+        else:
+            descriptor = None if isinstance(buffer, Region) else self._transfers.place(peer, buffer)
         if descriptor is not None:
             placed.append(descriptor)
         return descriptor

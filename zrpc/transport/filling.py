@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from zrpc.transport.slab import Descriptor, Slab, SlabMemory
     from zrpc.wire.envelope import Buffer
+    from zrpc.wire.region import Region
 
 MAX_NBYTES = SPLIT_MIN_NBYTES - 1
 """Larger buffers are filled in first: two threads copy those, and the receiver, which polls, is in the way of one."""
@@ -42,7 +43,7 @@ class Fill(NamedTuple):
     """What the sender has to do once the message has left: to copy `buffer` into `slab`."""
 
     slab: Slab
-    buffer: Buffer
+    buffer: Buffer | Region
 
 
 class Filling:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zrpc.transport.filling import Fill, Unfilled
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Arriving, Buffer
+    from zrpc.wire.region import Region
 
 log = logging.getLogger("zrpc")
 
@@ -58,7 +59,9 @@ class SharedMemory:
         """Tell `peer`, whose card said `card` of its memory, that it can be opened here, if it can."""
         self._nonces[peer] = self._probe.visit(card)
 
-    def placing(self, peer: Incarnation) -> Callable[[Buffer | Arriving, list[Fill]], Descriptor | None] | None:
+    def placing(
+        self, peer: Incarnation
+    ) -> Callable[[Buffer | Arriving | Region, list[Fill]], Descriptor | None] | None:
         """`SlabPool.place` for that peer; None where it cannot open, or has not yet tried to open, what is here."""
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None

@@ -46,6 +46,7 @@ from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
 from zrpc.transport.slab import NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
 from zrpc.wire.envelope import Arriving
+from zrpc.wire.region import Region
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -126,12 +127,12 @@ class SlabPool:
         self._copier = Copier()
         self._pid = os.getpid()
 
-    def place(self, holder: Incarnation, buffer: Buffer | Arriving, later: list[Fill]) -> Descriptor | None:
+    def place(self, holder: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill]) -> Descriptor | None:
         """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
             holder: who will receive the descriptor.
-            buffer: contiguous bytes.
+            buffer: contiguous bytes, or several of them.
             later: gets what is left to do once `holder` was told, if something is.
         """
         nbytes = len(buffer)
@@ -165,7 +166,10 @@ class SlabPool:
             with self._lock:  # see `zrpc.transport.filling`
                 slab.memory.end_filling(is_whole=True)
 
-    def _copy(self, target: npt.NDArray[np.uint8], buffer: Buffer | Arriving) -> None:
+    def _copy(self, target: npt.NDArray[np.uint8], buffer: Buffer | Arriving | Region) -> None:
+        if isinstance(buffer, Region):
+            buffer.write_to(target.data)
+            return
         if not isinstance(buffer, Arriving):
             self._copier.copy(target, np.frombuffer(buffer, np.uint8))
             return

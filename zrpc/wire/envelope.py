@@ -4,7 +4,8 @@ Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buff
 the large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
 frame 0; its length in bytes, if it is a frame of its own; or a descriptor (a list) of memory that both sides share, if
 the transport has put it there. A small message is therefore one frame: one send, one receive, no wait for a second
-part.
+part. Where a message has many buffers, those that are not large share one frame or one piece of shared memory
+(`zrpc.wire.region`).
 
 The broker uses this module, so it knows nothing of torch.
 """
@@ -19,6 +20,7 @@ import msgpack
 
 from zrpc.errors import ProtocolError
 from zrpc.wire.messages import FIELD_GETTERS, PROTOCOL_VERSION, Message, make_message
+from zrpc.wire.region import MEMBER_LENGTH, TINY_MAX_NBYTES, Region, cut, gather
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 Buffer = bytes | bytearray | memoryview
 """Anything with the buffer interface that frames are made of and buffers arrive as."""
 
-INLINE_MAX_NBYTES = 4096
+INLINE_MAX_NBYTES = TINY_MAX_NBYTES
 """Buffers up to this size ride inside frame 0: a copy of 4 KiB costs less than a frame of its own."""
 
 
@@ -145,12 +147,15 @@ def nbytes_of(buffers: Sequence[Buffer | Arriving | Exported]) -> int:
     return nbytes
 
 
-def encode(envelope: Envelope, place: Callable[[Buffer | Arriving], list[Any] | None] | None = None) -> list[Buffer]:
+def encode(
+    envelope: Envelope, place: Callable[[Buffer | Arriving | Region], list[Any] | None] | None = None
+) -> list[Buffer]:
     """The frames of `envelope`. Large buffers are not copied: they must stay unchanged until the frames are sent.
 
     Args:
         envelope: what to send.
-        place: puts a large buffer where the receiver can see it and gives its descriptor, or None to have it sent.
+        place: puts a large buffer, or a region, where the receiver can see it and gives its descriptor, or None to have
+            it sent.
 
     Raises:
         ProtocolError: a field or an extra is not something that msgpack can carry.
@@ -159,12 +164,20 @@ def encode(envelope: Envelope, place: Callable[[Buffer | Arriving], list[Any] | 
     message = envelope.message
     inline: list[Any] = []
     frames: list[Buffer] = [b""]
-    for buffer in envelope.buffers:
+    buffers: Sequence[Buffer | Arriving | Exported | Region] = envelope.buffers
+    members: dict[int, list[int]] = {}
+    if len(buffers) > 1 and (gathered := gather(buffers, [_member_nbytes(buffer) for buffer in buffers])) is not None:
+        members, regions = gathered
+        buffers = [*buffers, *regions]
+    for index, buffer in enumerate(buffers):
+        if index in members:
+            inline.append(members[index])
+            continue
         if isinstance(buffer, Exported):
             inline.append(buffer.descriptor())
             continue
         nbytes = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
-        if nbytes <= INLINE_MAX_NBYTES:
+        if nbytes <= INLINE_MAX_NBYTES and not isinstance(buffer, Region):
             if isinstance(buffer, Arriving):
                 buffer = buffer.whole()
             inline.append(buffer if type(buffer) is bytes else bytes(buffer))
@@ -174,7 +187,7 @@ def encode(envelope: Envelope, place: Callable[[Buffer | Arriving], list[Any] | 
             inline.append(descriptor)
         else:
             inline.append(nbytes)
-            frames.append(buffer.whole() if isinstance(buffer, Arriving) else buffer)
+            frames.append(_as_frame(buffer))
     try:
         frames[0] = _pack(
             (
@@ -191,6 +204,19 @@ def encode(envelope: Envelope, place: Callable[[Buffer | Arriving], list[Any] | 
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"{message!r} cannot be packed: {error}") from error
     return frames
+
+
+def _member_nbytes(buffer: Buffer | Arriving | Exported) -> int:
+    """What a buffer takes that may be a member of a region; -1: it may not."""
+    if type(buffer) is memoryview:
+        return buffer.nbytes
+    return -1 if isinstance(buffer, Arriving | Exported) else len(buffer)
+
+
+def _as_frame(buffer: Buffer | Arriving | Region) -> Buffer:
+    if isinstance(buffer, Arriving):
+        return buffer.whole()
+    return buffer.joined() if isinstance(buffer, Region) else buffer
 
 
 def _pack(header: tuple[Any, ...]) -> bytes:
@@ -245,11 +271,15 @@ def _fill_in(
         What went wrong with shared memory, if anything did.
     """
     damage = None
+    members: list[int] = []
     following = iter(frames[1:])
     for index, entry in enumerate(buffers):
         if type(entry) is bytes:
             continue
         if isinstance(entry, list):
+            if len(entry) == MEMBER_LENGTH:
+                members.append(index)
+                continue
             if fetch is None:
                 raise ProtocolError(f"buffer {index} lies in shared memory, which this worker does not use")
             try:
@@ -265,4 +295,6 @@ def _fill_in(
     if next(following, None) is not None:
         surplus = 1 + sum(1 for _ in following)
         raise ProtocolError(f"a message has {surplus} frames more than its header names")
+    if members:
+        cut(buffers, members, damage is None)
     return damage

@@ -45,6 +45,7 @@ from zrpc.wire.messages import (
     make_message,
 )
 from zrpc.wire.payload import open_payload
+from zrpc.wire.region import MEMBER_MAX_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,7 +163,7 @@ def test_small_buffers_ride_inside_and_large_ones_are_frames_of_their_own(nbytes
 
 
 def test_large_buffers_are_received_as_the_frames_that_came() -> None:
-    large, small = bytearray(5000), b"small"
+    large, small = bytearray(MEMBER_MAX_NBYTES + 1), b"small"
     frames = encode(Envelope(Reply(), buffers=[large, small, large]))
     received = decode([frames[0], view := memoryview(large), view])
     assert received.buffers == [view, small, view]
@@ -176,7 +177,7 @@ def test_a_message_may_place_its_large_buffers_elsewhere() -> None:
         elsewhere.append(buffer)
         return ["slab", len(elsewhere) - 1] if len(elsewhere) == 1 else None
 
-    buffers: list[Buffer] = [b"a" * 5000, b"b" * 6000, b"c"]
+    buffers: list[Buffer] = [b"a" * (MEMBER_MAX_NBYTES + 1), b"b" * (MEMBER_MAX_NBYTES + 2), b"c"]
     frames = encode(Envelope(Reply(), buffers=buffers), place)
     assert len(frames) == 2
     assert decode(frames, lambda descriptor: elsewhere[descriptor[1]]).buffers == buffers
