@@ -166,7 +166,7 @@ def encode(
     frames: list[Buffer] = [b""]
     buffers: Sequence[Buffer | Arriving | Exported | Region] = envelope.buffers
     members: dict[int, list[int]] = {}
-    if len(buffers) > 1 and (gathered := gather(buffers, [_member_nbytes(buffer) for buffer in buffers])) is not None:
+    if len(buffers) > 1 and (gathered := gather(buffers, list(map(_member_nbytes, envelope.buffers)))) is not None:
         members, regions = gathered
         buffers = [*buffers, *regions]
     for index, buffer in enumerate(buffers):
