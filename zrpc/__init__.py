@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zrpc import functions as functions
     from zrpc.agent.future import Future as Future
+    from zrpc.api import broadcast as broadcast
     from zrpc.api import get_worker_info as get_worker_info
     from zrpc.api import remote as remote
     from zrpc.api import rpc_async as rpc_async
@@ -29,6 +30,7 @@ _HOMES = {
     "RpcBackendOptions": "zrpc.config",
     "WorkerInfo": "zrpc.ids",
     "ZrpcError": "zrpc.errors",
+    "broadcast": "zrpc.api",
     "get_worker_info": "zrpc.api",
     "init_rpc": "zrpc.lifecycle",
     "remote": "zrpc.api",
@@ -44,6 +46,7 @@ __all__ = [
     "RpcBackendOptions",
     "WorkerInfo",
     "ZrpcError",
+    "broadcast",
     "functions",
     "get_worker_info",
     "init_rpc",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from zrpc import interrupts
+from zrpc.agent.broadcast import call_all
 from zrpc.agent.current import current_agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
@@ -143,6 +144,49 @@ def _create(to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout:
     created.add_done_callback(recording.finish)
     made._set_profiling_future(created)
     return made
+
+
+def broadcast(
+    workers: Iterable[Worker],
+    func: Callable[..., T],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    timeout: float = UNSET_RPC_TIMEOUT_S,
+) -> list[Future[T]]:
+    """Call `func(*args, **kwargs)` on each of `workers`; a future for each result at once, in their order.
+
+    It is as one `rpc_async` to each, but the call is pickled once. Workers of one host also share one copy of its
+    tensors and arrays, in shared memory. Each may write to its own: a page that a callee writes to becomes a copy there
+    (copy-on-write).
+
+    Each callee gets a call of its own, as by `rpc_async`, where the call carries RRefs, CUDA tensors or, in an autograd
+    context, tensors that require grad, and while a profiler runs.
+
+    Args:
+        workers: names, ranks or `WorkerInfo`s of the callees.
+        func: as in `rpc_sync`.
+        args: as in `rpc_sync`. Tensors in them must not be written to until all futures are done.
+        kwargs: as in `rpc_sync`.
+        timeout: of each call; seconds; 0: no limit; by default `rpc_timeout` of the options.
+
+    Raises:
+        TypeError: `workers` is one worker, or as in `rpc_sync`.
+        UnknownWorkerError: one of them does not exist. Nothing was sent.
+        SerializationError: an argument cannot be sent. Errors of the calls are raised by their futures.
+    """
+    if isinstance(workers, str | int | WorkerInfo):
+        raise TypeError(f"workers must be several, as in ['worker1', 'worker2'], not {workers!r}")
+    with interrupts.deferred:
+        agent = current_agent()
+        receivers = [agent.resolve(_checked(func, to)) for to in workers]
+        sent, is_async = _sent(func)
+        op, payload = _take_apart(sent, args, kwargs)
+        message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
+        calls = None if is_profiling() else call_all(agent, receivers, message, payload, _limit_s(timeout))
+        del payload
+        if calls is None:
+            return [begin(ExecMode.ASYNC, to, func, args, kwargs, timeout) for to in receivers]
+        return [future_of(call, pickling.loads, agent.completions) for call in calls]
 
 
 def get_worker_info(worker_name: str | None = None) -> WorkerInfo:

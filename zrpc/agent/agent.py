@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from zrpc.transport.shared_memory import SharedMemory
     from zrpc.transport.turns import Awaited
     from zrpc.wire.envelope import Envelope
+    from zrpc.wire.region import SharedBuffers
 
 log = logging.getLogger("zrpc")
 
@@ -397,6 +398,10 @@ class Agent:
         }  # fmt: skip
 
     # ---- for calls and requests ------------------------------------------------------------------------------------
+
+    def end_sharing(self, shared: SharedBuffers) -> None:
+        """See `Carrier.end_sharing`."""
+        self._carrier.end_sharing(shared)
 
     def abandon(self, call_id: int) -> bool:
         """See `CallOwner.abandon`."""

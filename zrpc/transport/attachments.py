@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from zrpc import interrupts
 from zrpc.errors import ProtocolError
-from zrpc.transport.slab import NOBODY, Descriptor, SlabMemory, address_of, open_slab, size_class
+from zrpc.transport.slab import (
+    MAX_SLOTS,
+    NOBODY,
+    Descriptor,
+    PrivateSlab,
+    SlabMemory,
+    address_of,
+    open_shared,
+    open_slab,
+    size_class,
+)
 from zrpc.wire.envelope import Exported
 
 if TYPE_CHECKING:
@@ -21,6 +31,13 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
 
 T = TypeVar("T")
+
+_NBYTES = 3
+"""Where a descriptor says how much of a slab is filled."""
+_NO_SLOT = -1
+"""In place of a slot: the slab is not shared."""
+_SHARED = b"shared"
+"""In place of the owner of a shared slab: it cannot be handed back."""
 
 
 class _Loan(NamedTuple):
@@ -57,7 +74,7 @@ class Attachments:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mapped: dict[tuple[Incarnation, int], SlabMemory] = {}
+        self._mapped: dict[tuple[Incarnation, int, int], SlabMemory] = {}  # by owner, number and slot
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
     def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
@@ -68,19 +85,25 @@ class Attachments:
         Raises:
             ProtocolError: the slab is not there, or it is smaller.
         """
-        if [type(part) for part in descriptor] != [int] * 4:
+        if [type(part) for part in descriptor] not in ([int] * 4, [int] * 5):
             raise ProtocolError(f"{reprlib.repr(descriptor)} describes no slab")
-        pid, fd, number, nbytes = descriptor
-        memory = self._map(source, pid, fd, number)
+        pid, fd, number, nbytes, *slots = descriptor
+        slot = slots[0] if slots else _NO_SLOT
+        if slots and not 0 <= slot < MAX_SLOTS:
+            raise ProtocolError(f"a shared slab of process {pid} has no slot {slot}")
+        memory = self._map(source, pid, fd, number, slot)
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
+        if isinstance(memory, PrivateSlab):
+            memory.renew()
+            return self.lend(memory, _SHARED, descriptor, unfilled)
         return self.lend(memory, source, descriptor, unfilled)
 
     def lend(self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
         """What `descriptor` of `owner` says of the slab `memory`, which is held; otherwise as `fetch`."""
         if memory.is_filling or memory.is_torn:
             unfilled.append((memory, descriptor))
-        loan = memory.view(descriptor[-1])
+        loan = memory.view(descriptor[_NBYTES])
         address = memory.address
 
         @interrupts.uninterrupted
@@ -110,7 +133,9 @@ class Attachments:
     def _hand_back(self, loan: _Loan, buffers: list[Any], index: int, handed: list[Descriptor]) -> None:
         """Nobody else sees it if it dies with the message's own reference."""
         memory, descriptor = loan.memory, [*loan.descriptor[:-1], buffers[index].nbytes]
-        is_known = self._mapped.get((loan.owner, memory.number)) is memory  # else its owner is lost to this worker
+        is_known = (
+            self._mapped.get((loan.owner, memory.number, _NO_SLOT)) is memory
+        )  # else its owner is lost to this worker
         if not is_known or memory.is_retired() or size_class(descriptor[-1]) != memory.room:
             return
         if self._loans.pop(memory.address, None) is None:  # so it stays held; or another message sees it and tries now
@@ -126,7 +151,7 @@ class Attachments:
     def take_back(self, owner: Incarnation, descriptor: Descriptor) -> None:
         """`owner` was not told, after all, that the slab that `descriptor` tells of is its own again: it is free."""
         with self._lock:
-            memory = self._mapped.get((owner, descriptor[2]))
+            memory = self._mapped.get((owner, descriptor[2], _NO_SLOT))
         if memory is not None:
             memory.free()
 
@@ -165,24 +190,24 @@ class Attachments:
         with self._lock:
             self._let_go(list(self._mapped))
 
-    def _let_go(self, keys: Iterable[tuple[Incarnation, int]]) -> None:
+    def _let_go(self, keys: Iterable[tuple[Incarnation, int, int]]) -> None:
         """Keep these no longer. Call it under the lock."""
         for key in keys:
             memory = self._mapped.pop(key)
             memory.is_left = True
             memory.unpin()
 
-    def _map(self, source: Incarnation, pid: int, fd: int, number: int) -> SlabMemory:
+    def _map(self, source: Incarnation, pid: int, fd: int, number: int, slot: int) -> SlabMemory:
         with self._lock:
-            memory = self._mapped.get((source, number))
+            memory = self._mapped.get((source, number, slot))
             if memory is not None:
                 return memory
             self._let_go([key for key, known in self._mapped.items() if known.is_retired()])
             try:
-                memory = open_slab(pid, fd)
+                memory = open_slab(pid, fd) if slot == _NO_SLOT else open_shared(pid, fd, slot)
             except OSError as error:
                 raise ProtocolError(f"a slab of process {pid} cannot be mapped: {error}") from error
             if memory.number != number:
                 raise ProtocolError(f"a slab of process {pid} is gone: another file stands in its place")
-            self._mapped[source, number] = memory
+            self._mapped[source, number, slot] = memory
             return memory

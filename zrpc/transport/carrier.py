@@ -17,7 +17,8 @@ from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
-from zrpc.wire.envelope import Envelope, Exported, decode, encode
+from zrpc.transport.slab import DESCRIPTOR_LENGTH
+from zrpc.wire.envelope import Arriving, Envelope, Exported, decode, encode
 from zrpc.wire.region import Region
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from zrpc.transport.note import Note
     from zrpc.transport.shared_memory import SharedMemory
     from zrpc.transport.slab import Pins
-    from zrpc.wire.envelope import Arriving, Buffer
+    from zrpc.wire.envelope import Buffer
+    from zrpc.wire.region import SharedBuffers
 
     OnEnvelope = Callable[[Incarnation, Envelope], Work | None]
 
@@ -39,7 +41,6 @@ log = logging.getLogger("zrpc")
 
 T = TypeVar("T")
 
-_SLAB_DESCRIPTOR_LENGTH = 4
 _NO_ENVELOPE = b"\xc1"
 """What everything begins with that is no envelope."""
 
@@ -152,12 +153,12 @@ class Carrier:
             return encode(envelope)
         memory = self._shared_memory
         if memory is None or not envelope.is_last_use:
-            return encode(envelope, partial(self._place, peer, placed, later))
+            return encode(envelope, partial(self._place, peer, placed, later, envelope.shared))
         handed: list[list[Any]] = []
         envelope.buffers = buffers = list(envelope.buffers)
         try:
             memory.hand_back(peer, buffers, handed)
-            return encode(envelope, partial(self._place, peer, placed, later))
+            return encode(envelope, partial(self._place, peer, placed, later, None))
         except BaseException:
             for descriptor in handed:
                 memory.take_handed_back(peer, descriptor)
@@ -211,24 +212,41 @@ class Carrier:
             self._shared_memory.close()
 
     def _place(
-        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], buffer: Buffer | Arriving | Region
-    ) -> list[Any] | None:
+        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], shared: SharedBuffers | None,
+        buffer: Buffer | Arriving | Region,
+    ) -> list[Any] | None:  # fmt: skip
         """See to it that a large buffer goes beside its envelope, and give its descriptor; see `_encoded`.
 
         None: it travels as a frame.
         """
         share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
         if share is not None:
-            descriptor = share(buffer, later)
+            descriptor = None if shared is None else self._share(peer, shared, buffer)
+            descriptor = share(buffer, later) if descriptor is None else descriptor
         else:
             descriptor = None if isinstance(buffer, Region) else self._transfers.place(peer, buffer)
         if descriptor is not None:
             placed.append(descriptor)
         return descriptor
 
+    def _share(self, peer: Incarnation, shared: SharedBuffers, buffer: Buffer | Arriving | Region) -> list[Any] | None:
+        """What `peer` is to be told of the memory that it shares with other receivers of `buffer`; None: of none."""
+        assert self._shared_memory is not None
+        assert not isinstance(buffer, Arriving)
+        told = shared.placed.get(id(buffer))
+        if told is None:
+            told = shared.placed[id(buffer)] = self._shared_memory.share(shared.receivers, buffer) or {}
+        return told.pop(peer, None)
+
+    def end_sharing(self, shared: SharedBuffers) -> None:
+        """All envelopes that `shared` is of are sent: whoever was not told of its memory will not be."""
+        for told in shared.placed.values():
+            while told and self._shared_memory is not None:
+                self._shared_memory.take_back(told.popitem()[1])
+
     def _take_back(self, peer: Incarnation, descriptor: list[Any], *, is_unsent: bool) -> None:
         """The envelope that was to name `descriptor` is not sent. `is_unsent`: nobody will ever have seen it."""
-        if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
+        if len(descriptor) >= DESCRIPTOR_LENGTH and self._shared_memory is not None:
             take_back = self._shared_memory.take_back if is_unsent else self._shared_memory.give_up
             take_back(descriptor)
         else:
@@ -266,7 +284,7 @@ class Carrier:
 
     def _fetch(self, source: Incarnation, unfilled: Unfilled, descriptor: list[Any]) -> Buffer:
         """The memory of a large buffer that goes beside its envelope; see `SharedMemory.fetch`."""
-        if len(descriptor) == _SLAB_DESCRIPTOR_LENGTH and self._shared_memory is not None:
+        if len(descriptor) >= DESCRIPTOR_LENGTH and self._shared_memory is not None:
             return self._shared_memory.fetch(source, descriptor, unfilled)
         return self._transfers.fetch(source, descriptor)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.note import Note
 from zrpc.transport.probe import Probe
-from zrpc.transport.slab import NOBODY, Descriptor
+from zrpc.transport.slab import DESCRIPTOR_LENGTH, NOBODY, Descriptor
 from zrpc.transport.slabs import SlabPool, limits
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class SharedMemory:
         nonce = self._nonces.get(peer)
         return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
 
+    def share(self, peers: Sequence[Incarnation], buffer: Buffer | Region) -> dict[Incarnation, Descriptor] | None:
+        """`SlabPool.share` for those of `peers` that can open what is here; None where there are less than two."""
+        able = [peer for peer in peers if self.placing(peer) is not None]
+        return self._pool.share(able, buffer) if len(able) > 1 else None
+
     def fill(self, later: Sequence[Fill]) -> None:
         """See `SlabPool.fill`."""
         self._pool.fill(later)
@@ -94,7 +99,7 @@ class SharedMemory:
         Raises:
             ProtocolError: the slab is not there, or it is smaller, or `source` has handed back what it does not hold.
         """
-        own = self._pool.take_home(source, descriptor)
+        own = self._pool.take_home(source, descriptor) if len(descriptor) == DESCRIPTOR_LENGTH else None
         if own is not None:
             return self._attachments.lend(own, NOBODY, descriptor, unfilled)
         return self._attachments.fetch(source, descriptor, unfilled)

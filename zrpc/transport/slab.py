@@ -3,6 +3,9 @@
 The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED or
 not), 2 whether its owner is still filling it (WHOLE, FILLING, or TORN if it gave up), 8 to 15 the slab's number. The
 sender writes HELD, the receiver FREE, the owner alone the others: no byte is ever written by two at once.
+
+A slab may also be *shared*: several receivers hold it, each with a slot of its own, which is a byte from 64 on. They
+map its room privately: a page that one of them writes to is its own copy from then on (copy-on-write).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from zrpc.transport.mapping import map_file
+from zrpc.transport.mapping import drop_pages, map_file
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,6 +32,8 @@ HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
 _WHOLE, _FILLING, _TORN = 0, 1, 2
 _STATE, _RETIRED, _CONTENT = 0, 1, 2
+_SLOTS_AT = 64
+MAX_SLOTS = HEADER_NBYTES - _SLOTS_AT
 _NUMBER = slice(8, 16)
 """Where the slab's number stands: a random one, so that no other file can be taken for it."""
 
@@ -37,8 +42,10 @@ SWEEP = 16
 NOBODY = b""
 """In place of the worker that holds a slab, or owns it: it came home."""
 
+DESCRIPTOR_LENGTH = 4
 Descriptor = list[Any]
-"""`[pid, fd, number, nbytes]`: where to find a slab, its number, and how much of it is filled."""
+"""`[pid, fd, number, nbytes]`: where to find a slab, its number, and how much of it is filled; of a shared slab
+`[pid, fd, number, nbytes, slot]`."""
 
 
 def size_class(nbytes: int) -> int:
@@ -76,10 +83,11 @@ class SlabMemory:
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_pid", "_pins", "address", "beside", "is_left", "was_pinned")
+    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "address", "beside", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
+        self._num_slots = 0
         self._pid = os.getpid()
         self.address = address_of(mapped) + HEADER_NBYTES
         self.beside: object = None
@@ -99,6 +107,8 @@ class SlabMemory:
 
     def is_free(self) -> bool:
         """Whether nobody holds it, nor fills it: who was to receive it may have let go of it before it was whole."""
+        if self._num_slots:
+            return not any(self._mapped[_SLOTS_AT : _SLOTS_AT + self._num_slots])
         return self._mapped[_STATE] == _FREE and self._mapped[_CONTENT] != _FILLING
 
     @property
@@ -120,8 +130,18 @@ class SlabMemory:
         self._mapped[_NUMBER] = number.to_bytes(8, "little")
 
     def hold(self) -> None:
-        """It is somebody's from now on. For its owner."""
+        """It is held by one receiver from now on. For its owner."""
+        self._num_slots = 0
         self._mapped[_STATE] = _HELD
+
+    def share(self, count: int) -> None:
+        """It is held by so many receivers from now on, by the first `count` slots. For its owner."""
+        self._mapped[_SLOTS_AT : _SLOTS_AT + count] = bytes([_HELD]) * count
+        self._num_slots = count
+
+    def free_slot(self, slot: int) -> None:
+        """One of them holds it no more, or was not told of it. For its owner."""
+        self._mapped[_SLOTS_AT + slot] = _FREE
 
     def free(self) -> None:
         """Nobody holds it any more. For its holder, or its owner where nobody was told of it.
@@ -161,6 +181,43 @@ class SlabMemory:
         return np.frombuffer(self._mapped, np.uint8, nbytes, HEADER_NBYTES)
 
 
+class PrivateSlab(SlabMemory):
+    """A shared slab as one of its receivers maps it: what it writes there no other process sees.
+
+    Args:
+        header: the slab's header, shared with its owner.
+        room: the rest of it, mapped privately.
+        slot: of this receiver.
+    """
+
+    __slots__ = ("_room", "_slot")
+
+    def __init__(self, header: memoryview, room: memoryview, slot: int) -> None:
+        super().__init__(header)
+        self._room = room
+        self._slot = slot
+        self.address = address_of(room)
+        self.was_pinned = True  # pages that are dropped must not be
+
+    @property
+    def room(self) -> int:
+        """How many bytes it takes."""
+        return len(self._room)
+
+    def free(self) -> None:
+        """This receiver holds it no more."""
+        if os.getpid() == self._pid:
+            self.free_slot(self._slot)
+
+    def renew(self) -> None:
+        """Drop the pages that were written to here: it was filled anew."""
+        drop_pages(self._room)
+
+    def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """See `SlabMemory.view`."""
+        return np.frombuffer(self._room, np.uint8, nbytes)
+
+
 @dataclass(slots=True, eq=False)
 class Slab:
     """One slab of the sender's. Owned by its pool's lock."""
@@ -172,6 +229,8 @@ class Slab:
     holder: Incarnation = b""
     descriptor: Descriptor | None = None
     """The very list that `holder` is told of it by: another time it is another one."""
+    shares: dict[Incarnation, Descriptor] = field(default_factory=dict)
+    """Of a shared slab, the same for each holder."""
 
     @classmethod
     def make(cls, room: int) -> Slab:
@@ -190,6 +249,10 @@ class Slab:
         number = int.from_bytes(os.urandom(8), "little")
         memory.set_number(number)
         return cls(number, room, fd, memory)
+
+    def tells(self, descriptor: Descriptor) -> bool:
+        """Whether this very list tells a holder of it now."""
+        return descriptor is self.descriptor or any(descriptor is one for one in self.shares.values())
 
     def retire(self) -> None:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
@@ -223,7 +286,11 @@ class Shelf:
 
     def pick(self, holder: Incarnation) -> list[Slab]:
         """Take out what `holder` holds."""
-        picked = [slab for slab in self.placed if slab.holder == holder and not slab.memory.is_free()]
+        picked = [
+            slab
+            for slab in self.placed
+            if (slab.holder == holder or holder in slab.shares) and not slab.memory.is_free()
+        ]
         for slab in picked:
             self.placed.remove(slab)
         return picked
@@ -241,6 +308,23 @@ def open_slab(pid: int, fd: int) -> SlabMemory:
         if nbytes < HEADER_NBYTES:
             raise OSError(errno.EINVAL, "it is no slab")
         return SlabMemory(map_file(opened, nbytes))
+    finally:
+        os.close(opened)
+
+
+def open_shared(pid: int, fd: int, slot: int) -> PrivateSlab:
+    """The shared slab that process `pid` has open as `fd`, for the receiver that has that slot.
+
+    Raises:
+        OSError: as `open_slab`.
+    """
+    opened = os.open(path_of(pid, fd), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        nbytes = os.fstat(opened).st_size
+        if nbytes <= HEADER_NBYTES:
+            raise OSError(errno.EINVAL, "it is no slab")
+        header = map_file(opened, HEADER_NBYTES)
+        return PrivateSlab(header, map_file(opened, nbytes - HEADER_NBYTES, offset=HEADER_NBYTES, private=True), slot)
     finally:
         os.close(opened)
 

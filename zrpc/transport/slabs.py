@@ -41,10 +41,11 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from zrpc.errors import ProtocolError
+from zrpc.transport.allowance import Allowance
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
-from zrpc.transport.slab import NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
+from zrpc.transport.slab import MAX_SLOTS, NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
 from zrpc.wire.envelope import Arriving
 from zrpc.wire.region import Region
 
@@ -71,14 +72,6 @@ POOL_MAX_COUNT = 4096
 """How many slabs one worker may have: receivers map each, and a process may have 65,530 mappings."""
 FILES_MAX_SHARE = 0.25
 """Nor may they be more than this part of the files that the process may have open: each slab is one."""
-RESERVE_NBYTES = 64 << 20
-"""What fresh slabs leave of the memory that is available, whatever happens."""
-GROWTH_MAX_SHARE = 0.5
-"""Nor may a fresh slab take more than this part of the rest."""
-ALLOWANCE_NBYTES = 64 << 20
-"""How much is taken, at most, before it is asked again what is available."""
-REFUSALS = 64
-"""So many more slabs are refused, once there was not enough memory, before it is asked again."""
 
 
 def is_supported() -> bool:
@@ -114,26 +107,27 @@ class SlabPool:
         self._max_count = max_count
         self._lock = threading.Lock()
         self._shelves: defaultdict[int, Shelf] = defaultdict(Shelf)
+        self._parting: list[Slab] = []  # see `_part`
         self._nbytes = 0
         self._count = 0
         self._sweeps_to_skip = 0
         self._num_placed = 0
-        self._asking = threading.Lock()  # owns the next three; senders alone take it
-        self._asks_to_skip = 0
-        self._allowance = 0
-        self._making_nbytes = 0
+        self._allowance = Allowance()
         self._has_warned = False
         self._closed = False
         self._copier = Copier()
         self._pid = os.getpid()
 
-    def place(self, holder: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill]) -> Descriptor | None:
+    def place(
+        self, holder: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill], *, at_once: bool = False
+    ) -> Descriptor | None:
         """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
             holder: who will receive the descriptor.
             buffer: contiguous bytes, or several of them.
             later: gets what is left to do once `holder` was told, if something is.
+            at_once: leave nothing to do.
         """
         nbytes = len(buffer)
         if nbytes < MIN_NBYTES:
@@ -148,7 +142,7 @@ class SlabPool:
                 return None
         descriptor = slab.descriptor
         assert descriptor is not None  # it stays as it is: nobody but this thread knows that the slab is held
-        if nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving):
+        if nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving) and not at_once:
             slab.memory.begin_filling()
             later.append(Fill(slab, buffer))
             return descriptor
@@ -158,6 +152,33 @@ class SlabPool:
             self.give_up(descriptor)
             raise
         return descriptor
+
+    def share(self, holders: Sequence[Incarnation], buffer: Buffer | Region) -> dict[Incarnation, Descriptor] | None:
+        """Copy `buffer` once into a slab for all of `holders`; None where it must travel as frames.
+
+        Args:
+            holders: who will receive the descriptors, each once.
+            buffer: contiguous bytes, or several of them. They may be written to afterwards.
+
+        Returns:
+            A descriptor for each of them.
+        """
+        nbytes = len(buffer)
+        if nbytes < MIN_NBYTES or len(holders) > MAX_SLOTS:
+            return None
+        first = self.place(holders[0], buffer, [], at_once=True)
+        if first is None:
+            return None
+        pid, fd, number, nbytes = first
+        with self._lock:
+            slab = self._find(first)
+            if slab is None or slab.descriptor is not first:
+                return None
+            slab.memory.share(len(holders))
+            slab.holder = NOBODY
+            slab.descriptor = None
+            slab.shares = {life: [pid, fd, number, nbytes, slot] for slot, life in enumerate(holders)}
+            return dict(slab.shares)
 
     def fill(self, later: Sequence[Fill]) -> None:
         """Do what `place` has left to do. The buffers may then be written to."""
@@ -183,9 +204,13 @@ class SlabPool:
         """Nobody was told of `descriptor`, which `place` gave, after all: its slab is free."""
         with self._lock:
             slab = self._find(descriptor)
-            if slab is not None and slab.descriptor is descriptor:
+            if slab is None:
+                return
+            if slab.descriptor is descriptor:
                 slab.memory.end_filling(is_whole=True)
                 slab.memory.free()
+            elif slab.tells(descriptor):
+                slab.memory.free_slot(descriptor[-1])
 
     def give_up(self, descriptor: Descriptor) -> None:
         """It is not known whether somebody was told of `descriptor`, which `place` gave: let go of its slab.
@@ -194,13 +219,13 @@ class SlabPool:
         """
         with self._lock:
             slab = self._find(descriptor)
-            if slab is None or slab.descriptor is not descriptor:
+            if slab is None or not slab.tells(descriptor):
                 return
             if slab.memory.is_filling:
                 slab.memory.end_filling(is_whole=False)
             self._shelves[slab.room].placed.remove(slab)
-            self._strike_off([slab])
-        slab.retire()
+            gone = self._part([slab], next((life for life, one in slab.shares.items() if one is descriptor), NOBODY))
+        _retire(gone)
 
     def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory | None:
         """The memory of a slab that `holder` has handed back: it is held here now. None: it is no slab of this pool.
@@ -219,7 +244,7 @@ class SlabPool:
 
     def _find(self, descriptor: Descriptor) -> Slab | None:
         """The slab here that `descriptor` tells of, if it is with somebody. Call it under the lock."""
-        pid, _, number, nbytes = descriptor
+        pid, _, number, nbytes, *_ = descriptor
         shelf = self._shelves.get(size_class(nbytes)) if pid == self._pid and type(nbytes) is int else None
         return next((slab for slab in reversed(shelf.placed) if slab.number == number), None) if shelf else None
 
@@ -227,8 +252,8 @@ class SlabPool:
         """`holder` is lost: let go of what it held."""
         with self._lock:
             picked = [slab for shelf in self._shelves.values() for slab in shelf.pick(holder)]
-            self._strike_off(picked)
-        _retire(picked)
+            gone = self._part(picked, holder)
+        _retire(gone)
 
     def counts(self) -> dict[str, int]:
         """How many slabs there are, how many of them are held, their bytes, and how many buffers were placed so far."""
@@ -242,15 +267,37 @@ class SlabPool:
         with self._lock:
             self._closed = True
             left = [slab for shelf in self._shelves.values() for slab in (*shelf.placed, *shelf.free)]
+            left += self._parting
             self._strike_off(left)
             self._shelves.clear()
+            self._parting.clear()
         _retire(left)
         self._copier.close()
+
+    def _part(self, slabs: Iterable[Slab], holder: Incarnation) -> list[Slab]:
+        """These are not to be filled again, since `holder` may see them and will not say. Call it under the lock.
+
+        Shared ones are kept until their other holders have let go: they may not have opened them yet.
+
+        Returns:
+            What is to be retired, outside of the lock.
+        """
+        for slab in slabs:
+            if holder in slab.shares:
+                slab.memory.free_slot(slab.shares[holder][-1])
+            else:
+                slab.shares = {}
+            self._parting.append(slab)
+        gone = [slab for slab in self._parting if not slab.shares or slab.memory.is_free()]
+        self._parting = [slab for slab in self._parting if slab not in gone]
+        self._strike_off(gone)
+        return gone
 
     def _give(self, slab: Slab, holder: Incarnation, nbytes: int) -> None:
         """`holder` is about to be told of `slab`. Call it under the lock."""
         slab.memory.hold()
         slab.holder = holder
+        slab.shares = {}
         slab.descriptor = [self._pid, slab.fd, slab.number, nbytes]
         self._shelves[slab.room].placed.append(slab)
         self._num_placed += 1
@@ -261,11 +308,11 @@ class SlabPool:
         Its place is reserved under the lock; it is made outside, since its pages take up to a second to be there, and
         every slab that comes home waits for the lock.
         """
-        gone: list[Slab] = []
         with self._lock:
+            gone = self._part((), NOBODY)
             slab = None
             if not self._closed and not self._may_grow(room):
-                gone = self._make_way(room)
+                gone += self._make_way(room)
                 slab = self._shelves[room].take()
                 if slab is not None:
                     self._give(slab, holder, nbytes)
@@ -326,45 +373,14 @@ class SlabPool:
         Too much would not be refused: a process in a full cgroup is killed while it allocates [measured: version 1,
         `posix_fallocate` of a memfd, SIGKILL]. So it is asked first.
         """
-        with self._asking:
-            refusal = self._ask(room) if room > self._allowance else None
-            is_allowed = room <= self._allowance
-            if is_allowed:
-                self._allowance -= room
-                self._making_nbytes += room
-        if refusal is not None:
-            self._warn(refusal)
-        if not is_allowed:
-            return None
-        try:
-            return Slab.make(room)
-        except OSError as error:
-            self._warn(f"no slab of {room} bytes can be made: {error}")
-            return None
-        finally:
-            with self._asking:
-                self._making_nbytes -= room
-
-    def _ask(self, room: int) -> str | None:
-        """Find out how much may be taken from now on; why not `room`, if that was asked. Under the lock for this."""
-        self._allowance = 0
-        if self._asks_to_skip:
-            self._asks_to_skip -= 1
-            return None
-        try:
-            available = available_nbytes()
-        except OSError as error:  # then nothing is taken
-            self._asks_to_skip = REFUSALS
-            return f"it cannot be found out how much memory is available ({error})"
-        if available is None:  # a system that never says: the pool's own limit has to do
-            self._allowance = max(room, ALLOWANCE_NBYTES)
-            return None
-        most = int((available - self._making_nbytes - RESERVE_NBYTES) * GROWTH_MAX_SHARE)
-        if room > most:
-            self._asks_to_skip = REFUSALS
-            return f"a slab of {room} bytes is too much where {available} bytes are available"
-        self._allowance = min(most, max(room, ALLOWANCE_NBYTES))
-        return None
+        with self._allowance.taking(room, self._warn) as is_allowed:
+            if not is_allowed:
+                return None
+            try:
+                return Slab.make(room)
+            except OSError as error:
+                self._warn(f"no slab of {room} bytes can be made: {error}")
+                return None
 
     def _strike_off(self, slabs: Iterable[Slab]) -> None:
         """They are the pool's no more. Call it under the lock, and retire them outside: that unmaps memory."""

@@ -20,7 +20,7 @@ import msgpack
 
 from zrpc.errors import ProtocolError
 from zrpc.wire.messages import FIELD_GETTERS, PROTOCOL_VERSION, Message, make_message
-from zrpc.wire.region import MEMBER_LENGTH, TINY_MAX_NBYTES, Region, cut, gather
+from zrpc.wire.region import MEMBER_LENGTH, TINY_MAX_NBYTES, Region, SharedBuffers, cut, gather
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +125,7 @@ class Envelope:
         is_arriving: some of `buffers` is `Arriving` or `Exported`: to send it takes a while.
         is_last_use: its sender needs nothing of `buffers` any more.
         pending: some of `buffers` may not be read before `pending.wait`.
+        shared: other envelopes have the same `buffers`.
     """
 
     message: Message
@@ -137,6 +138,7 @@ class Envelope:
     is_arriving: bool = False
     is_last_use: bool = False
     pending: Pending | None = None
+    shared: SharedBuffers | None = None
 
 
 def nbytes_of(buffers: Sequence[Buffer | Arriving | Exported]) -> int:
@@ -166,7 +168,8 @@ def encode(
     frames: list[Buffer] = [b""]
     buffers: Sequence[Buffer | Arriving | Exported | Region] = envelope.buffers
     members: dict[int, list[int]] = {}
-    if len(buffers) > 1 and (gathered := gather(buffers, list(map(_member_nbytes, envelope.buffers)))) is not None:
+    gathered = gather(buffers) if envelope.shared is None else envelope.shared.gathered
+    if gathered is not None:
         members, regions = gathered
         buffers = [*buffers, *regions]
     for index, buffer in enumerate(buffers):
@@ -204,13 +207,6 @@ def encode(
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"{message!r} cannot be packed: {error}") from error
     return frames
-
-
-def _member_nbytes(buffer: Buffer | Arriving | Exported) -> int:
-    """What a buffer takes that may be a member of a region; -1: it may not."""
-    if type(buffer) is memoryview:
-        return buffer.nbytes
-    return -1 if isinstance(buffer, Arriving | Exported) else len(buffer)
 
 
 def _as_frame(buffer: Buffer | Arriving | Region) -> Buffer:

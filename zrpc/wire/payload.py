@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zrpc.wire import placed as placed_codec
 from zrpc.wire import received, tensors
 from zrpc.wire.envelope import Arriving, Buffer, Envelope, Exported
+from zrpc.wire.region import SharedBuffers
 from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from zrpc.ids import Incarnation
     from zrpc.wire.messages import Message
     from zrpc.wire.route import Stager
 
@@ -24,6 +26,19 @@ class Passenger(Protocol):
 
     def has_left(self) -> None:
         """The payload is on its way."""
+
+
+@dataclass(slots=True, frozen=True)
+class Packed:
+    """The tensors and buffers of a payload, packed once for several envelopes.
+
+    Attributes:
+        table: of the tensors.
+        shared: the memory of both.
+    """
+
+    table: Sequence[Any]
+    shared: SharedBuffers
 
 
 @dataclass(slots=True)
@@ -40,6 +55,7 @@ class Payload:
             if it cannot be sent.
         is_unseen: whether nobody else on this worker has seen the tensors.
         is_cut_off: something in it requires grad, and its graph does not travel.
+        packed: its tensors, packed for several envelopes.
     """
 
     data: Buffer = b""
@@ -49,6 +65,7 @@ class Payload:
     after: Callable[[], object] | None = None
     is_unseen: bool = False
     is_cut_off: bool = False
+    packed: Packed | None = None
 
     def let_go(self) -> None:
         """It was read or sealed: keep nothing of its memory, which what was made of it may be the last to see."""
@@ -79,6 +96,9 @@ def seal(
     """
     if payload is None:
         return Envelope(message, call_id, extras)
+    if payload.packed is not None:
+        table, shared = payload.packed.table, payload.packed.shared
+        return Envelope(message, call_id, extras, payload.data, table, shared.buffers, shared=shared)
     if not payload.tensors:
         return Envelope(message, call_id, extras, payload.data, (), payload.buffers)
     buffers: list[Buffer | Arriving | Exported] = list(payload.buffers)
@@ -88,6 +108,21 @@ def seal(
     table = placed_codec.pack(payload.tensors, buffers, route)
     is_arriving = any(isinstance(buffer, Arriving | Exported) for buffer in buffers)
     return Envelope(message, call_id, extras, payload.data, table, buffers, is_arriving=is_arriving)
+
+
+def packed_for(payload: Payload, receivers: Sequence[Incarnation]) -> Packed | None:
+    """`payload` packed once for all of these, each named once; None where each needs an envelope of its own.
+
+    That is so where it carries passengers, or tensors that are not on the CPU.
+
+    Raises:
+        SerializationError: as `seal`.
+    """
+    if payload.passengers or not all(tensor.is_cpu or tensor.is_meta for tensor in payload.tensors):
+        return None
+    buffers: list[Buffer | Arriving | Exported] = list(payload.buffers)
+    table = tensors.pack(payload.tensors, buffers, CPU_ONLY) if payload.tensors else ()
+    return Packed(table, SharedBuffers(buffers, receivers))
 
 
 def open_payload(envelope: Envelope, stager: Stager | None = None) -> Payload:

@@ -43,11 +43,12 @@ class Region:
         parts: the members, each with its offset.
     """
 
-    __slots__ = ("nbytes", "parts")
+    __slots__ = ("_whole", "nbytes", "parts")
 
     def __init__(self) -> None:
         self.nbytes = 0
         self.parts: list[tuple[int, Memory]] = []
+        self._whole: bytearray | None = None
 
     def __len__(self) -> int:
         return self.nbytes
@@ -65,22 +66,47 @@ class Region:
             target[offset : offset + len(buffer)] = buffer
 
     def joined(self) -> bytearray:
-        """All members, as a frame."""
-        whole = bytearray(self.nbytes)
-        self.write_to(memoryview(whole))
-        return whole
+        """All members, as a frame. It is made once."""
+        if self._whole is None:
+            self._whole = bytearray(self.nbytes)
+            self.write_to(memoryview(self._whole))
+        return self._whole
 
 
-def gather(buffers: Sequence[Any], sizes: Sequence[int]) -> tuple[dict[int, list[int]], list[Region]] | None:
-    """Lay out what should share regions.
+Gathered = tuple[dict[int, list[int]], list[Region]]
+"""The entries of members by their indices, and the regions."""
+
+
+class SharedBuffers:
+    """The buffers of several envelopes that carry the same to different peers: laid out once, and placed once.
+
+    Owned by the thread that sends them.
 
     Args:
-        buffers: of one message.
-        sizes: how large they are in bytes; -1: it is not to be gathered.
+        buffers: of each envelope, in this order.
+        receivers: the incarnations of the peers, each once.
 
-    Returns:
-        The entries of members by their indices, and the regions; None if there are none.
+    Attributes:
+        gathered: what `gather` says of the buffers.
+        placed: by the identity of a buffer or region, what each receiver is to be told of the shared memory that it was
+            copied to; who was told is taken out.
     """
+
+    def __init__(self, buffers: Sequence[Any], receivers: Sequence[bytes]) -> None:
+        self.buffers = buffers
+        self.receivers = receivers
+        self.gathered = gather(buffers)
+        self.placed: dict[int, dict[bytes, list[Any]]] = {}
+
+
+def gather(buffers: Sequence[Any]) -> Gathered | None:
+    """Lay out those of the buffers of one message that should share regions; None if there are none.
+
+    What is no memory of this process, or not yet (`Arriving`, `Exported`), is no member.
+    """
+    if len(buffers) < 2:
+        return None
+    sizes = [_nbytes_of(buffer) for buffer in buffers]
     chosen = [index for index, nbytes in enumerate(sizes) if TINY_MAX_NBYTES < nbytes <= MEMBER_MAX_NBYTES]
     if sum(nbytes for nbytes in sizes if nbytes <= TINY_MAX_NBYTES) > TINY_TOTAL_MAX_NBYTES:
         chosen = [index for index, nbytes in enumerate(sizes) if 0 <= nbytes <= MEMBER_MAX_NBYTES]
@@ -95,6 +121,13 @@ def gather(buffers: Sequence[Any], sizes: Sequence[int]) -> tuple[dict[int, list
         offset = regions[-1].add(buffers[index], nbytes)
         members[index] = [len(buffers) + len(regions) - 1, offset, nbytes]
     return members, regions
+
+
+def _nbytes_of(buffer: Any) -> int:
+    """What a buffer takes that may be a member; -1: it may not be one."""
+    if type(buffer) is memoryview:
+        return buffer.nbytes
+    return len(buffer) if isinstance(buffer, bytes | bytearray) else -1
 
 
 def cut(buffers: list[Any], members: Sequence[int], are_all_here: bool) -> None:

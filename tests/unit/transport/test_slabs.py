@@ -20,7 +20,7 @@ from hypothesis import given
 
 from tests.unit.wire.travel import travel
 from zrpc.errors import DeviceError, ProtocolError
-from zrpc.transport import slabs
+from zrpc.transport import allowance, slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES
@@ -56,6 +56,12 @@ def attachments() -> Iterator[Attachments]:
     made = Attachments()
     yield made
     made.close()
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, available_nbytes: Callable[[], int | None]) -> None:
+    """Let the system say so of its memory."""
+    for module in (slabs, allowance):
+        monkeypatch.setattr(module, "available_nbytes", available_nbytes)
 
 
 def buffer(nbytes: int, seed: int = 0) -> memoryview:
@@ -319,11 +325,11 @@ def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attach
 def test_a_slab_is_not_made_of_memory_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    available = slabs.RESERVE_NBYTES + (1 << 20)
-    monkeypatch.setattr(slabs, "available_nbytes", lambda: available)
+    available = allowance.RESERVE_NBYTES + (1 << 20)
+    answer(monkeypatch, lambda: available)
     assert slabs.limits()[0] == available // 4
     with pool() as sender:
-        for _ in range(slabs.REFUSALS + 1):
+        for _ in range(allowance.REFUSALS + 1):
             assert placed(sender, bytes(600_000)) is None
         assert caplog.text.count(f"is too much where {available} bytes are available") == 1
         assert placed(sender, bytes(400_000)) is not None
@@ -332,15 +338,15 @@ def test_a_slab_is_not_made_of_memory_that_is_not_there(
 
 def test_slabs_leave_some_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with pool() as sender:
-        total = slabs.RESERVE_NBYTES + (64 << 20)
-        monkeypatch.setattr(slabs, "available_nbytes", lambda: total - sender._nbytes)
+        total = allowance.RESERVE_NBYTES + (64 << 20)
+        answer(monkeypatch, lambda: total - sender._nbytes)
         while placed(sender, bytes(2_000_000)) is not None:
             assert sender.counts()["nbytes"] < 64 << 20
         assert sender.counts()["nbytes"] > 32 << 20
 
 
 def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slabs, "available_nbytes", lambda: None)
+    answer(monkeypatch, lambda: None)
     assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
     with pool() as sender:
         assert placed(sender, bytes(600_000)) is not None
@@ -368,7 +374,7 @@ class Held:
 @pytest.fixture(params=["posix_fallocate", "available_nbytes"])
 def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     """What taking fresh memory waits for: its pages, or what the system says of how much there is."""
-    where: Any = os if request.param == "posix_fallocate" else slabs
+    where: Any = os if request.param == "posix_fallocate" else allowance
     made = Held(getattr(where, request.param))
     made.is_held = False
     monkeypatch.setattr(where, request.param, made)
@@ -381,7 +387,7 @@ def test_slabs_come_home_while_a_fresh_one_is_made(held: Held) -> None:
     with pool() as sender, ThreadPoolExecutor() as threads:
         first, second = place(sender, buffer(MIN_NBYTES)), place(sender, buffer(MIN_NBYTES))
         held.is_held = True
-        making = threads.submit(place, sender, bytes(slabs.ALLOWANCE_NBYTES))
+        making = threads.submit(place, sender, bytes(allowance.ALLOWANCE_NBYTES))
         assert held.has_begun.wait(PATIENCE_S)
 
         def read() -> None:
@@ -401,9 +407,9 @@ def test_slabs_come_home_while_a_fresh_one_is_made(held: Held) -> None:
 
 def test_a_slab_that_is_being_made_counts_already(held: Held) -> None:
     """While one sender waits for fresh memory, another one takes no more than both may have together."""
-    with pool(max_nbytes=slabs.ALLOWANCE_NBYTES) as sender, ThreadPoolExecutor() as threads:
+    with pool(max_nbytes=allowance.ALLOWANCE_NBYTES) as sender, ThreadPoolExecutor() as threads:
         held.is_held = True
-        making = threads.submit(place, sender, bytes(slabs.ALLOWANCE_NBYTES))
+        making = threads.submit(place, sender, bytes(allowance.ALLOWANCE_NBYTES))
         assert held.has_begun.wait(PATIENCE_S)
         try:
             assert threads.submit(placed, sender, bytes(MIN_NBYTES)).result(PATIENCE_S) is None
@@ -416,7 +422,7 @@ def test_a_pool_that_is_closed_while_a_slab_is_made_keeps_none(held: Held) -> No
     """A pool is closed while a sender waits for fresh memory: that buffer goes another way, and no file stays open."""
     with pool() as sender, ThreadPoolExecutor() as threads:
         held.is_held = True
-        making = threads.submit(placed, sender, bytes(slabs.ALLOWANCE_NBYTES))
+        making = threads.submit(placed, sender, bytes(allowance.ALLOWANCE_NBYTES))
         assert held.has_begun.wait(PATIENCE_S)
         try:
             threads.submit(sender.close).result(PATIENCE_S)
@@ -428,7 +434,7 @@ def test_a_pool_that_is_closed_while_a_slab_is_made_keeps_none(held: Held) -> No
 
 def test_a_log_handler_may_send_where_no_slab_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warning that sockets are used is given under no lock: a handler of the log may itself send."""
-    monkeypatch.setattr(slabs, "available_nbytes", lambda: 0)
+    answer(monkeypatch, lambda: 0)
     with pool() as sender, pool(max_nbytes=1) as full, ThreadPoolExecutor() as threads:
 
         class Sends(logging.Handler):
@@ -560,10 +566,142 @@ def test_no_slab_is_made_where_it_cannot_be_found_out_how_much_memory_there_is(
     def fail() -> int | None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(slabs, "available_nbytes", fail)
+    answer(monkeypatch, fail)
     pool = SlabPool(1 << 30, 8)
     try:
         assert pool.place(b"12345678", bytes(1 << 20), []) is None
     finally:
         pool.close()
     assert "it cannot be found out how much memory is available" in caplog.text
+
+
+# ---- shared slabs ---------------------------------------------------------------------------------------------------
+
+C = b"C" * 8
+
+
+@pytest.fixture
+def others() -> Iterator[Attachments]:
+    made = Attachments()
+    yield made
+    made.close()
+
+
+def test_several_receivers_share_a_slab_and_each_may_write_to_its_own(
+    attachments: Attachments, others: Attachments
+) -> None:
+    with pool() as sender:
+        original = buffer(100_000)
+        told = sender.share([B, C], original)
+        assert told is not None
+        one, other = attachments.fetch(A, told[B], []), others.fetch(A, told[C], [])
+        assert one == other == original
+        one[5:10] = b"xxxxx"
+        assert other == original
+        other[0] = 99
+        assert bytes(one[:10]) == bytes(original[:5]) + b"xxxxx"
+        assert sender.counts()["slabs"] == 1
+
+
+def test_a_shared_slab_is_used_again_once_no_receiver_sees_it(attachments: Attachments, others: Attachments) -> None:
+    """What a receiver wrote into its own copy is not seen the next time."""
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        one, other = attachments.fetch(A, told[B], []), others.fetch(A, told[C], [])
+        one[:] = bytes(100_000)
+        del one
+        assert place(sender, buffer(100_000, 1))[2] != told[B][2], "the other one holds it"
+        del other
+        again = sender.share([B, C], buffer(100_000, 2))
+        assert again is not None
+        assert again[B][2] == told[B][2]
+        assert attachments.fetch(A, again[B], []) == others.fetch(A, again[C], []) == buffer(100_000, 2)
+        assert attachments.fetch(A, place(sender, buffer(100_000, 3)), []) == buffer(100_000, 3)
+
+
+def test_a_shared_slab_becomes_one_receivers_and_shared_again(attachments: Attachments, others: Attachments) -> None:
+    with pool() as sender:
+        for seed in range(6):
+            if seed % 2:
+                descriptor = place(sender, buffer(100_000, seed))
+                assert attachments.fetch(A, descriptor, []) == buffer(100_000, seed)
+            else:
+                told = sender.share([B, C], buffer(100_000, seed))
+                assert told is not None
+                for receiver, life in ((attachments, B), (others, C)):
+                    seen = receiver.fetch(A, told[life], [])
+                    assert seen == buffer(100_000, seed)
+                    seen[:] = bytes(100_000)
+                    del seen
+        assert sender.counts()["slabs"] == 1
+
+
+def test_a_shared_slab_that_a_lost_receiver_held_is_never_filled_again(attachments: Attachments) -> None:
+    """The others keep what they see."""
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        seen = attachments.fetch(A, told[B], [])
+        sender.reclaim(C)
+        for seed in range(3):
+            assert place(sender, buffer(100_000, 50 + seed))[2] != told[B][2]
+        assert seen == buffer(100_000)
+
+
+def test_a_receiver_that_lives_may_open_a_shared_slab_after_another_one_was_lost(attachments: Attachments) -> None:
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        sender.reclaim(C)
+        assert attachments.fetch(A, told[B], []) == buffer(100_000)
+
+
+def test_a_receiver_that_was_not_told_of_a_shared_slab_does_not_hold_it(attachments: Attachments) -> None:
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        sender.take_back(told[C])
+        attachments.fetch(A, told[B], [])
+        assert sender.counts()["held"] == 0
+
+
+def test_a_receiver_that_may_have_been_told_of_a_shared_slab_keeps_it_from_being_filled(
+    attachments: Attachments,
+) -> None:
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        sender.give_up(told[C])
+        assert place(sender, buffer(100_000, 1))[2] != told[B][2]
+        seen = attachments.fetch(A, told[B], [])
+        assert seen == buffer(100_000)
+        del seen
+        assert place(sender, buffer(100_000, 2))[2] != told[B][2]
+        assert sender.counts()["slabs"] == 2, "the shared one is gone"
+
+
+def test_what_is_too_small_to_share_travels_as_frames() -> None:
+    with pool() as sender:
+        assert sender.share([B, C], bytes(MIN_NBYTES - 1)) is None
+        assert sender.share([bytes([number % 256, number // 256]) for number in range(5000)], bytes(MIN_NBYTES)) is None
+
+
+@pytest.mark.parametrize("slot", [-1, 4032, 1 << 40, "0", None])
+def test_slots_that_there_cannot_be_are_refused(attachments: Attachments, slot: Any) -> None:
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        with pytest.raises(ProtocolError):
+            attachments.fetch(A, [*told[B][:4], slot], [])
+
+
+def test_a_shared_slab_is_not_handed_back(attachments: Attachments) -> None:
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        buffers: list[Any] = [attachments.fetch(A, told[B], [])]
+        handed: list[Any] = []
+        attachments.hand_back(A, buffers, handed)
+        assert not handed
+        assert buffers[0] == buffer(100_000)

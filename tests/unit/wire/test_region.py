@@ -68,7 +68,7 @@ def test_one_buffer_among_tiny_ones_is_a_frame_of_its_own() -> None:
 
 def test_a_kept_buffer_holds_no_more_than_a_bounded_region() -> None:
     buffers = [bytes(100_000)] * 100
-    gathered = gather(buffers, [100_000] * 100)
+    gathered = gather(buffers)
     assert gathered is not None
     members, regions = gathered
     assert len(regions) > 1
