@@ -147,9 +147,9 @@ def end_life(life: int) -> None:
     _may_end[life].set()
 
 
-def hold(rref: rpc.RRef[str]) -> str:
+def hold(rref: rpc.RRef[str]) -> None:
     _held.append(rref)
-    return rref.to_here()
+    until(rref.confirmed_by_owner, "the owner knows that it is held")
 
 
 def value_held() -> str:
@@ -161,13 +161,13 @@ def own_values(method: str, back: str) -> str:
     options = rpc.RpcBackendOptions(init_method=method, num_worker_threads=2)
     rpc.init_rpc("worker0", rank=0, world_size=None, rpc_backend_options=options)
     until(lambda: is_member("guest"), "the guest is here")
-    assert rpc.rpc_sync("guest", hold, args=(rpc.RRef("first"),)) == "first"
+    rpc.rpc_sync("guest", hold, args=(rpc.RRef("first"),))
     occupied = [rpc.rpc_async("worker0", occupy) for _ in range(2)]
     rpc.rpc_sync("guest", end_life, args=(0,))
     until(lambda: not is_member("guest"), "the guest has left")
     Path(back).touch()
     until(lambda: is_member("guest"), "the guest has come again")
-    assert rpc.rpc_sync("guest", hold, args=(rpc.RRef("second"),)) == "second"
+    rpc.rpc_sync("guest", hold, args=(rpc.RRef("second"),))
     _free.set()
     for future in occupied:
         future.wait()
