@@ -162,7 +162,7 @@ def own_values(method: str, back: str) -> str:
     rpc.init_rpc("worker0", rank=0, world_size=None, rpc_backend_options=options)
     until(lambda: is_member("guest"), "the guest is here")
     rpc.rpc_sync("guest", hold, args=(rpc.RRef("first"),))
-    occupied = [rpc.rpc_async("worker0", occupy) for _ in range(2)]
+    occupied = [rpc.rpc_async("worker0", occupy) for _ in range(8)]
     rpc.rpc_sync("guest", end_life, args=(0,))
     until(lambda: not is_member("guest"), "the guest has left")
     Path(back).touch()
