@@ -63,16 +63,26 @@ def shut_gate() -> None:
 # ---- a slow callee -----------------------------------------------------------------------------------------------
 
 
-def flood(rank: int, calls: int, seconds: float = 0.005) -> int:
-    """How much more memory the caller had at most, while each of its calls takes the callee so long."""
+def size_once(tensor: torch.Tensor, is_there: str) -> int:
+    until(Path(is_there).exists, "all calls are made", within_s=WAIT_S)
+    return tensor.numel()
+
+
+def flood(rank: int, calls: int, all_made: str | None = None) -> int:
+    """How much more memory the caller had at most, while its calls take the callee long, or until all are made."""
     if rank != 0:
         return 0
     rpc.rpc_sync("worker1", size_of, args=(fresh(MB),))
     before = most = rss()
     futures = []
     for _ in range(calls):
-        futures.append(rpc.rpc_async("worker1", size_of, args=(fresh(MB), seconds)))
+        if all_made is None:
+            futures.append(rpc.rpc_async("worker1", size_of, args=(fresh(MB), 0.005)))
+        else:
+            futures.append(rpc.rpc_async("worker1", size_once, args=(fresh(MB), all_made), timeout=WAIT_S))
         most = max(most, rss())
+    if all_made is not None:
+        Path(all_made).touch()
     assert [future.wait() for future in futures] == [MB] * calls
     return most - before
 
@@ -86,9 +96,10 @@ def test_a_slow_callee_bounds_the_memory_of_its_caller(cluster: Cluster, shared_
     assert window + SLACK < 400 * MB / 2, "the bound must say something"
 
 
-def test_without_a_window_a_slow_callee_does_not(cluster: Cluster) -> None:
-    """What the test above measures is the window's doing."""
-    more, _ = cluster.run(flood, args=(300, 0.03), max_in_flight_nbytes=0, num_worker_threads=1)
+def test_without_a_window_a_slow_callee_does_not(cluster: Cluster, tmp_path: Path) -> None:
+    """What the test above measures is the window's doing. The callee ends no call before all of them are made."""
+    all_made = os.fspath(tmp_path / "all_made")
+    more, _ = cluster.run(flood, args=(300, all_made), max_in_flight_nbytes=0, num_worker_threads=1)
     assert more > 32 * MB + SLACK
 
 

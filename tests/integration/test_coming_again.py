@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,3 +130,78 @@ def program(rank: int, method: str) -> None:
 def test_a_worker_that_comes_again_is_called_and_shares_rrefs(cluster_in_each_mode: Cluster) -> None:
     cluster = cluster_in_each_mode
     cluster.run(program, 3, args=(cluster.new_init_method(),), init=False)
+
+
+# ---- a loss that is acted on late -----------------------------------------------------------------------------------
+
+_may_end = [threading.Event() for _ in range(2)]
+_free = threading.Event()
+_held: list[rpc.RRef[str]] = []
+
+
+def occupy() -> None:
+    _free.wait(60)
+
+
+def end_life(life: int) -> None:
+    _may_end[life].set()
+
+
+def hold(rref: rpc.RRef[str]) -> None:
+    _held.append(rref)
+    until(rref.confirmed_by_owner, "the owner knows that it is held")
+
+
+def value_held() -> str:
+    return _held[-1].to_here()
+
+
+def own_values(method: str, back: str) -> str:
+    """All handler threads work for a program while the guest leaves and comes again."""
+    options = rpc.RpcBackendOptions(init_method=method, num_worker_threads=2)
+    rpc.init_rpc("worker0", rank=0, world_size=None, rpc_backend_options=options)
+    until(lambda: is_member("guest"), "the guest is here")
+    rpc.rpc_sync("guest", hold, args=(rpc.RRef("first"),))
+    occupied = [rpc.rpc_async("worker0", occupy) for _ in range(8)]
+    rpc.rpc_sync("guest", end_life, args=(0,))
+    until(lambda: not is_member("guest"), "the guest has left")
+    Path(back).touch()
+    until(lambda: is_member("guest"), "the guest has come again")
+    rpc.rpc_sync("guest", hold, args=(rpc.RRef("second"),))
+    _free.set()
+    for future in occupied:
+        future.wait()
+    for _ in range(20):
+        rpc.rpc_sync("worker0", abs, args=(-1,))  # what waited for a thread before these is done
+    value = rpc.rpc_sync("guest", value_held)
+    rpc.rpc_sync("guest", end_life, args=(1,))
+    rpc.shutdown(graceful=False)
+    return value
+
+
+def live_twice(method: str, back: str) -> None:
+    options = rpc.RpcBackendOptions(init_method=method)
+    for life in range(2):
+        if life == 1:
+            until(lambda: Path(back).exists(), "the other one has seen it leave")
+        rpc.init_rpc("guest", rank=1, world_size=None, rpc_backend_options=options)
+        assert _may_end[life].wait(60)
+        _held.clear()
+        rpc.shutdown(graceful=False)
+
+
+def own_or_visit(rank: int, method: str, back: str) -> str | None:
+    if rank == 0:
+        return own_values(method, back)
+    live_twice(method, back)
+    return None
+
+
+def test_a_loss_that_busy_threads_hear_of_late_takes_nothing_from_the_next_life(
+    cluster_in_each_mode: Cluster, tmp_path: Path
+) -> None:
+    """All handler threads of an owner work for a user while a holder leaves and comes again under its name and rank."""
+    cluster = cluster_in_each_mode
+    args = (cluster.new_init_method(), os.fspath(tmp_path / "back"))
+    value, _ = cluster.run(own_or_visit, 2, args=args, init=False)
+    assert value == "second"

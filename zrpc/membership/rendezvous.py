@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qs, urlparse
 
-from zrpc.errors import ConfigError, RefusedError, RendezvousError
+from zrpc.errors import ConfigError, LimitError, RefusedError, RendezvousError
 from zrpc.membership.tcp_store import ListenError, open_tcp_store
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
             _kept_alive.append(handler)
     except ValueError as error:
         raise ConfigError(f"init_method {init_method!r} cannot be used: {error}") from error
-    except (RefusedError, RendezvousError):
+    except (LimitError, RefusedError, RendezvousError):
         raise
     except RuntimeError as error:
         raise RendezvousError(f"the store of init_method {init_method!r} cannot be opened: {error}") from error
@@ -145,6 +145,8 @@ def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: fl
                 "start each worker with a rank of its own"
             ) from error
         raise RendezvousError(f"rank 0 cannot host the store of its group at {host}:{port}: {error}") from error
+    except LimitError:
+        raise  # no thread: of the store nothing is known
     except RuntimeError as error:
         raise RendezvousError(
             f"the store of init_method {init_method!r} at {host}:{port}, hosted by "

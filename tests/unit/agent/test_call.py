@@ -13,11 +13,11 @@ from zrpc.agent.gate import Gate
 from zrpc.errors import PeerLostError, RpcTimeoutError
 from zrpc.ids import WorkerInfo
 from zrpc.wire.envelope import Envelope
-from zrpc.wire.messages import Reply, RRefUserDelete
+from zrpc.wire.messages import Failure, Reply, RRefUserDelete
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 WAIT_S = 20.0
 PEER = WorkerInfo("callee", 1)
@@ -252,3 +252,43 @@ def test_a_callback_that_fails_keeps_neither_the_others_nor_the_caller_from_anyt
     assert ran == [call]
     assert call.wait().data == b"result"
     assert "RRefUserDelete to WorkerInfo" in caplog.text
+
+
+@contextlib.contextmanager
+def rebuilding() -> Iterator[Call]:
+    """A call that failed, while a thread rebuilds its exception, which takes as long as the test does."""
+    owner = Owner()
+    call = owner.call()
+    is_opening, may_end = threading.Event(), threading.Event()
+
+    def rebuild(_: Envelope) -> Payload:
+        is_opening.set()
+        assert may_end.wait(WAIT_S)
+        raise KeyError("remote")
+
+    owner.open = rebuild
+    owner.finish(Envelope(Failure("KeyError", "remote", "traceback"), 7))
+    opener = in_thread(lambda: call.error)
+    assert is_opening.wait(WAIT_S)
+    try:
+        yield call
+    finally:
+        may_end.set()
+        opener.join()
+    assert isinstance(call.error, KeyError)
+
+
+def test_that_a_call_failed_is_known_while_its_error_is_rebuilt() -> None:
+    """Those who only ask whether it failed do not take it for one that succeeded."""
+    with rebuilding() as call:
+        assert call.failed
+
+
+def test_nothing_is_held_while_an_error_is_rebuilt() -> None:
+    """Exceptions are rebuilt by code of their classes: another thread may add a callback meanwhile."""
+    called = threading.Event()
+    with rebuilding() as call:
+        adder = in_thread(lambda: call.add_done_callback(lambda _: called.set()))
+        was_called = called.wait(WAIT_S / 4)
+    adder.join()
+    assert was_called

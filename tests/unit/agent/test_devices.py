@@ -148,10 +148,10 @@ def test_a_call_that_is_over_before_its_tensor_is_there_changes_nothing_for_the_
 def test_a_device_that_is_full_is_an_error_of_the_caller() -> None:
     with two() as (a, b):
         serve(b, lambda request, tensor: request.reply(Payload(b"", [on_device(tensor)])))
-        b.accelerator._room_nbytes = 1000
+        b.accelerator.room_nbytes = 1000
         with pytest.raises(DeviceError, match=r"2000 bytes that was sent to this worker .* cuda:0: CUDA out of memory"):
             call(a, b, on_device(a.accelerator.fresh(2000))).wait()
-        a.accelerator._room_nbytes = 500
+        a.accelerator.room_nbytes = 500
         with pytest.raises(DeviceError, match="900 bytes"):
             call(a, b, on_device(torch.zeros(900, dtype=torch.uint8))).wait()
         assert call(a, b, on_device(a.accelerator.fresh(100))).wait().tensors[0].numel() == 100

@@ -402,7 +402,7 @@ def test_a_fork_in_an_answer_needs_no_word_to_its_owner(monkeypatch: pytest.Monk
         rref = a.call(o, own, 3)
         assert o.rrefs._table.owned_forks() == {rref._rref_id: {rref._fork_id: a.info.incarnation}}
         assert rref.to_here() == 3
-        assert not c.network._held
+        assert not c.network.held
         del rref
         empty(c.workers)
 

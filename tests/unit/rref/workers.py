@@ -75,7 +75,7 @@ class Network:
         self._random = random.Random(chaos.seed)
         self._changed = threading.Condition()
         self._packets: list[Packet] = []
-        self._held: list[Packet] = []
+        self.held: list[Packet] = []
         self._holding: tuple[type, ...] = ()
         self._control_calls: set[tuple[Incarnation, int]] = set()
         self._dead: set[Incarnation] = set()
@@ -91,7 +91,7 @@ class Network:
             if not isinstance(message, Reply | Failure) and message.IDEMPOTENT:
                 self._control_calls.add((packet.source, packet.call_id))
             if isinstance(message, self._holding):
-                self._held.append(packet)
+                self.held.append(packet)
                 self._changed.notify_all()
                 return
             is_control = (
@@ -113,19 +113,19 @@ class Network:
 
     def wait_held(self, n: int = 1) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self._held) >= n, 10)
+            assert self._changed.wait_for(lambda: len(self.held) >= n, 10)
 
     def release(self) -> None:
         with self._changed:
             self._holding = ()
-            self._packets += self._held
-            self._held.clear()
+            self._packets += self.held
+            self.held.clear()
             self._changed.notify_all()
 
     def discard_held(self) -> None:
         with self._changed:
             self._holding = ()
-            self._held.clear()
+            self.held.clear()
 
     def kill(self, dead: Incarnation) -> None:
         with self._changed:

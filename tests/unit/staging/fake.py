@@ -124,7 +124,7 @@ class FakeAccelerator:
         self._released = threading.Condition(self._lock)
         self._num_held = 0
         self._here = threading.local()
-        self._room_nbytes = room_nbytes
+        self.room_nbytes = room_nbytes
         self._streams: list[FakeStream] = []
         self._defaults = {f"cuda:{index}": self._stream(f"cuda:{index}") for index in range(num_devices)}
         self._free: defaultdict[tuple[FakeStream, int], list[_Block]] = defaultdict(list)
@@ -181,7 +181,7 @@ class FakeAccelerator:
         if device not in self._defaults:
             raise RuntimeError(f"invalid device ordinal: {device}")
         with self._lock:
-            if nbytes > self._room_nbytes:
+            if nbytes > self.room_nbytes:
                 raise RuntimeError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
             block = next((b for b in self._free[stream, nbytes] if all(e.is_done for e in b.blockers)), None)
             if block is None:

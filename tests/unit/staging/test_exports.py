@@ -363,14 +363,14 @@ def test_memory_that_cannot_be_exported_goes_through_the_host(pair: Pair, caplog
 @pytest.mark.parametrize("what", ["room", "note", "unseen", "process"])
 def test_what_is_missing_may_be_there_later(pair: Pair, caplog: pytest.LogCaptureFixture, what: str) -> None:
     exporter: Any = pair.route.exporter
-    make_note, room_nbytes = exporter._make_note, pair.a._room_nbytes
+    make_note, room_nbytes = exporter._make_note, pair.a.room_nbytes
     open_process = exporter._open_process
 
     def fail() -> Any:
         raise OSError(24, "Too many open files")
 
     if what == "room":
-        pair.a._room_nbytes = 10_000
+        pair.a.room_nbytes = 10_000
     elif what == "process":
         exporter._open_process = fail
     else:
@@ -381,7 +381,7 @@ def test_what_is_missing_may_be_there_later(pair: Pair, caplog: pytest.LogCaptur
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == (what != "unseen")
     assert pair.counts()["ipc_slabs"] == 0
-    exporter._make_note, pair.a._room_nbytes, exporter._open_process = make_note, room_nbytes, open_process
+    exporter._make_note, pair.a.room_nbytes, exporter._open_process = make_note, room_nbytes, open_process
     for _ in range(exports.PAUSE):
         pair.travel(tensor)
     assert pair.counts()["ipc_tensors"] > 0

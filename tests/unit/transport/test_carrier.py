@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import pytest
 
 from tests.unit.transport.test_shared_memory import pair, send
@@ -13,10 +15,12 @@ from tests.unit.transport.test_slabs import A, B, buffer
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.carrier import Carrier
-from zrpc.wire.envelope import Envelope, decode
+from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Reply
 
 if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
+    from zrpc.transport.inbox import Work
     from zrpc.transport.shared_memory import SharedMemory
     from zrpc.wire.envelope import Buffer
 
@@ -43,13 +47,14 @@ def wire() -> Wire:
     return Wire()
 
 
-def carrier(wire: Wire, memory: SharedMemory) -> Carrier:
+def carrier(wire: Wire, memory: SharedMemory, **methods: Any) -> Carrier:
     endpoint: Any = SimpleNamespace(
         send=wire.send,
         credit_nbytes=1 << 30,
         inbox=SimpleNamespace(serves_queue_here=False),
         interrupt=None,
         incarnation=B,
+        **methods,
     )
     return Carrier(endpoint, memory)
 
@@ -102,3 +107,25 @@ def test_to_a_peer_that_is_lost_nothing_is_handed_back(wire: Wire) -> None:
             end.send(A, late.pop())
         wire.error = None  # its traceback holds what it passed
         assert a.counts()["held"] == 0
+
+
+def test_a_request_whose_work_fails_takes_none_of_its_batch_along(wire: Wire) -> None:
+    """What is to be done for each message of one batch is done, though that for the first raises."""
+    started: list[Any] = []
+    done: list[int] = []
+
+    def on_envelope(_: Incarnation, envelope: Envelope) -> Work:
+        def work() -> None:
+            done.append(envelope.call_id)
+            if len(done) == 1:
+                raise OSError("Expected error")
+
+        return work
+
+    with pair() as (_, b):
+        receiver = carrier(wire, b, start=lambda on_frames, _: started.append(on_frames))
+        receiver.start(on_envelope, lambda *_: None)
+        messages = [bytes(encode(Envelope(Reply(), number))[0]) for number in range(3)]
+        with suppress(OSError):
+            started[0](A, [b"\xc1\x03" + msgpack.packb(messages)])()
+    assert done == [0, 1, 2]

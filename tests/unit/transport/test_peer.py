@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
@@ -16,6 +16,10 @@ from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLost
 from zrpc.ids import ENDED_MAX, new_incarnation
 from zrpc.transport import outbox, sockets, way
 from zrpc.transport.peer import PeerEndpoint
+
+if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
+    from zrpc.wire.envelope import Buffer
 
 
 @pytest.fixture(params=[False, True], ids=["tcp", "local"], autouse=True)
@@ -400,3 +404,44 @@ def test_a_connection_that_comes_again_is_read_though_the_one_before_still_stand
             sockets.connect(again, b.endpoint.address)
             again.send(b"again")
             assert b.arrivals.wait_messages(2)[1:] == [(source, [b"again"])]
+
+
+# ---- what is called back fails --------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_could_not_be_acted_on_keeps_no_later_one_from_being_told() -> None:
+    """What is called for the first loss raises."""
+    with peers(3, start=False) as (a, b, c):
+        told: list[Incarnation] = []
+
+        def on_lost(peer: Incarnation, reason: str) -> None:
+            told.append(peer)
+            if len(told) == 1:
+                raise OSError("Expected error")
+
+        a.endpoint.start(a.arrivals.on_frames, on_lost)
+        for number, peer in enumerate((b, c), 1):
+            peer.start()
+            a.endpoint.send(peer.id, [b"x"])
+            peer.arrivals.wait_messages(1)
+            peer.endpoint.close(0.0)
+            until(lambda number=number: len(told) == number, "the loss is told")  # type: ignore[misc]
+        assert told == [b.id, c.id]
+
+
+def test_a_message_that_could_not_be_taken_keeps_no_later_one_from_being_read() -> None:
+    """What is called for the first message raises."""
+    with peers(start=False) as (a, b):
+        came: list[bytes] = []
+
+        def on_frames(_: Incarnation, frames: list[Buffer]) -> None:
+            came.append(bytes(frames[0]))
+            if len(came) == 1:
+                raise OSError("Expected error")
+
+        b.endpoint.start(on_frames, b.arrivals.on_lost)
+        a.start()
+        for number in range(2):
+            a.endpoint.send(b.id, numbered(number))
+            until(lambda number=number: len(came) > number, "it has come")  # type: ignore[misc]
+        assert came == [numbered(0)[0], numbered(1)[0]]
