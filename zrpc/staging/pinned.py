@@ -16,12 +16,13 @@ import threading
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from zrpc import interrupts
+from zrpc import finalizers, interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,7 +191,7 @@ class PinnedPool:
         try:
             memory = self._pin(room)
         except RuntimeError as error:
-            log.warning("%d bytes cannot be pinned: %s", room, error)
+            finalizers.defer(partial(log.warning, "%d bytes cannot be pinned: %s", room, error))
             return None
         self._nbytes += room
         self._num_pinned += 1

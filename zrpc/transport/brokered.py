@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from zrpc import threads
+from zrpc import finalizers, threads
 from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.exception_text import log_error
 from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
@@ -309,8 +310,8 @@ class BrokeredEndpoint:
             return self._deliver(source, frames)
         try:
             self._on_control(frames)
-        except Exception:  # whatever one message does, the next one is read
-            log.exception("a message of the broker was not carried out")
+        except Exception as error:  # whatever one message does, the next one is read
+            finalizers.defer(partial(log_error, log, "a message of the broker was not carried out", error=error))
         return None
 
     def _deliver_last_words(self, peer: Incarnation) -> None:

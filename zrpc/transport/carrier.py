@@ -11,6 +11,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zrpc import finalizers
 from zrpc.errors import PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
@@ -243,8 +244,8 @@ class Carrier:
             if unfilled:
                 envelope.pending = Filling(unfilled, lambda: self._is_over)
             return self._on_envelope(source, envelope)
-        except Exception:  # whatever one message does, the next one is read
-            log.exception("a message of %s was dropped", source.hex())
+        except Exception as error:  # whatever one message does, the next one is read
+            finalizers.defer(partial(log_error, log, "a message of %s was dropped", source.hex(), error=error))
             return None
 
     def _on_others(self, source: Incarnation, frames: list[Buffer]) -> Work | None:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from zrpc import interrupts, threads
+from zrpc import finalizers, interrupts, threads
 from zrpc.exception_text import log_error
 from zrpc.transport.polling import Polling
 from zrpc.transport.turns import Place, Turns
@@ -258,8 +258,7 @@ class Inbox:
                     try:
                         work()
                     except BaseException as error:  # the others are of other calls
-                        log_error(log, "a request failed in an unexpected way", error=error)
-                        del error
+                        finalizers.defer(partial(log_error, log, "a request failed in an unexpected way", error=error))
                     finally:
                         with self._lock:
                             self._num_handed_on -= 1

@@ -36,10 +36,12 @@ import os
 import resource
 import threading
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from zrpc import finalizers
 from zrpc.errors import ProtocolError
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
@@ -375,7 +377,7 @@ class SlabPool:
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            log.warning("shared memory is not used for now, sockets are: %s", reason)
+            finalizers.defer(partial(log.warning, "shared memory is not used for now, sockets are: %s", reason))
 
 
 def _retire(slabs: Iterable[Slab]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.logs import handled_by
 from tests.unit.agent.network import WAIT_S, Network, Worker, workers
 from tests.waiting import until
 from zrpc.agent import agent as agent_module
@@ -238,6 +239,25 @@ def test_damaged_messages_are_dropped_and_the_next_one_is_read(caplog: pytest.Lo
             b.endpoint.deliver(a.endpoint.incarnation, frames)
         assert pickling.loads(a.agent.request(b.info, FETCH, pickling.dumps(5)).wait()) == 5
     assert caplog.text.count("was dropped") == 4
+
+
+def test_while_a_damaged_message_is_logged_the_next_ones_are_read() -> None:
+    """A handler of the log that takes long does not keep the thread that reads from reading."""
+    logs, go_on = threading.Event(), threading.Event()
+
+    def handle(_: logging.LogRecord) -> None:
+        logs.set()
+        assert go_on.wait(WAIT_S)
+
+    with workers("a", "b") as (a, b), handled_by(handle):
+        b.agent.handle(RRefFetch, echo, inline=True)
+        b.endpoint.deliver(a.endpoint.incarnation, [b"garbage"])
+        assert logs.wait(WAIT_S)
+        try:
+            call = a.agent.request(b.info, FETCH, pickling.dumps(5), waited=True, timeout_s=WAIT_S / 2)
+            assert pickling.loads(call.wait()) == 5
+        finally:
+            go_on.set()
 
 
 # ---- time limits -----------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 import pytest
 
+from tests.logs import handled_by
+from zrpc import finalizers
 from zrpc.errors import OverloadedError, PeerLostError, ProtocolError
 from zrpc.transport import batches
 from zrpc.transport.batches import MAX_AGE_S, MAX_COUNT, MAX_NBYTES, Batches, is_batch, messages_of
@@ -16,9 +19,12 @@ from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Leave, Reply
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable, Sequence
 
     from zrpc.wire.envelope import Buffer
+
+WAIT_S = 20.0
 
 A, B, C = b"A" * 8, b"B" * 8, b"C" * 8
 
@@ -120,6 +126,27 @@ def test_a_peer_that_cannot_be_sent_to_is_in_nobodys_way(wire: Wire, clock: Cloc
     assert wire.sent[1:] == [(A, [b"y"])]
 
 
+def test_nothing_is_logged_under_the_lock_of_the_batches(wire: Wire) -> None:
+    """A handler of the log may send, although what it is told of is that sending failed."""
+    kept = Batches(wire.send, wire.forgotten.append)
+    wire.errors[A] = OSError("no file can be opened")
+
+    def use() -> None:
+        kept.add(A, b"x")
+        kept.flush()
+        finalizers.run_pending()
+
+    def handle(_: logging.LogRecord) -> None:
+        kept.add(B, b"told")
+        kept.flush()
+
+    with handled_by(handle):
+        thread = threading.Thread(target=use, daemon=True)
+        thread.start()
+        thread.join(WAIT_S)
+    assert wire.sent == [(B, [b"told"])]
+
+
 def test_when_it_is_closed_what_is_kept_leaves_and_nothing_is_kept_any_more(wire: Wire, clock: Clock) -> None:
     kept = Batches(wire.send, wire.forgotten.append)
     kept.add(A, b"one")
@@ -214,5 +241,6 @@ def test_the_messages_of_a_batch_are_taken_in_as_any_other(wire: Wire) -> None:
 def test_what_is_neither_an_envelope_nor_anything_else_is_dropped(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
     ends = Ends(wire)
     assert ends.receive(A, [b"\xc1\x77"]) is None
+    finalizers.run_pending()
     assert "begins with b'\\xc1w'" in caplog.text
     assert not ends.came
