@@ -140,9 +140,7 @@ class Agent:
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
         self.control.start()
-        self._carrier.inbox.on_callers_left = self.completions.catch_up
-        self._carrier.inbox.polling.busy_poll_s = self.options.busy_poll_s
-        self._carrier.start(self._on_envelope, self._peers.lose)
+        self._carrier.start(self._on_envelope, self._peers.lose, self.completions.catch_up)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
         self.ids = IdGenerator(me.info.id, me.incarnation)
@@ -217,7 +215,19 @@ class Agent:
 
     def add_hook(self, hook: CallHook) -> None:
         """Let `hook` ride on every hooked call."""
-        self.hooks[hook.key] = hook
+        self.hooks.add(hook)
+
+    def set_rpc_timeout(self, timeout_s: float) -> None:
+        """The default time limit of calls is `timeout_s` from now on; 0: none.
+
+        Raises:
+            ConfigError: it is no number of seconds.
+        """
+        self.rpc_timeout_s = check_timeout(timeout_s, "rpc_timeout")
+
+    def note_lost(self) -> None:
+        """A peer is known to be lost, if only from another one."""
+        self.lost_at = self.lost_at or time.monotonic()
 
     def on_peer_lost(self, listener: Callable[[WorkerInfo, str], None]) -> None:
         """Call `listener(worker, reason)` when a peer is gone, on the control thread: it must not wait."""

@@ -267,6 +267,10 @@ class RRef(Generic[T]):
 
     # ---- below -----------------------------------------------------------------------------------------------------
 
+    def _set_creation(self, call: Call) -> None:
+        """`call` asks the owner to create the value. Once, where remote() made this RRef."""
+        self._call = call
+
     def _fork(self) -> ForkData:
         self._check_creation()
         return self._context.fork(self._owner, self._rref_id, self._fork_id, self._cell)
@@ -324,7 +328,7 @@ def backward_from(context: RRefContext, value: object, context_id: int, retain_g
     if context_id == NO_CONTEXT:
         torch.autograd.backward([value], retain_graph=retain_graph)
     else:
-        context.backward_local(context_id, [value], retain_graph)
+        context.backward(context_id, [value], retain_graph)
 
 
 def _limit_s(timeout: float) -> float | None:

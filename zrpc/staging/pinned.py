@@ -59,7 +59,7 @@ class Loan:
     """A block in somebody's hands.
 
     Attributes:
-        block: for those who tell a device to copy; they note the event in it.
+        block: the block.
         array: its first bytes, as many as were asked for, not copied. The block is lent for as long as anybody sees it.
         is_pooled: whether the block comes back to the pool; if not, it is gone with the loan, whatever devices do.
     """
@@ -70,6 +70,10 @@ class Loan:
         self.block = block
         self.array = array
         self.is_pooled = is_pooled
+
+    def in_use_until(self, event: Event) -> None:
+        """A device was told to copy from or to the block, which `event` follows."""
+        self.block.busy_until = event
 
     @property
     def tensor(self) -> torch.Tensor:

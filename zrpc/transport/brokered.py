@@ -70,6 +70,7 @@ class BrokeredEndpoint:
         address: the broker's, `broker://host:port` or `tcp://host:port`.
         incarnation: this life of the worker.
         local: pass the broker by on the way to workers of this host.
+        busy_poll_s: see `Polling`.
 
     Attributes:
         heard_at: when anything last came from the broker (`time.monotonic`).
@@ -81,7 +82,9 @@ class BrokeredEndpoint:
     credit_nbytes = 64 << 20
     """What is on the way may lie in the broker, once for each worker that sends to the same one."""
 
-    def __init__(self, address: str, incarnation: Incarnation, *, local: bool = False) -> None:
+    def __init__(
+        self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0
+    ) -> None:
         self.incarnation = incarnation
         self.address = address
         self._numeric_address = sockets.split_address(sockets.resolve(address))
@@ -100,7 +103,7 @@ class BrokeredEndpoint:
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
         self._shortcuts = Shortcuts.make(incarnation, is_thrifty=True) if local else None
-        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._shortcuts)
+        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._shortcuts, busy_poll_s)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)

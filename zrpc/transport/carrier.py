@@ -74,10 +74,13 @@ class Carrier:
         """What the membership card says of this worker's shared memory."""
         return self._shared_memory.card() if self._shared_memory is not None else None
 
-    def start(self, on_envelope: OnEnvelope, on_lost: OnLost) -> None:
-        """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`."""
+    def start(self, on_envelope: OnEnvelope, on_lost: OnLost, on_callers_left: Callable[[], None]) -> None:
+        """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`.
+
+        For `on_lost` see `Endpoint.start`, for `on_callers_left` `Inbox.tell`.
+        """
         self._on_envelope = on_envelope
-        self.inbox.on_queue_empty = self._batches.flush
+        self.inbox.tell(self._batches.flush, on_callers_left)
         self._endpoint.start(self._on_frames, on_lost)
 
     def meet(self, peer: Incarnation, card: Any) -> None:

@@ -13,17 +13,21 @@ import mmap
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 
 from zrpc.transport.mapping import map_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
+
+T = TypeVar("T")
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
@@ -71,18 +75,17 @@ class SlabMemory:
 
     Attributes:
         address: where its room begins.
-        beside: what was made here of what the slab says; it goes with the mapping.
         is_left: this process keeps it no longer: its owner is lost, or this worker has shut down.
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_pid", "_pins", "address", "beside", "is_left", "was_pinned")
+    __slots__ = ("_made", "_mapped", "_pid", "_pins", "address", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
         self._pid = os.getpid()
         self.address = address_of(mapped) + HEADER_NBYTES
-        self.beside: object = None
+        self._made: object = None  # here, of what the slab says
         self.is_left = False
         self.was_pinned = False
         self._pins: Pins | None = None  # of who has pinned it
@@ -139,6 +142,20 @@ class SlabMemory:
         """It is filled now, or will not be. For its owner."""
         self._mapped[_CONTENT] = _WHOLE if is_whole else _TORN
 
+    def made_once(self, make: Callable[[], T]) -> T:
+        """What `make` made when this was first called; it goes with the mapping.
+
+        A slab is one message's at a time, so there is one thread that calls this now.
+        """
+        if self._made is None:
+            self._made = make()
+        return cast("T", self._made)
+
+    def leave(self) -> None:
+        """Keep it no longer: its owner is lost, or this worker has shut down."""
+        self.is_left = True
+        self.unpin()
+
     def retire(self) -> None:
         """Its owner has let go of it. For its owner."""
         self._mapped[_RETIRED] = 1
@@ -190,6 +207,15 @@ class Slab:
         number = int.from_bytes(os.urandom(8), "little")
         memory.set_number(number)
         return cls(number, room, fd, memory)
+
+    def give(self, holder: Incarnation, descriptor: Descriptor) -> None:
+        """`holder` is about to be told of it by `descriptor`."""
+        self.memory.hold()
+        self.holder, self.descriptor = holder, descriptor
+
+    def take_back(self) -> None:
+        """Its holder has given it back."""
+        self.holder = NOBODY
 
     def retire(self) -> None:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""

@@ -46,7 +46,7 @@ from zrpc.errors import ProtocolError
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
-from zrpc.transport.slab import NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
+from zrpc.transport.slab import SWEEP, Descriptor, Shelf, Slab, size_class
 from zrpc.wire.envelope import Arriving
 from zrpc.wire.region import Region
 
@@ -216,7 +216,7 @@ class SlabPool:
                 return None
             if slab.holder != holder or slab.memory.is_free():
                 raise ProtocolError("a slab came back from a worker that does not hold it")
-            slab.holder = NOBODY
+            slab.take_back()
             return slab.memory
 
     def _find(self, descriptor: Descriptor) -> Slab | None:
@@ -251,9 +251,7 @@ class SlabPool:
 
     def _give(self, slab: Slab, holder: Incarnation, nbytes: int) -> None:
         """`holder` is about to be told of `slab`. Call it under the lock."""
-        slab.memory.hold()
-        slab.holder = holder
-        slab.descriptor = [self._pid, slab.fd, slab.number, nbytes]
+        slab.give(holder, [self._pid, slab.fd, slab.number, nbytes])
         self._shelves[slab.room].placed.append(slab)
         self._num_placed += 1
 

@@ -203,7 +203,11 @@ class FakeGroup:
 
 
 class Worker:
-    """One agent with RRefs."""
+    """One agent with RRefs.
+
+    Attributes:
+        passes: the arguments of the backward passes that ran here.
+    """
 
     def __init__(self, endpoint: FakeEndpoint, members: list[Member], rank: int) -> None:
         options = RpcBackendOptions(rpc_timeout=20)
@@ -212,9 +216,9 @@ class Worker:
         self.agent = Agent(options, endpoint, group, None, ignore, ignore)
         for pool in (self.agent._server.pool, self.agent.completions._pool):
             vars(pool)["submit"] = self._as_me(pool.submit)
-        install(self.agent)
+        self.passes: list[tuple[Any, ...]] = []
+        install(self.agent, DirectInvoker(self.agent), lambda *args: self.passes.append(args))
         self.rrefs: RRefContext = self.agent.extensions[RRefContext]
-        self.rrefs.invoke = DirectInvoker(self.agent)
         self.agent.join(f"worker{rank}", rank, len(members), {}, 1.0)
         self.agent.open()
 

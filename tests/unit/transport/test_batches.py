@@ -164,18 +164,33 @@ def test_a_damaged_batch_is_refused(rest: bytes) -> None:
 # ---- in a carrier ----------------------------------------------------------------------------------------------------
 
 
+class FakeInbox:
+    """What a carrier needs of an inbox.
+
+    Attributes:
+        on_queue_empty: what the carrier has asked to be called then.
+        serves_queue_here: set by a test.
+    """
+
+    on_queue_empty: Callable[[], None]
+    serves_queue_here = False
+
+    def tell(self, on_queue_empty: Callable[[], None], on_callers_left: Callable[[], None]) -> None:
+        self.on_queue_empty = on_queue_empty
+
+
 class Ends:
     """A carrier without sockets. `receive` has it take frames in; what came is in `came`."""
 
     def __init__(self, wire: Wire) -> None:
-        self.inbox = SimpleNamespace(serves_queue_here=False, on_queue_empty=None)
+        self.inbox = FakeInbox()
         self.came: list[Envelope] = []
         self.receive: Callable[[bytes, list[Buffer]], Any]
         endpoint: Any = SimpleNamespace(
             send=wire.send, start=self._start, credit_nbytes=1 << 30, inbox=self.inbox, interrupt=None, incarnation=B
         )
         self.carrier = Carrier(endpoint, None)
-        self.carrier.start(lambda _, envelope: self._take(envelope), lambda *_: None)
+        self.carrier.start(lambda _, envelope: self._take(envelope), lambda *_: None, lambda: None)
 
     def _start(self, on_frames: Any, _: object) -> None:
         self.receive = on_frames
