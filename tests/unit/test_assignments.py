@@ -17,7 +17,7 @@ RECORDS = ("zrpc/wire/envelope.py", "zrpc/wire/payload.py")
 """Modules of records that are filled in on their way: what a value is made of, and the message that it travels in."""
 
 STAY = {
-    ("zrpc/agent/agent.py", "num_sent"): "a hint that each asynchronous call counts up, for which a method is slow",
+    ("zrpc/agent/client.py", "num_sent"): "a hint that each asynchronous call counts up, for which a method is slow",
     ("zrpc/agent/server.py", "answered"): "of a request, under the server's lock: once a request, on the way of each",
     ("zrpc/wire/pickling.py", "receiving"): "of the tables of this thread's pickling, at each stream that is read",
     ("zrpc/wire/pickling.py", "received_exceptions"): "the same",

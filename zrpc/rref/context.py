@@ -249,9 +249,7 @@ class RRefContext:
         unconfirmed = set(fork_ids)
 
         def settled() -> bool:
-            unconfirmed.intersection_update(
-                {fork for fork in unconfirmed if self._table.user_state(fork) in _UNCONFIRMED}
-            )
+            unconfirmed.intersection_update([one for one in unconfirmed if self._table.user_state(one) in _UNCONFIRMED])
             return not unconfirmed or self._closed
 
         with self._lock:

@@ -13,7 +13,7 @@ import torch
 from tests.logs import handled_by
 from tests.unit.agent.network import WAIT_S, Network, Worker, workers
 from tests.waiting import until
-from zrpc.agent import agent as agent_module
+from zrpc.agent import client
 from zrpc.config import RpcBackendOptions
 from zrpc.errors import (
     AgentClosedError,
@@ -283,7 +283,7 @@ def test_a_call_that_nobody_waits_for_times_out() -> None:
     done = threading.Event()
     with workers("a", "b") as (a, b):
         b.agent.handle(RRefFetch, Gate(), inline=True)
-        a.agent.rpc_timeout_s = 0.02
+        a.agent.set_rpc_timeout(0.02)
         a.agent.request(b.info, FETCH).add_done_callback(lambda call: done.set())
         assert done.wait(WAIT_S)
 
@@ -394,7 +394,7 @@ class Done:
 
 
 def test_a_notification_is_repeated_until_it_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "NOTIFY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(client, "NOTIFY_TIMEOUT_S", 0.01)
     network = Network()
     fates = {RRefUserDelete: iter([True, True, True, False, False]), Reply: iter([True, False])}
     network.loses = lambda message: next(fates.get(type(message), iter(())), False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.unit.agent.network import ReadElsewhere
-from zrpc.agent import agent as agent_module
+from zrpc.agent import client
 from zrpc.agent.agent import Agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
@@ -336,7 +336,7 @@ class Cluster:
 @contextmanager
 def cluster(monkeypatch: pytest.MonkeyPatch, size: int = 3, chaos: Chaos | None = None) -> Iterator[Cluster]:
     """`size` workers; closed at the end."""
-    monkeypatch.setattr(agent_module, "NOTIFY_TIMEOUT_S", RETRY_S)
+    monkeypatch.setattr(client, "NOTIFY_TIMEOUT_S", RETRY_S)
     monkeypatch.setattr(rref_module, "current_agent", current)
     monkeypatch.setattr(travel_module, "current_agent", current)
     made = Cluster(size, chaos or Chaos())
