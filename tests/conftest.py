@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import leaks
+from zrpc import finalizers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,7 @@ def _frame_collector() -> None:
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves something running or open."""
+    finalizers.run_pending()  # what earlier tests left to be logged
     with leaks.nothing_left():
         yield
         request.node.funcargs.clear()  # what fixtures gave the test would be kept until the check is over

@@ -212,8 +212,7 @@ def _call(
     recording = record(agent, mode, function_name(func), info)
     with sending(recording):
         call = agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
-    recording.call = call
-    call.add_done_callback(recording.finish, inline=True)
+    recording.began(call)
     return call
 
 

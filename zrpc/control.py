@@ -1,11 +1,12 @@
 """The control thread of a worker.
 
 What: one thread runs, one after the other and in the order in which they came: what is to be done about members that
-left, repeats of messages that were not acknowledged, time limits, and what destructors left (`zrpc.finalizers`).
+left, repeats of messages that were not acknowledged, time limits, and what destructors and reading threads left
+(`zrpc.finalizers`).
 
-Invariants: a task runs under no lock. Tasks do not wait for another worker and run no user code, so none keeps the
-others waiting for long. After tasks of destructors the thread leaves further ones for `REST_S`, so that a program that
-drops something after each call does not pay for a change of threads each time.
+Invariants: a task runs under no lock. Tasks do not wait for another worker and run no user code but handlers of logs,
+so none keeps the others waiting for long. After tasks of destructors the thread leaves further ones for `REST_S`, so
+that a program that drops something after each call does not pay for a change of threads each time.
 
 Threads: `submit` and `wake` take no lock of this module: they may be called from signal handlers and destructors.
 

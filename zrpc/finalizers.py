@@ -1,7 +1,8 @@
-"""What destructors leave to be done.
+"""What destructors leave to be done, and what threads that read or hold a lock have to log.
 
 What: `__del__` and weakref callbacks run wherever the interpreter frees an object: within any statement of any thread,
-under any lock. So they only append a task here (`defer`), and a control thread (`zrpc.control`) runs it soon.
+under any lock. So they only append a task here (`defer`), and a control thread (`zrpc.control`) runs it soon. Handlers
+of logs are code of users: so a thread that reads messages or holds a lock appends what it has to log, too.
 
 Invariants: `defer` takes no lock and runs no other code, so it may interrupt itself. If one thread runs the tasks, they
 run in the order in which they were deferred.
@@ -51,7 +52,7 @@ def run_pending() -> bool:
         try:
             task()
         except BaseException as error:
-            log_error(log, "what a destructor left to be done failed", error=error)
+            log_error(log, "what was left to be done failed", error=error)
             del error
         del task
     return did_run

@@ -73,18 +73,18 @@ class RemoteFunctions:
 
 
 class Gatherings:
-    """The gatherings of one worker.
-
-    Attributes:
-        remote: the functions called on others; may be replaced.
-    """
+    """The gatherings of one worker."""
 
     def __init__(self, agent: Agent) -> None:
-        self.remote = RemoteFunctions()
+        self._remote = RemoteFunctions()
         self._agent = agent
         self._changed = threading.Condition(threading.Lock())  # its lock owns what follows
         self._table = GatheringTable(lambda: agent.info.name)
         agent.on_peer_lost(self._on_peer_lost)
+
+    def call_by(self, remote: RemoteFunctions) -> None:
+        """Have others call the functions of `remote` from now on. For programs that know them under other names."""
+        self._remote = remote
 
     def __len__(self) -> int:
         """Of how many gatherings, and series of gatherings of the same lives, something is kept here."""
@@ -151,7 +151,7 @@ class Gatherings:
             self._changed.notify_all()
         if result is not None and name != self._agent.info.name:  # the leader was lost before it could tell `name`
             with suppress(PeerLostError):
-                self._start(key, name, _payload(self.remote.conclusion(key, result)), TELL_TIMEOUT_S)
+                self._start(key, name, _payload(self._remote.conclusion(key, result)), TELL_TIMEOUT_S)
 
     def conclude(self, key: Key, objects: dict[str, Any], error: str | None) -> None:
         """On a follower: this is what the leader gathered."""
@@ -184,7 +184,7 @@ class Gatherings:
         """Take part, unless the leader has given up already and said so, maybe as its last word."""
         try:
             if not gathering.is_complete:
-                told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
+                told = _payload(self._remote.contribution(key, self._agent.info.name, obj))
                 with interrupts.deferred:
                     self._start(key, key.names[0], told, timeout_s, waited=True).wait()
         except PeerLostError:
@@ -193,7 +193,7 @@ class Gatherings:
 
     def _tell_next_leader(self, key: Key, leader: str, obj: Any, deadline: float | None) -> None:
         """The same where the leader may be lost; then it is known here to be lost."""
-        told = _payload(self.remote.contribution(key, self._agent.info.name, obj))
+        told = _payload(self._remote.contribution(key, self._agent.info.name, obj))
         try:
             with interrupts.deferred:
                 self._start(key, leader, told, _left_s(deadline) or 0.0, waited=True).wait()
@@ -243,9 +243,9 @@ class Gatherings:
 
     def _tell_followers(self, key: Key, gathering: Gathering, timeout_s: float) -> None:
         if gathering.error is None:
-            news = self.remote.conclusion(key, gathering.objects)
+            news = self._remote.conclusion(key, gathering.objects)
         else:
-            news = self.remote.failure(key, gathering.error)
+            news = self._remote.failure(key, gathering.error)
         told = _payload(news)
         calls = []
         failed: list[tuple[str, Exception]] = []
@@ -280,7 +280,7 @@ class Gatherings:
 
     def _on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
         for key, names in self._note_lost(worker.incarnation, reason):
-            news = self.remote.failure(key, f"{worker.name} is lost ({reason})")
+            news = self._remote.failure(key, f"{worker.name} is lost ({reason})")
             for name in names:
                 with suppress(PeerLostError):
                     self._start(key, name, _payload(news), TELL_TIMEOUT_S)
@@ -341,7 +341,7 @@ def gather_living(timeout: float) -> None:
     objects = gatherings.gather_living(None, names, timeout)
     lost = [f"{name} is lost ({obj.reason})" for name, obj in objects.items() if isinstance(obj, Lost)]
     if lost:
-        agent.lost_at = agent.lost_at or time.monotonic()  # it may know of it from the leader alone
+        agent.note_lost()  # it may know of it from the leader alone
         raise WorkersLostError(f"all other workers came to their shutdown, but {'; '.join(lost)}")
 
 

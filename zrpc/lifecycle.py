@@ -194,11 +194,12 @@ def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
 
 
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
-    for install in (gather.install, install_rrefs, install_autograd, install_profiling, install_optim):
+    gather.install(agent)
+    install_rrefs(agent, api, partial(_backward, agent))  # proxies of RRefs call as programs do, seen by profiles
+    for install in (install_autograd, install_profiling, install_optim):
         install(agent)
     if agent.address is not None and world_size:
         _make_room(world_size)
-    agent.extensions[RRefContext].invoke = api  # proxies of RRefs call as programs do, seen by profiles
     try:
         agent.join(name, rank, world_size, _card(agent), _join_limit_s(agent.options))
         set_agent(agent)
@@ -206,6 +207,11 @@ def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
         agent.close(0.0)
         raise
     agent.open()
+
+
+def _backward(agent: Agent, context_id: int, roots: list[torch.Tensor], retain_graph: bool) -> None:
+    """What `RRef.backward` runs on the owner."""
+    agent.extensions[AutogradService].backward(context_id, roots, retain_graph, smart=False)
 
 
 def _make_room(world_size: int) -> None:
@@ -239,7 +245,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    endpoint = PeerEndpoint(new_incarnation(), bind, local=options.shared_memory)
+    endpoint = PeerEndpoint(new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s)
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
     return Agent(
         options,
@@ -257,7 +263,9 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
-    endpoint = BrokeredEndpoint(address, new_incarnation(), local=options.shared_memory)
+    endpoint = BrokeredEndpoint(
+        address, new_incarnation(), local=options.shared_memory, busy_poll_s=options.busy_poll_s
+    )
     return Agent(
         options,
         endpoint,

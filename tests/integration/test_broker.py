@@ -18,9 +18,15 @@ import pytest
 from tests.integration.broker_harness import TIMEOUT_S, Broker, Worker, WorkerProcess, running_broker, workers
 from tests.integration.harness import free_port
 from zrpc.errors import AgentClosedError, ConfigError, LimitError, PeerLostError, RefusedError, RendezvousError
+from zrpc.wire.envelope import decode
+from zrpc.wire.messages import Heartbeat, Leave
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from zrpc.transport.brokered import BrokeredEndpoint
+    from zrpc.wire.envelope import Buffer
+    from zrpc.wire.messages import Message
 
 
 @pytest.fixture
@@ -324,6 +330,63 @@ def test_an_error_while_a_heartbeat_is_due_does_not_end_the_heartbeats(
         assert not b.seen.lost
     assert "a fault on purpose" in caplog.text
     assert "zrpc-heartbeat goes on" in caplog.text
+
+
+class HeldHeartbeats:
+    """Stands in for `tell_broker` of an endpoint.
+
+    Attributes:
+        sent: what was sent, in order.
+        is_held: set when a heartbeat is about to be sent.
+        go_on: set it to have heartbeats sent.
+    """
+
+    def __init__(self, endpoint: BrokeredEndpoint) -> None:
+        self._send = endpoint.tell_broker
+        self.sent: list[type[Message]] = []
+        self.is_held = threading.Event()
+        self.go_on = threading.Event()
+
+    def __call__(self, frames: Sequence[Buffer]) -> None:
+        message = decode(list(frames)).message
+        if isinstance(message, Heartbeat):
+            self.is_held.set()
+            self.go_on.wait()
+        self._send(frames)
+        self.sent.append(type(message))
+
+
+def test_while_a_heartbeat_is_sent_newcomers_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat that takes long to be sent does not keep the reading thread from what the broker says."""
+    with (
+        running_broker("--heartbeat-interval", "0.05") as broker,
+        workers(broker.address, "a", world_size=None) as (a,),
+    ):
+        held = HeldHeartbeats(a.endpoint)
+        monkeypatch.setattr(a.endpoint, "tell_broker", held)
+        assert held.is_held.wait(TIMEOUT_S)
+        try:
+            with workers(broker.address, "b", world_size=None):
+                a.seen.wait(lambda: len(a.seen.joined) == 1)
+        finally:
+            held.go_on.set()
+
+
+def test_no_heartbeat_comes_after_the_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that leaves while a heartbeat of its own is being sent says goodbye after it."""
+    with (
+        running_broker("--heartbeat-interval", "0.05") as broker,
+        workers(broker.address, "a", world_size=None) as (a,),
+    ):
+        held = HeldHeartbeats(a.endpoint)
+        monkeypatch.setattr(a.endpoint, "tell_broker", held)
+        assert held.is_held.wait(TIMEOUT_S)
+        leaves = threading.Thread(target=a.group.leave, args=(TIMEOUT_S,))
+        leaves.start()
+        assert held.sent == []
+        held.go_on.set()
+        leaves.join()
+        assert held.sent == [Heartbeat, Leave]
 
 
 def test_a_worker_that_gets_no_thread_for_its_heartbeats_does_not_join(

@@ -1,49 +1,38 @@
-"""The agent: calls out, requests in, for one worker.
-
-Callers send on their own threads, and read while they wait. Whoever reads takes messages in: answers complete calls,
-requests go to the server (`zrpc.agent.server`). Completer threads complete the futures of asynchronous calls that
-nobody waits for, and so run what users hang on them.
-"""
+"""The agent: one worker, from its parts. Calls out are `zrpc.agent.client`, requests in `zrpc.agent.server`."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
 from zrpc import finalizers
-from zrpc.agent.call import Call
-from zrpc.agent.calls import Calls
-from zrpc.agent.completions import Completions
+from zrpc.agent.client import Client
 from zrpc.agent.execution import serve_builtin, serve_python
-from zrpc.agent.gate import Gates, Standing, needed
+from zrpc.agent.gate import Gates
 from zrpc.agent.hooks import CallHook, Hooks
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
-from zrpc.config import RpcBackendOptions, check_timeout
 from zrpc.control import ControlThread
-from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
+from zrpc.errors import ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.ids import IdGenerator, Incarnation, WorkerInfo
 from zrpc.staging import handover
 from zrpc.staging.cuda import CudaAccelerator
 from zrpc.staging.stager import Staging
 from zrpc.transport.carrier import Carrier
-from zrpc.wire.exceptions import load_exception
-from zrpc.wire.messages import BuiltinCall, Failure, Leave, Message, PythonCall, Reply
-from zrpc.wire.payload import Payload, open_payload, seal
+from zrpc.wire.messages import BuiltinCall, Leave, Message, PythonCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.agent.request import Request
+    from zrpc.config import RpcBackendOptions
     from zrpc.membership.group import Group, Member
     from zrpc.staging.accelerator import Accelerator
     from zrpc.staging.streams import Streams
@@ -51,7 +40,6 @@ if TYPE_CHECKING:
     from zrpc.transport.inbox import Work
     from zrpc.transport.shared_memory import SharedMemory
     from zrpc.transport.turns import Awaited
-    from zrpc.wire.envelope import Envelope
     from zrpc.wire.region import SharedBuffers
 
 log = logging.getLogger("zrpc")
@@ -60,8 +48,6 @@ M = TypeVar("M", bound=Message)
 
 CONTROL_END_S = 1.0
 """So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
-NOTIFY_TIMEOUT_S = 5.0
-"""An idempotent notification that is not acknowledged within this time is sent again."""
 
 
 class Agent:
@@ -76,6 +62,11 @@ class Agent:
         disconnect: tells the transport that a member is gone for good.
         shared_memory: for large buffers between workers of one host; None: they go through the endpoint.
         open_accelerator: opens the devices, if any are used.
+
+    Attributes:
+        request: see `Client.request`: it is this very method, as each call takes it.
+        notify: see `Client.notify`.
+        completions: see `Client`.
     """
 
     info: WorkerInfo
@@ -94,7 +85,6 @@ class Agent:
     ) -> None:
         self.options = options
         self.address = address
-        self.rpc_timeout_s = options.rpc_timeout
         self.extensions: dict[type, Any] = {}
         self.hooks = Hooks()
         self._carrier = Carrier(endpoint, shared_memory, lambda nbytes: self.staging.receive_memory(nbytes))
@@ -105,7 +95,7 @@ class Agent:
             pin=lambda buffer: self._carrier.pin(buffer, self.staging), beside=self._carrier.beside,
             on_streams=self._run_on,
         )  # fmt: skip
-        self.control = ControlThread(lambda: self._calls.expire_due())
+        self.control = ControlThread(lambda: self._client.calls.expire_due())
         self._peers = Peers(
             self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit,
             lambda: self._server.hold(), self.open,
@@ -121,12 +111,16 @@ class Agent:
         self._garbage: deque[list[Any]] = deque()
         self._takes_garbage = True
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
-        self._calls = Calls(self._gates, self._carrier.inbox.wake, self.discard, self.control.wake)
-        self._call_ids = itertools.count(1)
+        self._client = Client(
+            options.rpc_timeout, self.hooks, self._peers, endpoint.inbox, self._gates, self.staging, self.control,
+            self._stagers.submit, self._server.pool.submit, self._server.pool.is_here, self._server.serve,
+        )  # fmt: skip
+        self.completions = self._client.completions
+        self.request = self._client.request
+        self.notify = self._client.notify
         self._lock = threading.Lock()  # owns what follows
         self._closed = False
         self.lost_at: float | None = None  # when a peer was last lost, or left (`time.monotonic`)
-        self.completions = Completions(lambda: self._carrier.inbox.is_read_by_caller)
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
@@ -141,9 +135,7 @@ class Agent:
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
         self.control.start()
-        self._carrier.inbox.on_callers_left = self.completions.catch_up
-        self._carrier.inbox.polling.busy_poll_s = self.options.busy_poll_s
-        self._carrier.start(self._on_envelope, self._peers.lose)
+        self._carrier.start(self._client.on_envelope, self._peers.lose, self.completions.catch_up)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
         self.ids = IdGenerator(me.info.id, me.incarnation)
@@ -157,7 +149,7 @@ class Agent:
         Once a worker of a static group is lost, whose requests may never end, callers alone wait for theirs.
         """
         deadline = time.monotonic() + timeout_s if timeout_s else None
-        while self._calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
+        while self._client.calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return False
@@ -185,15 +177,14 @@ class Agent:
             if self._closed:
                 return
             self._closed = True
-        self._gates.close(AgentClosedError("this worker shut down"))
+        self._client.wind_down()
         self._carrier.wind_down()
         self._server.pool.close(flush_s)
         self._stagers.close(flush_s)
         self._carrier.flush()
         self._group.leave(flush_s, at_exit=at_exit)  # after the last answers: a broker relays nothing for the gone
         self._carrier.close(flush_s, at_exit=at_exit)
-        self._calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
-        self.completions.close(flush_s)
+        self._client.close(flush_s)
         self.staging.close(flush_s)
         self.control.close(max(flush_s, CONTROL_END_S))
         self._takes_garbage = False
@@ -218,7 +209,24 @@ class Agent:
 
     def add_hook(self, hook: CallHook) -> None:
         """Let `hook` ride on every hooked call."""
-        self.hooks[hook.key] = hook
+        self.hooks.add(hook)
+
+    @property
+    def rpc_timeout_s(self) -> float:
+        """The default time limit of calls, in seconds; 0: none."""
+        return self._client.timeout_s
+
+    def set_rpc_timeout(self, timeout_s: float) -> None:
+        """The default time limit of calls is `timeout_s` from now on; 0: none.
+
+        Raises:
+            ConfigError: it is no number of seconds.
+        """
+        self._client.set_timeout(timeout_s)
+
+    def note_lost(self) -> None:
+        """A peer is known to be lost, if only from another one."""
+        self.lost_at = self.lost_at or time.monotonic()
 
     def on_peer_lost(self, listener: Callable[[WorkerInfo, str], None]) -> None:
         """Call `listener(worker, reason)` when a peer is gone, on the control thread: it must not wait."""
@@ -277,140 +285,18 @@ class Agent:
         """Look for newcomers to a dynamic group."""
         self._group.refresh()
 
-    def request(
-        self, to: WorkerInfo, message: Message, payload: Payload | None = None, *, timeout_s: float | None = None,
-        hooked: bool = False, waited: bool = False, goes_back: bool = False,
-    ) -> Call:  # fmt: skip
-        """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
-
-        A hooked request waits for room in the window of its peer (`zrpc.agent.window`), unless this thread may not.
-        Call it in a section of `zrpc.interrupts`.
-
-        Args:
-            to: the callee.
-            message: what is asked.
-            payload: what rides beside it; its memory must not be written to until the call is done.
-            timeout_s: time limit in seconds; 0: none; None: the default.
-            hooked: let the hooks see it.
-            waited: the caller calls `wait` at once on this very thread, which then keeps the time limit.
-            goes_back: tensors of the payload go where those of an answer would, by the device map of the callee.
-
-        Raises:
-            SerializationError: a tensor of the payload cannot travel.
-            DeviceError: one cannot be brought here from its device.
-        """
-        limit_s = self.rpc_timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
-        extras = None
-        if hooked and self.hooks:
-            payload = payload or Payload()
-            extras = self.hooks.send(to, message, payload, None)
-        call_id = next(self._call_ids)
-        routes = self._peers.routes(to)
-        route = routes.replies if goes_back else routes.requests
-        envelope = seal(message, call_id, payload, extras, route)
-        gate = self._gates[to.incarnation]
-        call = Call(self, call_id, to, gate, message, limit_s, waited)
-        try:
-            left_s = gate.enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
-        except ZrpcError as error:
-            call.complete(None, error)
-            return call
-        try:
-            self._calls.add(call)
-            if envelope.is_arriving and not waited:
-                self._stagers.submit(partial(self._send_arriving, call, envelope, payload))
-            elif not self._send(call, envelope, payload):
-                return call
-            if payload is not None and payload.after is not None:
-                payload.after()
-            if not waited:
-                self._carrier.inbox.num_sent += 1
-                if limit_s:
-                    self._calls.limit(call_id, left_s)
-        except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
-            self._calls.fail(call_id, interrupt)
-            raise
-        if self._closed:  # the sweep of close() may have passed by
-            self._calls.fail(call_id, AgentClosedError("this worker has shut down"))
-        return call
-
-    def _send(self, call: Call, envelope: Envelope, payload: Payload | None) -> bool:
-        """Send a request; false: the call has ended."""
-        if call.done():  # its time is over, or its peer is lost
-            return False
-        try:
-            self._peers.send(call.peer, envelope)
-        except Exception as error:
-            self._calls.fail(call.call_id, error)
-            return False
-        if payload is not None and payload.passengers:
-            payload.has_left()
-        return True
-
-    def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
-        """The same on a stager thread, as its tensors come from their devices."""
-        self._send(call, envelope, payload)
-
-    def notify(
-        self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] = lambda _: None, *,
-        inline: bool = True,
-    ) -> None:  # fmt: skip
-        """Send an idempotent message until it is acknowledged, the peer is lost or this worker closes.
-
-        Args:
-            to: the peer.
-            message: what is told.
-            on_done: called once, with what went wrong or None. It must not block.
-            inline: that all went well may be noted by the thread that reads: `on_done` only counts. To hand each
-                acknowledgement on takes as long as a call.
-
-        Raises:
-            ProtocolError: the message is not idempotent.
-        """
-        if not message.IDEMPOTENT:
-            raise ProtocolError(f"{type(message).__name__} is not idempotent: it must not be sent twice")
-
-        def settle(call: Call) -> None:
-            if issubclass(type(call.error), RpcTimeoutError) and not self._closed:
-                self.control.submit(lambda: self.notify(to, message, on_done, inline=inline))
-            else:
-                on_done(call.error)
-
-        def note(call: Call) -> None:
-            if not call.failed:
-                on_done(None)
-            elif call.is_unopened:  # it came as a pickle
-                self.completions.submit(partial(settle, call))
-            else:
-                settle(call)
-
-        self.request(to, message, timeout_s=NOTIFY_TIMEOUT_S).add_done_callback(
-            note if inline else settle, inline=inline
-        )
-
     def counts(self) -> dict[str, int]:
         """Calls under way, requests being served, handler threads and idle ones."""
         threads, idle = self._server.pool.counts()
         return {
-            "client_active_calls": len(self._calls), "server_active_calls": self._server.num_serving,
+            "client_active_calls": len(self._client.calls), "server_active_calls": self._server.num_serving,
             "server_active_async_calls": self._server.async_calls.num,
             "thread_pool_size": threads, "num_idle_threads": idle,
         }  # fmt: skip
 
-    # ---- for calls and requests ------------------------------------------------------------------------------------
-
     def end_sharing(self, shared: SharedBuffers) -> None:
         """See `Carrier.end_sharing`."""
         self._carrier.end_sharing(shared)
-
-    def abandon(self, call_id: int) -> bool:
-        """See `CallOwner.abandon`."""
-        return self._calls.abandon(call_id)
-
-    def discard(self, answer: Envelope) -> None:
-        """An answer came that no thread asks for any more: its passengers are let go. See `CallOwner.discard`."""
-        if answer.extras and self.hooks.passengers is not None:
-            self.submit(partial(self.hooks.discard_answer, answer.extras))
 
     def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""
@@ -420,31 +306,7 @@ class Agent:
         """See `Inbox.wake`."""
         self._carrier.inbox.wake(wanted)
 
-    def open_answer(self, call: Call, envelope: Envelope) -> Payload:
-        """See `CallOwner.open_answer`."""
-        payload = open_payload(envelope, self.staging)
-        self.hooks.receive_answer(call.peer, envelope.extras, payload)
-        if isinstance(envelope.message, Failure):
-            raise load_exception(call.peer, envelope.message, payload)
-        return payload
-
-    # ---- messages in -----------------------------------------------------------------------------------------------
-
-    def _on_envelope(self, source: Incarnation, envelope: Envelope) -> Work | None:
-        if isinstance(envelope.message, Reply | Failure):
-            work = self._calls.finish(envelope.call_id, envelope, None)
-            if work is None or self._carrier.inbox.can_work:
-                return work
-            self.completions.submit(work)
-            return None
-        return self._server.serve(source, envelope)
-
-    def _standing(self) -> Standing:
-        """How this thread stands to waiting for room."""
-        inbox = self._carrier.inbox
-        if inbox.is_read_here or self.completions.is_here():
-            return Standing.NEEDED
-        return Standing.SERVING if inbox.is_reader_here or self._server.pool.is_here() else Standing.FREE
+    # ---- below -----------------------------------------------------------------------------------------------------
 
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
@@ -462,9 +324,7 @@ class Agent:
         if self._closed:
             return
         self.lost_at = time.monotonic()
-        self._gates.drop(worker.incarnation, PeerLostError(f"{worker} is lost: {reason}"))
-        text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
-        self._calls.lose(worker.incarnation, lambda: PeerLostError(text))
+        self._client.lose(worker, reason)
         for listener in self._lost_listeners:
             try:
                 listener(worker, reason)

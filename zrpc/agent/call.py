@@ -22,10 +22,10 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from zrpc import interrupts
+from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking, is_counted
 from zrpc.errors import RpcTimeoutError
-from zrpc.exception_text import without_traceback
+from zrpc.exception_text import log_error, without_traceback
 from zrpc.staging import handover
 from zrpc.wakeups import WakeUps
 from zrpc.wire.messages import Failure
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("zrpc")
+
+_CALLBACK_FAILED = "a callback of %s to %s failed"
 
 
 class CallOwner(Protocol):
@@ -243,8 +245,9 @@ class Call:
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception:  # the others are of other floors
-                log.exception("a callback of %s to %s failed", type(self.message).__name__, self.peer)
+            except Exception as error:  # the others are of other floors
+                what = type(self.message).__name__
+                finalizers.defer(partial(log_error, log, _CALLBACK_FAILED, what, self.peer, error=error))
 
     def _await(self) -> None:
         try:

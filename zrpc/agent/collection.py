@@ -30,7 +30,7 @@ class Collection:
 
     def __init__(self, futures: list[AnyFuture]) -> None:
         self.result: Future[list[AnyFuture]] = Future()
-        self.result.origin = "torch.futures.collect_all"
+        self.result.set_origin("torch.futures.collect_all")
         self._futures = futures
         self._lock = threading.Lock()
         self._num_left = len(futures)

@@ -121,6 +121,10 @@ class Future(torch.futures.Future[T]):
         failure.raisable.drop_traceback()
         token.take(failure.error)
 
+    def set_origin(self, origin: object) -> None:
+        """Have the log say that `origin` failed, if this future does."""
+        self.origin = origin
+
     def set_exception(self, result: Any) -> None:
         """End with the error `result`. It is logged if nobody ever asks for the outcome."""
         if not isinstance(result, Exception):
@@ -181,7 +185,7 @@ class Future(torch.futures.Future[T]):
         if not callable(callback):
             super().then(callback)  # raises the TypeError that torch's own futures raise
         child: Future[S] = Future()
-        child.origin = "a callback given to then()"
+        child.set_origin("a callback given to then()")
         held = [child]
         if handover.streams is not None:
             callback = _after(handover.streams.mark(), callback)

@@ -62,6 +62,15 @@ class Hooks(dict[str, CallHook]):
 
     passengers: PassengerHook | None = None
 
+    def add(self, hook: CallHook) -> None:
+        """Let `hook` ride on every hooked call."""
+        self[hook.key] = hook
+
+    def add_passengers(self, hook: PassengerHook) -> None:
+        """The same; it is `hook` that sees to passengers."""
+        self.passengers = hook
+        self.add(hook)
+
     def send(
         self, to: WorkerInfo, message: Message, payload: Payload, request_extras: dict[str, Any] | None
     ) -> dict[str, Any] | None:

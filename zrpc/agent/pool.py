@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
+from zrpc import finalizers
 from zrpc.exception_text import log_error
 from zrpc.threads import join
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 log = logging.getLogger("zrpc")
+
+_NO_THREAD = (
+    "no thread can be started (%s); tasks that wait: %d, threads that there are: %d. "
+    "Raise the limit of processes (ulimit -u, pids.max), or set num_worker_threads lower"
+)
 
 Task = Callable[[], None]
 
@@ -145,13 +152,7 @@ class HandlerPool:
             except RuntimeError as error:
                 self._threads.discard(thread)
                 self._idle -= 1
-                log.error(
-                    "no thread can be started (%s); tasks that wait: %d, threads that there are: %d. "
-                    "Raise the limit of processes (ulimit -u, pids.max), or set num_worker_threads lower",
-                    error,
-                    self._queue.qsize(),
-                    len(self._threads),
-                )
+                finalizers.defer(partial(log.error, _NO_THREAD, error, self._queue.qsize(), len(self._threads)))
 
     def _work(self) -> None:
         _here.pool = _here.counter = self

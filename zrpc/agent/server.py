@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zrpc import finalizers
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import AsyncCalls, Request
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Envelope
 
 log = logging.getLogger("zrpc")
+
+_UNSENT = "the answer to %s was not sent: %s"
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[Request[Any]], "Work | None"]
@@ -188,9 +191,9 @@ class Server:
         try:
             sent = self._send(request, payload, error)
         except (PeerLostError, AgentClosedError) as gone:
-            log.debug("the answer to %s was not sent: %s", request.source, gone)
+            finalizers.defer(partial(log.debug, _UNSENT, request.source, gone))
         except OverloadedError as full:
-            log.error("the answer to %s was not sent: %s", request.source, full)
+            finalizers.defer(partial(log.error, _UNSENT, request.source, full))
         finally:
             if sent:
                 self._end()
@@ -247,7 +250,7 @@ class Server:
                 failure, rebuilt_from = dump_exception(unsendable, attachments=False)
                 self._peers.send(to, seal(failure, request.call_id, rebuilt_from, None))
         except (PeerLostError, AgentClosedError) as gone:
-            log.debug("the answer to %s was not sent: %s", to, gone)
+            log.debug(_UNSENT, to, gone)
         finally:
             self._end()
 
@@ -265,7 +268,8 @@ def _run(handler: Handler, request: Request[Any]) -> Work | None:
         return handler(request)
     except BaseException as error:
         if request.answered:
-            log_error(log, "the handler of %s failed after its answer", type(request.message).__name__, error=error)
+            what = type(request.message).__name__
+            finalizers.defer(partial(log_error, log, "the handler of %s failed after its answer", what, error=error))
         else:
             request.fail(error)
     return None

@@ -45,6 +45,12 @@ class Job:
         self.edges.append(GradientEdge(node, slot))
         self.gradients.append(gradient)
 
+    def end_at(self, cuts: dict[int, Any], ends: list[Any]) -> None:
+        """End at the nodes `cuts`, by number; `ends`: what else to run then."""
+        self.cuts = cuts
+        if cuts:
+            self.ends = ends
+
     def begin_with(self, node: Any, handed: Sequence[tuple[int, torch.Tensor | None]], *, even_absent: bool) -> None:
         """Begin at `node`, some of whose inputs have gradients. `even_absent`: it is to run even if none has."""
         defined = [(slot, gradient) for slot, gradient in handed if gradient is not None]

@@ -202,9 +202,8 @@ class LocalPass:
             for number in segment.nodes & self._handed.keys():
                 job.begin_with(nodes[number], self._handed.pop(number), even_absent=number in segment.starts)
         if segment.cuts:
-            job.cuts = {number: nodes[number] for number in segment.cuts if nodes[number] is not None}
-        if job.cuts:
-            job.ends = [nodes[number] for number in segment.ends]
+            cuts = {number: nodes[number] for number in segment.cuts if nodes[number] is not None}
+            job.end_at(cuts, [nodes[number] for number in segment.ends])
         return job, taken
 
     def _begin(self, job: Job, taken: list[Taken], source: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.autograd.ddp import watch_models
 from zrpc.autograd.hook import AutogradHook
 from zrpc.autograd.service import AutogradService
-from zrpc.rref.context import RRefContext
 from zrpc.wire.messages import AbortBackward, BackwardRequest, JoinContexts, MarkSends, ReleaseContexts
 
 if TYPE_CHECKING:
@@ -27,8 +25,6 @@ def install(agent: Agent) -> None:
     agent.handle(JoinContexts, service.on_join, inline=True)
     agent.handle(AbortBackward, service.on_abort, inline=True)
     agent.on_peer_lost(service.on_peer_lost)
-    if RRefContext in agent.extensions:
-        agent.extensions[RRefContext].backward_local = partial(service.backward, smart=False)
     watch_models(_current_context)
 
 

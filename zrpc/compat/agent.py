@@ -87,6 +87,10 @@ class TensorPipeAgent(RpcAgent):
         """Whether the group has a fixed size."""
         return self._agent.is_static_group
 
+    def set_store(self, store: Any) -> None:
+        """The group is kept in `store`. Once, by what starts the worker."""
+        self._store = store
+
     @property
     def store(self) -> Any:
         """The store that the group is kept in.

@@ -25,7 +25,7 @@ import torch
 
 from zrpc import autograd
 from zrpc.api import begin, remote
-from zrpc.compat import scripting
+from zrpc.compat import script_links, scripting
 from zrpc.compat.script_threads import Entered, may_block, snapshot
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode
@@ -215,7 +215,7 @@ def start(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
         waiting.__exit__(None, None, None)
 
     future.add_done_callback(is_over)
-    return scripting.handed_on(future)
+    return script_links.handed_on(future)
 
 
 def sync(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
@@ -225,14 +225,14 @@ def sync(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> Any:
     future = begin(ExecMode.ASYNC_JIT, _callee(to), find_function(name), args, kwargs or {}, timeout)
     with suppress(Exception):  # it is raised when the result is taken
         future.wait()
-    return scripting.handed_on(future)
+    return script_links.handed_on(future)
 
 
 def create(to: Any, name: str, args: Any, kwargs: Any, timeout: float) -> torch.Tensor:
     """Make a call whose result stays on the callee; what stands for the RRef in compiled code."""
     with Entered():
         made: Any = remote(_callee(to), find_function(name), args, kwargs or {}, timeout)
-    return scripting.link_of(made)
+    return script_links.link_of(made)
 
 
 @cache
@@ -261,7 +261,7 @@ def rpc_async({_PARAMETERS}) -> Future[Any]:
 
 @torch.jit.ignore
 def rpc_result(done: Any) -> Any:
-    return scripting.take(done)
+    return script_links.take(done)
 
 
 @torch.jit.ignore

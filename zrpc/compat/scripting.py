@@ -2,8 +2,8 @@
 
 TorchScript's own type for RRefs is of torch's C++ and takes only torch's C++ RRefs. So annotations such as
 `RRef[Tensor]` are compiled to a TorchScript class instead, which is generated for each kind of value. TorchScript makes
-an instance of a class from any Python object that has the class's attributes; here there is one, an empty tensor that
-carries the RRef as a Python attribute of its own, and the methods are Python functions that compiled code may call.
+an instance of a class from any Python object that has the class's attributes; here there is one, the link of the RRef
+(`zrpc.compat.script_links`), and the methods are Python functions that compiled code may call.
 """
 
 from __future__ import annotations
@@ -18,19 +18,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 import torch
 import torch.jit.annotations
 
-from zrpc import interrupts
-from zrpc.agent.future import Future, settle
-from zrpc.agent.scripted import ScriptValue, is_copied
-from zrpc.compat.script_threads import may_block
-from zrpc.compat.script_views import Wrap, view_of
-from zrpc.rref import travel
+from zrpc.agent.scripted import is_copied
+from zrpc.compat import script_links
 from zrpc.rref.rref import RRef
-from zrpc.wire.pickling import register_reducer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from zrpc.rref.cell import Cell
 
 _annotations: Any = torch.jit.annotations
 
@@ -162,7 +155,7 @@ _helpers: dict[str, Any] = {}
 
 def install() -> None:
     """Let annotations name zrpc's RRefs, and compiled functions take them and return them."""
-    RRef._script_link = property(link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
+    RRef._script_link = property(script_links.link_of)  # type: ignore[attr-defined]  # an attribute for compiled code alone
     internal: Any = torch._jit_internal
     for module in (internal, _annotations):
         module.RRef = RRef
@@ -273,16 +266,16 @@ def _make_helpers(annotation: Any, copied: bool) -> Any:
         "Kept": torch.futures.Future[annotation] if copied else annotation,
         "Value": annotation,
         "IS_COPIED": copied,
-        "end": _end,
-        "fetch": _fetch,
-        "kept_of": _kept_of if copied else _local_value,
-        "refuse": _refuse,
-        "rref_of": rref_of,
-        "take": take,
+        "end": script_links.end,
+        "fetch": script_links.fetch,
+        "kept_of": script_links.kept_of if copied else script_links.local_value,
+        "refuse": script_links.refuse,
+        "rref_of": script_links.rref_of,
+        "take": script_links.take,
     }
     made = compile_source(_SOURCE.replace("GET", ".wait()" if copied else ""), names)
     state: Any = torch.jit._state
-    state._name_to_pyclass[f"__torch__.{made.__name__}.ScriptRRef"] = ReturnedRRef  # what Python gets of an instance
+    state._name_to_pyclass[f"__torch__.{made.__name__}.ScriptRRef"] = script_links.ReturnedRRef  # what Python gets
     return made
 
 
@@ -304,105 +297,3 @@ def compile_source(source: str, names: Mapping[str, Any]) -> Any:
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec", dont_inherit=True), vars(module))
     return module
-
-
-class ReturnedRRef(RRef[Any]):
-    """An RRef that compiled code returned: another object for the same fork, which the first one gives up."""
-
-    _original: RRef[Any]
-
-    @property
-    def _script_link(self) -> torch.Tensor:
-        return link_of(self._original)
-
-    @_script_link.setter
-    def _script_link(self, link: torch.Tensor) -> None:  # TorchScript sets it on an object made without __init__
-        self._original = original = rref_of(link)
-        vars(self).update({name: value for name, value in vars(original).items() if name != "_original"})
-
-    @interrupts.uninterrupted
-    def __del__(self) -> None:
-        """The original says that it goes."""
-
-
-def _reduce_returned(rref: ReturnedRRef) -> Any:
-    return travel.reduce(rref._original)
-
-
-register_reducer(ReturnedRRef, _reduce_returned)
-
-
-def link_of(rref: RRef[Any]) -> torch.Tensor:
-    """What stands for `rref` in compiled code."""
-    link = torch.empty(0)
-    link.__dict__["rref"] = rref
-    return link
-
-
-def rref_of(link: torch.Tensor) -> RRef[Any]:
-    """The RRef that compiled code has as `link`."""
-    found: RRef[Any] = link.__dict__["rref"]
-    return found
-
-
-def _fetch(link: torch.Tensor, timeout: float) -> Any:
-    rref = rref_of(link)
-    if not may_block():
-        return handed_on(rref.to_here_async(timeout))
-    done: Future[Any] = Future()
-    settle(done, lambda: rref.to_here(timeout))
-    return handed_on(done)
-
-
-def handed_on(future: Future[Any]) -> Any:
-    """A future for `future` itself, once that is done: compiled code takes no errors of Python from a future."""
-    done: torch.futures.Future[Any] = torch.futures.Future()
-    if future.done():
-        done.set_result(future)
-    else:
-        future.add_done_callback(done.set_result)
-    return done
-
-
-def take(done: Future[Any]) -> Any:
-    """The value of a future that is done, or its error."""
-    return done.value()
-
-
-def _refuse() -> torch.Tensor:
-    raise RuntimeError(
-        "RRef jit pickling is only allowed inside RPC calls: an RRef cannot be saved to a file; save the value that "
-        "to_here() gives"
-    )
-
-
-def _kept_of(link: torch.Tensor, timeout: float, wrap: Wrap) -> Any:
-    cell = _owned(link, timeout)
-    kept = cell.kept()
-    if type(kept) is ScriptValue:
-        return kept.future
-    view = cell.view(lambda value: view_of(value, wrap))
-    assert view is not None
-    return view.future()
-
-
-def _local_value(link: torch.Tensor, timeout: float, _: Wrap) -> Any:
-    return _owned(link, timeout).kept()
-
-
-def _owned(link: torch.Tensor, timeout: float) -> Cell:
-    rref = rref_of(link)
-    if not rref.is_owner():
-        raise RuntimeError(
-            f"Can't call RRef.local_value() on a non-owner RRef: call it on {rref.owner()}; to_here() copies the value"
-        )
-    return rref._owned(timeout)
-
-
-def _end(link: torch.Tensor) -> int:
-    """A compiled function that was given the RRef is over."""
-    rref = rref_of(link)
-    view = rref._owned().view() if rref.is_owner() else None
-    if view is not None:
-        view.write_back()
-    return 0

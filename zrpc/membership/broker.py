@@ -55,6 +55,10 @@ class _State(Enum):
     ENDED = "left, refused or cut off"
 
 
+_BEATING = (_State.JOINING, _State.JOINED)
+"""While heartbeats are sent."""
+
+
 class BrokerGroup:
     """One worker's membership in a group that a broker keeps.
 
@@ -118,9 +122,9 @@ class BrokerGroup:
                 return next(one for one in self._welcomed if one.incarnation == incarnation), self._welcomed
             error = self._ended_by or self._late(name, timeout_s)
             self._set_state(_State.ENDED)
+        self._join_heartbeats()
         with contextlib.suppress(ZrpcError):
             self._tell(Leave())
-        self._join_heartbeats()
         raise error
 
     def refresh(self) -> None:
@@ -145,7 +149,9 @@ class BrokerGroup:
         At exit nothing is said: the broker sees the connection break, and makes name and rank free again.
         """
         with self._changed:
-            was, self._state = self._state, _State.LEAVING
+            was = self._state
+            self._set_state(_State.LEAVING)
+        self._join_heartbeats()  # the broker takes one that comes after a goodbye for a stranger's
         if was is _State.JOINED and not at_exit:
             with contextlib.suppress(ZrpcError):
                 self._tell(Leave())
@@ -153,7 +159,6 @@ class BrokerGroup:
                     self._changed.wait_for(lambda: self._state is _State.ENDED, timeout_s)
         with self._changed:
             self._set_state(_State.ENDED)
-        self._join_heartbeats()
 
     # ---- what the broker says ---------------------------------------------------------------------------------------
 
@@ -237,7 +242,7 @@ class BrokerGroup:
             self._endpoint.lose_broker(str(error))
 
     def _heartbeat_loop(self) -> None:
-        threads.keep_running(self._beat, lambda: self._state is _State.ENDED)
+        threads.keep_running(self._beat, lambda: self._state not in _BEATING)
 
     def _beat(self) -> None:
         """Wait until a heartbeat is due; send it, or declare the broker lost."""
@@ -249,18 +254,17 @@ class BrokerGroup:
             log.warning("nothing came from the broker for %.0f s; here %s", silent_s, endpoint.inbox.describe())
             endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
             return
-        with self._changed, contextlib.suppress(ZrpcError):
-            if self._state is not _State.LEAVING:  # the broker takes one that comes after a goodbye for a stranger's
-                self._tell(Heartbeat())
+        with contextlib.suppress(ZrpcError):
+            self._tell(Heartbeat())
 
     def _wait_interval(self) -> bool:
         """Wait until a heartbeat is due, or the broker asks for another interval; false: no more are wanted."""
         with self._changed:
             interval_s = self._interval_s
             self._changed.wait_for(
-                lambda: self._state is _State.ENDED or self._interval_s != interval_s, timeout=interval_s
+                lambda: self._state not in _BEATING or self._interval_s != interval_s, timeout=interval_s
             )
-            return self._state is not _State.ENDED
+            return self._state in _BEATING
 
     def _join_heartbeats(self) -> None:
         if self._heartbeats is not None and self._heartbeats is not threading.current_thread():

@@ -32,12 +32,17 @@ class Recording:
     def __init__(self, session: Session, name: str, node_id: int, is_async: bool) -> None:
         self.session = session
         self.name = name
-        self.call: Call | None = None
+        self._call: Call | None = None
         self._node_id = node_id
         self._is_async = is_async
         self._start_us = now_us()
         self._end_us: float | None = None
         self._remote: list[Event] = []
+
+    def began(self, call: Call) -> None:
+        """`call` is the one that is recorded. Once."""
+        self._call = call
+        call.add_done_callback(self.finish, inline=True)
 
     def finish(self, _: object = None) -> None:
         """The call is done, or at least its answer is here. The first time counts."""
@@ -52,7 +57,7 @@ class Recording:
     def events(self, thread: int) -> list[Event]:
         """The call, made on `thread`, and what it did on the callee; nothing if it is not done."""
         if self._end_us is None:
-            if self.call is None or not self.call.done():
+            if self._call is None or not self._call.done():
                 return []
             self.finish()
         end_us = self._end_us or now_us()

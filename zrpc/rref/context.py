@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from zrpc.agent.future import Future
     from zrpc.ids import ForkId, Incarnation, RRefId, WorkerInfo
 
+    Backward = Callable[[int, list[torch.Tensor], bool], None]
     Note = tuple[RRefId | None, ForkId] | ForkData
 
 UNSENT_GRACE_S = 2.0
@@ -67,17 +68,16 @@ class Invoker(Protocol):
 class RRefContext:
     """What this worker owns and uses. See torch's class of that name.
 
-    Attributes:
+    Args:
         agent: the worker.
         invoke: how the proxies of RRefs call.
-        backward_local: runs `(context_id, roots, retain_graph)` as distributed autograd does; set by that floor.
+        backward: runs `(context_id, roots, retain_graph)` as distributed autograd does.
     """
 
-    invoke: Invoker
-    backward_local: Callable[[int, list[torch.Tensor], bool], None]
-
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, invoke: Invoker, backward: Backward) -> None:
         self.agent = agent
+        self.invoke = invoke
+        self.backward = backward
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._table_made: RRefTable | None = None
@@ -249,9 +249,7 @@ class RRefContext:
         unconfirmed = set(fork_ids)
 
         def settled() -> bool:
-            unconfirmed.intersection_update(
-                {fork for fork in unconfirmed if self._table.user_state(fork) in _UNCONFIRMED}
-            )
+            unconfirmed.intersection_update([one for one in unconfirmed if self._table.user_state(one) in _UNCONFIRMED])
             return not unconfirmed or self._closed
 
         with self._lock:

@@ -62,7 +62,7 @@ def _create(
     except BaseException:
         context.answered(fork_id, failed=True)
         raise
-    made._call = call
+    made._set_creation(call)
     call.add_done_callback(lambda done: context.answered(fork_id, done.failed), inline=True)
     return made
 
@@ -90,7 +90,7 @@ def _create_here(
     except BaseException:
         context.finish_here(rref_id)
         raise
-    made._call = call
+    made._set_creation(call)
     # Not on the reading thread: it may unpickle an exception.
     call.add_done_callback(lambda done: agent.completions.submit(lambda: answered(done)))
     return made

@@ -13,16 +13,11 @@ from zrpc.functions import async_execution
 
 if TYPE_CHECKING:
     from zrpc.ids import WorkerInfo
-    from zrpc.rref.cell import Cell
     from zrpc.rref.context import RRefContext
 
 
 class Reference(Protocol):
     """What proxies need of their RRef."""
-
-    @property
-    def _cell(self) -> Cell | None:
-        """The value, on its owner."""
 
     @property
     def _context(self) -> RRefContext:
@@ -54,23 +49,6 @@ class RRefProxy:
 
     def __getattr__(self, name: str) -> Any:
         return partial(_call_method, self.rref, self.rpc_api, name, self.rpc_timeout)
-
-
-def type_future(rref: Reference, timeout: float) -> Future[type]:
-    """A future for the type of the value of `rref`; a user asks the owner."""
-    if rref._cell is None:
-        future: Future[type] = rref._context.invoke.rpc_async(
-            rref.owner(), _rref_typeof_on_owner, (rref,), None, timeout
-        )
-        return future
-    local: Future[type] = Future()
-    cell = rref._cell
-    cell.when_set(lambda: settle(local, lambda: type(cell.get())))
-    return local
-
-
-def _rref_typeof_on_owner(rref: Reference) -> type:
-    return type(rref.local_value())
 
 
 def _local_invoke(rref: Reference, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from zrpc.exception_text import describe, text_of
 from zrpc.rref.cell import Cell
 from zrpc.rref.context import RRefContext
 from zrpc.rref.forkdata import ForkData
-from zrpc.rref.proxy import RRefProxy, type_future
+from zrpc.rref.proxy import RRefProxy
 from zrpc.rref.states import UserState
 from zrpc.wire import pickling
 from zrpc.wire.messages import RRefBackward, RRefFetch
@@ -220,7 +220,7 @@ class RRef(Generic[T]):
         """The type of the value, or (`blocking` false) a future for it. The owner is asked once."""
         known = self._type
         if known is None or (known.done() and _failed(known)):
-            known = self._type = type_future(self, timeout)
+            known = self._type = self._ask_type(timeout)
         return known.wait() if blocking else known
 
     def _get_future(self) -> torch.futures.Future[None]:
@@ -266,6 +266,20 @@ class RRef(Generic[T]):
         return f"UserRRef(RRefId = {self._rref_id}, ForkId = {self._fork_id})"
 
     # ---- below -----------------------------------------------------------------------------------------------------
+
+    def _ask_type(self, timeout: float) -> Future[type]:
+        """A future for the type of the value; a user asks the owner."""
+        if self._cell is None:
+            ask = self._context.invoke.rpc_async
+            return ask(self._owner, _rref_typeof_on_owner, (self,), None, timeout)
+        local: Future[type] = Future()
+        cell = self._cell
+        cell.when_set(lambda: settle(local, lambda: type(cell.get())))
+        return local
+
+    def _set_creation(self, call: Call) -> None:
+        """`call` asks the owner to create the value. Once, where remote() made this RRef."""
+        self._call = call
 
     def _fork(self) -> ForkData:
         self._check_creation()
@@ -324,7 +338,11 @@ def backward_from(context: RRefContext, value: object, context_id: int, retain_g
     if context_id == NO_CONTEXT:
         torch.autograd.backward([value], retain_graph=retain_graph)
     else:
-        context.backward_local(context_id, [value], retain_graph)
+        context.backward(context_id, [value], retain_graph)
+
+
+def _rref_typeof_on_owner(rref: RRef[Any]) -> type:
+    return type(rref.local_value())
 
 
 def _limit_s(timeout: float) -> float | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.agent import Agent
     from zrpc.agent.request import Request
+    from zrpc.rref.context import Backward, Invoker
     from zrpc.transport.inbox import Work
 
 
@@ -132,13 +133,12 @@ class RRefServer:
         request.reply()
 
 
-def install(agent: Agent) -> None:
-    """Make `agent` serve RRefs. To be called before it joins its group."""
-    context = RRefContext(agent)
+def install(agent: Agent, invoke: Invoker, backward: Backward) -> None:
+    """Make `agent` serve RRefs. To be called before it joins its group. See `RRefContext`."""
+    context = RRefContext(agent, invoke, backward)
     server = RRefServer(context)
     agent.extensions[RRefContext] = context
-    agent.hooks.passengers = hook = ForkHook(context)
-    agent.add_hook(hook)
+    agent.hooks.add_passengers(ForkHook(context))
     agent.handle(PythonRemote, server.serve_python_remote, inline=False)
     agent.handle(BuiltinRemote, server.serve_builtin_remote, inline=False)
     agent.handle(RRefFetch, server.serve_fetch, inline=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import logging
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from zrpc import finalizers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,7 +85,7 @@ class CudaAccelerator:
         """See `Accelerator.register`."""
         code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))  # type: ignore[no-untyped-call]
         if code != _SUCCESS:
-            log.debug("%d bytes of shared memory cannot be pinned: CUDA error %d", nbytes, code)
+            finalizers.defer(partial(log.debug, "%d bytes of memory cannot be pinned: CUDA error %d", nbytes, code))
             _forget_error()
         return code == _SUCCESS
 
@@ -90,7 +93,7 @@ class CudaAccelerator:
         """See `Accelerator.unregister`."""
         code = int(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
         if code != _SUCCESS:
-            log.debug("shared memory cannot be unpinned: CUDA error %d", code)
+            finalizers.defer(partial(log.debug, "shared memory cannot be unpinned: CUDA error %d", code))
             _forget_error()
 
     def export(self, memory: torch.Tensor) -> list[Any]:
@@ -123,4 +126,4 @@ def _forget_error() -> None:
         except (AttributeError, OSError):
             continue
         return
-    log.warning("the error of a CUDA call cannot be taken back: libcudart is not found")
+    finalizers.defer(partial(log.warning, "the error of a CUDA call cannot be taken back: libcudart is not found"))

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zrpc import finalizers
 from zrpc.errors import DeviceError
 from zrpc.staging.export_slab import ExportSlab, SlabExport, room_for
 from zrpc.staging.note import Answer, reason_in, write_ticket
@@ -58,6 +59,8 @@ PAUSE = 64
 SEE_OFF_S = 10.0
 """For so long it is waited for the end of a lost peer's process; after that it is looked for now and then."""
 _LOOK_S = 0.05
+_REFUSED = "%s cannot open memory of this worker's %s: tensors go there through the host (%s)"
+_UNSHARED = "device memory cannot be shared for now, tensors go through the host: %s"
 
 
 @dataclass(slots=True)
@@ -174,10 +177,8 @@ class PeerExports:
         """See whether the peer has refused a slab."""
         refused = next((slab for slab in self._slabs if slab.answer is Answer.REFUSED), None)
         if refused is not None and not self._is_over:
-            log.warning(
-                "%s cannot open memory of this worker's %s: tensors go there through the host (%s)",
-                self._name, refused.device, reason_in(refused.note.view),
-            )  # fmt: skip
+            reason = reason_in(refused.note.view)
+            finalizers.defer(partial(log.warning, _REFUSED, self._name, refused.device, reason))
             self.end()
 
     def _find(self, nbytes: int, device: str, target: str) -> ExportSlab | None:
@@ -278,7 +279,7 @@ class PeerExports:
         try:
             self._of.accelerator().withdraw(ticket)
         except RuntimeError as error:
-            log.debug("device memory for %s cannot be taken back: %s", self._name, error)
+            finalizers.defer(partial(log.debug, "device memory for %s cannot be taken back: %s", self._name, error))
 
 
 class Exports:
@@ -341,10 +342,10 @@ class Exports:
             }  # fmt: skip
 
     def warn(self, reason: str) -> None:
-        """Say, once, that memory could not be exported. Call it under the lock."""
+        """Log, once, that memory could not be exported. Call it under the lock, under which nothing is logged."""
         if not self._has_warned:
             self._has_warned = True
-            log.warning("device memory cannot be shared for now, tensors go through the host: %s", reason)
+            finalizers.defer(partial(log.warning, _UNSHARED, reason))
 
     def close(self, timeout_s: float) -> None:
         """Let go of everything, once peers have, but after `timeout_s` at any rate. Idempotent."""

@@ -96,6 +96,7 @@ class Outgoing(Arriving):
         assert self._source is not None
         stop = self._begun + loan.array.nbytes
         self._accelerator.copy(loan.tensor, self._source[self._begun : stop], self._stream)
-        loan.block.busy_until = event = self._accelerator.record(self._stream)
+        event = self._accelerator.record(self._stream)
+        loan.in_use_until(event)
         self._begun = stop
         self._pieces.append(_Piece(loan, event))

@@ -16,12 +16,13 @@ import threading
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from zrpc import interrupts
+from zrpc import finalizers, interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +59,7 @@ class Loan:
     """A block in somebody's hands.
 
     Attributes:
-        block: for those who tell a device to copy; they note the event in it.
+        block: the block.
         array: its first bytes, as many as were asked for, not copied. The block is lent for as long as anybody sees it.
         is_pooled: whether the block comes back to the pool; if not, it is gone with the loan, whatever devices do.
     """
@@ -69,6 +70,10 @@ class Loan:
         self.block = block
         self.array = array
         self.is_pooled = is_pooled
+
+    def in_use_until(self, event: Event) -> None:
+        """A device was told to copy from or to the block, which `event` follows."""
+        self.block.busy_until = event
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -190,7 +195,7 @@ class PinnedPool:
         try:
             memory = self._pin(room)
         except RuntimeError as error:
-            log.warning("%d bytes cannot be pinned: %s", room, error)
+            finalizers.defer(partial(log.warning, "%d bytes cannot be pinned: %s", room, error))
             return None
         self._nbytes += room
         self._num_pinned += 1

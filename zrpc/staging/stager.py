@@ -216,7 +216,8 @@ class Staging:
         if len(buffer) <= SMALL_MAX_NBYTES:
             loan = self._pool.borrow(len(buffer))
             np.copyto(loan.array, np.frombuffer(buffer, np.uint8))
-            loan.block.busy_until = event = self._copy(target, loan.tensor, stream)
+            event = self._copy(target, loan.tensor, stream)
+            loan.in_use_until(event)
             if not loan.is_pooled:
                 self._held.until(event, loan)
             return

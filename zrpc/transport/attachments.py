@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from zrpc import interrupts
 from zrpc.errors import ProtocolError
@@ -176,9 +176,7 @@ class Attachments:
         loan = self._loans.get(address_of(buffer))
         if loan is None:
             raise ProtocolError("a note of device memory does not lie in shared memory")
-        if loan.memory.beside is None:  # a slab is one message's at a time, so nobody else asks now
-            loan.memory.beside = make()
-        return cast("T", loan.memory.beside)
+        return loan.memory.made_once(make)
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""
@@ -194,8 +192,7 @@ class Attachments:
         """Keep these no longer. Call it under the lock."""
         for key in keys:
             memory = self._mapped.pop(key)
-            memory.is_left = True
-            memory.unpin()
+            memory.leave()
 
     def _map(self, source: Incarnation, pid: int, fd: int, number: int, slot: int) -> SlabMemory:
         with self._lock:

@@ -23,11 +23,14 @@ import logging
 import reprlib
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from zrpc import finalizers
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
+from zrpc.exception_text import log_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,6 +47,7 @@ MAX_NBYTES = 8_192
 """Of all that is kept; a larger message is not kept at all."""
 MAX_AGE_S = 0.0002
 _PREFIX = b"\xc1\x03"
+_UNSENT = "%d answers to %s were not sent"
 
 
 class Batches:
@@ -101,11 +105,11 @@ class Batches:
             try:
                 self._send(peer, (frame,))
             except (PeerLostError, AgentClosedError) as gone:
-                log.debug("%d answers to %s were not sent: %s", len(messages), peer.hex(), gone)
+                finalizers.defer(partial(log.debug, _UNSENT + ": %s", len(messages), peer.hex(), gone))
                 if isinstance(gone, PeerLostError):
                     self._forget(peer)
-            except Exception:  # the others want theirs, and this thread has more to do
-                log.exception("%d answers to %s were not sent", len(messages), peer.hex())
+            except Exception as error:  # the others want theirs, and this thread has more to do
+                finalizers.defer(partial(log_error, log, _UNSENT, len(messages), peer.hex(), error=error))
 
 
 def is_batch(frames: Sequence[Buffer]) -> bool:

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from zrpc import threads
+from zrpc import finalizers, threads
 from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.exception_text import log_error
 from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
@@ -69,6 +70,7 @@ class BrokeredEndpoint:
         address: the broker's, `broker://host:port` or `tcp://host:port`.
         incarnation: this life of the worker.
         local: pass the broker by on the way to workers of this host.
+        busy_poll_s: see `Polling`.
 
     Attributes:
         heard_at: when anything last came from the broker (`time.monotonic`).
@@ -80,7 +82,9 @@ class BrokeredEndpoint:
     credit_nbytes = 64 << 20
     """What is on the way may lie in the broker, once for each worker that sends to the same one."""
 
-    def __init__(self, address: str, incarnation: Incarnation, *, local: bool = False) -> None:
+    def __init__(
+        self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0
+    ) -> None:
         self.incarnation = incarnation
         self.address = address
         self._numeric_address = sockets.split_address(sockets.resolve(address))
@@ -99,7 +103,7 @@ class BrokeredEndpoint:
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
         self._shortcuts = Shortcuts.make(incarnation, is_thrifty=True) if local else None
-        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._shortcuts)
+        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._shortcuts, busy_poll_s)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
@@ -309,8 +313,8 @@ class BrokeredEndpoint:
             return self._deliver(source, frames)
         try:
             self._on_control(frames)
-        except Exception:  # whatever one message does, the next one is read
-            log.exception("a message of the broker was not carried out")
+        except Exception as error:  # whatever one message does, the next one is read
+            finalizers.defer(partial(log_error, log, "a message of the broker was not carried out", error=error))
         return None
 
     def _deliver_last_words(self, peer: Incarnation) -> None:

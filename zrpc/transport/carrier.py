@@ -11,6 +11,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zrpc import finalizers
 from zrpc.errors import PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
@@ -74,10 +75,13 @@ class Carrier:
         """What the membership card says of this worker's shared memory."""
         return self._shared_memory.card() if self._shared_memory is not None else None
 
-    def start(self, on_envelope: OnEnvelope, on_lost: OnLost) -> None:
-        """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`."""
+    def start(self, on_envelope: OnEnvelope, on_lost: OnLost, on_callers_left: Callable[[], None]) -> None:
+        """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`.
+
+        For `on_lost` see `Endpoint.start`, for `on_callers_left` `Inbox.tell`.
+        """
         self._on_envelope = on_envelope
-        self.inbox.on_queue_empty = self._batches.flush
+        self.inbox.tell(self._batches.flush, on_callers_left)
         self._endpoint.start(self._on_frames, on_lost)
 
     def meet(self, peer: Incarnation, card: Any) -> None:
@@ -261,8 +265,8 @@ class Carrier:
             if unfilled:
                 envelope.pending = Filling(unfilled, lambda: self._is_over)
             return self._on_envelope(source, envelope)
-        except Exception:  # whatever one message does, the next one is read
-            log.exception("a message of %s was dropped", source.hex())
+        except Exception as error:  # whatever one message does, the next one is read
+            finalizers.defer(partial(log_error, log, "a message of %s was dropped", source.hex(), error=error))
             return None
 
     def _on_others(self, source: Incarnation, frames: list[Buffer]) -> Work | None:

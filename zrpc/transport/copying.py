@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from zrpc import threads
+from zrpc import finalizers, threads
 from zrpc.errors import LimitError
 
 log = logging.getLogger("zrpc")
@@ -72,7 +73,7 @@ class Copier:
                 try:
                     self._helper = threads.start(self._help, "zrpc-copier")
                 except LimitError as error:  # this thread copies all of it
-                    log.warning("a large buffer is copied by one thread: %s", error)
+                    finalizers.defer(partial(log.warning, "a large buffer is copied by one thread: %s", error))
                     return False
             self._is_busy = True
             return True

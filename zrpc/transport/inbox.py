@@ -2,8 +2,7 @@
 
 What: `zrpc.transport.turns` decides which thread reads; here it does. A caller that waits for an outcome reads until it
 is there (`wait_for`). A *reader* (there are `READERS` of them, which `run`) that takes a message which is work to do,
-does the work itself, when another thread may read. How a thread waits for the next message is a matter of its own
-(`zrpc.transport.polling`).
+does the work itself, when another thread may read. For how it waits for one see `zrpc.transport.polling`.
 
 Workers of one host send small messages on shortcuts (`zrpc.transport.shortcuts`), which are read first, but for one
 message of the socket after every `SHORT_RUN`. Its sender may have sent something on its shortcut before, and nothing
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from zrpc import interrupts, threads
+from zrpc import finalizers, interrupts, threads
 from zrpc.exception_text import log_error
 from zrpc.transport.polling import Polling
 from zrpc.transport.turns import Place, Turns
@@ -67,15 +66,14 @@ class Inbox:
     Args:
         sock: the socket; the inbox closes it.
         take: is given each message, by whichever thread reads.
-        is_over: whether reading has come to an end. Looked at after each message: to end reading, make it true and
-            send the socket a message.
+        is_over: whether reading is over. Looked at after each message: send the socket one when it comes true.
         io_thread: brings the messages.
         interrupt: sends the socket a message that says nothing.
         shortcuts: where messages come too, if it is not None; the inbox closes it.
+        busy_poll_s: see `Polling`.
 
     Attributes:
-        on_queue_empty: called by a reader before it waits for something or stays away, and every few ms by the one that
-            keeps watch.
+        on_queue_empty: called by a reader before it waits or stays away, and every few ms by the one that keeps watch.
         on_callers_left: called by a reader when callers that read may have left something to do.
         polling: how to wait for the next message.
         num_sent: callers that send count it up; being only a hint, it may miss some.
@@ -89,10 +87,10 @@ class Inbox:
         io_thread: IoThread,
         interrupt: Callable[[], None],
         shortcuts: Shortcuts | None = None,
+        busy_poll_s: float = 0.0,
     ) -> None:
-        self.on_queue_empty: Callable[[], None] = _nothing
-        self.on_callers_left: Callable[[], None] = _nothing
-        self.polling = Polling(sock, io_thread, shortcuts)
+        self.tell(_nothing, _nothing)
+        self.polling = Polling(sock, io_thread, shortcuts, busy_poll_s)
         self.num_sent = 0
         self._sock = sock
         self._receive_part: Callable[[int], zmq.Frame] = partial(sock.recv, copy=False)  # type: ignore[assignment]
@@ -111,6 +109,10 @@ class Inbox:
         self._handed_on: deque[Work] = deque()
         self._num_handed_on = 0  # and not done yet
         self._doing = threading.Lock()  # held by the reader that does what was handed on
+
+    def tell(self, on_queue_empty: Callable[[], None], on_callers_left: Callable[[], None]) -> None:
+        """Say what readers are to call; once, before there are any. See "Attributes"."""
+        self.on_queue_empty, self.on_callers_left = on_queue_empty, on_callers_left
 
     @property
     def can_work(self) -> bool:
@@ -258,8 +260,7 @@ class Inbox:
                     try:
                         work()
                     except BaseException as error:  # the others are of other calls
-                        log_error(log, "a request failed in an unexpected way", error=error)
-                        del error
+                        finalizers.defer(partial(log_error, log, "a request failed in an unexpected way", error=error))
                     finally:
                         with self._lock:
                             self._num_handed_on -= 1

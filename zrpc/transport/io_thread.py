@@ -19,9 +19,11 @@ import itertools
 import logging
 import os
 import time
+from functools import partial
 
 import zmq
 
+from zrpc import finalizers
 from zrpc.transport import sockets
 
 log = logging.getLogger("zrpc")
@@ -66,7 +68,7 @@ class IoThread:
         try:
             os.sched_setscheduler(thread_id, os.SCHED_BATCH if is_polite else os.SCHED_OTHER, os.sched_param(0))
         except OSError as error:  # it has ended, or a container forbids it
-            log.debug("the policy of ZeroMQ's thread stays as it is: %s", error)
+            finalizers.defer(partial(log.debug, "the policy of ZeroMQ's thread stays as it is: %s", error))
             self._id = 0
 
     def cpu_s(self) -> float | None:
@@ -87,7 +89,7 @@ class IoThread:
             except (FileNotFoundError, AttributeError):  # not Linux
                 self._id = 0
             except OSError as error:  # no more files may be opened, say: it may be told later
-                log.debug("ZeroMQ's thread cannot be looked for now: %s", error)
+                finalizers.defer(partial(log.debug, "ZeroMQ's thread cannot be looked for now: %s", error))
         return self._id
 
 

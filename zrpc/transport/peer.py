@@ -52,6 +52,7 @@ class PeerEndpoint:
         incarnation: this life of the worker.
         bind: address to listen on, such as `tcp://127.0.0.1:0`.
         local: listen for workers of this host on a Unix socket too, and talk to them over theirs.
+        busy_poll_s: see `Polling`.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -60,7 +61,7 @@ class PeerEndpoint:
     credit_nbytes = 512 << 20
     """ZeroMQ holds references to memory that the message's sender holds as well: this only bounds answers."""
 
-    def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False) -> None:
+    def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False, busy_poll_s: float = 0.0) -> None:
         self.incarnation = incarnation
         self._context, carrier = io_thread.make_context()
         router = sockets.make_socket(self._context, zmq.ROUTER, heartbeats=False)
@@ -78,7 +79,9 @@ class PeerEndpoint:
             raise
         router.bind("inproc://wake-reader")
         self._shortcuts = Shortcuts.make(incarnation) if local else None
-        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier, self.interrupt, self._shortcuts)
+        self.inbox = Inbox(
+            router, self._take, lambda: self._closed, carrier, self.interrupt, self._shortcuts, busy_poll_s
+        )
         self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
         watcher_end = self._context.socket(zmq.PAIR)
         watcher_end.bind("inproc://wake-watcher")

@@ -56,13 +56,11 @@ class Polling:
         sock: where they come.
         io_thread: brings them.
         shortcuts: where they come too, if it is not None.
-
-    Attributes:
         busy_poll_s: how long to poll before to sleep, in seconds; 0: never poll.
     """
 
-    def __init__(self, sock: Socket, io_thread: IoThread, shortcuts: Shortcuts | None) -> None:
-        self.busy_poll_s = 0.0
+    def __init__(self, sock: Socket, io_thread: IoThread, shortcuts: Shortcuts | None, busy_poll_s: float) -> None:
+        self.busy_poll_s = busy_poll_s
         self._shortcuts = shortcuts
         self._on_socket: list[tuple[Any, int]] = [(sock, int(zmq.POLLIN))]
         self._on_any = self._on_socket if shortcuts is None else [*self._on_socket, (shortcuts, int(zmq.POLLIN))]

@@ -16,17 +16,21 @@ import mmap
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 
 from zrpc.transport.mapping import drop_pages, map_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy.typing as npt
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
+
+T = TypeVar("T")
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
@@ -78,19 +82,18 @@ class SlabMemory:
 
     Attributes:
         address: where its room begins.
-        beside: what was made here of what the slab says; it goes with the mapping.
         is_left: this process keeps it no longer: its owner is lost, or this worker has shut down.
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "address", "beside", "is_left", "was_pinned")
+    __slots__ = ("_made", "_mapped", "_num_slots", "_pid", "_pins", "address", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
         self._num_slots = 0
         self._pid = os.getpid()
         self.address = address_of(mapped) + HEADER_NBYTES
-        self.beside: object = None
+        self._made: object = None  # here, of what the slab says
         self.is_left = False
         self.was_pinned = False
         self._pins: Pins | None = None  # of who has pinned it
@@ -158,6 +161,20 @@ class SlabMemory:
     def end_filling(self, *, is_whole: bool) -> None:
         """It is filled now, or will not be. For its owner."""
         self._mapped[_CONTENT] = _WHOLE if is_whole else _TORN
+
+    def made_once(self, make: Callable[[], T]) -> T:
+        """What `make` made when this was first called; it goes with the mapping.
+
+        A slab is one message's at a time, so there is one thread that calls this now.
+        """
+        if self._made is None:
+            self._made = make()
+        return cast("T", self._made)
+
+    def leave(self) -> None:
+        """Keep it no longer: its owner is lost, or this worker has shut down."""
+        self.is_left = True
+        self.unpin()
 
     def retire(self) -> None:
         """Its owner has let go of it. For its owner."""
@@ -250,9 +267,33 @@ class Slab:
         memory.set_number(number)
         return cls(number, room, fd, memory)
 
+    def give(self, holder: Incarnation, descriptor: Descriptor) -> None:
+        """`holder` is about to be told of it by `descriptor`."""
+        self.memory.hold()
+        self.holder, self.descriptor, self.shares = holder, descriptor, {}
+
+    def share(self, holders: Sequence[Incarnation]) -> dict[Incarnation, Descriptor]:
+        """All of `holders` are about to be told of it, instead of the one that it was given to; by what descriptors."""
+        assert self.descriptor is not None
+        self.shares = {life: [*self.descriptor, slot] for slot, life in enumerate(holders)}
+        self.memory.share(len(holders))
+        self.holder, self.descriptor = NOBODY, None
+        return dict(self.shares)
+
     def tells(self, descriptor: Descriptor) -> bool:
         """Whether this very list tells a holder of it now."""
         return descriptor is self.descriptor or any(descriptor is one for one in self.shares.values())
+
+    def part_from(self, holder: Incarnation) -> None:
+        """`holder` will not say that it has let go of it. It is not to be filled again."""
+        if holder in self.shares:
+            self.memory.free_slot(self.shares[holder][-1])
+        else:
+            self.shares = {}
+
+    def take_back(self) -> None:
+        """Its holder has given it back."""
+        self.holder = NOBODY
 
     def retire(self) -> None:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""

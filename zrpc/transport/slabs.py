@@ -36,10 +36,12 @@ import os
 import resource
 import threading
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from zrpc import finalizers
 from zrpc.errors import ProtocolError
 from zrpc.transport.allowance import Allowance
 from zrpc.transport.copying import Copier
@@ -169,16 +171,9 @@ class SlabPool:
         first = self.place(holders[0], buffer, [], at_once=True)
         if first is None:
             return None
-        pid, fd, number, nbytes = first
         with self._lock:
             slab = self._find(first)
-            if slab is None or slab.descriptor is not first:
-                return None
-            slab.memory.share(len(holders))
-            slab.holder = NOBODY
-            slab.descriptor = None
-            slab.shares = {life: [pid, fd, number, nbytes, slot] for slot, life in enumerate(holders)}
-            return dict(slab.shares)
+            return None if slab is None or slab.descriptor is not first else slab.share(holders)
 
     def fill(self, later: Sequence[Fill]) -> None:
         """Do what `place` has left to do. The buffers may then be written to."""
@@ -239,7 +234,7 @@ class SlabPool:
                 return None
             if slab.holder != holder or slab.memory.is_free():
                 raise ProtocolError("a slab came back from a worker that does not hold it")
-            slab.holder = NOBODY
+            slab.take_back()
             return slab.memory
 
     def _find(self, descriptor: Descriptor) -> Slab | None:
@@ -283,10 +278,7 @@ class SlabPool:
             What is to be retired, outside of the lock.
         """
         for slab in slabs:
-            if holder in slab.shares:
-                slab.memory.free_slot(slab.shares[holder][-1])
-            else:
-                slab.shares = {}
+            slab.part_from(holder)
             self._parting.append(slab)
         gone = [slab for slab in self._parting if not slab.shares or slab.memory.is_free()]
         self._parting = [slab for slab in self._parting if slab not in gone]
@@ -295,10 +287,7 @@ class SlabPool:
 
     def _give(self, slab: Slab, holder: Incarnation, nbytes: int) -> None:
         """`holder` is about to be told of `slab`. Call it under the lock."""
-        slab.memory.hold()
-        slab.holder = holder
-        slab.shares = {}
-        slab.descriptor = [self._pid, slab.fd, slab.number, nbytes]
+        slab.give(holder, [self._pid, slab.fd, slab.number, nbytes])
         self._shelves[slab.room].placed.append(slab)
         self._num_placed += 1
 
@@ -391,7 +380,7 @@ class SlabPool:
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            log.warning("shared memory is not used for now, sockets are: %s", reason)
+            finalizers.defer(partial(log.warning, "shared memory is not used for now, sockets are: %s", reason))
 
 
 def _retire(slabs: Iterable[Slab]) -> None:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Buffer = bytes | bytearray | memoryview
 """Anything with the buffer interface that frames are made of and buffers arrive as."""
 
+PACKED_MIN_ENTRIES = 256
+"""Tables from this length on travel packed, as bytes. Whoever opens the message reads them: the thread that takes it in
+is spared that."""
+
 INLINE_MAX_NBYTES = TINY_MAX_NBYTES
 """Buffers up to this size ride inside frame 0: a copy of 4 KiB costs less than a frame of its own."""
 
@@ -106,7 +110,7 @@ allocates, so garbage collection may run in its midst, and with it other threads
 PACKER_MAX_NBYTES = 1 << 20
 """A packer that has made more than this is not used again."""
 _HEADER_LENGTH = 8
-_HEADER_TYPES = ((int, list, list, bytes, type(None)), (int, list, list, bytes, dict))
+_HEADER_TYPES = {(int, table, list, bytes, extras) for table in (list, bytes) for extras in (type(None), dict)}
 """Of call id, table, buffers, data and extras."""
 
 
@@ -119,7 +123,7 @@ class Envelope:
         call_id: the number that the sender of a request gave it; its answer carries the same.
         extras: what the hooks of a call add (autograd, profiling), by hook key; msgpack values.
         data: the pickle stream or packed values; empty if there are none.
-        table: an entry a tensor of `data` (`zrpc.wire.tensors` says what).
+        table: an entry a tensor of `data` (`zrpc.wire.tensors` says what). A long one arrives as bytes.
         buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
         damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
         is_arriving: some of `buffers` is `Arriving` or `Exported`: to send it takes a while.
@@ -132,7 +136,7 @@ class Envelope:
     call_id: int = 0
     extras: dict[str, Any] | None = None
     data: Buffer = b""
-    table: Sequence[Any] = ()
+    table: Sequence[Any] | bytes = ()
     buffers: Sequence[Buffer | Arriving | Exported] = field(default_factory=list)
     damage: ProtocolError | None = None
     is_arriving: bool = False
@@ -199,7 +203,7 @@ def encode(
                 envelope.call_id,
                 FIELD_GETTERS[type(message)](message),
                 envelope.extras,
-                envelope.table,
+                envelope.table if len(envelope.table) < PACKED_MIN_ENTRIES else _pack(envelope.table),
                 inline,
                 envelope.data,
             )
@@ -215,7 +219,7 @@ def _as_frame(buffer: Buffer | Arriving | Region) -> Buffer:
     return buffer.joined() if isinstance(buffer, Region) else buffer
 
 
-def _pack(header: tuple[Any, ...]) -> bytes:
+def _pack(header: Sequence[Any]) -> bytes:
     try:
         packer = _packers.pop()
     except IndexError:
@@ -256,6 +260,21 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
     message = make_message(code, fields)
     damage = _fill_in(buffers, frames, fetch) if buffers or len(frames) > 1 else None
     return Envelope(message, call_id, extras, data, table, buffers, damage)
+
+
+def unpack_table(packed: bytes) -> list[Any]:
+    """A table that arrived as bytes. To read it takes a while: not for the thread that reads messages.
+
+    Raises:
+        ProtocolError: it is damaged.
+    """
+    try:
+        table = msgpack.unpackb(packed)
+    except Exception as error:
+        raise ProtocolError(f"a table of tensors cannot be read: {error}") from error
+    if not isinstance(table, list):
+        raise ProtocolError(f"a table of tensors is {reprlib.repr(table)}")
+    return table
 
 
 def _fill_in(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc.wire import placed as placed_codec
 from zrpc.wire import received, tensors
-from zrpc.wire.envelope import Arriving, Buffer, Envelope, Exported
+from zrpc.wire.envelope import Arriving, Buffer, Envelope, Exported, unpack_table
 from zrpc.wire.region import SharedBuffers
 from zrpc.wire.route import CPU_ONLY, Route
 
@@ -141,4 +141,5 @@ def open_payload(envelope: Envelope, stager: Stager | None = None) -> Payload:
     buffers: Any = envelope.buffers  # of a received envelope: all of them are here
     if not envelope.table:
         return Payload(envelope.data, [], buffers)
-    return Payload(envelope.data, received.unpack(envelope.table, buffers, stager), buffers)
+    table = envelope.table if not isinstance(envelope.table, bytes) else unpack_table(envelope.table)
+    return Payload(envelope.data, received.unpack(table, buffers, stager), buffers)

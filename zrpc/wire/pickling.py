@@ -32,13 +32,14 @@ from zrpc.wire.reducers import board as board
 from zrpc.wire.reducers import register_reducer as register_reducer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
 _NONE = b""
 _ONE_TENSOR = bytes([values.MAGIC, 0])
 _CALL = bytes([values.MAGIC, 2])
 _IN_PIECES = bytes([values.MAGIC, 3])
 _WITH_EXCEPTIONS = bytes([values.MAGIC, 4])
+_EXCEPTIONS_BESIDE = bytes([values.MAGIC, 5])
 _LENGTH = struct.Struct("<Q")
 _NUMBERS = frozenset({type(None), bool, int, float})
 _TEXTS = frozenset({str, bytes})
@@ -101,7 +102,11 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
         payload.data = _IN_PIECES + streams.place(len(buffers), len(pieces))
         buffers += pieces
     if exceptions is not None:
-        payload.data = _WITH_EXCEPTIONS + _LENGTH.pack(len(exceptions)) + exceptions + payload.data
+        if whole or len(exceptions) < streams.PIECE_MIN_NBYTES:
+            payload.data = _WITH_EXCEPTIONS + _LENGTH.pack(len(exceptions)) + exceptions + payload.data
+        else:
+            payload.data = _EXCEPTIONS_BESIDE + _LENGTH.pack(len(buffers)) + payload.data
+            buffers.append(exceptions)
     payload.buffers = buffers
     return payload
 
@@ -166,8 +171,8 @@ def loads(payload: Payload) -> Any:
     if data == _ONE_TENSOR and len(payload.tensors) == 1:
         return payload.tensors[0]
     received = None
-    if data[: len(_WITH_EXCEPTIONS)] == _WITH_EXCEPTIONS:
-        received, data = _take_exceptions(data)
+    if data[: len(_WITH_EXCEPTIONS)] in (_WITH_EXCEPTIONS, _EXCEPTIONS_BESIDE):
+        received, data = _take_exceptions(data, payload.buffers)
     is_call = data[: len(_CALL)] == _CALL
     if data[0] == values.MAGIC and not is_call and data[: len(_IN_PIECES)] != _IN_PIECES:
         return values.unpack(payload)
@@ -197,12 +202,14 @@ def loads(payload: Payload) -> Any:
         under_way.received_exceptions = outer_exceptions
 
 
-def _take_exceptions(data: Buffer) -> tuple[ReceivedExceptions, Buffer]:
-    """The table of exceptions that `data` begins with, and what follows."""
+def _take_exceptions(data: Buffer, buffers: Sequence[Buffer]) -> tuple[ReceivedExceptions, Buffer]:
+    """The table of exceptions that `data` begins with or names the buffer of, and what follows."""
     begin = len(_WITH_EXCEPTIONS) + _LENGTH.size
     try:
-        (length,) = _LENGTH.unpack(data[len(_WITH_EXCEPTIONS) : begin])
-        return ReceivedExceptions(pickle.loads(data[begin : begin + length])), data[begin + length :]
+        (number,) = _LENGTH.unpack(data[len(_WITH_EXCEPTIONS) : begin])
+        if data[: len(_EXCEPTIONS_BESIDE)] == _EXCEPTIONS_BESIDE:
+            return ReceivedExceptions(pickle.loads(buffers[number])), data[begin:]
+        return ReceivedExceptions(pickle.loads(data[begin : begin + number])), data[begin + number :]
     except Exception as error:
         raise ProtocolError(f"a table of exceptions cannot be read: {describe(error)}") from error
 

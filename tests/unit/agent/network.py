@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from queue import SimpleQueue
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tests.unit.staging.fake import FakeAccelerator
@@ -54,10 +53,8 @@ class ReadElsewhere:
     serves_queue_here = False
     num_sent = 0
 
-    def __init__(self) -> None:
-        self.on_callers_left: Callable[[], None] | None = None
-        self.on_queue_empty: Callable[[], None] | None = None
-        self.polling = SimpleNamespace(busy_poll_s=0.0)
+    def tell(self, on_queue_empty: Callable[[], None], on_callers_left: Callable[[], None]) -> None:
+        """Nothing is left behind by callers, as none reads."""
 
     @property
     def is_read_here(self) -> bool:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.logs import handled_by
 from tests.unit.agent.network import WAIT_S, Network, Worker, workers
 from tests.waiting import until
-from zrpc.agent import agent as agent_module
+from zrpc.agent import client
 from zrpc.config import RpcBackendOptions
 from zrpc.errors import (
     AgentClosedError,
@@ -240,6 +241,25 @@ def test_damaged_messages_are_dropped_and_the_next_one_is_read(caplog: pytest.Lo
     assert caplog.text.count("was dropped") == 4
 
 
+def test_while_a_damaged_message_is_logged_the_next_ones_are_read() -> None:
+    """A handler of the log that takes long does not keep the thread that reads from reading."""
+    logs, go_on = threading.Event(), threading.Event()
+
+    def handle(_: logging.LogRecord) -> None:
+        logs.set()
+        assert go_on.wait(WAIT_S)
+
+    with workers("a", "b") as (a, b), handled_by(handle):
+        b.agent.handle(RRefFetch, echo, inline=True)
+        b.endpoint.deliver(a.endpoint.incarnation, [b"garbage"])
+        assert logs.wait(WAIT_S)
+        try:
+            call = a.agent.request(b.info, FETCH, pickling.dumps(5), waited=True, timeout_s=WAIT_S / 2)
+            assert pickling.loads(call.wait()) == 5
+        finally:
+            go_on.set()
+
+
 # ---- time limits -----------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +283,7 @@ def test_a_call_that_nobody_waits_for_times_out() -> None:
     done = threading.Event()
     with workers("a", "b") as (a, b):
         b.agent.handle(RRefFetch, Gate(), inline=True)
-        a.agent.rpc_timeout_s = 0.02
+        a.agent.set_rpc_timeout(0.02)
         a.agent.request(b.info, FETCH).add_done_callback(lambda call: done.set())
         assert done.wait(WAIT_S)
 
@@ -374,7 +394,7 @@ class Done:
 
 
 def test_a_notification_is_repeated_until_it_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "NOTIFY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(client, "NOTIFY_TIMEOUT_S", 0.01)
     network = Network()
     fates = {RRefUserDelete: iter([True, True, True, False, False]), Reply: iter([True, False])}
     network.loses = lambda message: next(fates.get(type(message), iter(())), False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from zrpc import finalizers
 from zrpc.agent.call import Call
 from zrpc.agent.gate import Gate
 from zrpc.errors import PeerLostError, RpcTimeoutError
@@ -251,6 +252,7 @@ def test_a_callback_that_fails_keeps_neither_the_others_nor_the_caller_from_anyt
     owner.finish(ANSWER)
     assert ran == [call]
     assert call.wait().data == b"result"
+    finalizers.run_pending()
     assert "RRefUserDelete to WorkerInfo" in caplog.text
 
 

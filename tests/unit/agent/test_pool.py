@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from zrpc import finalizers
 from zrpc.agent.pool import HandlerPool, blocking
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def test_work_waits_where_the_system_gives_no_thread(
             handlers.submit(lambda number=number: ran.put(number))  # type: ignore[misc]
         release.set()
         assert {ran.get(timeout=WAIT_S), ran.get(timeout=WAIT_S)} == {3, 4}
+    finalizers.run_pending()
     assert "(can't start new thread); tasks that wait: 1, threads that there are: 0." in caplog.messages[0]
 
 

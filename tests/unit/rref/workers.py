@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.unit.agent.network import ReadElsewhere
-from zrpc.agent import agent as agent_module
+from zrpc.agent import client
 from zrpc.agent.agent import Agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
@@ -203,7 +203,11 @@ class FakeGroup:
 
 
 class Worker:
-    """One agent with RRefs."""
+    """One agent with RRefs.
+
+    Attributes:
+        passes: the arguments of the backward passes that ran here.
+    """
 
     def __init__(self, endpoint: FakeEndpoint, members: list[Member], rank: int) -> None:
         options = RpcBackendOptions(rpc_timeout=20)
@@ -212,9 +216,9 @@ class Worker:
         self.agent = Agent(options, endpoint, group, None, ignore, ignore)
         for pool in (self.agent._server.pool, self.agent.completions._pool):
             vars(pool)["submit"] = self._as_me(pool.submit)
-        install(self.agent)
+        self.passes: list[tuple[Any, ...]] = []
+        install(self.agent, DirectInvoker(self.agent), lambda *args: self.passes.append(args))
         self.rrefs: RRefContext = self.agent.extensions[RRefContext]
-        self.rrefs.invoke = DirectInvoker(self.agent)
         self.agent.join(f"worker{rank}", rank, len(members), {}, 1.0)
         self.agent.open()
 
@@ -332,7 +336,7 @@ class Cluster:
 @contextmanager
 def cluster(monkeypatch: pytest.MonkeyPatch, size: int = 3, chaos: Chaos | None = None) -> Iterator[Cluster]:
     """`size` workers; closed at the end."""
-    monkeypatch.setattr(agent_module, "NOTIFY_TIMEOUT_S", RETRY_S)
+    monkeypatch.setattr(client, "NOTIFY_TIMEOUT_S", RETRY_S)
     monkeypatch.setattr(rref_module, "current_agent", current)
     monkeypatch.setattr(travel_module, "current_agent", current)
     made = Cluster(size, chaos or Chaos())

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from tests.logs import handled_by
 from tests.unit.staging.fake import SCRIBBLE, FakeAccelerator, on_device
 from tests.unit.wire.travel import received
+from zrpc import finalizers
 from zrpc.errors import DeviceError, ProtocolError
 from zrpc.staging import export_slab, exports, handover
 from zrpc.staging.export_slab import room_for
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
 A, B = b"A" * 8, b"B" * 8
+WAIT_S = 10.0
 MIN_NBYTES = 500
 ROOM_MIN_NBYTES = 4096
 PEER_MAX_NBYTES = 40_000
@@ -339,6 +343,7 @@ def test_a_receiver_that_cannot_open_memory_gets_all_through_the_host(
     tensor = torch.arange(2000)
     for _ in range(5):
         assert torch.equal(pair.travel(tensor)[0], tensor)
+    finalizers.run_pending()
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
         "b cannot open memory of this worker's cuda:0: tensors go there through the host "
         "(peer access is not supported between these two devices)"
@@ -353,11 +358,34 @@ def test_memory_that_cannot_be_exported_goes_through_the_host(pair: Pair, caplog
     pair.a.export_error = "expandable segments cannot be shared"
     for _ in range(5):
         assert torch.equal(pair.travel(torch.arange(2000))[0], torch.arange(2000))
+    finalizers.run_pending()
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
         "device memory cannot be shared for now, tensors go through the host: expandable segments cannot be shared"
     ]
     assert pair.counts()["ipc_fallbacks"] == 5
     assert len(pair.notes) == 1, "it is not tried again"
+
+
+@pytest.mark.parametrize("reason", ["refused", "not exported"])
+def test_nothing_is_logged_under_the_lock_of_the_slabs(pair: Pair, reason: str) -> None:
+    """A handler of the log may have another thread ask what was exported, and wait for it."""
+    if reason == "refused":
+        pair.b.import_error = "peer access is not supported between these two devices"
+    else:
+        pair.a.export_error = "expandable segments cannot be shared"
+    had_to_wait: list[bool] = []
+
+    def handle(_: logging.LogRecord) -> None:
+        asks = threading.Thread(target=pair.counts)
+        asks.start()
+        asks.join(WAIT_S)
+        had_to_wait.append(asks.is_alive())
+
+    with handled_by(handle):
+        for _ in range(3):
+            pair.travel(torch.arange(2000))
+        finalizers.run_pending()
+    assert had_to_wait == [False]
 
 
 @pytest.mark.parametrize("what", ["room", "note", "unseen", "process"])
@@ -378,6 +406,7 @@ def test_what_is_missing_may_be_there_later(pair: Pair, caplog: pytest.LogCaptur
     tensor = torch.arange(2000)
     for _ in range(5):
         assert torch.equal(pair.travel(tensor)[0], tensor)
+    finalizers.run_pending()
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == (what != "unseen")
     assert pair.counts()["ipc_slabs"] == 0

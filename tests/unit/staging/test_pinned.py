@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 from tests.unit.staging.fake import FakeAccelerator
+from zrpc import finalizers
 from zrpc.staging.pinned import Loan, PinnedPool, room_for
 
 
@@ -96,6 +97,7 @@ def test_where_nothing_can_be_pinned_the_pool_is_empty(caplog: pytest.LogCapture
     accelerator.max_pinned_nbytes = 0
     with caplog.at_level(logging.WARNING, "zrpc"):
         assert pool(1 << 20, accelerator).lend(10) is None
+    finalizers.run_pending()
     assert "4096 bytes cannot be pinned" in caplog.text
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 import pytest
 
+from tests.logs import handled_by
+from zrpc import finalizers
 from zrpc.errors import OverloadedError, PeerLostError, ProtocolError
 from zrpc.transport import batches
 from zrpc.transport.batches import MAX_AGE_S, MAX_COUNT, MAX_NBYTES, Batches, is_batch, messages_of
@@ -16,9 +19,12 @@ from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Leave, Reply
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable, Sequence
 
     from zrpc.wire.envelope import Buffer
+
+WAIT_S = 10.0
 
 A, B, C = b"A" * 8, b"B" * 8, b"C" * 8
 
@@ -120,6 +126,25 @@ def test_a_peer_that_cannot_be_sent_to_is_in_nobodys_way(wire: Wire, clock: Cloc
     assert wire.sent[1:] == [(A, [b"y"])]
 
 
+def test_nothing_is_logged_under_the_lock_of_the_batches(wire: Wire) -> None:
+    """A handler of the log may have another thread send, and wait for it."""
+    kept = Batches(wire.send, wire.forgotten.append)
+    wire.errors[A] = OSError("no file can be opened")
+    had_to_wait: list[bool] = []
+
+    def handle(_: logging.LogRecord) -> None:
+        sends = threading.Thread(target=kept.add, args=(B, b"told"))
+        sends.start()
+        sends.join(WAIT_S)
+        had_to_wait.append(sends.is_alive())
+
+    with handled_by(handle):
+        kept.add(A, b"x")
+        kept.flush()
+        finalizers.run_pending()
+    assert had_to_wait == [False]
+
+
 def test_when_it_is_closed_what_is_kept_leaves_and_nothing_is_kept_any_more(wire: Wire, clock: Clock) -> None:
     kept = Batches(wire.send, wire.forgotten.append)
     kept.add(A, b"one")
@@ -139,18 +164,33 @@ def test_a_damaged_batch_is_refused(rest: bytes) -> None:
 # ---- in a carrier ----------------------------------------------------------------------------------------------------
 
 
+class FakeInbox:
+    """What a carrier needs of an inbox.
+
+    Attributes:
+        on_queue_empty: what the carrier has asked to be called then.
+        serves_queue_here: set by a test.
+    """
+
+    on_queue_empty: Callable[[], None]
+    serves_queue_here = False
+
+    def tell(self, on_queue_empty: Callable[[], None], on_callers_left: Callable[[], None]) -> None:
+        self.on_queue_empty = on_queue_empty
+
+
 class Ends:
     """A carrier without sockets. `receive` has it take frames in; what came is in `came`."""
 
     def __init__(self, wire: Wire) -> None:
-        self.inbox = SimpleNamespace(serves_queue_here=False, on_queue_empty=None)
+        self.inbox = FakeInbox()
         self.came: list[Envelope] = []
         self.receive: Callable[[bytes, list[Buffer]], Any]
         endpoint: Any = SimpleNamespace(
             send=wire.send, start=self._start, credit_nbytes=1 << 30, inbox=self.inbox, interrupt=None, incarnation=B
         )
         self.carrier = Carrier(endpoint, None)
-        self.carrier.start(lambda _, envelope: self._take(envelope), lambda *_: None)
+        self.carrier.start(lambda _, envelope: self._take(envelope), lambda *_: None, lambda: None)
 
     def _start(self, on_frames: Any, _: object) -> None:
         self.receive = on_frames
@@ -214,5 +254,6 @@ def test_the_messages_of_a_batch_are_taken_in_as_any_other(wire: Wire) -> None:
 def test_what_is_neither_an_envelope_nor_anything_else_is_dropped(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
     ends = Ends(wire)
     assert ends.receive(A, [b"\xc1\x77"]) is None
+    finalizers.run_pending()
     assert "begins with b'\\xc1w'" in caplog.text
     assert not ends.came

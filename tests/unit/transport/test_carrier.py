@@ -124,7 +124,7 @@ def test_a_request_whose_work_fails_takes_none_of_its_batch_along(wire: Wire) ->
 
     with pair() as (_, b):
         receiver = carrier(wire, b, start=lambda on_frames, _: started.append(on_frames))
-        receiver.start(on_envelope, lambda *_: None)
+        receiver.start(on_envelope, lambda *_: None, lambda: None)
         messages = [bytes(encode(Envelope(Reply(), number))[0]) for number in range(3)]
         with suppress(OSError):
             started[0](A, [b"\xc1\x03" + msgpack.packb(messages)])()

@@ -213,10 +213,10 @@ def message(*raw: memoryview) -> Envelope:
 def test_a_message_leaves_before_its_buffers_are_copied_and_they_are_when_it_was_sent() -> None:
     with pair() as (a, b):
         wire = Watched(a)
-        carrier(wire, b).send(A, message(buffer(100_000), buffer(100_000, 1)))
+        carrier(wire, b).send(A, message(buffer(200_000), buffer(200_000, 1)))
         assert len(wire.unfilled) == 2
         assert Filling(wire.unfilled, lambda: False).wait(time.monotonic())
-        assert list(wire.came[0].buffers) == [buffer(100_000), buffer(100_000, 1)]
+        assert list(wire.came[0].buffers) == [buffer(200_000), buffer(200_000, 1)]
         wire.came.clear()
         assert b.counts()["held"] == 0
 
@@ -234,7 +234,7 @@ def test_a_message_that_a_signal_handler_interrupts_is_torn(when: str, monkeypat
         else:
             monkeypatch.setattr(b._pool, "_copy", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            carrier(wire, b).send(A, message(buffer(100_000), buffer(100_000, 1)))
+            carrier(wire, b).send(A, message(buffer(200_000), buffer(200_000, 1)))
         with pytest.raises(ProtocolError, match="was interrupted"):
             Filling(wire.unfilled, lambda: False).wait(None)
         assert b.counts()["slabs"] == 0, "they are let go of: somebody may have them"

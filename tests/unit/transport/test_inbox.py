@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from tests.waiting import until
-from zrpc import interrupts
+from zrpc import finalizers, interrupts
 from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.io_thread import IoThread
 from zrpc.transport.outbox import send_frames
@@ -168,6 +168,7 @@ def test_a_reader_outlives_work_that_raises(caplog: pytest.LogCaptureFixture) ->
             here.wait_taken(name)
         here.send(b"last")
         here.wait_taken(b"last")
+    finalizers.run_pending()
     assert {record.getMessage() for record in caplog.records} == {"a request failed in an unexpected way"}
 
 
@@ -429,6 +430,7 @@ def test_what_is_handed_on_and_raises_keeps_nothing_else_from_being_done(caplog:
             here.send(name)
         here.inbox.wait_for(wanted, None)
         assert done.wait(WAIT_S)
+    finalizers.run_pending()
     assert {record.getMessage() for record in caplog.records} == {"a request failed in an unexpected way"}
 
 

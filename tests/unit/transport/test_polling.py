@@ -51,8 +51,7 @@ class Post:
         self.inbound.bind("inproc://post")
         self._outbound = context.socket(zmq.PAIR)
         self._outbound.connect("inproc://post")
-        self.polling = Polling(self.inbound, carrier, None)
-        self.polling.busy_poll_s = LONG_S
+        self.polling = Polling(self.inbound, carrier, None, LONG_S)
         self.num_yields = 0
         self.num_ways = 0
         self.on_yield: Callable[[], object] = self.send

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 
 from tests.unit.wire.travel import travel
+from zrpc import finalizers
 from zrpc.errors import DeviceError, ProtocolError
 from zrpc.transport import allowance, slabs
 from zrpc.transport.attachments import Attachments
@@ -166,6 +167,7 @@ def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.
         first, second = (place(sender, buffer(100_000, seed)) for seed in (1, 2))
         for _ in range(3):
             assert placed(sender, buffer(100_000)) is None
+        finalizers.run_pending()
         assert caplog.text.count("shared memory is not used for now") == 1
         del second
         received = attachments.fetch(A, first, [])
@@ -184,6 +186,7 @@ def test_without_memory_files_sockets_are_used(
     with pool() as sender:
         monkeypatch.setattr(os, "memfd_create", fail)
         assert placed(sender, buffer(100_000)) is None
+        finalizers.run_pending()
         assert "Too many open files" in caplog.text
 
 
@@ -272,6 +275,7 @@ def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: p
         received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES)), []) for _ in range(20)]
         assert len(os.listdir("/proc/self/fd")) == before + 20, "mappings need no file"
         assert placed(sender, buffer(MIN_NBYTES)) is None
+        finalizers.run_pending()
         assert "there may be 20 of" in caplog.text
         del received[7]
         gc.collect()
@@ -331,6 +335,7 @@ def test_a_slab_is_not_made_of_memory_that_is_not_there(
     with pool() as sender:
         for _ in range(allowance.REFUSALS + 1):
             assert placed(sender, bytes(600_000)) is None
+        finalizers.run_pending()
         assert caplog.text.count(f"is too much where {available} bytes are available") == 1
         assert placed(sender, bytes(400_000)) is not None
         assert placed(sender, bytes(400_000)) is not None, "it is asked again, and there is as much as before"
@@ -572,6 +577,7 @@ def test_no_slab_is_made_where_it_cannot_be_found_out_how_much_memory_there_is(
         assert pool.place(b"12345678", bytes(1 << 20), []) is None
     finally:
         pool.close()
+    finalizers.run_pending()
     assert "it cannot be found out how much memory is available" in caplog.text
 
 

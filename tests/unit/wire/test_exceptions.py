@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.unit.wire.travel import travel
-from zrpc.errors import RemoteError, RpcTimeoutError
+from tests.unit.wire.travel import sent, travel
+from zrpc.errors import ProtocolError, RemoteError, RpcTimeoutError
 from zrpc.ids import WorkerInfo
 from zrpc.wire import pickling
 from zrpc.wire.exceptions import RemoteTraceback, dump_exception, load_exception, remote_traceback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WORKER = WorkerInfo("callee", 3)
 
@@ -268,3 +272,54 @@ def test_a_payload_that_is_no_exception_makes_a_remote_error() -> None:
     oddities: list[Any] = [5, (int, (3,), {}), (Plain,), Plain, [Plain("x")]]
     for odd in oddities:
         assert type(load_exception(WORKER, failure, pickling.dumps(odd))) is RemoteError
+
+
+class Short(Exception):
+    """Its text is short, whatever it holds."""
+
+    def __str__(self) -> str:
+        return "short"
+
+
+@pytest.mark.parametrize(
+    ("error", "held"),
+    [
+        (lambda: Short(b"x" * 500_000), lambda error: error.args == (b"x" * 500_000,)),
+        (lambda: Short("x" * 500_000), lambda error: error.args == ("x" * 500_000,)),
+        (lambda: Short(list(range(100_000))), lambda error: error.args == (list(range(100_000)),)),
+        (lambda: Short([Short(b"x" * 500_000)]), lambda error: error.args[0][0].args == (b"x" * 500_000,)),
+        (
+            lambda: Short(np.arange(100_000), b"x" * 500_000),
+            lambda error: error.args[0].sum() == sum(range(100_000)) and error.args[1] == b"x" * 500_000,
+        ),
+        (
+            lambda: Short(torch.arange(1000), b"x" * 500_000),
+            lambda error: error.args[0].sum() == sum(range(1000)) and error.args[1] == b"x" * 500_000,
+        ),
+        (
+            lambda: ExceptionGroup("g", [Short(number, b"x" * 50_000) for number in range(10)]),
+            lambda error: [one.args[0] for one in error.exceptions] == list(range(10)),
+        ),
+    ],
+)
+def test_a_large_exception_does_not_travel_in_the_frame_that_the_reading_thread_decodes(
+    error: Callable[[], BaseException], held: Callable[[Any], bool]
+) -> None:
+    """It is a buffer of its own, as outcome of a call and within a value, and arrives as it was."""
+    failure, payload = dump_exception(error())
+    as_value = pickling.dumps({"error": error(), "rest": b"y" * 200_000})
+    for each in (payload, as_value):
+        assert len(sent(each)[0]) < 4096
+    assert held(load_exception(WORKER, failure, travel(payload)))
+    value = pickling.loads(travel(as_value))
+    assert held(value["error"])
+    assert value["rest"] == b"y" * 200_000
+
+
+def test_a_table_of_exceptions_that_is_not_there_is_refused() -> None:
+    """The index of its buffer is of a peer, and may be any number."""
+    _, payload = dump_exception(Short(b"x" * 500_000))
+    arrived = travel(payload)
+    arrived.buffers = []
+    with pytest.raises(ProtocolError, match="a table of exceptions cannot be read: IndexError"):
+        pickling.loads(arrived)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tests.unit.wire.travel import received, sent, travel, travel_tensors
 from zrpc.errors import ProtocolError, SerializationError
-from zrpc.wire.envelope import decode
+from zrpc.wire.envelope import Envelope, decode
+from zrpc.wire.messages import Reply
 from zrpc.wire.payload import Payload, open_payload
 from zrpc.wire.received import unpack
 from zrpc.wire.tensors import DTYPES, NAMES
@@ -562,3 +563,20 @@ def test_plain_memory_is_not_seen_as_quantized(dtype: str) -> None:
 def test_damaged_tables_are_refused(table: list[Any]) -> None:
     with pytest.raises(ProtocolError, match="tensor table"):
         unpack(table, [bytes(24)])
+
+
+@pytest.mark.parametrize("count", [255, 256, 1000])
+def test_the_thread_that_reads_does_not_decode_the_table_of_many_tensors(count: int) -> None:
+    """A long table arrives as bytes, which are read when the message is opened."""
+    before = [torch.full((2,), float(number)) for number in range(count)]
+    arrived = decode(received(sent(Payload(tensors=before))))
+    assert isinstance(arrived.table, bytes) == (count >= 256)
+    after = open_payload(arrived).tensors
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("table", [b"garbage", b"\xc1", b"\x01", b"\x91"])
+def test_a_packed_table_that_is_damaged_is_refused(table: bytes) -> None:
+    """Whatever its bytes are, it is an error of the one message."""
+    with pytest.raises(ProtocolError, match="a table of tensors"):
+        open_payload(Envelope(Reply(), 1, None, b"", table, [b""]))

@@ -37,7 +37,6 @@ from zrpc.compat.rpc.stand_ins import method as method
 from zrpc.compat.rpc.stand_ins import method_factory as method_factory
 from zrpc.compat.rpc.stand_ins import method_name as method_name
 from zrpc.compat.rpc.stand_ins import new_method as new_method
-from zrpc.config import check_timeout
 from zrpc.ids import WorkerInfo
 from zrpc.rref.context import RRefContext
 from zrpc.rref.rref import RRef
@@ -166,7 +165,7 @@ def _use_rpc_pickler(rpc_pickler: Any) -> Iterator[None]:
 
 def _set_rpc_timeout(rpc_timeout: float) -> None:
     """Set the default time limit of this worker's calls; 0: none."""
-    current_agent().rpc_timeout_s = check_timeout(rpc_timeout, "rpc_timeout")
+    current_agent().set_rpc_timeout(rpc_timeout)
 
 
 def get_rpc_timeout() -> float:
@@ -212,7 +211,7 @@ def _all_gather(
     obj: Any, worker_names: Iterable[str] | None = None, timeout: float = UNSET_RPC_TIMEOUT
 ) -> dict[str, Any]:
     """See `zrpc.gather.all_gather`."""
-    _gatherings().remote = _Functions()
+    _gatherings().call_by(_Functions())
     return gather.all_gather(obj, worker_names, None if timeout == UNSET_RPC_TIMEOUT else timeout)
 
 
@@ -235,7 +234,7 @@ def _wait_all_workers(timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
     Raises:
         RuntimeError: as `zrpc.gather.gather_living`.
     """
-    _gatherings().remote = _Functions()
+    _gatherings().call_by(_Functions())
     try:
         gather.gather_living(timeout)
     except RuntimeError:

@@ -155,7 +155,7 @@ def _init_backend(
 ) -> TensorPipeAgent:
     lifecycle.start_worker(name, rank, world_size or None, check_options(rpc_backend_options), store)
     agent = api._get_current_rpc_agent()
-    agent._store = store
+    agent.set_store(store)
     return agent
 
 

@@ -1,0 +1,261 @@
+"""Calls out: how requests are sent, and what becomes of their answers.
+
+Callers send on their own threads, and read while they wait. Whoever reads hands answers to `on_envelope`, which
+completes their calls. Completer threads complete the futures of asynchronous calls that nobody waits for, and so run
+what users hang on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING
+
+from zrpc.agent.call import Call
+from zrpc.agent.calls import Calls
+from zrpc.agent.completions import Completions
+from zrpc.agent.gate import Standing, needed
+from zrpc.config import check_timeout
+from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
+from zrpc.wire.exceptions import load_exception
+from zrpc.wire.messages import Failure, Message, Reply
+from zrpc.wire.payload import Payload, open_payload, seal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zrpc.agent.gate import Gates
+    from zrpc.agent.hooks import Hooks
+    from zrpc.agent.peers import Peers
+    from zrpc.control import ControlThread
+    from zrpc.ids import Incarnation, WorkerInfo
+    from zrpc.staging.stager import Staging
+    from zrpc.transport.inbox import Inbox, Work
+    from zrpc.transport.turns import Awaited
+    from zrpc.wire.envelope import Envelope
+
+    Submit = Callable[[Callable[[], None]], None]
+
+NOTIFY_TIMEOUT_S = 5.0
+"""An idempotent notification that is not acknowledged within this time is sent again."""
+
+
+class Client:
+    """The calling half of an agent. Any thread may call it.
+
+    Args:
+        timeout_s: the default time limit of calls, in seconds; 0: none.
+        hooks: see the requests and their answers.
+        peers: the way to the callees.
+        inbox: is read by callers that wait.
+        gates: where calls wait for room.
+        staging: brings tensors to and from devices.
+        control: repeats what was not acknowledged.
+        send_soon: runs on another thread what sends tensors that are still on their way from a device.
+        submit: runs a task on a handler thread.
+        is_handler: whether this thread is one of the handlers.
+        on_request: is given what is no answer; see `zrpc.transport.carrier`.
+
+    Attributes:
+        timeout_s: see above.
+        calls: those under way.
+        completions: completes the futures of asynchronous calls.
+    """
+
+    def __init__(
+        self, timeout_s: float, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, staging: Staging,
+        control: ControlThread, send_soon: Submit, submit: Submit, is_handler: Callable[[], bool],
+        on_request: Callable[[Incarnation, Envelope], Work | None],
+    ) -> None:  # fmt: skip
+        self.timeout_s = timeout_s
+        self.calls = Calls(gates, inbox.wake, self.discard, control.wake)
+        self.completions = Completions(lambda: inbox.is_read_by_caller)
+        self._hooks = hooks
+        self._peers = peers
+        self._inbox = inbox
+        self._gates = gates
+        self._staging = staging
+        self._control = control
+        self._send_soon = send_soon
+        self._submit = submit
+        self._is_handler = is_handler
+        self._on_request = on_request
+        self._call_ids = itertools.count(1)
+        self._closed = False
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """See `Agent.set_rpc_timeout`."""
+        self.timeout_s = check_timeout(timeout_s, "rpc_timeout")
+
+    def request(
+        self, to: WorkerInfo, message: Message, payload: Payload | None = None, *, timeout_s: float | None = None,
+        hooked: bool = False, waited: bool = False, goes_back: bool = False,
+    ) -> Call:  # fmt: skip
+        """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
+
+        A hooked request waits for room in the window of its peer (`zrpc.agent.window`), unless this thread may not.
+        Call it in a section of `zrpc.interrupts`.
+
+        Args:
+            to: the callee.
+            message: what is asked.
+            payload: what rides beside it; its memory must not be written to until the call is done.
+            timeout_s: time limit in seconds; 0: none; None: the default.
+            hooked: let the hooks see it.
+            waited: the caller calls `wait` at once on this very thread, which then keeps the time limit.
+            goes_back: tensors of the payload go where those of an answer would, by the device map of the callee.
+
+        Raises:
+            SerializationError: a tensor of the payload cannot travel.
+            DeviceError: one cannot be brought here from its device.
+        """
+        limit_s = self.timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
+        extras = None
+        if hooked and self._hooks:
+            payload = payload or Payload()
+            extras = self._hooks.send(to, message, payload, None)
+        call_id = next(self._call_ids)
+        routes = self._peers.routes(to)
+        route = routes.replies if goes_back else routes.requests
+        envelope = seal(message, call_id, payload, extras, route)
+        gate = self._gates[to.incarnation]
+        call = Call(self, call_id, to, gate, message, limit_s, waited)
+        try:
+            left_s = gate.enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
+        except ZrpcError as error:
+            call.complete(None, error)
+            return call
+        try:
+            self.calls.add(call)
+            if envelope.is_arriving and not waited:
+                self._send_soon(partial(self._send_arriving, call, envelope, payload))
+            elif not self._send(call, envelope, payload):
+                return call
+            if payload is not None and payload.after is not None:
+                payload.after()
+            if not waited:
+                self._inbox.num_sent += 1
+                if limit_s:
+                    self.calls.limit(call_id, left_s)
+        except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
+            self.calls.fail(call_id, interrupt)
+            raise
+        if self._closed:  # the sweep of close() may have passed by
+            self.calls.fail(call_id, AgentClosedError("this worker has shut down"))
+        return call
+
+    def _send(self, call: Call, envelope: Envelope, payload: Payload | None) -> bool:
+        """Send a request; false: the call has ended."""
+        if call.done():  # its time is over, or its peer is lost
+            return False
+        try:
+            self._peers.send(call.peer, envelope)
+        except Exception as error:
+            self.calls.fail(call.call_id, error)
+            return False
+        if payload is not None and payload.passengers:
+            payload.has_left()
+        return True
+
+    def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
+        """The same on a stager thread, as its tensors come from their devices."""
+        self._send(call, envelope, payload)
+
+    def notify(
+        self, to: WorkerInfo, message: Message, on_done: Callable[[BaseException | None], None] = lambda _: None, *,
+        inline: bool = True,
+    ) -> None:  # fmt: skip
+        """Send an idempotent message until it is acknowledged, the peer is lost or this worker closes.
+
+        Args:
+            to: the peer.
+            message: what is told.
+            on_done: called once, with what went wrong or None. It must not block.
+            inline: that all went well may be noted by the thread that reads: `on_done` only counts. To hand each
+                acknowledgement on takes as long as a call.
+
+        Raises:
+            ProtocolError: the message is not idempotent.
+        """
+        if not message.IDEMPOTENT:
+            raise ProtocolError(f"{type(message).__name__} is not idempotent: it must not be sent twice")
+
+        def settle(call: Call) -> None:
+            if issubclass(type(call.error), RpcTimeoutError) and not self._closed:
+                self._control.submit(lambda: self.notify(to, message, on_done, inline=inline))
+            else:
+                on_done(call.error)
+
+        def note(call: Call) -> None:
+            if not call.failed:
+                on_done(None)
+            elif call.is_unopened:  # it came as a pickle
+                self.completions.submit(partial(settle, call))
+            else:
+                settle(call)
+
+        self.request(to, message, timeout_s=NOTIFY_TIMEOUT_S).add_done_callback(
+            note if inline else settle, inline=inline
+        )
+
+    def lose(self, worker: WorkerInfo, reason: str) -> None:
+        """`worker` is gone: its calls fail."""
+        self._gates.drop(worker.incarnation, PeerLostError(f"{worker} is lost: {reason}"))
+        text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
+        self.calls.lose(worker.incarnation, lambda: PeerLostError(text))
+
+    def wind_down(self) -> None:
+        """This worker shuts down: calls do not wait for room any more, and later ones fail."""
+        self._closed = True
+        self._gates.close(AgentClosedError("this worker shut down"))
+
+    def close(self, timeout_s: float) -> None:
+        """End the calls under way; wait up to `timeout_s` for the completer threads. Idempotent."""
+        self.calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
+        self.completions.close(timeout_s)
+
+    # ---- for calls -------------------------------------------------------------------------------------------------
+
+    def abandon(self, call_id: int) -> bool:
+        """See `CallOwner.abandon`."""
+        return self.calls.abandon(call_id)
+
+    def discard(self, answer: Envelope) -> None:
+        """An answer came that no thread asks for any more: its passengers are let go. See `CallOwner.discard`."""
+        if answer.extras and self._hooks.passengers is not None:
+            self._submit(partial(self._hooks.discard_answer, answer.extras))
+
+    def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
+        """See `Inbox.wait_for`."""
+        self._inbox.wait_for(wanted, deadline)
+
+    def wake(self, wanted: Awaited) -> None:
+        """See `Inbox.wake`."""
+        self._inbox.wake(wanted)
+
+    def open_answer(self, call: Call, envelope: Envelope) -> Payload:
+        """See `CallOwner.open_answer`."""
+        payload = open_payload(envelope, self._staging)
+        self._hooks.receive_answer(call.peer, envelope.extras, payload)
+        if isinstance(envelope.message, Failure):
+            raise load_exception(call.peer, envelope.message, payload)
+        return payload
+
+    # ---- messages in -----------------------------------------------------------------------------------------------
+
+    def on_envelope(self, source: Incarnation, envelope: Envelope) -> Work | None:
+        """Take in a message: an answer ends its call; anything else is a request. See `zrpc.transport.carrier`."""
+        if isinstance(envelope.message, Reply | Failure):
+            work = self.calls.finish(envelope.call_id, envelope, None)
+            if work is None or self._inbox.can_work:
+                return work
+            self.completions.submit(work)
+            return None
+        return self._on_request(source, envelope)
+
+    def _standing(self) -> Standing:
+        """How this thread stands to waiting for room."""
+        inbox = self._inbox
+        if inbox.is_read_here or self.completions.is_here():
+            return Standing.NEEDED
+        return Standing.SERVING if inbox.is_reader_here or self._is_handler() else Standing.FREE
