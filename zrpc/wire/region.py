@@ -32,6 +32,8 @@ MEMBER_MAX_NBYTES = 128 << 10
 TINY_MAX_NBYTES = 4096
 """Smaller buffers ride in frame 0, unless they are more than `TINY_TOTAL_MAX_NBYTES` together."""
 TINY_TOTAL_MAX_NBYTES = 12_288
+MAX_MEMBERS = 1024
+"""Of a message with more buffers none is gathered: the thread that reads would take long to cut them."""
 MEMBER_LENGTH = 3
 
 
@@ -104,7 +106,7 @@ def gather(buffers: Sequence[Any]) -> Gathered | None:
 
     What is no memory of this process, or not yet (`Arriving`, `Exported`), is no member.
     """
-    if len(buffers) < 2:
+    if not 2 <= len(buffers) <= MAX_MEMBERS:
         return None
     sizes = [_nbytes_of(buffer) for buffer in buffers]
     chosen = [index for index, nbytes in enumerate(sizes) if TINY_MAX_NBYTES < nbytes <= MEMBER_MAX_NBYTES]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zrpc.errors import ProtocolError
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
 from zrpc.wire.messages import Reply
-from zrpc.wire.region import ALIGNMENT, MAX_NBYTES, MEMBER_MAX_NBYTES, TINY_MAX_NBYTES, Region, cut, gather
+from zrpc.wire.region import ALIGNMENT, MAX_MEMBERS, MAX_NBYTES, MEMBER_MAX_NBYTES, TINY_MAX_NBYTES, Region, cut, gather
 
 SIZES = st.one_of(
     st.integers(0, 200),
@@ -64,6 +64,11 @@ def test_a_few_tiny_buffers_ride_in_the_first_frame() -> None:
 def test_one_buffer_among_tiny_ones_is_a_frame_of_its_own() -> None:
     frames = encode(Envelope(Reply(), buffers=[b"a", large := bytes(5000), b"b"]))
     assert frames[1] is large
+
+
+def test_a_message_of_very_many_buffers_is_not_cut_by_the_thread_that_reads() -> None:
+    assert gather([bytes(100)] * MAX_MEMBERS) is not None
+    assert gather([bytes(100)] * (MAX_MEMBERS + 1)) is None
 
 
 def test_a_kept_buffer_holds_no_more_than_a_bounded_region() -> None:
