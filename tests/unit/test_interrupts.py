@@ -259,7 +259,7 @@ def test_interrupts_at_random_moments_leave_no_section_in_the_middle(ran: list[s
     lock = threading.Lock()
     while struck < 500:
         try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-4))
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 5e-4), 1.0)  # a destructor may swallow one
             while True:
                 interrupts.restart(lambda: interrupts.wait(lambda: time.sleep(1e-5)))
                 with interrupts.deferred, lock:
@@ -267,6 +267,7 @@ def test_interrupts_at_random_moments_leave_no_section_in_the_middle(ran: list[s
                     sum(range(50))
                     counts["ended"] += 1
         except Strike:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             struck += 1
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert counts["begun"] == counts["ended"]
