@@ -12,13 +12,15 @@ Neither does so within `held`, which is for sections that must not be left in th
 
 Threads: on all threads but the main one all of this does nothing: Python runs no signal handlers there.
 
-Failure: Python calls a handler where `signal.signal` has put one. So `install` puts a `_Deferrable` around it, when the
-next `deferred` section begins; `uninstall` takes it away. A handler that is written in C is not deferred.
+Failure: Python calls a handler where `signal.signal` has put one. So `install` puts a `_Deferrable` around it, before
+the thread waits the next time, or when one of the next few sections begins; `uninstall` takes it away. A handler that
+is written in C is not deferred.
 """
 
 from __future__ import annotations
 
 import _thread
+import itertools
 import os
 import signal
 import threading
@@ -124,8 +126,10 @@ class _Deferred:
 
     def __enter__(self) -> None:
         if _get_ident() == _main:
-            if not _state.depth and list(map(_getsignal, _SIGNALS)) != _seen:
-                install()
+            if not _state.depth:
+                signum = _next_signal()
+                if _getsignal(signum) is not _seen.get(signum) or _getsignal(_INTERRUPT) is not _seen.get(_INTERRUPT):
+                    install()
             _state.depth += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -200,6 +204,8 @@ def wait(waiting: Callable[[], T]) -> T:
     """
     if _get_ident() != _main or not _state.depth or _state.held:
         return waiting()
+    if list(map(_getsignal, _SIGNALS)) != list(_seen.values()):
+        install()
     _state.is_waiting = True
     try:
         if _state.pending:
@@ -215,19 +221,19 @@ def check() -> None:
         raise Interrupted
 
 
-def restart(waiting: Callable[[], T]) -> T:
-    """What `waiting()` returns, in a deferred section; handlers run when signals come, then it begins again.
+def restart(waiting: Callable[..., T], *args: Any) -> T:
+    """What `waiting(*args)` returns, in a deferred section; handlers run when signals come, then it begins again.
 
     Within a section that is held it is not interrupted. What a handler raises is raised here.
     """
     if _get_ident() != _main:
-        return waiting()
+        return waiting(*args)
     if not _state.depth:
         with deferred:
-            return restart(waiting)
+            return restart(waiting, *args)
     while True:
         try:
-            return waiting()
+            return waiting(*args)
         except Interrupted:
             run_handlers()
 
@@ -247,7 +253,7 @@ def install() -> None:
         handler = _getsignal(signum)
         if type(handler) is not _Deferrable and callable(handler):
             signal.signal(signum, _Deferrable(handler))
-    _seen = list(map(_getsignal, _SIGNALS))
+    _seen = {signum: _getsignal(signum) for signum in _SIGNALS}
 
 
 def uninstall() -> None:
@@ -266,7 +272,10 @@ def _catchable() -> tuple[int, ...]:
 
 
 _SIGNALS = _catchable()
-_seen: list[Any] = []
+_INTERRUPT = int(signal.SIGINT)
+_next_signal = itertools.cycle(_SIGNALS).__next__
+"""Whose handler is looked at when a section begins, beside that of Ctrl-C: one in turn. A look at all takes 0.5 µs."""
+_seen: dict[int, Any] = {}
 """The handlers of these, as `install` last left them."""
 
 

@@ -158,7 +158,18 @@ def test_handlers_may_use_sections_and_waits_of_their_own(ran: list[str]) -> Non
 
 def test_a_handler_that_is_set_later_is_deferred_from_the_next_wait_on(ran: list[str]) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: ran.append("new"))
-    interrupts.restart(lambda: None)
+    interrupts.restart(lambda: interrupts.wait(lambda: None))
+    with interrupts.deferred:
+        signal.raise_signal(signal.SIGUSR1)
+        assert ran == []
+    assert ran == ["new"]
+
+
+def test_a_handler_that_is_set_later_is_deferred_after_a_few_sections(ran: list[str]) -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: ran.append("new"))
+    for _ in range(8):
+        with interrupts.deferred:
+            pass
     with interrupts.deferred:
         signal.raise_signal(signal.SIGUSR1)
         assert ran == []

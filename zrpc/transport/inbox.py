@@ -281,7 +281,7 @@ class Inbox:
             wanted: what it waits for. If it comes otherwise than by a message, call `wake` after.
             deadline: when to give up (`time.monotonic`); None: never.
         """
-        interrupts.restart(partial(self._wait_for, wanted, deadline))
+        interrupts.restart(self._wait_for, wanted, deadline)
 
     def _wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         me = threading.get_ident()
