@@ -171,14 +171,16 @@ def encode(
     inline: list[Any] = []
     frames: list[Buffer] = [b""]
     buffers: Sequence[Buffer | Arriving | Exported | Region] = envelope.buffers
-    members: dict[int, list[int]] = {}
-    gathered = gather(buffers) if envelope.shared is None else envelope.shared.gathered
+    entries: dict[int, list[int] | None] = {}
+    gathered = None
+    if len(buffers) > 1:
+        gathered = gather(buffers) if envelope.shared is None else envelope.shared.gathered
     if gathered is not None:
-        members, regions = gathered
-        buffers = [*buffers, *regions]
+        entries = gathered.entries
+        buffers = [*buffers, *gathered.regions]
     for index, buffer in enumerate(buffers):
-        if index in members:
-            inline.append(members[index])
+        if index in entries:
+            inline.append(entries[index])
             continue
         if isinstance(buffer, Exported):
             inline.append(buffer.descriptor())
@@ -195,6 +197,8 @@ def encode(
         else:
             inline.append(nbytes)
             frames.append(_as_frame(buffer))
+    if gathered is not None and gathered.sizes is not None:
+        inline.append(gathered.sizes)
     try:
         frames[0] = _pack(
             (
@@ -287,9 +291,13 @@ def _fill_in(
     """
     damage = None
     members: list[int] = []
+    packed: list[int] = []
     following = iter(frames[1:])
     for index, entry in enumerate(buffers):
         if type(entry) is bytes:
+            continue
+        if entry is None:
+            packed.append(index)
             continue
         if isinstance(entry, list):
             if len(entry) == MEMBER_LENGTH:
@@ -310,6 +318,6 @@ def _fill_in(
     if next(following, None) is not None:
         surplus = 1 + sum(1 for _ in following)
         raise ProtocolError(f"a message has {surplus} frames more than its header names")
-    if members:
-        cut(buffers, members, damage is None)
+    if members or packed:
+        cut(buffers, members, packed, damage is None)
     return damage

@@ -3,10 +3,12 @@
 What: a frame of its own, or a piece of shared memory, costs about as much time for 5 KB as for 100 KB. So where a
 message has several buffers that are neither tiny nor large, they are laid out in regions, one after the other. A buffer
 becomes a *member*: `[region, offset, nbytes]`, where `region` is the index of the region's own entry among the buffers
-of the message, behind those of all buffers.
+of the message, behind those of all buffers. Many tiny buffers are *packed*: the entry of each is nil, all of them lie
+one after the other in the last region, and behind its entry stand their sizes, as little-endian 16-bit numbers.
 
-Invariants: members begin on multiples of `ALIGNMENT`. A region has at most `MAX_NBYTES`, so that one tensor that is
-kept holds no more than that. Tiny members are read-only where they arrive: who reads them makes a copy.
+Invariants: members begin on multiples of `ALIGNMENT`. A region has at most `MAX_NBYTES` (one of packed buffers
+`MAX_MEMBERS` of them), so that one tensor that is kept holds no more than that. Packed buffers are read-only where they
+arrive: who reads them makes a copy.
 
 Threads: none of it is shared.
 
@@ -16,7 +18,8 @@ Failure: members that do not lie within their region are a `ProtocolError`.
 from __future__ import annotations
 
 import reprlib
-from typing import TYPE_CHECKING, Any
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc.errors import ProtocolError
 
@@ -75,8 +78,14 @@ class Region:
         return self._whole
 
 
-Gathered = tuple[dict[int, list[int]], list[Region]]
-"""The entries of members by their indices, and the regions."""
+class Gathered(NamedTuple):
+    """What `gather` has laid out."""
+
+    entries: dict[int, list[int] | None]
+    """Of members and packed buffers, by their indices."""
+    regions: list[Region]
+    sizes: bytes | None
+    """Of the packed buffers, which lie in the last region; None: there are none."""
 
 
 class SharedBuffers:
@@ -109,20 +118,26 @@ def gather(buffers: Sequence[Any]) -> Gathered | None:
     if not 2 <= len(buffers) <= MAX_MEMBERS:
         return None
     sizes = [_nbytes_of(buffer) for buffer in buffers]
+    tiny = [index for index, nbytes in enumerate(sizes) if 0 <= nbytes <= TINY_MAX_NBYTES]
     chosen = [index for index, nbytes in enumerate(sizes) if TINY_MAX_NBYTES < nbytes <= MEMBER_MAX_NBYTES]
-    if sum(nbytes for nbytes in sizes if nbytes <= TINY_MAX_NBYTES) > TINY_TOTAL_MAX_NBYTES:
-        chosen = [index for index, nbytes in enumerate(sizes) if 0 <= nbytes <= MEMBER_MAX_NBYTES]
-    elif len(chosen) < 2:
+    are_packed = len(tiny) > 1 and sum([sizes[index] for index in tiny]) > TINY_TOTAL_MAX_NBYTES
+    if len(chosen) < 2 and not are_packed:
         return None
-    members: dict[int, list[int]] = {}
-    regions = [Region()]
-    for index in chosen:
+    entries: dict[int, list[int] | None] = {}
+    regions: list[Region] = []
+    for index in chosen if len(chosen) > 1 else ():
         nbytes = sizes[index]
-        if regions[-1].nbytes + ALIGNMENT + nbytes > MAX_NBYTES:
+        if not regions or regions[-1].nbytes + ALIGNMENT + nbytes > MAX_NBYTES:
             regions.append(Region())
         offset = regions[-1].add(buffers[index], nbytes)
-        members[index] = [len(buffers) + len(regions) - 1, offset, nbytes]
-    return members, regions
+        entries[index] = [len(buffers) + len(regions) - 1, offset, nbytes]
+    if not are_packed:
+        return Gathered(entries, regions, None)
+    packed = b"".join([buffers[index] for index in tiny])
+    regions.append(Region())
+    regions[-1].add(packed, len(packed))
+    entries.update(dict.fromkeys(tiny))
+    return Gathered(entries, regions, struct.pack(f"<{len(tiny)}H", *[sizes[index] for index in tiny]))
 
 
 def _nbytes_of(buffer: Any) -> int:
@@ -132,17 +147,20 @@ def _nbytes_of(buffer: Any) -> int:
     return len(buffer) if isinstance(buffer, bytes | bytearray) else -1
 
 
-def cut(buffers: list[Any], members: Sequence[int], are_all_here: bool) -> None:
-    """Put what members name in their places, and take the regions out. They are views of the regions.
+def cut(buffers: list[Any], members: Sequence[int], packed: Sequence[int], are_all_here: bool) -> None:
+    """Put views of the regions in the places of what lies in them, and take the regions out.
 
     Args:
-        buffers: entries of members, and the memory of everything else.
-        members: their indices.
-        are_all_here: whether every region could be opened. Else members of the others stay as they are.
+        buffers: entries of members and packed buffers, the sizes of these, and the memory of everything else.
+        members: the indices of members.
+        packed: the indices of packed buffers.
+        are_all_here: whether every region could be opened. Else what lies in the others stays as it is.
 
     Raises:
-        ProtocolError: a member does not lie in a region.
+        ProtocolError: a member does not lie in a region, or packed buffers do not fill theirs.
     """
+    if packed:
+        _cut_packed(buffers, packed, are_all_here)
     end = len(buffers)
     for index in members:
         entry = buffers[index]
@@ -157,6 +175,23 @@ def cut(buffers: list[Any], members: Sequence[int], are_all_here: bool) -> None:
             continue
         if not 0 <= offset <= offset + nbytes <= len(memory):
             raise ProtocolError(f"a member {reprlib.repr(entry)} does not lie in its region of {len(memory)} bytes")
-        view = memoryview(memory)[offset : offset + nbytes]
-        buffers[index] = view.toreadonly() if nbytes <= TINY_MAX_NBYTES else view
+        buffers[index] = memoryview(memory)[offset : offset + nbytes]
     del buffers[end:]
+
+
+def _cut_packed(buffers: list[Any], packed: Sequence[int], are_all_here: bool) -> None:
+    raw = buffers.pop()
+    if type(raw) is not bytes or len(raw) != 2 * len(packed) or len(buffers) - 1 in packed:
+        raise ProtocolError(f"{len(packed)} packed buffers came, and their sizes are {reprlib.repr(raw)}")
+    sizes = struct.unpack(f"<{len(packed)}H", raw)
+    memory = buffers.pop()
+    if isinstance(memory, list):
+        if are_all_here:
+            raise ProtocolError(f"packed buffers should lie in a region, and {reprlib.repr(memory)} names a member")
+        return
+    if sum(sizes) != len(memory):
+        raise ProtocolError(f"packed buffers of {sum(sizes)} bytes do not fill their region of {len(memory)}")
+    view = memoryview(memory).toreadonly()
+    offset = 0
+    for index, nbytes in zip(packed, sizes, strict=True):
+        buffers[index] = view[offset : (offset := offset + nbytes)]

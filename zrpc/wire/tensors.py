@@ -204,7 +204,7 @@ def _bytes_of(tensor: torch.Tensor, nbytes: int) -> memoryview:
     if not tensor.data_ptr():
         raise _without_memory()
     if start + nbytes <= storage.nbytes() and tensor.dtype in _NUMPY_HAS:
-        return tensor.detach().numpy().data.cast("B")
+        return (tensor.detach() if tensor.requires_grad else tensor).numpy().data.cast("B")
     return raw_view(storage, start, nbytes).numpy().data
 
 
@@ -280,7 +280,7 @@ def _without_memory() -> SerializationError:
 
 def _storage_key(tensor: torch.Tensor) -> int:
     """Which storage a plain CPU tensor sees; 0 for every other tensor."""
-    if tensor.device.type != "cpu" or is_special(tensor):
+    if not tensor.is_cpu or is_special(tensor):
         return 0
     key: int = tensor.untyped_storage()._cdata
     return key
@@ -293,9 +293,11 @@ def shared_storages(
 
     The span begins on a multiple of the largest element, so that every view keeps its alignment.
     """
+    keys = list(map(storage_key, tensors))
+    if 0 not in keys and len(set(keys)) == len(keys):  # as a rule; special tensors have no key
+        return {}
     seen: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        key = storage_key(tensor)
+    for tensor, key in zip(tensors, keys, strict=True):
         if key:
             if tensor.numel():
                 seen[key].append(tensor)

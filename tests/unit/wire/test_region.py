@@ -75,13 +75,12 @@ def test_a_kept_buffer_holds_no_more_than_a_bounded_region() -> None:
     buffers = [bytes(100_000)] * 100
     gathered = gather(buffers)
     assert gathered is not None
-    members, regions = gathered
-    assert len(regions) > 1
-    assert all(len(region) <= MAX_NBYTES for region in regions)
-    assert all(offset % ALIGNMENT == 0 for _, offset, _ in members.values())
+    assert len(gathered.regions) > 1
+    assert all(len(region) <= MAX_NBYTES for region in gathered.regions)
+    assert all(entry is not None and entry[1] % ALIGNMENT == 0 for entry in gathered.entries.values())
 
 
-def test_tiny_members_are_read_only_so_that_their_receivers_copy_them() -> None:
+def test_tiny_buffers_are_read_only_so_that_their_receivers_copy_them() -> None:
     received = decode(arrived(encode(Envelope(Reply(), buffers=[bytes(1000)] * 20 + [bytes(5000)]))))
     assert [memoryview(buffer).readonly for buffer in received.buffers] == [True] * 20 + [False]  # type: ignore[arg-type]
 
@@ -104,7 +103,24 @@ def test_tiny_members_are_read_only_so_that_their_receivers_copy_them() -> None:
 def test_a_member_that_lies_in_no_region_is_refused(entries: list[Any], words: str) -> None:
     members = [index for index, entry in enumerate(entries) if isinstance(entry, list)]
     with pytest.raises(ProtocolError, match=words):
-        cut(entries, members, True)
+        cut(entries, members, [], True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([None, None, bytes(10), b"\5\0"], "2 packed buffers came, and their sizes are"),
+        ([None, None, bytes(10), "5050"], "their sizes are '5050'"),
+        ([None, b"\5\0"], "their sizes are"),
+        ([None, None, bytes(10), b"\5\0\6\0"], "of 11 bytes do not fill their region of 10"),
+        ([None, None, bytes(10), b"\5\0\4\0"], "of 9 bytes do not fill their region of 10"),
+        ([None, None, [0, 0, 5], b"\5\0\4\0"], "names a member"),
+    ],
+)
+def test_packed_buffers_that_do_not_fill_their_region_are_refused(entries: list[Any], words: str) -> None:
+    packed = [index for index, entry in enumerate(entries) if entry is None]
+    with pytest.raises(ProtocolError, match=words):
+        cut(entries, [], packed, True)
 
 
 def test_members_of_memory_that_cannot_be_opened_are_told_of_by_its_own_error() -> None:
