@@ -2,14 +2,14 @@
 
 What: the server of torch's store asks for the name of the address of each connection that it accepts, only to be able
 to log it, and serves no client meanwhile. Where the name server does not answer, this takes 10 s, unless the resolver
-is configured otherwise. Torch gives up such questions in a process for good once one has failed for the moment (EAI_AGAIN,
+is configured otherwise. Torch asks no more in a process once a question has failed for the moment (EAI_AGAIN,
 pytorch#159007). So the name server is asked before a server is started. If there is no answer, one question of
 torch's is made to fail at once: on a thread whose resolver may send none.
 
 Threads: each thread has a resolver state of its own (`_res` of resolver(3)). It is changed on one thread, which then
 ends. The rest of the process asks as before.
 
-Failure: without glibc, or where torch asks in another way, nothing is changed, and the store starts as slowly as torch's.
+Failure: without glibc, or where torch asks in another way, nothing is changed, and the store is as slow as torch's.
 """
 
 from __future__ import annotations

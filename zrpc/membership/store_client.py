@@ -140,10 +140,12 @@ class StoreClient(dist.Store):
         connection: it is this client's from now on.
         where: the address, for messages.
         timeout_s: for each answer, and for keys that are waited for.
+        kept: what is to live as long as this, such as the store's server.
     """
 
-    def __init__(self, connection: Connection, where: str, timeout_s: float) -> None:
+    def __init__(self, connection: Connection, where: str, timeout_s: float, kept: object = None) -> None:
         super().__init__()
+        self._kept = kept
         self._connection = connection
         self._where = where
         self._timeout_s = timeout_s

@@ -1,25 +1,32 @@
-"""Opening a store at a host and port: as its host, torch's TCPStore; else a client of it that asks no name server.
+"""Opening a store at a host and port. It is torch's TCPStore; this process's client of it asks no name server.
 
-TCPStore's constructor waits in C++, where Python's signal handlers do not run: for its host to listen, for its answer
-(without heeding its time limit) and, on the host, for all workers to connect. So the host is waited for in Python. Where
-torch's constructor is needed (on the host, and for a store that `StoreClient` does not understand), it runs on a thread
-of its own, which is left behind where what listens never answers.
+What: TCPStore's constructor makes a server, on the host, and a client. It waits in C++, where Python's signal handlers
+do not run: for its host to listen, for an answer (without heeding its time limit), for the names of addresses, which it
+only logs, and on the host for all workers to connect. So the host is waited for in Python, and `StoreClient` is the
+client. On the host torch's constructor runs on a thread of its own, with a socket that listens already; it is not
+waited for.
+
+Failure: where `StoreClient` does not understand the store, torch's own client is used, also on a thread of its own. The
+thread is left behind where what listens never answers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
+import os
 import socket
 import time
 from datetime import timedelta
 from queue import Empty, Queue
-from typing import TYPE_CHECKING
+from typing import TypeAlias
+
+import torch.distributed as dist
 
 from zrpc import threads
 from zrpc.membership import name_service
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
+from zrpc.membership.store_client import Connection, NotAStoreError, StoreClient
 
 log = logging.getLogger("zrpc")
 
@@ -27,7 +34,13 @@ CONNECT_S = 1.0
 """How long a connection is tried before it is tried anew."""
 RETRY_MIN_S = 0.02
 RETRY_MAX_S = 0.5
+BACKLOG = 4096
+"""For connections that torch has not accepted yet; the system has a limit of its own."""
 NO_ANSWER = "what listens there does not answer as a store does"
+
+
+Opening: TypeAlias = "Queue[dist.Store | Exception]"
+"""Where torch's store, or why there is none, will be."""
 
 
 class ListenError(RuntimeError):
@@ -43,19 +56,54 @@ def open_tcp_store(host: str, port: int, *, is_host: bool, timeout_s: float, use
         LimitError: the system gives no thread.
     """
     deadline = time.monotonic() + timeout_s
+    opening = None
     if is_host:
         name_service.prepare(host)
-        return _open_torch_store(host, port, is_host=True, deadline=deadline, use_libuv=use_libuv)
-    from zrpc.membership.store_client import Connection, NotAStoreError, StoreClient
-
-    sock = _connect(host, port, deadline)
+        listener = _listen(host, port)
+        opening = _open_torch_store(host, port, deadline, is_host=True, use_libuv=use_libuv, listener=listener)
+        if listener is None:  # a process group of this process may have opened the store: torch knows it
+            return _outcome_of(opening, deadline)
     try:
-        return StoreClient(Connection(sock, deadline), f"{host}:{port}", timeout_s)
+        return _open_client(host, port, deadline, opening)
+    except NotAStoreError as error:
+        log.warning("%s:%d: %s; torch's own client is used, which may wait for a name server", host, port, error)
+    if opening is None:
+        opening = _open_torch_store(host, port, deadline, is_host=False, use_libuv=use_libuv)
+    return _outcome_of(opening, deadline)
+
+
+def _listen(host: str, port: int) -> socket.socket | None:
+    """A socket that listens as torch's would; None: the port is taken, or torch is to say what is wrong.
+
+    Where `host` is an IPv4 address, it is an IPv4 socket: so the addresses of those that connect are plain ones, and
+    the system finds the names of those that are in /etc/hosts, as that of 127.0.0.1 is, without a name server.
+    """
+    with contextlib.suppress(OSError):
+        if _is_ipv4(host) or not socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), backlog=BACKLOG)
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    return None
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 4
+    except ValueError:
+        return False
+
+
+def _open_client(host: str, port: int, deadline: float, opening: Opening | None) -> dist.Store:
+    """A client of torch's store that asks no name server; `opening` is kept as long as it.
+
+    Raises:
+        NotAStoreError: what listens is not known to be a store.
+        RuntimeError: it gives no answer by `deadline`.
+    """
+    try:
+        connection = Connection(_connect(host, port, deadline), deadline)
     except TimeoutError as error:
         raise RuntimeError(NO_ANSWER) from error
-    except NotAStoreError as error:
-        log.warning("%s:%d: %s; torch's own client is tried, which may wait for a name server", host, port, error)
-    return _open_torch_store(host, port, is_host=False, deadline=deadline, use_libuv=use_libuv)
+    return StoreClient(connection, f"{host}:{port}", _left_s(deadline), opening)
 
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
@@ -76,27 +124,47 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
         pause_s = min(2 * pause_s, RETRY_MAX_S)
 
 
-def _open_torch_store(host: str, port: int, *, is_host: bool, deadline: float, use_libuv: bool) -> dist.Store:
-    """Torch's own TCPStore. Raises as `open_tcp_store` does."""
-    import torch.distributed as dist
+def _open_torch_store(
+    host: str, port: int, deadline: float, *, is_host: bool, use_libuv: bool, listener: socket.socket | None = None
+) -> Opening:
+    """Torch's own TCPStore, which is made on a thread of its own.
 
-    left_s = max(RETRY_MAX_S, deadline - time.monotonic())
-    outcome: Queue[dist.Store | Exception] = Queue()
+    Raises:
+        LimitError: the system gives no thread.
+    """
+    opening: Opening = Queue()
+    timeout = timedelta(seconds=_left_s(deadline))
 
     def construct() -> None:
         try:
             store = dist.TCPStore(
-                host, port, None, is_master=is_host, timeout=timedelta(seconds=left_s), wait_for_workers=False,
-                multi_tenant=True, use_libuv=use_libuv,
+                host, port, None, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True,
+                master_listen_fd=None if listener is None else os.dup(listener.fileno()), use_libuv=use_libuv,
             )  # fmt: skip
         except Exception as error:
-            outcome.put(error)
+            opening.put(error)
+            if listener is not None:
+                with contextlib.suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)  # those that have connected are not to wait for an answer
         else:
-            outcome.put(store)
+            opening.put(store)
+        finally:
+            if listener is not None:
+                listener.close()
 
     threads.start(construct, "zrpc-store")
+    return opening
+
+
+def _outcome_of(opening: Opening, deadline: float) -> dist.Store:
+    """The store that is being opened.
+
+    Raises:
+        ListenError: it cannot listen.
+        RuntimeError: it cannot be opened, or not by `deadline`.
+    """
     try:
-        made = outcome.get(timeout=left_s + CONNECT_S)
+        made = opening.get(timeout=_left_s(deadline) + CONNECT_S)
     except Empty:
         raise RuntimeError(NO_ANSWER) from None
     if isinstance(made, Exception):
@@ -104,3 +172,7 @@ def _open_torch_store(host: str, port: int, *, is_host: bool, deadline: float, u
             raise ListenError(str(made)) from made
         raise made
     return made
+
+
+def _left_s(deadline: float) -> float:
+    return max(RETRY_MAX_S, deadline - time.monotonic())
