@@ -32,6 +32,8 @@ log = logging.getLogger("zrpc")
 
 CONNECT_S = 1.0
 """How long a connection is tried before it is tried anew."""
+HANDSHAKE_S = 15.0
+"""How long an answer is waited for before torch's own client is tried. A server of torch may wait 10 s for a name."""
 RETRY_MIN_S = 0.02
 RETRY_MAX_S = 0.5
 BACKLOG = 4096
@@ -58,7 +60,6 @@ def open_tcp_store(host: str, port: int, *, is_host: bool, timeout_s: float, use
     deadline = time.monotonic() + timeout_s
     opening = None
     if is_host:
-        name_service.prepare(host)
         listener = _listen(host, port)
         opening = _open_torch_store(host, port, deadline, is_host=True, use_libuv=use_libuv, listener=listener)
         if listener is None:  # a process group of this process may have opened the store: torch knows it
@@ -66,10 +67,11 @@ def open_tcp_store(host: str, port: int, *, is_host: bool, timeout_s: float, use
     try:
         return _open_client(host, port, deadline, opening)
     except NotAStoreError as error:
+        if opening is None:
+            opening = _open_torch_store(host, port, deadline, is_host=False, use_libuv=use_libuv)
+        store = _outcome_of(opening, deadline)
         log.warning("%s:%d: %s; torch's own client is used, which may wait for a name server", host, port, error)
-    if opening is None:
-        opening = _open_torch_store(host, port, deadline, is_host=False, use_libuv=use_libuv)
-    return _outcome_of(opening, deadline)
+        return store
 
 
 def _listen(host: str, port: int) -> socket.socket | None:
@@ -97,12 +99,14 @@ def _open_client(host: str, port: int, deadline: float, opening: Opening | None)
 
     Raises:
         NotAStoreError: what listens is not known to be a store.
-        RuntimeError: it gives no answer by `deadline`.
+        RuntimeError: nothing listens by `deadline`.
     """
+    sock = _connect(host, port, deadline)
+    limit_s = min(HANDSHAKE_S, _left_s(deadline) / 2)
     try:
-        connection = Connection(_connect(host, port, deadline), deadline)
+        connection = Connection(sock, time.monotonic() + limit_s)
     except TimeoutError as error:
-        raise RuntimeError(NO_ANSWER) from error
+        raise NotAStoreError(f"it gave no answer within {limit_s:g} s") from error
     return StoreClient(connection, f"{host}:{port}", _left_s(deadline), opening)
 
 
@@ -137,6 +141,8 @@ def _open_torch_store(
 
     def construct() -> None:
         try:
+            if is_host:
+                name_service.prepare(host)
             store = dist.TCPStore(
                 host, port, None, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True,
                 master_listen_fd=None if listener is None else os.dup(listener.fileno()), use_libuv=use_libuv,
