@@ -67,11 +67,12 @@ def open_tcp_store(host: str, port: int, *, is_host: bool, timeout_s: float, use
     try:
         return _open_client(host, port, deadline, opening)
     except NotAStoreError as error:
-        if opening is None:
-            opening = _open_torch_store(host, port, deadline, is_host=False, use_libuv=use_libuv)
-        store = _outcome_of(opening, deadline)
-        log.warning("%s:%d: %s; torch's own client is used, which may wait for a name server", host, port, error)
-        return store
+        reason = str(error)
+    if opening is None:
+        opening = _open_torch_store(host, port, deadline, is_host=False, use_libuv=use_libuv)
+    store = _outcome_of(opening, deadline)
+    log.warning("%s:%d: %s; torch's own client is used, which may wait for a name server", host, port, reason)
+    return store
 
 
 def _listen(host: str, port: int) -> socket.socket | None:

@@ -93,7 +93,8 @@ def test_a_client_answers_as_torchs_does(server: dist.TCPStore) -> None:
         store.multi_set([f"{own}one", f"{own}two"], ["1", "22"])
         before = store.num_keys()
         store.set(f"{own}more", "")
-        return [*results, store.get(f"{own}new"), store.multi_get([f"{own}one", f"{own}two"]), store.num_keys() - before]
+        results += [store.get(f"{own}new"), *store.multi_get([f"{own}one", f"{own}two"]), store.num_keys() - before]
+        return results
 
     assert operations(ours, "ours") == operations(theirs, "theirs")
 
