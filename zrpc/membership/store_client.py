@@ -5,9 +5,9 @@ the answer: 10 s where the name server gives none. This one speaks the same prot
 torch's in any case, so keys are shared with all clients of torch: each key has the prefix "/" there, as torch's clients
 give it.
 
-Protocol, which torch has not changed since 2.3: a request is one byte that says what is asked for, then its arguments;
-numbers are those of the machine, strings have their length in eight bytes before them. The connection begins with
-VALIDATE and a magic number, then PING and a number that comes back.
+Protocol, as of torch 2.13: a request is one byte that says what is asked for, then its arguments. Numbers are those of
+the machine; strings have their length in eight bytes before them. The connection begins with VALIDATE and a magic
+number, then PING and a number that comes back.
 
 Threads: any. A lock keeps an exchange whole.
 
@@ -65,7 +65,7 @@ class NotAStoreError(RuntimeError):
 
 
 class Connection:
-    """A connection to a TCPStore. It asks no name server: its address is numeric, and nobody asks for the name of it.
+    """A connection to a TCPStore, which has answered.
 
     Args:
         sock: connected. It is closed with this.
