@@ -63,6 +63,19 @@ def test_a_signal_ends_a_waiting_start(
     assert [worker.returncode for worker in workers] == [0] * len(workers)
 
 
+def test_a_signal_ends_a_start_at_a_store_that_gives_no_answer() -> None:
+    """What listens has accepted the worker and says nothing, as a server does that waits for a name server."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        method = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, "-c", WAITING, "1", method]
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(1)  # it has asked, and waits for the answer
+            worker.send_signal(signal.SIGINT)
+            assert worker.communicate(timeout=LIMIT_S)[0] == "begins\nstopped\n"
+
+
 def start_in_vain(rank: int, init_method: str, ranks: list[int], world_size: int) -> str:
     options = rpc.RpcBackendOptions(init_method=init_method, rpc_timeout=3)
     with pytest.raises(errors.ZrpcError) as caught:
