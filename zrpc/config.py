@@ -62,9 +62,6 @@ class RpcBackendOptions:
         pinned_pool_nbytes: how much memory of the host may be pinned, through which tensors travel to and from CUDA
             devices. It is taken as it is needed, and only by workers that use devices. What does not fit goes through
             memory that is pinned for the moment.
-        cuda_ipc: let tensors go from device to device, without the host between, to workers of this host that allow it
-            too (`docs/cuda.md`). Off by default, as it has never run on a device. It takes up to 512 MiB of a device's
-            memory for each such worker; `shared_memory` must be allowed.
         propagate_grad_mode: let `torch.no_grad` and `torch.inference_mode` hold for calls that are made under them in
             a distributed autograd context, so that their results do not require grad. False: callees record all the
             same, as in torch.
@@ -89,12 +86,9 @@ class RpcBackendOptions:
         max_in_flight_calls: int = DEFAULT_MAX_IN_FLIGHT_CALLS,
         busy_poll_s: float = DEFAULT_BUSY_POLL_S,
         pinned_pool_nbytes: int = DEFAULT_PINNED_POOL_NBYTES,
-        cuda_ipc: bool = False,
         propagate_grad_mode: bool = True,
     ) -> None:
-        _check_kinds(
-            {"shared_memory": shared_memory, "cuda_ipc": cuda_ipc, "propagate_grad_mode": propagate_grad_mode}, bind
-        )
+        _check_kinds({"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode}, bind)
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
@@ -105,7 +99,6 @@ class RpcBackendOptions:
         self.device_maps: dict[str, DeviceMap] = {}
         self.devices: list[torch.device] = []
         self.shared_memory = shared_memory
-        self.cuda_ipc = cuda_ipc
         self.propagate_grad_mode = propagate_grad_mode
         self.bind = bind
         if not isinstance(device_maps, Mapping | None):

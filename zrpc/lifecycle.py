@@ -237,7 +237,6 @@ def _card(agent: Agent) -> dict[str, Any]:
         "devices": [str(device) for device in options.devices],
         "device_count": torch.cuda.device_count(),  # it makes no CUDA context
         "memory": agent.memory_card(),
-        "cuda_ipc": options.cuda_ipc,
     }
 
 

@@ -1,9 +1,8 @@
 """zrpc beside TensorPipe with tensors on one CUDA device: `make gpu`, or `python -m benchmarks.cuda`.
 
-The same program runs on all in turn, A B C A B C, as ../shared/bench/compare.py does (which knows no device maps): on
-TensorPipe, on zrpc, and on zrpc with `cuda_ipc`, where tensors do not go through the host. `better` is how many times
-better than TensorPipe zrpc is, the median over the rounds of the ratios taken round by round. Under the table stand the
-pinned copy limits of the machine. All is printed, and written to benchmarks/results/cuda.md.
+The same program runs on both in turn, A B A B, as ../shared/bench/compare.py does (which knows no device maps).
+`better` is how many times better zrpc is, the median over the rounds of the ratios taken round by round. Under the
+table stand the pinned copy limits of the machine. All is printed, and written to benchmarks/results/cuda.md.
 
     python -m benchmarks.cuda --rounds 5 --only sink_16MB_GBps,autograd_step_us
 """
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cuda.rows import LOCAL, ROWS
-from benchmarks.cuda.worker import MACHINE, TENSORPIPE, ZRPC, ZRPC_IPC
+from benchmarks.cuda.worker import MACHINE, TENSORPIPE, ZRPC
 from benchmarks.machine import ROOT, facts
 
 LIMIT_S = 300.0
@@ -37,29 +36,23 @@ def main() -> None:
         sys.exit("benchmarks.cuda: torch finds no CUDA device on this machine")
     rows = args.only or list(ROWS)
     limits = _run(MACHINE, [])
-    rounds = [[_run(peer, rows) for peer in (TENSORPIPE, ZRPC, ZRPC_IPC)] for _ in range(args.rounds)]
+    rounds = [(_run(TENSORPIPE, rows), _run(ZRPC, rows)) for _ in range(args.rounds)]
     text = "\n".join([f"{facts()}, {torch.cuda.get_device_name()}", "", *table(rounds), "", *_lines(limits)])
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cuda.md").write_text(f"{text}\n")
     print(text)
 
 
-def table(rounds: list[list[Measured]]) -> list[str]:
-    """The lines of the table: medians of each row, of TensorPipe, zrpc, and zrpc with `cuda_ipc`, and their ratios."""
-    lines = ["| row | TensorPipe | zrpc | better | zrpc, cuda_ipc | better |", "|---|---|---|---|---|---|"]
+def table(rounds: list[tuple[Measured, Measured]]) -> list[str]:
+    """The lines of the table: TensorPipe's and zrpc's medians of each row, and their ratio."""
+    lines = ["| row | TensorPipe | zrpc | better |", "|---|---|---|---|"]
     for name in rounds[0][0]:
-        theirs, *ours = [[measured[name] for measured in column] for column in zip(*rounds, strict=True)]
-        cells = [f"{statistics.median(theirs):.2f}"]
-        for one in ours:
-            cells += [f"{statistics.median(one):.2f}", _better(name, theirs, one)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        theirs, ours = [one[name] for one, _ in rounds], [other[name] for _, other in rounds]
+        pairs = zip(theirs, ours, strict=True) if name.endswith("_us") else zip(ours, theirs, strict=True)
+        ratios = [left / right for left, right in pairs if right]
+        better = f"{statistics.median(ratios):.2f}x" if ratios else "-"
+        lines.append(f"| {name} | {statistics.median(theirs):.2f} | {statistics.median(ours):.2f} | {better} |")
     return lines
-
-
-def _better(name: str, theirs: list[float], ours: list[float]) -> str:
-    pairs = zip(theirs, ours, strict=True) if name.endswith("_us") else zip(ours, theirs, strict=True)
-    ratios = [left / right for left, right in pairs if right]
-    return f"{statistics.median(ratios):.2f}x" if ratios else "-"
 
 
 def _lines(limits: Measured) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 
 from benchmarks.cuda.rows import DEVICE, LOCAL, ROWS
 
-TENSORPIPE, ZRPC, ZRPC_IPC, MACHINE = "torch", "zrpc", "zrpc-ipc", "machine"
+TENSORPIPE, ZRPC, MACHINE = "torch", "zrpc", "machine"
 NAMES = ("w0", "w1")
 THREADS = 16
 
 
 def modules_of(peer: str) -> tuple[Any, Any, Any]:
-    """The modules of a framework for calls and for autograd, and what makes its options."""
+    """The modules of a framework for calls and for autograd, and its class of options."""
     if peer == TENSORPIPE:
         import torch.distributed.autograd as torch_autograd
         import torch.distributed.rpc as torch_rpc
@@ -28,7 +27,7 @@ def modules_of(peer: str) -> tuple[Any, Any, Any]:
     import zrpc
     import zrpc.autograd
 
-    return zrpc, zrpc.autograd, partial(zrpc.RpcBackendOptions, cuda_ipc=peer == ZRPC_IPC)
+    return zrpc, zrpc.autograd, zrpc.RpcBackendOptions
 
 
 def run_rows(peer: str, rank: int, port: int, rows: list[str]) -> dict[str, float]:

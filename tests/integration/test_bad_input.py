@@ -159,7 +159,6 @@ def at_rank_one(rank: int, init_method: str) -> tuple[str, str]:
         ({"rpc_timeout": -1}, "0 \\(no limit\\) or more"),
         ({"init_method": "carrier-pigeon://x"}, "init_method must be"),
         ({"shared_memory": "yes"}, "shared_memory must be True or False"),
-        ({"cuda_ipc": "yes"}, "cuda_ipc must be True or False"),
         ({"bind": "localhost"}, "bind must be an address"),
         ({"busy_poll_s": -1}, "0 \\(never poll\\) or more"),
         ({"device_maps": [1]}, "device_maps must be a dict"),

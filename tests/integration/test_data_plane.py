@@ -6,6 +6,7 @@ its own, or is named by a descriptor of a slab or of a transfer in chunks.
 
 from __future__ import annotations
 
+import struct
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from tests.integration.data_plane_cases import CASES, LARGE, assert_same
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
 from zrpc.transport import carrier, chunks, slabs
+from zrpc.wire import region
 from zrpc.wire.envelope import INLINE_MAX_NBYTES
+from zrpc.wire.region import MEMBER_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,13 +48,19 @@ class Recorder:
 
     def record(self, frames: Sequence[Buffer]) -> None:
         *_, buffers, _ = msgpack.unpackb(frames[0])
-        for entry in buffers:
+        regions = {entry[0] for entry in buffers if isinstance(entry, list) and len(entry) == MEMBER_LENGTH}
+        if None in buffers:  # packed buffers are tiny ones; their region, and their sizes behind it
+            self.seen += [(nbytes, INLINE) for (nbytes,) in struct.iter_unpack("<H", buffers.pop())]
+            buffers.pop()
+        for index, entry in enumerate(buffers):
             if isinstance(entry, bytes):
                 self.seen.append((len(entry), INLINE))
-            elif isinstance(entry, int):
-                self.seen.append((entry, FRAME))
-            else:
-                self.seen.append((entry[-1], SLOTS[len(entry)]))
+            elif entry is not None and index not in regions:
+                where = entry
+                if isinstance(entry, list) and len(entry) == MEMBER_LENGTH:
+                    where = buffers[entry[0]]
+                nbytes = entry if isinstance(entry, int) else entry[-1]
+                self.seen.append((nbytes, FRAME if isinstance(where, int) else SLOTS[len(where)]))
 
     def record_chunk(self, frames: Sequence[Buffer]) -> None:
         self.chunk_nbytes += len(frames[1])
@@ -117,6 +126,7 @@ def exchange_all(rank: int, paths: list[str]) -> list[str]:
     """Exchange every case over each of `paths`; what went wrong."""
     warnings.simplefilter("ignore")
     chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
+    region.MEMBER_MAX_NBYTES = CHUNK_MIN_NBYTES - 1  # larger ones would go by neither path
     other = record_and_meet(rank)
     all_gather(None)
     failed = []

@@ -56,9 +56,3 @@ def test_maps_of_the_cpu_need_no_device(cluster: Cluster) -> None:
     maps = {"worker0": {"cpu": "cpu"}, "worker1": {"cpu": "cpu"}}
     results = cluster.run(returns_what_it_got, WORLD_SIZE, device_maps=maps)
     assert [result.tolist() for result in results] == [[1.0] * 3, [2.0] * 3]
-
-
-def test_to_want_cuda_ipc_needs_no_device(cluster_in_each_mode: Cluster) -> None:
-    maps = {"worker0": {"cpu": "cpu"}, "worker1": {"cpu": "cpu"}}
-    results = cluster_in_each_mode.run(returns_what_it_got, WORLD_SIZE, device_maps=maps, cuda_ipc=True)
-    assert [result.tolist() for result in results] == [[1.0] * 3, [2.0] * 3]

@@ -23,7 +23,6 @@ def test_defaults() -> None:
     assert options.device_maps == {}
     assert options.devices == []
     assert options.shared_memory
-    assert not options.cuda_ipc
     assert options.bind == "tcp://127.0.0.1:0"
     assert options.max_in_flight_nbytes == 1 << 30
     assert options.max_in_flight_calls == 1 << 18
@@ -131,7 +130,7 @@ def test_windows_that_cannot_be(name: str, value: Any) -> None:
     assert getattr(RpcBackendOptions(**{name: 0}), name) == 0  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["shared_memory", "cuda_ipc", "propagate_grad_mode"])
+@pytest.mark.parametrize("name", ["shared_memory", "propagate_grad_mode"])
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be True or False, not "):

@@ -91,9 +91,8 @@ class Agent:
         self._group = group
         self._stagers = HandlerPool(1, "zrpc-stager")  # one more where all wait for devices
         self.staging = Staging(
-            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking, options.cuda_ipc,
-            pin=lambda buffer: self._carrier.pin(buffer, self.staging), beside=self._carrier.beside,
-            on_streams=self._run_on,
+            open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking,
+            pin=lambda buffer: self._carrier.pin(buffer, self.staging), on_streams=self._run_on,
         )  # fmt: skip
         self.control = ControlThread(lambda: self._client.calls.expire_due())
         self._peers = Peers(
@@ -185,7 +184,7 @@ class Agent:
         self._group.leave(flush_s, at_exit=at_exit)  # after the last answers: a broker relays nothing for the gone
         self._carrier.close(flush_s, at_exit=at_exit)
         self._client.close(flush_s)
-        self.staging.close(flush_s)
+        self.staging.drain()
         self.control.close(max(flush_s, CONTROL_END_S))
         self._takes_garbage = False
         self._let_go()

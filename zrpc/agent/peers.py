@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zrpc.errors import ConfigError, PeerLostError, UnknownWorkerError
 from zrpc.membership.device_maps import Placement, Routes, check, devices_of, routes
 from zrpc.membership.registry import Registry
-from zrpc.staging.note import NOTE_NBYTES
-from zrpc.staging.process import Process
 from zrpc.wire.route import Route
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from zrpc.staging.stager import Staging
     from zrpc.transport.carrier import Carrier
     from zrpc.wire.envelope import Envelope
-    from zrpc.wire.route import Exporter
 
 LINGER_S = 5.0
 """How long a worker of a group that cannot be stays for the others to see why."""
@@ -205,19 +202,10 @@ class Peers:
 
     def _make_routes(self, to: WorkerInfo, member: Member | None) -> PeerRoutes:
         maps = Routes({}, {}) if member is None else routes(Placement.of(self._me), Placement.of(member))
-        exporter = None if member is None else self._exporter(member)
         return PeerRoutes(
-            Route(maps.requests, self._staging, "Request", to.name, exporter),
-            Route(maps.replies, self._staging, "Response", to.name, exporter),
+            Route(maps.requests, self._staging, "Request", to.name),
+            Route(maps.replies, self._staging, "Response", to.name),
         )
-
-    def _exporter(self, member: Member) -> Exporter | None:
-        """What puts bytes of devices where `member` can copy them from, if both want that and share memory."""
-        memory = member.card.get("memory")
-        if member.incarnation == self._me.incarnation or not member.card.get("cuda_ipc") or not memory:
-            return None
-        make_note = partial(self._carrier.note, member.incarnation, NOTE_NBYTES)
-        return self._staging.exporter(member.incarnation, member.info.name, make_note, partial(Process, memory[0]))
 
     def says_goodbye(self, worker: WorkerInfo) -> None:
         """`worker` told us that it leaves."""
@@ -280,7 +268,6 @@ class Peers:
     def _end(self, member: Member, reason: str) -> None:
         """What follows from the end of a life. Runs on the control thread."""
         self._carrier.forget(member.incarnation)
-        self._staging.forget(member.incarnation)
         self._on_gone(member.info, reason)
         if not self.is_static:
             self._disconnect(member.incarnation)

@@ -47,7 +47,7 @@ class Accelerator(Protocol):
         """What `stream` is given from now on runs after `event`."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        """Have `stream` copy `source` into `target`, one or both on its device; the other on the host.
+        """Have `stream` copy `source` into `target`, one on its device and one on the host.
 
         Where the host's memory is not pinned it may wait for what `stream` was given before.
         """
@@ -74,34 +74,3 @@ class Accelerator(Protocol):
 
     def unregister(self, address: int) -> None:
         """Undo `register`. The memory must still be there, and no copy of it under way."""
-
-    def export(self, memory: torch.Tensor) -> list[Any]:
-        """Let one other process of this host open `memory`, once.
-
-        From then on what `memory` took is not used again, though `memory` dies, until that process has let go of it, or
-        `withdraw` is called.
-
-        Args:
-            memory: all that `empty` gave.
-
-        Returns:
-            The ticket that `import_memory` takes; msgpack can carry it.
-
-        Raises:
-            RuntimeError: that memory cannot be opened by other processes.
-        """
-
-    def import_memory(self, ticket: list[Any], device: str) -> torch.Tensor:
-        """Memory that another process has exported, as uint8 of `device`, to copy from.
-
-        It is let go of when the tensor dies; no copy of it may be under way then.
-
-        Raises:
-            RuntimeError, TypeError, ValueError: it cannot be opened here.
-        """
-
-    def withdraw(self, ticket: list[Any]) -> None:
-        """The process that might have opened what was exported has not and will not, or has ended.
-
-        It may have let go of it before.
-        """

@@ -96,26 +96,6 @@ class CudaAccelerator:
             finalizers.defer(partial(log.debug, "shared memory cannot be unpinned: CUDA error %d", code))
             _forget_error()
 
-    def export(self, memory: torch.Tensor) -> list[Any]:
-        """See `Accelerator.export`. torch keeps memory that another process has open from being used again.
-
-        It counts who has it open, in a file of its own in /dev/shm; nobody counts down for a process that was killed.
-        """
-        with torch.cuda.stream(Stream(memory.device)):  # type: ignore[no-untyped-call]  # who opens it waits for this one
-            return list(memory.untyped_storage()._share_cuda_())  # type: ignore[no-untyped-call]
-
-    def import_memory(self, ticket: list[Any], device: str) -> torch.Tensor:
-        """See `Accelerator.import_memory`. Devices of two workers may have other numbers: `device` alone counts."""
-        _, *rest = ticket
-        with torch.cuda.stream(Stream(device)):  # type: ignore[no-untyped-call]
-            storage = torch.UntypedStorage._new_shared_cuda(torch.device(device).index, *rest)
-            return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-    def withdraw(self, ticket: list[Any]) -> None:
-        """See `Accelerator.withdraw`. It counts down; a counter is never another one's later."""
-        _, _, _, _, counter, offset, *_ = ticket
-        torch.UntypedStorage._release_ipc_counter_cuda(counter, offset)
-
 
 def _forget_error() -> None:
     """Take back the error that CUDA keeps of a failed call: torch would find it, and blame its next kernel for it."""

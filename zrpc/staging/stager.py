@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from zrpc.errors import DeviceError, ProtocolError
+from zrpc.errors import DeviceError
 from zrpc.staging import handover
-from zrpc.staging.exports import Exports
 from zrpc.staging.held import Held
-from zrpc.staging.imports import Imports, keep_nothing
 from zrpc.staging.outgoing import Outgoing
 from zrpc.staging.pinned import PinnedPool
 from zrpc.staging.streams import Streams
@@ -24,13 +21,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from zrpc.ids import Incarnation
     from zrpc.staging.accelerator import Accelerator, Event, Stream
-    from zrpc.staging.imports import Beside
-    from zrpc.staging.note import MakeNote
-    from zrpc.staging.process import Process
     from zrpc.wire.envelope import Buffer
-    from zrpc.wire.route import Exporter
 
 SMALL_MAX_NBYTES = 65_536
 """Received buffers up to this size are copied into pinned memory first; larger ones are copied from where they lie."""
@@ -52,15 +44,12 @@ class Staging:
         pinned_pool_nbytes: how much memory of the host may be pinned.
         submit: runs a task on another thread, unless the worker is closed.
         waiting: entered while a thread waits for a device.
-        cuda_ipc: export memory of devices to workers of this host (`zrpc.staging.exports`).
         pin: may pin the memory that a received buffer lies in, which then is copied from faster.
-        beside: see `Imports`.
         on_streams: is told of `streams` when `use` changes them.
 
     Attributes:
         devices: the devices that the worker uses.
         streams: the streams of its requests; None: it uses no device.
-        imports: memory of other workers' devices.
     """
 
     def __init__(
@@ -69,10 +58,8 @@ class Staging:
         pinned_pool_nbytes: int,
         submit: Callable[[Callable[[], None]], None],
         waiting: Callable[[], AbstractContextManager[None]],
-        cuda_ipc: bool = False,
         *,
         pin: Callable[[Buffer], None] = _leave,
-        beside: Beside = keep_nothing,
         on_streams: Callable[[Streams | None], None] = handover.order_by,
     ) -> None:
         self._open_accelerator = open_accelerator
@@ -82,8 +69,6 @@ class Staging:
         self._accelerator: Accelerator | None = None
         self._pool: PinnedPool
         self._held = Held(submit, waiting)
-        self._exports = Exports(lambda: self.accelerator, submit, waiting) if cuda_ipc else None
-        self.imports = Imports(lambda: self.accelerator, submit, beside)
         self._inward: dict[str, Stream] = {}
         self.devices: Sequence[str] = ()
         self.streams: Streams | None = None
@@ -132,43 +117,13 @@ class Staging:
 
     def deliver(self, buffer: Buffer, device: str) -> torch.Tensor:
         """See `zrpc.wire.route.Stager.deliver`. `buffer` is held until it is copied."""
-        return self._deliver(len(buffer), device, partial(self._bring, buffer))
-
-    def try_import(self, note: Buffer, device: str) -> None:
-        """See `zrpc.wire.route.Stager.try_import`."""
-        self.imports.try_to_open(note, device)
-
-    def deliver_exported(self, note: Buffer, nbytes: int, device: str) -> torch.Tensor:
-        """See `zrpc.wire.route.Stager.deliver_exported`. `note`, and with it the memory, is held until it is copied."""
-        opened = self.imports.open(note, device)
-        if not 0 < nbytes <= opened.memory.numel():
-            raise ProtocolError(f"{nbytes} bytes were sent in {opened.memory.numel()} bytes of device memory")
-
-        def bring(target: torch.Tensor, stream: Stream) -> None:
-            self._held.until(self._copy(target, opened.memory[:nbytes], stream), (note, opened))
-
-        return self._deliver(nbytes, device, bring)
-
-    def exporter(
-        self, peer: Incarnation, name: str, make_note: MakeNote, open_process: Callable[[], Process]
-    ) -> Exporter | None:
-        """What puts bytes where `peer` can copy them from; None where that was not asked for. See `PeerExports`."""
-        return None if self._exports is None else self._exports.to(peer, name, make_note, open_process)
-
-    def forget(self, peer: Incarnation) -> None:
-        """`peer` is gone."""
-        self.imports.tidy_soon()
-        if self._exports is not None:
-            self._exports.forget(peer)
-
-    def _deliver(self, nbytes: int, device: str, bring: Callable[[torch.Tensor, Stream], None]) -> torch.Tensor:
-        """Fresh memory of `device` that `bring` fills on a stream, there for the current stream."""
         accelerator = self.accelerator
+        nbytes = len(buffer)
         try:
             stream = self._inward_stream(device)
             target = accelerator.empty(nbytes, device, stream)
             if nbytes:
-                bring(target, stream)
+                self._bring(buffer, target, stream)
                 consumer = accelerator.current_stream(device)
                 accelerator.wait(consumer, accelerator.record(stream))
                 accelerator.keep(target, consumer)
@@ -197,19 +152,11 @@ class Staging:
         """Wait until devices copy from no received memory any more."""
         self._held.drain()
 
-    def close(self, timeout_s: float) -> None:
-        """Wait for what devices do, and let go of what other workers may hold, after `timeout_s` at any rate."""
-        self.drain()
-        self.imports.tidy()
-        if self._exports is not None:
-            self._exports.close(timeout_s)
-
     def counts(self) -> dict[str, int]:
-        """See `PinnedPool.counts`; how many received buffers are held; and, where that is in use, `Exports.counts`."""
+        """See `PinnedPool.counts`; and how many received buffers are held."""
         if self._accelerator is None:
             return {}
-        exports = {} if self._exports is None else self._exports.counts()
-        return {**self._pool.counts(), "staged_buffers_held": len(self._held), **exports}
+        return {**self._pool.counts(), "staged_buffers_held": len(self._held)}
 
     def _bring(self, buffer: Buffer, target: torch.Tensor, stream: Stream) -> None:
         """Have `stream` copy `buffer` to `target`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc import interrupts
 from zrpc.errors import ProtocolError
@@ -20,17 +20,15 @@ from zrpc.transport.slab import (
     open_slab,
     size_class,
 )
-from zrpc.wire.envelope import Exported
+from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from zrpc.ids import Incarnation
     from zrpc.transport.filling import Unfilled
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
-
-T = TypeVar("T")
 
 _NBYTES = 3
 """Where a descriptor says how much of a slab is filled."""
@@ -47,20 +45,6 @@ class _Loan(NamedTuple):
     memory: SlabMemory
     owner: Incarnation
     descriptor: Descriptor
-
-
-class _HandedBack(Exported):
-    """A buffer that lies in a slab of the receiver's."""
-
-    def __init__(self, descriptor: Descriptor) -> None:
-        self._descriptor = descriptor
-        self.nbytes = descriptor[-1]
-
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    def has_left(self) -> None:
-        """It is the receiver's business now."""
 
 
 class Attachments:
@@ -121,7 +105,7 @@ class Attachments:
 
         Args:
             owner: of the slabs, and who gets the message.
-            buffers: of the message. Those that fill a slab of `owner`, and that nobody else sees, become `Exported`.
+            buffers: of the message. Those that fill a slab of `owner`, and that nobody else sees, become `HandedBack`.
             handed: gets the descriptors of these slabs.
         """
         for index in range(len(buffers)):
@@ -140,7 +124,7 @@ class Attachments:
             return
         if self._loans.pop(memory.address, None) is None:  # so it stays held; or another message sees it and tries now
             return
-        buffers[index] = _HandedBack(descriptor)
+        buffers[index] = HandedBack(descriptor)
         seen = loan.reference()
         if seen is None:
             handed.append(descriptor)
@@ -164,19 +148,6 @@ class Attachments:
             is_home = loan.owner == NOBODY and not loan.memory.is_retired()
             if is_home or any(memory is loan.memory for memory in self._mapped.values()):  # else nobody would unpin it
                 loan.memory.pin(pins)
-
-    def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
-        """What `make` made when it was first called for the slab that `buffer` lies in; it goes with the mapping.
-
-        The mapping goes when its owner has let go of the slab or is gone, but not while anybody sees `buffer`.
-
-        Raises:
-            ProtocolError: `buffer` is not one that `lend` has handed out.
-        """
-        loan = self._loans.get(address_of(buffer))
-        if loan is None:
-            raise ProtocolError("a note of device memory does not lie in shared memory")
-        return loan.memory.made_once(make)
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""

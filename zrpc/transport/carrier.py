@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from zrpc import finalizers
 from zrpc.errors import PeerLostError, ProtocolError
@@ -19,7 +19,7 @@ from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
 from zrpc.transport.slab import DESCRIPTOR_LENGTH
-from zrpc.wire.envelope import Arriving, Envelope, Exported, decode, encode
+from zrpc.wire.envelope import Arriving, Envelope, decode, encode
 from zrpc.wire.region import Region
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from zrpc.transport.endpoint import Endpoint, OnLost
     from zrpc.transport.filling import Fill, Unfilled
     from zrpc.transport.inbox import Work
-    from zrpc.transport.note import Note
     from zrpc.transport.shared_memory import SharedMemory
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     OnEnvelope = Callable[[Incarnation, Envelope], Work | None]
 
 log = logging.getLogger("zrpc")
-
-T = TypeVar("T")
 
 _NO_ENVELOPE = b"\xc1"
 """What everything begins with that is no envelope."""
@@ -131,10 +128,6 @@ class Carrier:
             for descriptor in placed:
                 self._take_back(peer, descriptor, is_unsent=False)
             raise
-        if envelope.is_arriving:
-            for buffer in envelope.buffers:
-                if isinstance(buffer, Exported):
-                    buffer.has_left()
 
     def _send(self, peer: Incarnation, frames: list[Buffer], may_lie: bool) -> None:
         if not (may_lie and self.inbox.serves_queue_here and len(frames) == 1 and len(frames[0]) <= MAX_NBYTES):
@@ -172,20 +165,6 @@ class Carrier:
         """Have `pins` pin the memory that a received buffer lies in, if it is shared with another worker."""
         if self._shared_memory is not None:
             self._shared_memory.pin(buffer, pins)
-
-    def note(self, peer: Incarnation, nbytes: int) -> Note | None:
-        """See `SharedMemory.note`; None also where this worker shares no memory."""
-        return None if self._shared_memory is None else self._shared_memory.note(peer, nbytes)
-
-    def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
-        """See `Attachments.beside`.
-
-        Raises:
-            ProtocolError: `buffer` does not lie in memory that is shared with another worker.
-        """
-        if self._shared_memory is None:
-            raise ProtocolError("a note of device memory came, and this worker shares no memory")
-        return self._shared_memory.beside(buffer, make)
 
     def queued_nbytes(self, peer: Incarnation) -> int:
         """How much waits here because `peer` has not read what was sent before, in bytes."""

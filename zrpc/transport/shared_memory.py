@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from zrpc.transport.attachments import Attachments
-from zrpc.transport.note import Note
 from zrpc.transport.probe import Probe
 from zrpc.transport.slab import DESCRIPTOR_LENGTH, NOBODY, Descriptor
 from zrpc.transport.slabs import SlabPool, limits
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from zrpc.wire.region import Region
 
 log = logging.getLogger("zrpc")
-
-T = TypeVar("T")
 
 
 class SharedMemory:
@@ -107,18 +104,6 @@ class SharedMemory:
     def pin(self, buffer: Buffer, pins: Pins) -> None:
         """See `Attachments.pin`."""
         self._attachments.pin(buffer, pins)
-
-    def beside(self, buffer: Buffer, make: Callable[[], T]) -> T:
-        """See `Attachments.beside`."""
-        return self._attachments.beside(buffer, make)
-
-    def note(self, peer: Incarnation, nbytes: int) -> Note | None:
-        """A fresh note for that peer; None where it cannot open, or has not yet tried to open, what is here.
-
-        Raises:
-            OSError: there is not enough memory, or too many files are open.
-        """
-        return Note(nbytes) if self.placing(peer) is not None else None
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""

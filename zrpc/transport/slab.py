@@ -16,21 +16,19 @@ import mmap
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from zrpc.transport.mapping import drop_pages, map_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
-
-T = TypeVar("T")
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
@@ -86,14 +84,13 @@ class SlabMemory:
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_made", "_mapped", "_num_slots", "_pid", "_pins", "address", "is_left", "was_pinned")
+    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "address", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
         self._num_slots = 0
         self._pid = os.getpid()
         self.address = address_of(mapped) + HEADER_NBYTES
-        self._made: object = None  # here, of what the slab says
         self.is_left = False
         self.was_pinned = False
         self._pins: Pins | None = None  # of who has pinned it
@@ -161,15 +158,6 @@ class SlabMemory:
     def end_filling(self, *, is_whole: bool) -> None:
         """It is filled now, or will not be. For its owner."""
         self._mapped[_CONTENT] = _WHOLE if is_whole else _TORN
-
-    def made_once(self, make: Callable[[], T]) -> T:
-        """What `make` made when this was first called; it goes with the mapping.
-
-        A slab is one message's at a time, so there is one thread that calls this now.
-        """
-        if self._made is None:
-            self._made = make()
-        return cast("T", self._made)
 
     def leave(self) -> None:
         """Keep it no longer: its owner is lost, or this worker has shut down."""

@@ -64,31 +64,22 @@ class Arriving:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-class Exported:
-    """Bytes that stay where they are, in memory of a device or of the receiver: what travels says where that is.
-
-    It is sent once at most. One in memory of a device that dies before it has left is nobody's: that is used again.
+class HandedBack:
+    """A buffer that fills memory of the receiver's, which this worker gives back to it with the message.
 
     Attributes:
-        nbytes: how many bytes.
+        descriptor: what travels: where that memory is, and last how many bytes of it are filled.
+        nbytes: so many.
     """
 
-    nbytes: int
+    __slots__ = ("descriptor", "nbytes")
+
+    def __init__(self, descriptor: list[Any]) -> None:
+        self.descriptor = descriptor
+        self.nbytes: int = descriptor[-1]
 
     def __len__(self) -> int:
         return self.nbytes
-
-    def descriptor(self) -> list[Any]:
-        """Where they are, once they are there.
-
-        Raises:
-            DeviceError: they will not come.
-        """
-        raise NotImplementedError
-
-    def has_left(self) -> None:
-        """The receiver is told of it."""
-        raise NotImplementedError
 
 
 class Pending(Protocol):
@@ -126,7 +117,7 @@ class Envelope:
         table: an entry a tensor of `data` (`zrpc.wire.tensors` says what). A long one arrives as bytes.
         buffers: the memory of the tensors and PEP 574 buffers, in the order that `table` and `data` name them.
         damage: why not all of `buffers` is there: memory that both sides should share cannot be opened here.
-        is_arriving: some of `buffers` is `Arriving` or `Exported`: to send it takes a while.
+        is_arriving: some of `buffers` is `Arriving`: to send it takes a while.
         is_last_use: its sender needs nothing of `buffers` any more.
         pending: some of `buffers` may not be read before `pending.wait`.
         shared: other envelopes have the same `buffers`.
@@ -137,7 +128,7 @@ class Envelope:
     extras: dict[str, Any] | None = None
     data: Buffer = b""
     table: Sequence[Any] | bytes = ()
-    buffers: Sequence[Buffer | Arriving | Exported] = field(default_factory=list)
+    buffers: Sequence[Buffer | Arriving | HandedBack] = field(default_factory=list)
     damage: ProtocolError | None = None
     is_arriving: bool = False
     is_last_use: bool = False
@@ -145,7 +136,7 @@ class Envelope:
     shared: SharedBuffers | None = None
 
 
-def nbytes_of(buffers: Sequence[Buffer | Arriving | Exported]) -> int:
+def nbytes_of(buffers: Sequence[Buffer | Arriving | HandedBack]) -> int:
     """What `buffers` take together, in bytes."""
     nbytes = 0
     for buffer in buffers:  # a generator takes twice as long for one or two
@@ -170,7 +161,7 @@ def encode(
     message = envelope.message
     inline: list[Any] = []
     frames: list[Buffer] = [b""]
-    buffers: Sequence[Buffer | Arriving | Exported | Region] = envelope.buffers
+    buffers: Sequence[Buffer | Arriving | HandedBack | Region] = envelope.buffers
     entries: dict[int, list[int] | None] = {}
     gathered = None
     if len(buffers) > 1:
@@ -182,8 +173,8 @@ def encode(
         if index in entries:
             inline.append(entries[index])
             continue
-        if isinstance(buffer, Exported):
-            inline.append(buffer.descriptor())
+        if isinstance(buffer, HandedBack):
+            inline.append(buffer.descriptor)
             continue
         nbytes = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
         if nbytes <= INLINE_MAX_NBYTES and not isinstance(buffer, Region):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zrpc.wire import placed as placed_codec
 from zrpc.wire import received, tensors
-from zrpc.wire.envelope import Arriving, Buffer, Envelope, Exported, unpack_table
+from zrpc.wire.envelope import Arriving, Buffer, Envelope, unpack_table
 from zrpc.wire.region import SharedBuffers
 from zrpc.wire.route import CPU_ONLY, Route
 
@@ -101,12 +101,12 @@ def seal(
         return Envelope(message, call_id, extras, payload.data, table, shared.buffers, shared=shared)
     if not payload.tensors:
         return Envelope(message, call_id, extras, payload.data, (), payload.buffers)
-    buffers: list[Buffer | Arriving | Exported] = list(payload.buffers)
+    buffers: list[Buffer | Arriving] = list(payload.buffers)
     if not route.devices:
         table = tensors.pack(payload.tensors, buffers, route)
         return Envelope(message, call_id, extras, payload.data, table, buffers)
     table = placed_codec.pack(payload.tensors, buffers, route)
-    is_arriving = any(isinstance(buffer, Arriving | Exported) for buffer in buffers)
+    is_arriving = any(isinstance(buffer, Arriving) for buffer in buffers)
     return Envelope(message, call_id, extras, payload.data, table, buffers, is_arriving=is_arriving)
 
 
@@ -120,7 +120,7 @@ def packed_for(payload: Payload, receivers: Sequence[Incarnation]) -> Packed | N
     """
     if payload.passengers or not all(tensor.is_cpu or tensor.is_meta for tensor in payload.tensors):
         return None
-    buffers: list[Buffer | Arriving | Exported] = list(payload.buffers)
+    buffers: list[Buffer | Arriving] = list(payload.buffers)
     table = tensors.pack(payload.tensors, buffers, CPU_ONLY) if payload.tensors else ()
     return Packed(table, SharedBuffers(buffers, receivers))
 

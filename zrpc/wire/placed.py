@@ -6,10 +6,6 @@ receiver is wrapped into a PLACED entry, whose inner entry is DENSE or STRIDED. 
 (sparse, quantized) each part is placed for itself.
 
 Storages are shared on arrival as they are between tensors of the CPU: per device that they arrive on.
-
-Where the route has an `Exporter`, bytes may stay on the sender's device. The entry then is EXPORTED: the buffer of its
-inner entry is a note, which tells the receiver where to copy them from. Memory is used so only after its receiver has
-opened it: a PLACED entry, whose bytes go through the host, may name the note of such memory as its fourth part.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zrpc.wire import tensors as codec
-from zrpc.wire.tensors import DENSE, EXPORTED, PLACED, Span
+from zrpc.wire.tensors import DENSE, PLACED, Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
     from zrpc.wire.tensors import Outgoing
 
 CPU = "cpu"
-_BUFFER = 4
-"""Where DENSE and STRIDED entries have the index of their buffer."""
 
 
 def pack(tensors: Sequence[torch.Tensor], buffers: Outgoing, route: Route) -> list[Any]:
@@ -70,8 +64,6 @@ class _Packer:
         self._route = route
         self._shared = shared
         self._placed: dict[int, int] = {}
-        self._exported: dict[int, int] = {}  # how many bytes, by the index of the note
-        self._notes: dict[int, int] = {}  # notes to try, by the index of the buffer beside which they go
 
     def entry(self, tensor: torch.Tensor) -> list[Any]:
         """The table entry of `tensor`."""
@@ -85,54 +77,35 @@ class _Packer:
             if device != CPU:
                 raise self._route.unmapped(device)
             target = CPU
-        inner = self._inner(tensor, device, target)
-        return inner if target == CPU else self._outer(inner, target)
+        inner = self._inner(tensor, device)
+        return inner if target == CPU else [PLACED, target, inner]
 
-    def _outer(self, inner: list[Any], target: str) -> list[Any]:
-        buffer = inner[_BUFFER]
-        if buffer in self._exported:
-            return [EXPORTED, target, inner, self._exported[buffer]]
-        note = self._notes.pop(buffer, None)
-        return [PLACED, target, inner] if note is None else [PLACED, target, inner, note]
-
-    def _inner(self, tensor: torch.Tensor, device: str, target: str) -> list[Any]:
+    def _inner(self, tensor: torch.Tensor, device: str) -> list[Any]:
         key = _storage_key(tensor)
         span = self._shared.get(key)
         if span is not None and tensor.numel():
             if key not in self._placed:
-                self._placed[key] = self._add(tensor.untyped_storage(), span, device, target)
+                self._placed[key] = self._add(tensor.untyped_storage(), span, device)
             return codec.strided_entry(tensor, self._placed[key], span[0])
         if not codec.is_dense(tensor):
             span = codec.span_of(tensor)
             if not codec.is_gathered(tensor, span):
-                return codec.strided_entry(tensor, self._add(tensor.untyped_storage(), span, device, target), span[0])
+                return codec.strided_entry(tensor, self._add(tensor.untyped_storage(), span, device), span[0])
             tensor = codec.gathered(tensor)
         start = int(tensor.storage_offset()) * tensor.element_size()
-        buffer = self._add(tensor.untyped_storage(), (start, start + tensor.nbytes), device, target)
+        buffer = self._add(tensor.untyped_storage(), (start, start + tensor.nbytes), device)
         return [DENSE, codec.NAMES[tensor.dtype], tensor.shape, tensor.requires_grad, buffer]
 
-    def _add(self, storage: torch.UntypedStorage, span: Span, device: str, target: str) -> int:
+    def _add(self, storage: torch.UntypedStorage, span: Span, device: str) -> int:
         start, stop = span
         if start == stop:
             return -1
         raw = codec.raw_view(storage, start, stop - start, storage.device)
-        if device != CPU:
-            return self._add_from_device(raw, device, target)
-        self._buffers.append(raw.numpy().data)
+        if device == CPU:
+            self._buffers.append(raw.numpy().data)
+        else:
+            stager = self._route.stager
+            if stager is None:
+                raise self._route.unmapped(device)
+            self._buffers.append(stager.fetch(raw, device))
         return len(self._buffers) - 1
-
-    def _add_from_device(self, raw: torch.Tensor, device: str, target: str) -> int:
-        stager, exporter = self._route.stager, self._route.exporter
-        if stager is None:
-            raise self._route.unmapped(device)
-        exported = None if exporter is None or target == CPU else exporter.export(raw, device, target)
-        index = len(self._buffers)
-        if exported is not None and exported.nbytes:
-            self._buffers.append(exported)
-            self._exported[index] = exported.nbytes
-            return index
-        self._buffers.append(stager.fetch(raw, device))
-        if exported is not None:
-            self._notes[index] = index + 1
-            self._buffers.append(exported)
-        return index

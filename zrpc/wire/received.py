@@ -14,7 +14,6 @@ from zrpc.wire.tensors import (
     COO,
     DENSE,
     DTYPES,
-    EXPORTED,
     INTEGERS,
     META,
     NAMES,
@@ -100,38 +99,19 @@ class _Memory:
             self._storages[index] = storage
         return storage
 
-    def placed(self, index: int, device: str, exported_nbytes: int | None = None) -> torch.UntypedStorage:
-        """The same on a device; one for all the views there of this message.
-
-        Args:
-            index: of the buffer.
-            device: where to.
-            exported_nbytes: the buffer is a note, and so many bytes are where it says; None: it is the bytes.
-        """
-        stager = self._stager_of(device)
+    def placed(self, index: int, device: str) -> torch.UntypedStorage:
+        """The same on a device; one for all the views there of this message."""
+        if self._stager is None:
+            raise ProtocolError(f"a tensor for {device} came, and this worker uses no such device")
         if self._placed is None:
             self._placed = {}
         storage = self._placed.get((device, index))
         if storage is None:
             buffer = self._buffers[index] if index >= 0 else b""
-            if exported_nbytes is None:
-                tensor = stager.deliver(buffer, device)
-            else:
-                tensor = stager.deliver_exported(buffer, exported_nbytes, device)
-            storage = self._placed[device, index] = tensor.untyped_storage()
+            storage = self._placed[device, index] = self._stager.deliver(buffer, device).untyped_storage()
             if index >= 0:
                 self._buffers[index] = b""
         return storage
-
-    def try_import(self, index: int, device: str) -> None:
-        """See whether what the note in that buffer tells of can be opened here."""
-        self._stager_of(device).try_import(self._buffers[index], device)
-        self._buffers[index] = b""
-
-    def _stager_of(self, device: str) -> Stager:
-        if self._stager is None:
-            raise ProtocolError(f"a tensor for {device} came, and this worker uses no such device")
-        return self._stager
 
 
 def _can_be_taken_over(buffer: Buffer) -> bool:
@@ -191,25 +171,14 @@ def _finished(tensor: torch.Tensor, requires_grad: bool, conj: bool, neg: bool) 
 
 
 def _unpack_placed(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, device, inner, *notes = entry
+    _, device, inner = entry
     if device == "cpu":
         return _unpack_entry(inner, memory)
-    for note in notes:
-        memory.try_import(note, device)
-    return _unpack_there(inner, memory, device, None)
-
-
-def _unpack_exported(entry: list[Any], memory: _Memory) -> torch.Tensor:
-    _, device, inner, nbytes = entry
-    return _unpack_there(inner, memory, device, nbytes)
-
-
-def _unpack_there(inner: list[Any], memory: _Memory, device: str, exported_nbytes: int | None) -> torch.Tensor:
     if inner[0] not in (DENSE, STRIDED):
         raise ProtocolError(f"an entry of kind {inner[0]} is placed as a whole, and not its parts")
     _, dtype, shape, requires_grad, buffer, *view = inner
     strides, offset, conj, neg = view or (contiguous_strides(shape), 0, False, False)
-    storage = memory.placed(buffer, device, exported_nbytes)
+    storage = memory.placed(buffer, device)
     tensor = torch.empty(0, dtype=DTYPES[dtype], device=storage.device)
     tensor.set_(storage, offset, shape, strides)
     return _finished(tensor, requires_grad, conj, neg)
@@ -300,6 +269,5 @@ _UNPACKERS: dict[int, Callable[[list[Any], _Memory], torch.Tensor]] = {
     QUANTIZED: _unpack_quantized,
     META: _unpack_meta,
     PLACED: _unpack_placed,
-    EXPORTED: _unpack_exported,
     NESTED: _unpack_nested,
 }

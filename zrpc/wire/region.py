@@ -113,7 +113,7 @@ class SharedBuffers:
 def gather(buffers: Sequence[Any]) -> Gathered | None:
     """Lay out those of the buffers of one message that should share regions; None if there are none.
 
-    What is no memory of this process, or not yet (`Arriving`, `Exported`), is no member.
+    What is no memory of this process, or not yet (`HandedBack`, `Arriving`), is no member.
     """
     if not 2 <= len(buffers) <= MAX_MEMBERS:
         return None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from zrpc.wire.envelope import Arriving, Buffer, Exported
+    from zrpc.wire.envelope import Arriving, Buffer
 
 
 class Stager(Protocol):
@@ -42,39 +42,6 @@ class Stager(Protocol):
             DeviceError: there is no such device, or it has no room.
         """
 
-    def try_import(self, note: Buffer, device: str) -> None:
-        """See whether the memory that `note` tells of can be opened for `device`, and answer in the note.
-
-        Raises:
-            ProtocolError: it is no note.
-        """
-
-    def deliver_exported(self, note: Buffer, nbytes: int, device: str) -> torch.Tensor:
-        """As `deliver`, for the first `nbytes` of memory of the sender's devices, of which `note` tells.
-
-        Raises:
-            ProtocolError: it is no note, or there are not so many bytes.
-            DeviceError: as `deliver`; or the memory cannot be opened, which the note then says too.
-        """
-
-
-class Exporter(Protocol):
-    """Puts bytes of devices where the devices of one peer can read them."""
-
-    def export(self, source: torch.Tensor, device: str, target: str) -> Exported | None:
-        """Begin to copy `source` there, as `Stager.fetch` would to the host; None where it must go through the host.
-
-        What has no bytes (`nbytes` 0) is there for the peer to try: `source` itself must go through the host.
-
-        Args:
-            source: uint8, contiguous, on `device`. Not to be written to until the message that it is for was answered.
-            device: where it is.
-            target: the peer's device that it goes to.
-
-        Raises:
-            DeviceError: the device does not take the work.
-        """
-
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -85,14 +52,12 @@ class Route:
         stager: needed where a device of `devices` is not the CPU.
         kind: "Request" or "Response", for errors.
         destination: the peer's name, for errors.
-        exporter: None: all goes through the host.
     """
 
     devices: Mapping[str, str] = field(default_factory=dict)
     stager: Stager | None = None
     kind: str = "Request"
     destination: str = "this peer"
-    exporter: Exporter | None = None
 
     def unmapped(self, device: str) -> SerializationError:
         """The error that says that tensors on `device` cannot go this way, in words that torch's users look for."""

@@ -9,8 +9,6 @@ An entry is a msgpack list that begins with its kind:
     [QUANTIZED,  dtype, shape, scheme, parameters..., memory]                        memory: an entry, of its integers
     [META,       dtype, shape, requires_grad, strides, conj, neg]
     [PLACED,     device, entry]                                            to arrive on `device` of the receiver
-    [PLACED,     device, entry, note]                                      the same; `note`: see `zrpc.wire.placed`
-    [EXPORTED,   device, entry, nbytes]                                    to be copied there from the sender's device
     [NESTED,     requires_grad, values, sizes, strides, offsets]           strided; the last three are lists
 
 `buffer` is an index into the envelope's buffers, or -1 where there is not one byte. Tensors of one message that share
@@ -31,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zrpc.errors import SerializationError
-from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer, Exported
+from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer
 from zrpc.wire.route import CPU_ONLY, Route
 
 if TYPE_CHECKING:
@@ -39,10 +37,10 @@ if TYPE_CHECKING:
 
 _torch: Any = torch  # parts of it are untyped
 
-Outgoing = list[Buffer | Arriving | Exported]
+Outgoing = list[Buffer | Arriving]
 """The buffers of a message that is packed."""
 
-DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED, EXPORTED, NESTED = range(9)
+DENSE, STRIDED, COO, COMPRESSED, QUANTIZED, META, PLACED, NESTED = range(8)
 
 NAMES = {
     dtype: str(dtype).removeprefix("torch.")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from zrpc.membership.group import OnJoined, OnLeft
     from zrpc.transport.endpoint import OnFrames, OnLost
-    from zrpc.transport.shared_memory import SharedMemory
     from zrpc.wire.messages import Message
 
 WAIT_S = 20.0
@@ -196,14 +195,7 @@ class MemoryGroup:
 class Worker:
     """An agent with its fake transport and membership."""
 
-    def __init__(
-        self,
-        network: Network,
-        name: str,
-        rank: int,
-        options: RpcBackendOptions | None = None,
-        shared_memory: SharedMemory | None = None,
-    ) -> None:
+    def __init__(self, network: Network, name: str, rank: int, options: RpcBackendOptions | None = None) -> None:
         self.options = options or RpcBackendOptions(num_worker_threads=4)
         self.endpoint = MemoryEndpoint(network)
         self.group = MemoryGroup([])
@@ -213,7 +205,7 @@ class Worker:
         self.accelerator = FakeAccelerator(rank)
         self.agent = Agent(
             self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append,
-            shared_memory, open_accelerator=lambda: self.open_accelerator(),
+            open_accelerator=lambda: self.open_accelerator(),
         )  # fmt: skip
 
     def open_accelerator(self) -> FakeAccelerator:

@@ -3,15 +3,11 @@
 Only the order of a stream, events that it waits for and `synchronize` order anything, as on a GPU; so whatever forgets
 to wait reads stale bytes in some of the runs. Device memory is CPU memory that is used again as soon as its tensor
 dies, unless `keep` was told of a stream that may still use it; and copies go by address, so they hold nothing alive.
-
-Two accelerators of one process stand for those of two processes. What one exports the other may open, once; memory that
-was exported is scribbled over when it is free again, and `keep` does nothing for it, as with torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import random
 import threading
 import weakref
@@ -74,29 +70,6 @@ class _Block:
     memory: npt.NDArray[np.uint8]
     used_by: set[FakeStream] = field(default_factory=set)
     blockers: list[FakeEvent] = field(default_factory=list)
-    export: _Export | None = None
-
-
-@dataclass(eq=False)
-class _Export:
-    """What stands between exported memory and its use for something else."""
-
-    block: _Block
-    others: int = 1
-    """Who may have it open."""
-    give_back: Callable[[], None] | None = None
-    """The memory has died here."""
-
-    def settle(self) -> None:
-        if self.others <= 0 and self.give_back is not None:
-            give_back, self.give_back = self.give_back, None
-            self.block.memory[:] = SCRIBBLE
-            give_back()
-
-
-SCRIBBLE = 0xEE
-_exports: dict[int, _Export] = {}
-_handles = itertools.count(1)
 
 
 class FakeAccelerator:
@@ -112,10 +85,6 @@ class FakeAccelerator:
         max_pinned_nbytes: `pinned` fails beyond that.
         registered: what `register` pinned, by its address.
         fails: whether work that is given to a stream from now on is refused.
-        export_error: why `export` fails; empty: it does not.
-        import_error: why `import_memory` fails.
-        withdrawn: the tickets that `withdraw` was called for.
-        num_imported: how much memory of others is open.
     """
 
     def __init__(self, seed: int = 0, num_devices: int = 1, room_nbytes: int = 1 << 30) -> None:
@@ -134,10 +103,6 @@ class FakeAccelerator:
         self.max_pinned_nbytes = 1 << 40
         self.registered: dict[int, int] = {}
         self.fails = False
-        self.export_error = ""
-        self.import_error = ""
-        self.withdrawn: list[int] = []
-        self.num_imported = 0
 
     # ---- Accelerator -----------------------------------------------------------------------------------------------
 
@@ -192,7 +157,7 @@ class FakeAccelerator:
 
     def keep(self, tensor: torch.Tensor, stream: FakeStream) -> None:
         block = self._blocks.get(tensor.untyped_storage().data_ptr())
-        if block is not None and block.export is None:  # memory of a test's own stays
+        if block is not None:  # memory of a test's own stays
             block.used_by.add(stream)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -207,43 +172,6 @@ class FakeAccelerator:
 
     def unregister(self, address: int) -> None:
         del self.registered[address]
-
-    def export(self, memory: torch.Tensor) -> list[Any]:
-        if self.export_error:
-            raise RuntimeError(self.export_error)
-        handle = next(_handles)
-        block = self._blocks[memory.untyped_storage().data_ptr()]
-        _exports[handle] = block.export = _Export(block)
-        return ["fake", handle]
-
-    def import_memory(self, ticket: list[Any], device: str) -> torch.Tensor:
-        if self.import_error or device not in self._defaults:
-            raise RuntimeError(self.import_error or f"invalid device ordinal: {device}")
-        _, handle = ticket
-        export = _exports[handle]
-        assert export.others == 1, "it is opened once"
-        assert export.block.export is export
-        loan = np.frombuffer(export.block.memory.data, np.uint8)
-        self.num_imported += 1
-
-        def let_go(reference: weakref.ref[Any]) -> None:
-            self._loans.pop(id(reference), None)
-            self.num_imported -= 1
-            self._count_down(handle)
-
-        reference = weakref.ref(loan, let_go)
-        self._loans[id(reference)] = reference
-        return torch.frombuffer(loan.data, dtype=torch.uint8)
-
-    def withdraw(self, ticket: list[Any]) -> None:
-        _, handle = ticket
-        self.withdrawn.append(handle)
-        self._count_down(handle)
-
-    @staticmethod
-    def _count_down(handle: int) -> None:
-        _exports[handle].others -= 1
-        _exports[handle].settle()
 
     # ---- for tests -------------------------------------------------------------------------------------------------
 
@@ -317,7 +245,7 @@ class FakeAccelerator:
             stream.queue.append(operation)
 
     def _lend(self, block: _Block, stream: FakeStream) -> torch.Tensor:
-        block.used_by, block.blockers, block.export = set(), [], None
+        block.used_by, block.blockers = set(), []
         if not block.memory.nbytes:
             return torch.empty(0, dtype=torch.uint8)
         loan = np.frombuffer(block.memory.data, np.uint8)
@@ -328,11 +256,7 @@ class FakeAccelerator:
             fails, self.fails = self.fails, False
             block.blockers = [self.record(user) for user in block.used_by]
             self.fails = fails
-            if block.export is None:
-                self._free[stream, block.memory.nbytes].append(block)
-            else:
-                block.export.give_back = lambda: self._free[stream, block.memory.nbytes].append(block)
-                block.export.settle()
+            self._free[stream, block.memory.nbytes].append(block)
 
         reference = weakref.ref(loan, give_back)
         self._loans[id(reference)] = reference

@@ -16,7 +16,7 @@ from tests.unit.transport.test_slabs import A, B, Pins, buffer
 from zrpc.errors import ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.shared_memory import SharedMemory
-from zrpc.wire.envelope import Exported
+from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def returned(memory: SharedMemory, to: bytes, buffers: list[Any]) -> list[Any] |
     """The descriptor by which the one buffer is handed back to `to`, if it is."""
     handed: list[Any] = []
     memory.hand_back(to, buffers, handed)
-    assert len(handed) == isinstance(buffers[0], Exported)
+    assert len(handed) == isinstance(buffers[0], HandedBack)
     return handed[0] if handed else None
 
 
@@ -101,7 +101,7 @@ def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
         del received
         back = returned(b, A, buffers)
         assert back == descriptor
-        assert isinstance(buffers[0], Exported)
+        assert isinstance(buffers[0], HandedBack)
         home = a.fetch(B, back, [])
         assert home[0] == 77
         assert home[1:] == buffer(100_000)[1:]

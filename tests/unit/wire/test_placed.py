@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +94,23 @@ def test_they_arrive_as_they_were(name: str, from_cpu: bool) -> None:
     assert (after.dtype, after.shape, after.requires_grad) == (tensor.dtype, tensor.shape, tensor.requires_grad)
     assert (after.is_conj(), after.is_neg()) == (tensor.is_conj(), tensor.is_neg())
     assert torch.equal(after, tensor)
+
+
+def test_a_received_buffer_is_held_until_its_device_has_copied_it_and_no_longer() -> None:
+    """Its memory is free again while the request that it came with is served."""
+    link = Link({"cuda:0": "cuda:0"})
+    envelope = decode(received(encode(link.seal(on_device(DENSE.repeat(20, 1))))))
+    memory = np.frombuffer(envelope.buffers[0], np.uint8).copy()
+    envelope.buffers = [memory.data]
+    held = weakref.ref(memory)
+    del memory
+    payload = open_payload(envelope, link.receiver)
+    del envelope
+    assert held() is not None
+    link.receiver.drain()
+    assert held() is None
+    link.there.finish()
+    assert torch.equal(payload.tensors[0], DENSE.repeat(20, 1))
 
 
 def test_what_arrives_on_the_cpu_is_not_placed() -> None:

@@ -479,7 +479,7 @@ def test_nested_tensors_arrive(kind: str, requires_grad: bool) -> None:
 )
 def test_nested_tensors_that_see_more_than_came_are_refused(views: list[Any]) -> None:
     with pytest.raises(ProtocolError):
-        unpack([[8, False, [0, "int8", [4], False, 0], *views]], [bytes(4)])
+        unpack([[7, False, [0, "int8", [4], False, 0], *views]], [bytes(4)])
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ parts = (
             [1, "float32", [2, 3], False, 0, [3, 1], 0, False, False],
             [4, "qint8", [4, 4], "tensor", 0.1, 3, 0, [0, "int8", [16], False, 0]],
             [5, "int8", [3], False, [1], False, False],
-            [8, False, [0, "int8", [24], False, 0], [[2, 3], [1, 3]], [[3, 1], [3, 1]], [0, 6]],
+            [7, False, [0, "int8", [24], False, 0], [[2, 3], [1, 3]], [[3, 1], [3, 1]], [0, 6]],
         ]
     ),
     changes=st.lists(st.tuples(st.integers(0, 8), parts), min_size=1, max_size=3),
