@@ -123,8 +123,12 @@ def remote(
 
 def _create(to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> RRef[T]:
     agent = current_agent()
-    info = agent.resolve(_checked(func, to))
-    func, is_async = _sent(func)
+    if not callable(func):
+        raise _not_callable(func)
+    info = agent.resolve(to)
+    is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
+    if is_async:
+        func = _bare(func)
     op, payload = _take_apart(func, args, kwargs)
     limit_s = _limit_s(timeout)
     if isinstance(func, torch.jit.ScriptFunction):
@@ -178,8 +182,11 @@ def broadcast(
         raise TypeError(f"workers must be several, as in ['worker1', 'worker2'], not {workers!r}")
     with interrupts.deferred:
         agent = current_agent()
-        receivers = [agent.resolve(_checked(func, to)) for to in workers]
-        sent, is_async = _sent(func)
+        if not callable(func):
+            raise _not_callable(func)
+        receivers = [agent.resolve(to) for to in workers]
+        is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
+        sent = _bare(func) if is_async else func
         op, payload = _take_apart(sent, args, kwargs)
         message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
         calls = None if is_profiling() else call_all(agent, receivers, message, payload, _limit_s(timeout))
@@ -202,11 +209,15 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
 def _call(
     agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float
 ) -> Call:
-    info = agent.resolve(_checked(func, to))
-    func, is_async = _sent(func)
+    if not callable(func):
+        raise _not_callable(func)
+    info = agent.resolve(to)
+    is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
+    if is_async:
+        func = _bare(func)
     op, payload = _take_apart(func, args, kwargs)
     message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
-    limit_s, waited = _limit_s(timeout), mode is ExecMode.SYNC
+    limit_s, waited = None if timeout == UNSET_RPC_TIMEOUT_S else timeout, mode is ExecMode.SYNC
     if not is_profiling():
         return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
     recording = record(agent, mode, function_name(func), info)
@@ -216,20 +227,16 @@ def _call(
     return call
 
 
-def _checked(func: object, to: Worker) -> Worker:
-    if not callable(func):
-        raise TypeError(f"function should be callable, and this is a {type(func).__name__}.")
-    return to
+def _not_callable(func: object) -> TypeError:
+    return TypeError(f"function should be callable, and this is a {type(func).__name__}.")
 
 
-def _sent(func: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
-    """What travels of `func`, and whether `async_execution` marks it. A marked TorchScript function travels bare."""
-    inner = getattr(func, ASYNC_ATTRIBUTE, None)
-    if inner is None:
-        return func, False
+def _bare(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What travels of a function that `async_execution` marks: a TorchScript function without the mark."""
+    inner: Any = func
     while (deeper := getattr(inner, ASYNC_ATTRIBUTE, None)) is not None:
         inner = deeper
-    return inner if isinstance(inner, torch.jit.ScriptFunction) else func, True
+    return inner if isinstance(inner, torch.jit.ScriptFunction) else func
 
 
 def _limit_s(timeout: float) -> float | None:

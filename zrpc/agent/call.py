@@ -195,7 +195,15 @@ class Call:
         """The outcome of a call that is done; see `wait`."""
         assert self._callbacks is None
         if self._opening is not _DONE:
-            self._ensure_open()
+            if self._waited:  # no other thread asks
+                try:
+                    self._open_here()
+                    self._opening = _DONE
+                except interrupts.Interrupted:
+                    interrupts.run_handlers()
+                    self._ensure_open()
+            else:
+                self._ensure_open()
         error, payload, mark = self._error, self._payload, self._mark
         if error is not None:
             if not self._waited:  # else one thread waits, once
@@ -282,11 +290,7 @@ class Call:
 
     def _ensure_open(self) -> None:
         try:
-            if self._waited:  # no other thread asks
-                self._open_here()
-                self._opening = _DONE
-            else:
-                self._open()
+            self._open()
         except interrupts.Interrupted:
             interrupts.run_handlers()
             interrupts.restart(self._open)

@@ -68,6 +68,7 @@ class Peers:
         resume: Callable[[], None],
     ) -> None:
         self.registry = Registry()
+        self._by_name = self.registry.named
         self.is_static = True
         self._carrier = carrier
         self._staging = staging
@@ -124,6 +125,9 @@ class Peers:
             RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
+        known = self._by_name(to) if type(to) is str else None
+        if known is not None:
+            return known.info
         try:
             return self.registry.find(to)
         except UnknownWorkerError:

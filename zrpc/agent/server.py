@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc import finalizers
+from zrpc.agent.gate import payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import AsyncCalls, Request
@@ -214,7 +215,7 @@ class Server:
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
-            is_large = len(envelope.buffers) > 0 or len(envelope.data) > COUNTED_MIN_NBYTES
+            is_large = payload_nbytes(envelope) > COUNTED_MIN_NBYTES
             if is_large and (waiting_nbytes := self._peers.queued_nbytes(to)):
                 self._gates[to.incarnation].check_answer(waiting_nbytes, self._peers.me, to)
             if envelope.is_arriving:

@@ -21,12 +21,14 @@ class Registry:
 
     Attributes:
         ended: the lives that were over last, and why.
+        named: the member of a name, or None. Every call asks for one.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.ended = EndedLives()
         self._by_name: dict[str, Member] = {}
+        self.named = self._by_name.get
         self._by_rank: dict[int, Member] = {}
         self._by_incarnation: dict[Incarnation, Member] = {}
 
@@ -88,8 +90,6 @@ class Registry:
             UnknownWorkerError: there is none.
             ValueError: `to` is none of the three.
         """
-        if type(to) is str:
-            return self.by_name(to)
         if isinstance(to, WorkerInfo):
             if not to.incarnation:
                 return self.by_rank(to.id)

@@ -95,6 +95,10 @@ _CHANGES = {
 }
 """The place after an event, and how many more readers are parked, and keep watch, then."""
 _NO_CHANGE = (None, 0, 0)
+_AWAY = Place.AWAY
+_READS = _PLACES[_AWAY, Event.READ]
+_LEAVES = _PLACES[_READS, Event.LEAVE]
+"""What a reader does for each message, without a look at the rest of the table."""
 
 
 @dataclass(slots=True)
@@ -225,7 +229,7 @@ class Turns:
             return self._park(thread, reader, Event.WATCH, num_sent)
         leaves, reader.leaves_to_callers = reader.leaves_to_callers, False
         if must_read or (reader.place is Place.AWAY and not leaves) or self._lies_unread(reader, num_sent):
-            reader.place = self._after(thread, Event.READ)
+            reader.place = _READS if reader.place is _AWAY else self._after(thread, Event.READ)
             reader.watches = False
             self.holder = thread
             return Place.READING
@@ -256,7 +260,7 @@ class Turns:
             has_work: it has work to do; else it leaves the socket to callers.
         """
         reader = self._readers[thread]
-        reader.place = self._after(thread, Event.LEAVE)
+        reader.place = _LEAVES if reader.place is _READS else self._after(thread, Event.LEAVE)
         reader.leaves_to_callers = not has_work
         self.holder = 0
         if not has_work:

@@ -147,7 +147,10 @@ class _Packing:
     def _extend(self, obj: Any) -> msgpack.ExtType:
         cls = type(obj)
         if cls is torch.Tensor and not (self._bare and obj.__dict__):
-            return self._set_aside(obj, obj)
+            place = self._places.setdefault(id(obj), len(self.tensors))
+            if place == len(self.tensors):
+                self.tensors.append(obj)
+            return _NAMES[place] if place < len(_NAMES) else _name(place)
         if cls is tuple or cls is torch.Size:
             return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, self.encode(list(obj)))
         if cls is complex:
@@ -159,14 +162,11 @@ class _Packing:
         if isinstance(obj, torch.Tensor) and not self._bare:
             sent = plain(obj)
             if sent is not None:
-                return self._set_aside(obj, sent)
+                place = self._places.setdefault(id(obj), len(self.tensors))
+                if place == len(self.tensors):
+                    self.tensors.append(sent)
+                return _name(place)
         raise UnpackableError(f"a {cls.__module__}.{cls.__qualname__} is not an operator's argument")
-
-    def _set_aside(self, obj: torch.Tensor, sent: torch.Tensor) -> msgpack.ExtType:
-        place = self._places.setdefault(id(obj), len(self.tensors))
-        if place == len(self.tensors):
-            self.tensors.append(sent)
-        return _NAMES[place] if place < len(_NAMES) else _name(place)
 
 
 class _Unpacking:
