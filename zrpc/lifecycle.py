@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -82,12 +83,13 @@ def init_rpc(
 
     Raises:
         AlreadyInitializedError: this process is a worker already.
-        ConfigError: an argument, option or environment variable that cannot be used.
+        ConfigError: an argument, option or environment variable that cannot be used, or a Python without its lock.
         RuntimeError: a name with other characters, an empty or a longer one.
         RendezvousError: store or broker cannot be reached, or somebody did not come within `rpc_timeout` seconds.
         RefusedError: the name or rank is taken, or the others were started with another world size.
     """
     del backend
+    _check_interpreter()
     options = RpcBackendOptions() if rpc_backend_options is None else rpc_backend_options
     if not isinstance(options, RpcBackendOptions):
         raise ConfigError(f"rpc_backend_options must be an instance of RpcBackendOptions, not {type(options).__name__}")
@@ -106,6 +108,20 @@ def init_rpc(
     _start(agent, name, rank, world_size)
 
 
+def _check_interpreter() -> None:
+    """Refuse a Python whose threads run at the same time: its lock makes the operations whole that change tables here.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    is_gil_enabled: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+    if not is_gil_enabled():
+        raise ConfigError(
+            "this Python runs without its global interpreter lock, which zrpc was not written for: set PYTHON_GIL=1 in "
+            "the environment, or use a build that is not free-threaded"
+        )
+
+
 def rendezvous(init_method: str, rank: int, world_size: int | None, options: RpcBackendOptions) -> Store:
     """The store in which the workers of `init_method` meet; see `open_store`."""
     return open_store(init_method, rank, world_size, _join_limit_s(options))
@@ -113,6 +129,7 @@ def rendezvous(init_method: str, rank: int, world_size: int | None, options: Rpc
 
 def start_worker(name: str, rank: int, world_size: int | None, options: RpcBackendOptions, store: Store) -> None:
     """`init_rpc` with a store that is there already. For programs that bring their own."""
+    _check_interpreter()
     if is_agent_set():
         raise AlreadyInitializedError("RPC is already initialized: call shutdown() before init_rpc() again")
     _start(_peer_agent(options, store), name, rank, world_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,16 @@ def at_rank_one(rank: int, init_method: str) -> tuple[str, str]:
 def test_options_of_the_wrong_type(options: dict[str, Any], words: str) -> None:
     with pytest.raises(errors.ConfigError, match=words):
         rpc.RpcBackendOptions(**options)
+
+
+def test_a_python_without_its_lock_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are changed by operations that the interpreter's lock makes whole: without it they would be damaged."""
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(errors.ConfigError, match="PYTHON_GIL=1"):
+        rpc.init_rpc("alone", rank=0, world_size=1)
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
+    with pytest.raises(errors.ConfigError, match="rpc_backend_options"):
+        rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=5)  # type: ignore[arg-type]
 
 
 def test_a_rank_without_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
