@@ -218,7 +218,10 @@ class SlabPool:
                 return
             if slab.memory.is_filling:
                 slab.memory.end_filling(is_whole=False)
-            self._shelves[slab.room].placed.remove(slab)
+            if slab in self._parting:
+                self._parting.remove(slab)
+            else:
+                self._shelves[slab.room].placed.remove(slab)
             gone = self._part([slab], next((life for life, one in slab.shares.items() if one is descriptor), NOBODY))
         _retire(gone)
 
@@ -241,7 +244,9 @@ class SlabPool:
         """The slab here that `descriptor` tells of, if it is with somebody. Call it under the lock."""
         pid, _, number, nbytes, *_ = descriptor
         shelf = self._shelves.get(size_class(nbytes)) if pid == self._pid and type(nbytes) is int else None
-        return next((slab for slab in reversed(shelf.placed) if slab.number == number), None) if shelf else None
+        if shelf is None:
+            return None
+        return next((slab for slab in (*reversed(shelf.placed), *self._parting) if slab.number == number), None)
 
     def reclaim(self, holder: Incarnation) -> None:
         """`holder` is lost: let go of what it held."""

@@ -687,6 +687,18 @@ def test_a_receiver_that_may_have_been_told_of_a_shared_slab_keeps_it_from_being
         assert sender.counts()["slabs"] == 2, "the shared one is gone"
 
 
+@pytest.mark.parametrize("let_go", ["take_back", "give_up"])
+def test_a_shared_slab_is_let_go_of_once_those_that_live_were_not_told_of_it(let_go: str) -> None:
+    """One receiver was lost before the others were told."""
+    with pool() as sender:
+        told = sender.share([B, C], buffer(100_000))
+        assert told is not None
+        sender.reclaim(B)
+        getattr(sender, let_go)(told[C])
+        place(sender, buffer(300_000))
+        assert sender.counts()["nbytes"] == size_class(300_000)
+
+
 def test_what_is_too_small_to_share_travels_as_frames() -> None:
     with pool() as sender:
         assert sender.share([B, C], bytes(MIN_NBYTES - 1)) is None
