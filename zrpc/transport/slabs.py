@@ -37,6 +37,7 @@ import resource
 import threading
 from collections import defaultdict
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -246,7 +247,7 @@ class SlabPool:
         shelf = self._shelves.get(size_class(nbytes)) if pid == self._pid and type(nbytes) is int else None
         if shelf is None:
             return None
-        return next((slab for slab in (*reversed(shelf.placed), *self._parting) if slab.number == number), None)
+        return next((slab for slab in chain(reversed(shelf.placed), self._parting) if slab.number == number), None)
 
     def reclaim(self, holder: Incarnation) -> None:
         """`holder` is lost: let go of what it held."""
