@@ -149,7 +149,7 @@ def settle() -> None:
 
 def is_alone_with_survivors() -> bool:
     """Whether this worker has mapped slabs of one other at most."""
-    return len({source for source, _ in list(shared_memory()._attachments._mapped)}) <= len(SURVIVORS) - 1
+    return len({key[0] for key in list(shared_memory()._attachments._mapped)}) <= len(SURVIVORS) - 1
 
 
 def shared_memory() -> SharedMemory:

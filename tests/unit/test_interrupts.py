@@ -263,6 +263,7 @@ def test_a_forked_child_is_in_no_section(ran: list[str]) -> None:
         assert os.waitpid(pid, 0)[1] == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a destructor that was struck
 def test_interrupts_at_random_moments_leave_no_section_in_the_middle(ran: list[str]) -> None:
     signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGUSR2).__wrapped__)  # type: ignore[union-attr]
     counts = {"begun": 0, "ended": 0}

@@ -468,6 +468,7 @@ def test_a_signal_handler_may_wait_while_its_thread_reads(alarm: list[Work]) -> 
         assert here.order == [b"inner", b"outer"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a destructor that was struck
 def test_what_a_signal_handler_raises_ends_the_wait_and_loses_no_message(alarm: list[Work]) -> None:
     with office() as here:
         interrupted, sent = 0, 0
