@@ -160,6 +160,8 @@ class BackwardPass:
         finally:
             self._is_driven = False
             self._settle()
+            if self._over:  # the thread that ended it may not have told the context yet, and the next one may begin
+                self.context.end_pass(self.pass_id)
         if self._error is not None:
             raise copy_exception(self._error)
 

@@ -166,7 +166,8 @@ class DistAutogradContext:
     def end_pass(self, pass_id: GlobalId) -> None:
         """The pass is over, well or not; whatever comes late for it is refused."""
         with self._lock:
-            self._ended.append(pass_id)
+            if pass_id not in self._ended:
+                self._ended.append(pass_id)
             if self._active is not None and self._active.pass_id == pass_id:
                 self._active = None
 
