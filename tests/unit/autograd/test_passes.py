@@ -12,6 +12,7 @@ from torch.autograd import Function
 from tests.unit.autograd.cluster import Cluster, Worker
 from tests.waiting import until
 from zrpc.autograd.container import ContextContainer
+from zrpc.autograd.dist_context import DistAutogradContext
 from zrpc.autograd.functions import RecvInfo
 from zrpc.autograd.leaves import _taps
 from zrpc.errors import AgentClosedError, AutogradError, PeerLostError
@@ -445,6 +446,27 @@ def test_after_an_error_the_next_pass_is_right(cluster: Cluster, monkeypatch: py
         monkeypatch.setattr(Raise, "raises", False)
         here.backward(context_id, loss, retain_graph=True)
         assert torch.equal(here.gradients(context_id)[a], torch.ones(3))
+
+
+def test_a_pass_may_begin_as_soon_as_the_one_before_has_raised(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that heard of the failure, which is another one, may not have told the context yet."""
+    here, there, _ = cluster.workers
+    caller, has_raised, end_pass = threading.current_thread(), threading.Event(), DistAutogradContext.end_pass
+
+    def end_late(context: DistAutogradContext, pass_id: GlobalId) -> None:
+        if context in here.service.contexts.all() and threading.current_thread() is not caller:
+            has_raised.wait(10)
+        end_pass(context, pass_id)
+
+    monkeypatch.setattr(DistAutogradContext, "end_pass", end_late)
+    with here.context() as context_id:
+        loss = here.call(there, raising, ones()).sum()
+        for _ in range(2):
+            with pytest.raises(AutogradError, match="raised on purpose"):
+                here.backward(context_id, loss, retain_graph=True)
+        has_raised.set()
 
 
 def test_an_error_frees_those_who_wait_for_gradients(cluster: Cluster) -> None:
