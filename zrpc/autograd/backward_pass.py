@@ -227,8 +227,7 @@ class BackwardPass:
     # ---- the steps -------------------------------------------------------------------------------------------------
 
     def _run_send(self, arrived: Arrived) -> None:
-        local = self._local
-        if local is not None:
+        if (local := self._local) is not None:
             self._step(lambda: _run_all(local, arrived), self._fail_here)
 
     def _prepared(self) -> LocalPass:
