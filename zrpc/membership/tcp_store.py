@@ -99,10 +99,10 @@ def _open_client(host: str, port: int, deadline: float, opening: Opening | None)
     """A client of torch's store that asks no name server; `opening` is kept as long as it.
 
     Raises:
-        NotAStoreError: what listens is not known to be a store.
+        NotAStoreError: what listens is not known to be a store, or nothing does and `opening` has come to its end.
         RuntimeError: nothing listens by `deadline`.
     """
-    sock = _connect(host, port, deadline)
+    sock = _connect(host, port, deadline, opening)
     limit_s = min(HANDSHAKE_S, _left_s(deadline) / 2)
     try:
         connection = Connection(sock, time.monotonic() + limit_s)
@@ -111,10 +111,11 @@ def _open_client(host: str, port: int, deadline: float, opening: Opening | None)
     return StoreClient(connection, f"{host}:{port}", _left_s(deadline), opening)
 
 
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
+def _connect(host: str, port: int, deadline: float, opening: Opening | None) -> socket.socket:
     """A connection to what listens there, as soon as something does.
 
     Raises:
+        NotAStoreError: nothing does, though torch has made its store here, or cannot: `opening` tells which.
         RuntimeError: nothing does by `deadline`; the text is the system's last one.
     """
     pause_s = RETRY_MIN_S
@@ -123,6 +124,8 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
         try:
             return socket.create_connection((host, port), timeout=max(RETRY_MIN_S, min(left_s, CONNECT_S)))
         except OSError as error:  # also where the name is not known yet
+            if opening is not None and not opening.empty():
+                raise NotAStoreError(f"nothing answers there: {error}") from error
             if left_s < pause_s:
                 raise RuntimeError(str(error)) from error
         time.sleep(pause_s)
@@ -159,7 +162,12 @@ def _open_torch_store(
             if listener is not None:
                 listener.close()
 
-    threads.start(construct, "zrpc-store")
+    try:
+        threads.start(construct, "zrpc-store")
+    except BaseException:
+        if listener is not None:
+            listener.close()
+        raise
     return opening
 
 

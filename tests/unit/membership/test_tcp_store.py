@@ -13,6 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.integration.harness import free_port
+from zrpc import threads
+from zrpc.errors import LimitError
 from zrpc.membership import store_client, tcp_store
 from zrpc.membership.store_client import StoreClient
 from zrpc.membership.tcp_store import ListenError, open_tcp_store
@@ -193,13 +195,40 @@ def test_a_gloo_group_works_on_a_client() -> None:
     assert (group.rank(), group.size()) == (0, 1)
 
 
-def test_a_server_that_cannot_be_made_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though its port listens already: torch's reason is given, long before the time limit."""
+@pytest.mark.parametrize("connects", ["before", "after"])
+def test_a_server_that_cannot_be_made_is_said_at_once(monkeypatch: pytest.MonkeyPatch, connects: str) -> None:
+    """Torch's reason is given, long before the time limit, whether its port still listened at the first look or not."""
+    connected = threading.Event()
+    connect = socket.create_connection
+
+    def create_connection(address: tuple[str, int], timeout: float) -> socket.socket:
+        if connects == "before":
+            sock = connect(address, timeout)
+            connected.set()
+            return sock
+        while True:
+            connect(address, timeout).close()  # until it is refused
 
     def refuse(*_: object, master_listen_fd: int, **__: object) -> None:
+        if connects == "before":
+            assert connected.wait(LIMIT_S)
         os.close(master_listen_fd)  # it is the server's
         raise RuntimeError("no server of that kind")
 
     monkeypatch.setattr(dist, "TCPStore", refuse)
+    monkeypatch.setattr(socket, "create_connection", create_connection)
     with pytest.raises(RuntimeError, match="no server of that kind"):
         open_tcp_store("127.0.0.1", free_port(), is_host=True, timeout_s=LIMIT_S)
+
+
+def test_without_a_thread_for_the_server_its_port_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+
+    def refuse(*_: object) -> None:
+        raise LimitError("no more threads")
+
+    monkeypatch.setattr(threads, "start", refuse)
+    with pytest.raises(LimitError) as caught:
+        open_tcp_store("127.0.0.1", port, is_host=True, timeout_s=LIMIT_S)
+    with socket.create_server(("127.0.0.1", port)):  # though the error holds the frames
+        assert caught.value.__traceback__ is not None
