@@ -29,14 +29,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import zmq
-
 from zrpc import finalizers, interrupts, threads
 from zrpc.exception_text import log_error
+from zrpc.transport.multipart import Messages
 from zrpc.transport.polling import Polling
 from zrpc.transport.turns import Place, Turns
 from zrpc.wakeups import WakeUp
-from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer
+from zrpc.wire.envelope import Buffer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +92,6 @@ class Inbox:
         self.polling = Polling(sock, io_thread, shortcuts, busy_poll_s)
         self.num_sent = 0
         self._sock = sock
-        self._receive_part: Callable[[int], zmq.Frame] = partial(sock.recv, copy=False)  # type: ignore[assignment]
         self._shortcuts = shortcuts
         self._take = take
         self._is_over = is_over
@@ -102,7 +100,7 @@ class Inbox:
         self._turns = Turns()
         self._wakes: dict[int, WakeUp] = {}  # of the readers; each adds its own
         self._serves_queue = 0  # the reader at work that had not to wait for it
-        self._begun: list[zmq.Frame] = []  # of the message that is being received
+        self._messages = Messages(sock)
         self._held: list[Buffer] = []  # a message of the socket, before which others are handed on
         self._short_run = 0
         self._takes_several = False
@@ -357,7 +355,7 @@ class Inbox:
                 if not self.polling.is_on_socket():
                     return None
             self._short_run = 0
-            self._held = self._receive()
+            self._held = self._messages.receive()
             if not self._held:
                 return None
         if shortcuts is not None:
@@ -367,33 +365,10 @@ class Inbox:
         (source, *frames), self._held = self._held, []
         return self._take(source, frames)  # type: ignore[arg-type]
 
-    def _receive(self) -> list[Buffer]:
-        """A message of the socket: its source and frames. Empty if there is none.
-
-        A destructor may run wherever memory is made, and wait, and so read meanwhile: the message that was begun, if
-        one was. So a part is kept as soon as it is taken, and what was begun is looked at anew after each.
-        """
-        while True:
-            begun = self._begun
-            try:
-                begun.extend(map(self._receive_part, _NOBLOCK))
-            except zmq.Again:
-                return []
-            part = begun[-1]
-            if begun is not self._begun:  # the message was received meanwhile, and this is the first part of another
-                begun = self._begun
-                begun.append(part)
-            if not part.more:
-                self._begun = []
-                return [part.bytes if len(part) <= INLINE_MAX_NBYTES else part.buffer for part in begun]
-
     def _take_over(self) -> None:
         """This thread reads now, or waits: the reader at work that left something lying may not come back for long."""
         self._serves_queue = 0
         self.on_queue_empty()
-
-
-_NOBLOCK = (int(zmq.NOBLOCK),)
 
 
 def _nothing() -> None:
