@@ -253,7 +253,6 @@ def _card(agent: Agent) -> dict[str, Any]:
         "device_maps": maps,
         "devices": [str(device) for device in options.devices],
         "device_count": torch.cuda.device_count(),  # it makes no CUDA context
-        "memory": agent.memory_card(),
     }
 
 

@@ -253,10 +253,6 @@ class Agent:
         if garbage:
             self._dropped.submit(garbage.clear)
 
-    def memory_card(self) -> list[Any] | None:
-        """What the membership card says of this worker's shared memory."""
-        return self._carrier.card()
-
     def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
         """The worker that `to` names; in a dynamic group newcomers are looked for.
 

@@ -223,7 +223,7 @@ class Peers:
 
     def _on_joined(self, member: Member) -> None:
         self._connect(member)
-        self._carrier.meet(member.incarnation, member.card.get("memory"))
+        self._carrier.meet(member.incarnation)
         displaced = self.registry.add(member, although_ended=self.is_static)
         if displaced is None:
             if not self.is_here(member.incarnation):  # it was over before it was told of

@@ -10,30 +10,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zrpc import interrupts
 from zrpc.errors import ProtocolError
 from zrpc.transport.slab import (
+    DESCRIPTOR_LENGTH,
+    HANDED_BACK,
     MAX_SLOTS,
+    NBYTES,
+    NO_FILE,
+    NO_SLOT,
     NOBODY,
+    NUMBER,
     Descriptor,
     PrivateSlab,
     SlabMemory,
     address_of,
-    open_shared,
     open_slab,
     size_class,
 )
 from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.transport.filling import Unfilled
+    from zrpc.transport.packets import OwnedFile
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
-_NBYTES = 3
-"""Where a descriptor says how much of a slab is filled."""
-_NO_SLOT = -1
-"""In place of a slot: the slab is not shared."""
 _SHARED = b"shared"
 """In place of the owner of a shared slab: it cannot be handed back."""
 
@@ -61,23 +63,24 @@ class Attachments:
         self._mapped: dict[tuple[Incarnation, int, int], SlabMemory] = {}  # by owner, number and slot
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
-    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
+    def fetch(
+        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile] = ()
+    ) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet.
+        `unfilled` gets the slab if it is not whole yet. `files` came with the message.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller.
         """
-        if [type(part) for part in descriptor] not in ([int] * 4, [int] * 5):
+        if [type(part) for part in descriptor] != [int] * DESCRIPTOR_LENGTH:
             raise ProtocolError(f"{reprlib.repr(descriptor)} describes no slab")
-        pid, fd, number, nbytes, *slots = descriptor
-        slot = slots[0] if slots else _NO_SLOT
-        if slots and not 0 <= slot < MAX_SLOTS:
-            raise ProtocolError(f"a shared slab of process {pid} has no slot {slot}")
-        memory = self._map(source, pid, fd, number, slot)
+        number, nbytes, slot, file = descriptor
+        if slot != NO_SLOT and not 0 <= slot < MAX_SLOTS:
+            raise ProtocolError(f"a shared slab of {source.hex()} has no slot {slot}")
+        memory = self._map(source, number, slot, files[file] if 0 <= file < len(files) else None)
         if not 0 < nbytes <= memory.room:
-            raise ProtocolError(f"a slab of process {pid} has no room for {nbytes} bytes")
+            raise ProtocolError(f"a slab of {source.hex()} has no room for {nbytes} bytes")
         if isinstance(memory, PrivateSlab):
             memory.renew()
             return self.lend(memory, _SHARED, descriptor, unfilled)
@@ -86,8 +89,8 @@ class Attachments:
     def lend(self, memory: SlabMemory, owner: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
         """What `descriptor` of `owner` says of the slab `memory`, which is held; otherwise as `fetch`."""
         if memory.is_filling or memory.is_torn:
-            unfilled.append((memory, descriptor))
-        loan = memory.view(descriptor[_NBYTES])
+            unfilled.append(memory)
+        loan = memory.view(descriptor[NBYTES])
         address = memory.address
 
         @interrupts.uninterrupted
@@ -116,26 +119,25 @@ class Attachments:
 
     def _hand_back(self, loan: _Loan, buffers: list[Any], index: int, handed: list[Descriptor]) -> None:
         """Nobody else sees it if it dies with the message's own reference."""
-        memory, descriptor = loan.memory, [*loan.descriptor[:-1], buffers[index].nbytes]
-        is_known = (
-            self._mapped.get((loan.owner, memory.number, _NO_SLOT)) is memory
-        )  # else its owner is lost to this worker
-        if not is_known or memory.is_retired() or size_class(descriptor[-1]) != memory.room:
+        memory, nbytes = loan.memory, buffers[index].nbytes
+        descriptor: Descriptor = [memory.number, nbytes, HANDED_BACK, NO_FILE]
+        is_known = self._mapped.get((loan.owner, memory.number, NO_SLOT)) is memory  # else its owner is lost
+        if not is_known or memory.is_retired() or size_class(nbytes) != memory.room:
             return
         if self._loans.pop(memory.address, None) is None:  # so it stays held; or another message sees it and tries now
             return
-        buffers[index] = HandedBack(descriptor)
+        buffers[index] = HandedBack(descriptor, nbytes)
         seen = loan.reference()
         if seen is None:
             handed.append(descriptor)
         else:
             self._loans[memory.address] = loan
-            buffers[index] = seen.data[: descriptor[-1]]
+            buffers[index] = seen.data[:nbytes]
 
     def take_back(self, owner: Incarnation, descriptor: Descriptor) -> None:
         """`owner` was not told, after all, that the slab that `descriptor` tells of is its own again: it is free."""
         with self._lock:
-            memory = self._mapped.get((owner, descriptor[2], _NO_SLOT))
+            memory = self._mapped.get((owner, descriptor[NUMBER], NO_SLOT))
         if memory is not None:
             memory.free()
 
@@ -165,17 +167,19 @@ class Attachments:
             memory = self._mapped.pop(key)
             memory.leave()
 
-    def _map(self, source: Incarnation, pid: int, fd: int, number: int, slot: int) -> SlabMemory:
+    def _map(self, source: Incarnation, number: int, slot: int, file: OwnedFile | None) -> SlabMemory:
         with self._lock:
             memory = self._mapped.get((source, number, slot))
             if memory is not None:
                 return memory
             self._let_go([key for key, known in self._mapped.items() if known.is_retired()])
+            if file is None:
+                raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
             try:
-                memory = open_slab(pid, fd) if slot == _NO_SLOT else open_shared(pid, fd, slot)
+                memory = open_slab(file, slot)
             except OSError as error:
-                raise ProtocolError(f"a slab of process {pid} cannot be mapped: {error}") from error
+                raise ProtocolError(f"a slab of {source.hex()} cannot be mapped: {error}") from error
             if memory.number != number:
-                raise ProtocolError(f"a slab of process {pid} is gone: another file stands in its place")
+                raise ProtocolError(f"the file of another slab of {source.hex()} came")
             self._mapped[source, number, slot] = memory
             return memory

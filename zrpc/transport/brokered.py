@@ -8,9 +8,9 @@ A connection to the broker that breaks is not made again: the broker's ROUTER dr
 would lose messages without a word. Every peer is then reported lost, and the broker, which sees the receiving
 connection go, tells the others.
 
-Small messages between workers of one host pass the broker by (`zrpc.transport.shortcuts`). It relays what goes around,
-and tells of comings, goings and losses as ever; what somebody who is gone has sent on its shortcut is delivered before.
-They take no more than half of the files that this process may open: nobody who uses a broker raises that limit.
+Workers of one host have links of their own (`zrpc.transport.local_links`), and pass the broker by. It tells of comings,
+goings and losses as ever; what a worker that is gone has sent on its link is delivered before. Links take no more than
+half of the files that this process may open: who uses a broker need not raise that limit.
 
 A second thread, the watcher, reads the two sockets' monitors and drains the queue of what did not fit into the socket.
 """
@@ -35,9 +35,8 @@ from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.inbox import READERS, Inbox, Work
+from zrpc.transport.local_links import LocalLink, LocalLinks
 from zrpc.transport.outbox import Outbox
-from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
-from zrpc.transport.way import Way
 from zrpc.wire.envelope import Buffer
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class BrokeredEndpoint:
     Args:
         address: the broker's, `broker://host:port` or `tcp://host:port`.
         incarnation: this life of the worker.
-        local: pass the broker by on the way to workers of this host.
+        local: have links with workers of this host.
         busy_poll_s: see `Polling`.
 
     Attributes:
@@ -88,7 +87,6 @@ class BrokeredEndpoint:
         self.incarnation = incarnation
         self.address = address
         self._numeric_address = sockets.split_address(sockets.resolve(address))
-        self._local = local
         self._on_control: OnControl = _ignore
         self._on_broker_lost: Callable[[str], None] = _ignore
         self.heard_at = time.monotonic()
@@ -102,14 +100,15 @@ class BrokeredEndpoint:
         receiver.send(b"")
         receiver.bind(_WAKE_READER)
         self._outbox = Outbox(sender)
-        self._shortcuts = Shortcuts.make(incarnation, is_thrifty=True) if local else None
-        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._shortcuts, busy_poll_s)
+        self._links = LocalLinks.make(incarnation, is_thrifty=True) if local else None
+        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._links, busy_poll_s)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
         self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
         self._lock = threading.Lock()  # owns what follows and the wake sockets
-        self._ways: dict[Incarnation, Way | None] = {}  # to those who are there
+        self._peers: dict[Incarnation, LocalLink | None] = {}  # those who are there; None: the broker relays
+        self._untried: set[Incarnation] = set()  # those of them that nothing was sent to yet
         self._gone = EndedLives()
         self._broker_lost: str | None = None
         self._connections_up = 0
@@ -147,11 +146,19 @@ class BrokeredEndpoint:
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to a worker; see `Endpoint.send`."""
+        link = self._link_to(to)
+        if link is None:
+            self._send(to, frames)
+            return
         try:
-            way = self._ways[to]
-        except KeyError:
-            raise self._refusal(to) from None
-        self._send(to, frames, way)
+            link.send(frames)
+        except PeerLostError as error:
+            raise self._refusal(to) from error
+        self.inbox.polling.give_way()
+
+    def is_local(self, to: Incarnation) -> bool:
+        """See `Endpoint.is_local`."""
+        return self._links is not None and self._link_to(to) is not None
 
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`: the broker tells of every loss."""
@@ -177,12 +184,14 @@ class BrokeredEndpoint:
         if can_flush := self.is_connected() and self._broker_lost is None:
             self._outbox.flush(deadline - time.monotonic())
         self._outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)) if can_flush else 0)
-        for way in list(self._ways.values()):
-            if way is not None:
-                self._outbox.close_way(way)
+        for link in list(self._peers.values()):
+            if link is not None:
+                link.flush(deadline - time.monotonic())
+                link.close()
         if at_exit:  # the broker takes this worker for lost when the connection that it receives on breaks
             self._wait_sent(deadline)
-            self.inbox.end()
+            if self._links is not None:
+                self._links.hide()
             sockets.keep_to_the_end(self)
             return
         self.inbox.close()
@@ -217,7 +226,7 @@ class BrokeredEndpoint:
 
     def tell_broker(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the broker itself. Raises what `send` raises."""
-        self._send(BROKER, frames, None)
+        self._send(BROKER, frames)
 
     def is_connected(self) -> bool:
         """Whether both connections to the broker are made."""
@@ -225,19 +234,22 @@ class BrokeredEndpoint:
 
     def add_peer(self, peer: Incarnation) -> None:
         """A worker can be sent to from now on."""
-        way = Way(partial(Shortcut.make_thriftily, self.incarnation, peer)) if self._local else None
         with self._lock:
-            self._ways.setdefault(peer, way)
+            if peer not in self._peers:
+                self._peers[peer] = None
+                if self._links is not None:
+                    self._untried.add(peer)
 
     def remove_peer(self, peer: Incarnation, reason: str) -> bool:
         """A worker cannot be sent to any more; false if that was known already."""
         self._deliver_last_words(peer)
         with self._lock:
-            known = peer in self._ways
-            way = self._ways.pop(peer, None)
+            known = peer in self._peers
+            link = self._peers.pop(peer, None)
+            self._untried.discard(peer)
             self._gone.note(peer, reason)
-        if way is not None:
-            self._outbox.close_way(way)
+        if link is not None:
+            link.close()
         return known
 
     def lose_peer(self, peer: Incarnation, reason: str) -> None:
@@ -251,13 +263,27 @@ class BrokeredEndpoint:
             if self._closed or self._broker_lost is not None:
                 return
             self._broker_lost = reason
-            peers = list(self._ways)
+            peers = list(self._peers)
             self._wake(self._reader_wake)
         for peer in peers:
             self.lose_peer(peer, reason)
         self._on_broker_lost(reason)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _link_to(self, peer: Incarnation) -> LocalLink | None:
+        """The link to `peer`, which is made where nothing was sent to it yet; None: the broker relays."""
+        try:
+            link = self._peers[peer]
+        except KeyError:
+            raise self._refusal(peer) from None
+        if link is None and peer in self._untried:
+            with self._lock:
+                if peer in self._untried and self._links is not None and not self._closed:
+                    self._untried.discard(peer)
+                    self._peers[peer] = self._links.connect(peer)
+                link = self._peers.get(peer)
+        return link
 
     def _connect(self, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
         """A DEALER connected to the broker, and its monitor."""
@@ -277,11 +303,11 @@ class BrokeredEndpoint:
         with contextlib.suppress(zmq.Again):
             sock.send_multipart([BROKER, b""], zmq.NOBLOCK)
 
-    def _send(self, to: bytes, frames: Sequence[Buffer], way: Way | None) -> None:
+    def _send(self, to: bytes, frames: Sequence[Buffer]) -> None:
         if self._broker_lost is not None:
             raise self._refusal(to)
         try:
-            sent = self._outbox.send(frames, to, way)
+            sent = self._outbox.send(frames, to)
         except zmq.ZMQError as error:
             raise self._refusal(to) from error
         if not sent:
@@ -303,13 +329,9 @@ class BrokeredEndpoint:
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._is_over() or (source == BROKER and len(frames) == 1 and not frames[0]):  # that only wakes the reader
             return None
-        if not self.inbox.is_on_shortcut:
+        if not self.inbox.is_on_link:
             self.heard_at = time.monotonic()
         if source != BROKER:
-            if self._shortcuts is not None and is_mark(frames[0]):
-                self._shortcuts.send_back(frames.pop(0), source)
-                if not frames:
-                    return None
             return self._deliver(source, frames)
         try:
             self._on_control(frames)
@@ -318,11 +340,11 @@ class BrokeredEndpoint:
         return None
 
     def _deliver_last_words(self, peer: Incarnation) -> None:
-        """The broker says that a worker is gone: what it has sent on its shortcut comes before that."""
-        if self._shortcuts is not None and self.inbox.is_read_here:
+        """The broker says that a worker is gone: what it has sent on its link comes before that."""
+        if self._links is not None and self.inbox.is_read_here:
             with self.inbox.taking_several():
-                for message in self._shortcuts.forget(peer):
-                    self._deliver(peer, [message])
+                for message in self._links.forget(peer):
+                    self._deliver(peer, message)
 
     def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
         """Hand over a worker's message, or the reason why it is lost; keep it if nobody takes it yet."""

@@ -1,6 +1,6 @@
 """Envelopes between workers: each large buffer goes the best way there is, the rest through the endpoint.
 
-In shared memory, where both workers can open each other's; else in chunks, where it is very large; else as a frame of
+In shared memory, between workers of one host; else in chunks, where it is very large; else as a frame of
 its own. The two first go beside their envelope, which names them by descriptors. What goes through the endpoint is
 kept back where the peer does not read (`Lanes`).
 """
@@ -12,24 +12,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zrpc import finalizers
-from zrpc.errors import PeerLostError, ProtocolError
+from zrpc.errors import PeerLostError, ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.lanes import Lanes
+from zrpc.transport.packets import Bundle
 from zrpc.transport.slab import DESCRIPTOR_LENGTH
 from zrpc.wire.envelope import Arriving, Envelope, decode, encode
 from zrpc.wire.region import Region
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.transport.chunks import MakeMemory
     from zrpc.transport.endpoint import Endpoint, OnLost
     from zrpc.transport.filling import Fill, Unfilled
     from zrpc.transport.inbox import Work
+    from zrpc.transport.packets import OwnedFile
     from zrpc.transport.shared_memory import SharedMemory
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
@@ -68,10 +70,6 @@ class Carrier:
         """This life of the worker."""
         return self._endpoint.incarnation
 
-    def card(self) -> list[Any] | None:
-        """What the membership card says of this worker's shared memory."""
-        return self._shared_memory.card() if self._shared_memory is not None else None
-
     def start(self, on_envelope: OnEnvelope, on_lost: OnLost, on_callers_left: Callable[[], None]) -> None:
         """Begin to read. `on_envelope(source, envelope)` is held to what `Inbox` says of `Take`.
 
@@ -81,10 +79,8 @@ class Carrier:
         self.inbox.tell(self._batches.flush, on_callers_left)
         self._endpoint.start(self._on_frames, on_lost)
 
-    def meet(self, peer: Incarnation, card: Any) -> None:
-        """`peer` came; its membership card says `card` of its shared memory."""
-        if self._shared_memory is not None:
-            self._shared_memory.meet(peer, card)
+    def meet(self, peer: Incarnation) -> None:
+        """`peer` came."""
         self._lanes.meet(peer)
 
     def watch(self, peer: Incarnation) -> None:
@@ -108,8 +104,9 @@ class Carrier:
         """
         placed: list[list[Any]] = []
         later: list[Fill] = []
+        files: list[OwnedFile] = []
         try:
-            frames = self._encoded(peer, envelope, placed, later)
+            frames = self._encoded(peer, envelope, placed, later, files)
         except PeerLostError:
             self.forget(peer)
             raise
@@ -118,7 +115,10 @@ class Carrier:
                 self._take_back(peer, descriptor, is_unsent=True)
             raise
         try:
-            self._send(peer, frames, may_lie)
+            if files:
+                self._lanes.send(peer, Bundle(frames, files))
+            else:
+                self._send(peer, frames, may_lie)
             if later and self._shared_memory is not None:
                 self._shared_memory.fill(later)
         except PeerLostError:
@@ -140,9 +140,12 @@ class Carrier:
             self._batches.flush()
 
     def _encoded(
-        self, peer: Incarnation, envelope: Envelope, placed: list[list[Any]], later: list[Fill]
-    ) -> list[Buffer]:
+        self, peer: Incarnation, envelope: Envelope, placed: list[list[Any]], later: list[Fill],
+        files: list[OwnedFile],
+    ) -> list[Buffer]:  # fmt: skip
         """Its frames. `placed` gets the descriptors of what goes beside it, `later` what is to do when it has left.
+
+        `files` gets those that go with it.
 
         What is handed back is taken back only if nothing was sent: else `peer` may hold it already.
         """
@@ -150,12 +153,12 @@ class Carrier:
             return encode(envelope)
         memory = self._shared_memory
         if memory is None or not envelope.is_last_use:
-            return encode(envelope, partial(self._place, peer, placed, later, envelope.shared))
+            return encode(envelope, partial(self._place, peer, placed, later, files, envelope.shared))
         handed: list[list[Any]] = []
         envelope.buffers = buffers = list(envelope.buffers)
         try:
             memory.hand_back(peer, buffers, handed)
-            return encode(envelope, partial(self._place, peer, placed, later, None))
+            return encode(envelope, partial(self._place, peer, placed, later, files, None))
         except BaseException:
             for descriptor in handed:
                 memory.take_handed_back(peer, descriptor)
@@ -195,31 +198,44 @@ class Carrier:
             self._shared_memory.close()
 
     def _place(
-        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], shared: SharedBuffers | None,
-        buffer: Buffer | Arriving | Region,
+        self, peer: Incarnation, placed: list[list[Any]], later: list[Fill], files: list[OwnedFile],
+        shared: SharedBuffers | None, buffer: Buffer | Arriving | Region,
     ) -> list[Any] | None:  # fmt: skip
         """See to it that a large buffer goes beside its envelope, and give its descriptor; see `_encoded`.
 
         None: it travels as a frame.
         """
-        share = self._shared_memory.placing(peer) if self._shared_memory is not None else None
-        if share is not None:
-            descriptor = None if shared is None else self._share(peer, shared, buffer)
-            descriptor = share(buffer, later) if descriptor is None else descriptor
-        else:
-            descriptor = None if isinstance(buffer, Region) else self._transfers.place(peer, buffer)
+        memory = self._shared_memory
+        descriptor = None
+        if memory is not None and self._endpoint.is_local(peer):
+            descriptor = None if shared is None else self._share(memory, peer, shared, buffer, files)
+            descriptor = descriptor or memory.place(peer, buffer, later, files)
+        if descriptor is None and not isinstance(buffer, Region):
+            descriptor = self._transfers.place(peer, buffer)
         if descriptor is not None:
             placed.append(descriptor)
         return descriptor
 
-    def _share(self, peer: Incarnation, shared: SharedBuffers, buffer: Buffer | Arriving | Region) -> list[Any] | None:
+    def _share(
+        self, memory: SharedMemory, peer: Incarnation, shared: SharedBuffers, buffer: Buffer | Arriving | Region,
+        files: list[OwnedFile],
+    ) -> list[Any] | None:  # fmt: skip
         """What `peer` is to be told of the memory that it shares with other receivers of `buffer`; None: of none."""
-        assert self._shared_memory is not None
         assert not isinstance(buffer, Arriving)
         told = shared.placed.get(id(buffer))
         if told is None:
-            told = shared.placed[id(buffer)] = self._shared_memory.share(shared.receivers, buffer) or {}
-        return told.pop(peer, None)
+            told = memory.share([one for one in shared.receivers if self._is_local(one)], buffer) or {}
+            shared.placed[id(buffer)] = told
+        descriptor = told.pop(peer, None)
+        if descriptor is not None:
+            memory.attach(peer, descriptor, files)
+        return descriptor
+
+    def _is_local(self, peer: Incarnation) -> bool:
+        try:
+            return self._endpoint.is_local(peer)
+        except ZrpcError:  # it is gone: what is sent to it will say so
+            return False
 
     def end_sharing(self, shared: SharedBuffers) -> None:
         """All envelopes that `shared` is of are sent: whoever was not told of its memory will not be."""
@@ -240,7 +256,8 @@ class Carrier:
             if frames[0][:1] == _NO_ENVELOPE:
                 return self._on_others(source, frames)
             unfilled: Unfilled = []
-            envelope = decode(frames, partial(self._fetch, source, unfilled))
+            files = frames.files if type(frames) is Bundle else ()
+            envelope = decode(frames, partial(self._fetch, source, unfilled, files))
             if unfilled:
                 envelope.pending = Filling(unfilled, lambda: self._is_over)
             return self._on_envelope(source, envelope)
@@ -265,10 +282,12 @@ class Carrier:
             raise ProtocolError(f"a message of {len(frames)} frames begins with {bytes(frames[0][:2])!r}")
         return None
 
-    def _fetch(self, source: Incarnation, unfilled: Unfilled, descriptor: list[Any]) -> Buffer:
+    def _fetch(
+        self, source: Incarnation, unfilled: Unfilled, files: Sequence[OwnedFile], descriptor: list[Any]
+    ) -> Buffer:
         """The memory of a large buffer that goes beside its envelope; see `SharedMemory.fetch`."""
         if len(descriptor) >= DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            return self._shared_memory.fetch(source, descriptor, unfilled)
+            return self._shared_memory.fetch(source, descriptor, unfilled, files)
         return self._transfers.fetch(source, descriptor)
 
 

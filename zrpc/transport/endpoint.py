@@ -39,11 +39,20 @@ class Endpoint(Protocol):
         """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.
 
         Frames larger than `zrpc.transport.outbox.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is
-        held, and must stay unchanged, until ZeroMQ has let go of it.
+        held, and must stay unchanged, until ZeroMQ has let go of it. A `Bundle` has files that go with it, to a worker
+        of this host (`is_local`).
 
         Raises:
             PeerLostError: the worker is not connected, or known to be lost.
             AgentClosedError: this endpoint is closed.
+        """
+
+    def is_local(self, to: Incarnation) -> bool:
+        """Whether files can go with a message to that worker: it is on this host. The link to it is made, if need be.
+
+        Raises:
+            PeerLostError: as `send`.
+            AgentClosedError: as `send`.
         """
 
     def watch(self, peer: Incarnation) -> None:

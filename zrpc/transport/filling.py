@@ -11,7 +11,6 @@ Measured on one host, calls that send a buffer of that size, without and with th
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,12 +19,11 @@ from zrpc import interrupts
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport.copying import SPLIT_MIN_NBYTES
 from zrpc.transport.polling import let_others_run
-from zrpc.transport.slab import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zrpc.transport.slab import Descriptor, Slab, SlabMemory
+    from zrpc.transport.slab import Slab, SlabMemory
     from zrpc.wire.envelope import Buffer
     from zrpc.wire.region import Region
 
@@ -35,8 +33,8 @@ POLL_S = 0.002
 SLEEP_S = 0.001
 
 
-Unfilled = list[tuple["SlabMemory", "Descriptor"]]
-"""Slabs that are not whole yet, and how their sender described them."""
+Unfilled = list["SlabMemory"]
+"""Slabs that are not whole yet."""
 
 
 class Fill(NamedTuple):
@@ -60,7 +58,7 @@ class Filling:
 
     def wait(self, deadline: float | None) -> bool:
         """See `Pending.wait`."""
-        for memory, (pid, fd, *_) in self._slabs:
+        for memory in self._slabs:
             began = time.monotonic()
             while memory.is_filling:
                 interrupts.check()
@@ -70,22 +68,21 @@ class Filling:
                 if now - began < POLL_S:
                     let_others_run()
                 else:
-                    self._look(memory, pid, fd)
+                    self._look(memory)
                     time.sleep(SLEEP_S)
             if memory.is_torn:
-                raise ProtocolError(f"process {pid} was interrupted as it wrote what it sent into shared memory")
+                raise ProtocolError("the sender was interrupted as it wrote what it sent into shared memory")
         for _ in range(2):
             with _fence:
                 pass
         return True
 
-    def _look(self, memory: SlabMemory, pid: int, fd: int) -> None:
+    def _look(self, memory: SlabMemory) -> None:
         """Raise if nothing is to be waited for any more."""
         if self._is_over():
             raise AgentClosedError("this worker shut down before its peer had written what it sent into shared memory")
-        is_given_up = memory.is_left or memory.is_retired() or not os.path.exists(path_of(pid, fd))
-        if is_given_up and memory.is_filling:
-            raise PeerLostError(f"process {pid} is lost, or gave up, before it had written what it sent")
+        if (memory.is_left or memory.is_retired()) and memory.is_filling:
+            raise PeerLostError("the sender is lost, or gave up, before it had written what it sent")
 
 
 _fence = threading.Lock()

@@ -20,8 +20,8 @@ import weakref
 from contextlib import suppress
 from typing import Protocol
 
-ABSTRACT_PREFIX = b"\0zrpc-"
-"""What the names of all Unix sockets of zrpc begin with."""
+from zrpc.transport.local_socket import PREFIX, SUFFIX
+
 _MEMORY_FILES = "/memfd:zrpc-"
 _DESCRIPTORS = "/proc/self/fd"
 
@@ -66,7 +66,7 @@ def _is_ours(descriptor: int, ports: set[int], addresses: set[tuple[str, int]]) 
     sock = socket.socket(fileno=descriptor)
     try:
         if sock.family == socket.AF_UNIX:
-            return any(_is_abstract(name) for name in (sock.getsockname(), _peer_name(sock)))
+            return any(_is_local(name) for name in (sock.getsockname(), _peer_name(sock)))
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return False
         peer = _peer_name(sock)
@@ -82,8 +82,9 @@ def _peer_name(sock: socket.socket) -> object:
         return None
 
 
-def _is_abstract(name: object) -> bool:
-    return isinstance(name, bytes) and name.startswith(ABSTRACT_PREFIX)
+def _is_local(name: object) -> bool:
+    """Whether it is the name of a Unix socket of zrpc."""
+    return isinstance(name, str) and os.path.basename(name).startswith(PREFIX) and name.endswith(SUFFIX)
 
 
 os.register_at_fork(after_in_child=_after_in_child)

@@ -4,9 +4,8 @@ What: `zrpc.transport.turns` decides which thread reads; here it does. A caller 
 is there (`wait_for`). A *reader* (there are `READERS` of them, which `run`) that takes a message which is work to do,
 does the work itself, when another thread may read. For how it waits for one see `zrpc.transport.polling`.
 
-Workers of one host send small messages on shortcuts (`zrpc.transport.shortcuts`), which are read first, but for one
-message of the socket after every `SHORT_RUN`. Its sender may have sent something on its shortcut before, and nothing
-since: so that is read before it is handed on.
+Workers of one host send on Unix sockets (`zrpc.transport.local_links`), which are read first, but for one message of
+the socket after every `LOCAL_RUN`.
 
 Invariants: the socket belongs to the thread that reads. Messages are handed on by it, one after the other, so they keep
 their order. A caller runs nothing but `take`; what must be done in order but not on its thread is left to a reader
@@ -41,14 +40,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zrpc.transport.io_thread import IoThread
-    from zrpc.transport.shortcuts import Shortcuts
+    from zrpc.transport.local_links import LocalLinks
     from zrpc.transport.sockets import Socket
     from zrpc.transport.turns import Awaited
 
 log = logging.getLogger("zrpc")
 
 READERS = 2
-SHORT_RUN = 16
+LOCAL_RUN = 16
 CLOSE_WAIT_S = 5.0
 
 Work = Callable[[], None]
@@ -68,7 +67,7 @@ class Inbox:
         is_over: whether reading is over. Looked at after each message: send the socket one when it comes true.
         io_thread: brings the messages.
         interrupt: sends the socket a message that says nothing.
-        shortcuts: where messages come too, if it is not None; the inbox closes it.
+        links: where messages come too, if it is not None; the inbox closes it.
         busy_poll_s: see `Polling`.
 
     Attributes:
@@ -85,14 +84,14 @@ class Inbox:
         is_over: Callable[[], bool],
         io_thread: IoThread,
         interrupt: Callable[[], None],
-        shortcuts: Shortcuts | None = None,
+        links: LocalLinks | None = None,
         busy_poll_s: float = 0.0,
     ) -> None:
         self.tell(_nothing, _nothing)
-        self.polling = Polling(sock, io_thread, shortcuts, busy_poll_s)
+        self.polling = Polling(sock, io_thread, links, busy_poll_s)
         self.num_sent = 0
         self._sock = sock
-        self._shortcuts = shortcuts
+        self._links = links
         self._take = take
         self._is_over = is_over
         self._interrupt = interrupt
@@ -101,8 +100,7 @@ class Inbox:
         self._wakes: dict[int, WakeUp] = {}  # of the readers; each adds its own
         self._serves_queue = 0  # the reader at work that had not to wait for it
         self._messages = Messages(sock)
-        self._held: list[Buffer] = []  # a message of the socket, before which others are handed on
-        self._short_run = 0
+        self._local_run = 0
         self._takes_several = False
         self._handed_on: deque[Work] = deque()
         self._num_handed_on = 0  # and not done yet
@@ -148,9 +146,9 @@ class Inbox:
         return self._serves_queue == threading.get_ident()
 
     @property
-    def is_on_shortcut(self) -> bool:
-        """Whether what `take` is given now came on a shortcut, and no message of the socket lies behind it."""
-        return self._short_run > 0
+    def is_on_link(self) -> bool:
+        """Whether what `take` is given now came on a local link."""
+        return self._local_run > 0
 
     @property
     def must_hand_on(self) -> bool:
@@ -235,7 +233,7 @@ class Inbox:
         while not self._is_over():
             if self._handed_on:
                 self._do_handed_on()
-            is_ready = self._is_ready()
+            is_ready = self.polling.is_ready()
             if not is_ready:
                 self.on_queue_empty()
                 self.polling.wait(None)
@@ -298,7 +296,7 @@ class Inbox:
         try:
             self._take_over()
             while not wanted.done() and not self._is_over():
-                if not self._is_ready() and not self.polling.wait(deadline):
+                if not self.polling.is_ready() and not self.polling.wait(deadline):
                     break
                 self._hand_on()
                 if wanted.done():
@@ -318,10 +316,10 @@ class Inbox:
     # ---- the end
 
     def end(self) -> None:
-        """Reading has come to an end: close the shortcuts, so that nobody waits for what is sent on them to be read."""
-        if self._shortcuts is not None:
+        """Reading has come to an end: close the links that are received on, so that nothing more is sent there."""
+        if self._links is not None:
             self._await_unread()
-            self._shortcuts.close()
+            self._links.close()
 
     def close(self) -> None:
         """Close the socket once nobody reads it. What `take` calls may call it too."""
@@ -337,33 +335,24 @@ class Inbox:
 
     # ---- messages
 
-    def _is_ready(self) -> bool:
-        return bool(self._held) or self.polling.is_ready()
-
     def _hand_on(self) -> Work | None:
         """Take a message and hand it on: small frames as bytes, large ones as views. For the thread that reads.
 
         There may be none after all.
         """
-        shortcuts = self._shortcuts
-        if not self._held:
-            if shortcuts is not None and (self._short_run < SHORT_RUN or not self.polling.is_on_socket()):
-                message = shortcuts.receive()
-                if message is not None:
-                    self._short_run += 1
-                    return self._take(message[0], [message[1]])
-                if not self.polling.is_on_socket():
-                    return None
-            self._short_run = 0
-            self._held = self._messages.receive()
-            if not self._held:
+        if self._links is not None and (self._local_run < LOCAL_RUN or not self.polling.is_on_socket()):
+            message = self._links.receive()
+            if message is not None:
+                self._local_run += 1
+                return self._take(*message)
+            if not self.polling.is_on_socket():
                 return None
-        if shortcuts is not None:
-            before = shortcuts.receive_from(self._held[0])  # type: ignore[arg-type]  # a source is bytes
-            if before is not None:
-                return self._take(self._held[0], [before])  # type: ignore[arg-type]
-        (source, *frames), self._held = self._held, []
-        return self._take(source, frames)  # type: ignore[arg-type]
+        self._local_run = 0
+        received = self._messages.receive()
+        if not received:
+            return None
+        source, *frames = received
+        return self._take(source, frames)  # type: ignore[arg-type]  # a source is bytes
 
     def _take_over(self) -> None:
         """This thread reads now, or waits: the reader at work that left something lying may not come back for long."""

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ConfigError
-from zrpc.transport import sockets
+from zrpc.transport import local_socket, sockets
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
@@ -39,7 +39,7 @@ def has_ended(address: str, incarnation: Incarnation, own_address: str) -> bool:
         incarnation: which life.
         own_address: where this worker listens: what it holds itself, nobody else does.
     """
-    if sockets.is_reachable(sockets.local_address(incarnation)):
+    if local_socket.is_listening(incarnation):
         return False
     try:
         host, port = sockets.split_address(address)

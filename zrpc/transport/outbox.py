@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zrpc.transport.sockets import Socket
-    from zrpc.transport.way import Way
     from zrpc.wire.envelope import Buffer
 
 MAX_QUEUED = 1_000_000
@@ -32,28 +31,25 @@ and 350 of 512 KiB; from 1 MiB on no difference shows, and series of large ones 
 
 
 class Outbox:
-    """The sending side. The socket, the ways and the queue are owned by the lock.
+    """The sending side. The socket and the queue are owned by the lock.
 
     Args:
         sock: what messages are sent on. The outbox closes it.
-        way: of all messages, where the socket leads to one peer that there may be a shortcut to. The outbox closes it.
     """
 
-    def __init__(self, sock: Socket, way: Way | None = None) -> None:
+    def __init__(self, sock: Socket) -> None:
         self._sock = sock
-        self._way = way
         self._lock = threading.Lock()
         self._queue: deque[list[Buffer]] = deque()
         self._nbytes = 0  # of the queue
         self._closed = False
 
-    def send(self, frames: Sequence[Buffer], to: bytes | None = None, way: Way | None = None) -> bool:
+    def send(self, frames: Sequence[Buffer], to: bytes | None = None) -> bool:
         """Send one message, or queue it at the high-water mark; messages keep their order.
 
         Args:
             frames: the message.
             to: whom it is for, where that does not go without saying.
-            way: of messages to it, if not that of all; `close_way` closes it.
 
         Returns:
             False where the message was queued: `drain` must be called until it says True.
@@ -67,12 +63,7 @@ class Outbox:
         with self._lock:
             if self._closed:
                 raise zmq.ZMQError(zmq.ETERM)
-            way = way or self._way
-            if way is not None and way.send(frames):
-                return True
-            message = [*frames] if way is None else [*way.go_around(), *frames]
-            if to is not None:
-                message.insert(0, to)
+            message = [*frames] if to is None else [to, *frames]
             if not self._queue:
                 try:
                     send_frames(self._sock, message)
@@ -112,25 +103,6 @@ class Outbox:
                     left_ms = int((deadline - time.monotonic()) * 1000)
                     if left_ms <= 0 or not self._sock.poll(left_ms, zmq.POLLOUT):
                         return
-            if self._way is not None and self._way.is_unread():
-                with suppress(zmq.Again):  # marks that nobody looked for may be lost, but this one's is
-                    send_frames(self._sock, self._way.go_around())
-
-    def is_unread(self) -> bool:
-        """Whether `wait_read` would wait."""
-        with self._lock:
-            return self._way is not None and self._way.is_unread()
-
-    def wait_read(self, timeout_s: float) -> None:
-        """Give the peer up to `timeout_s` to read what was sent, where that can be told."""
-        with self._lock:
-            if self._way is not None:
-                self._way.wait_read(timeout_s)
-
-    def close_way(self, way: Way) -> None:
-        """Nothing is sent on a way of somebody's own any more."""
-        with self._lock:
-            way.close()
 
     def close(self, linger_ms: int) -> None:
         """Close the socket; ZeroMQ goes on sending what it took for up to `linger_ms`. Idempotent."""
@@ -138,8 +110,6 @@ class Outbox:
             self._closed = True
             self._queue.clear()
             self._sock.close(linger=linger_ms)
-            if self._way is not None:
-                self._way.close()
 
 
 def send_frames(sock: Socket, frames: list[Buffer]) -> None:

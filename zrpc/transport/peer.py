@@ -5,8 +5,8 @@ its lock. An answer travels on the answerer's own DEALER. So a call needs no hop
 and no socket is ever polled for both.
 
 A DEALER's routing id is its worker's incarnation: the ROUTER's source frame says who sent, and two lives of one worker
-are never mistaken for each other. Connections are made when the first message is sent: over a Unix socket to a worker
-in the same network namespace, which takes less than loopback TCP, else over TCP.
+are never mistaken for each other. Connections are made when the first message is sent. Workers of one host have links
+of their own (`zrpc.transport.local_links`) instead, where both may have them.
 
 A second thread, the watcher, reads the connections' monitors, drains queues, and declares peers lost.
 """
@@ -14,10 +14,8 @@ A second thread, the watcher, reads the connections' monitors, drains queues, an
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
@@ -25,12 +23,11 @@ import zmq
 from zrpc import threads
 from zrpc.errors import AgentClosedError, ConfigError, PeerLostError
 from zrpc.ids import EndedLives
-from zrpc.transport import fork, io_thread, sockets
+from zrpc.transport import descriptors, fork, io_thread, sockets
 from zrpc.transport.inbox import READERS, Inbox, Work
+from zrpc.transport.local_links import FILES_PER_PEER, LocalLink, LocalLinks
 from zrpc.transport.outbox import Outbox
-from zrpc.transport.shortcuts import Shortcut, Shortcuts, is_mark
 from zrpc.transport.watch import EVENTS, ConnectionWatch
-from zrpc.transport.way import Way
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +48,7 @@ class PeerEndpoint:
     Args:
         incarnation: this life of the worker.
         bind: address to listen on, such as `tcp://127.0.0.1:0`.
-        local: listen for workers of this host on a Unix socket too, and talk to them over theirs.
+        local: have links with workers of this host.
         busy_poll_s: see `Polling`.
 
     Raises:
@@ -71,27 +68,24 @@ class PeerEndpoint:
         router.setsockopt(zmq.ROUTING_ID, incarnation)  # so that it can be seen which life listens: `has_ended`
         try:
             self.address = sockets.bind(router, bind)
-            if local and sys.platform.startswith("linux"):
-                router.bind(sockets.local_address(incarnation))
         except BaseException:
             router.close()
             self._context.term()
             raise
         router.bind("inproc://wake-reader")
-        self._shortcuts = Shortcuts.make(incarnation) if local else None
-        self.inbox = Inbox(
-            router, self._take, lambda: self._closed, carrier, self.interrupt, self._shortcuts, busy_poll_s
-        )
+        self._links = LocalLinks.make(incarnation) if local else None
+        if self._links is not None:
+            self._links.tell(self._on_broken)
+        self.inbox = Inbox(router, self._take, lambda: self._closed, carrier, self.interrupt, self._links, busy_poll_s)
         self._reader_wake = self._wake_socket("inproc://wake-reader", zmq.DEALER)
         watcher_end = self._context.socket(zmq.PAIR)
         watcher_end.bind("inproc://wake-watcher")
         self._watcher_wake = self._wake_socket("inproc://wake-watcher", zmq.PAIR)
         self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(watcher_end)
         self._watcher_end = watcher_end
-        self._local = local
         self._lock = threading.Lock()  # owns the tables below and the wake sockets
         self._addresses: dict[Incarnation, str] = {}
-        self._outboxes: dict[Incarnation, Outbox] = {}
+        self._outboxes: dict[Incarnation, Outbox | LocalLink] = {}
         self._new_monitors: list[tuple[Incarnation, sockets.Socket]] = []
         self._lost = EndedLives()
         self._clogged: set[Incarnation] = set()
@@ -127,7 +121,9 @@ class PeerEndpoint:
             self._addresses.pop(peer, None)
             self._lost.note(peer, "it left the group")
             outbox = self._outboxes.pop(peer, None)
-        if outbox is not None:
+        if isinstance(outbox, LocalLink):
+            outbox.close()
+        elif outbox is not None:
             outbox.close(linger_ms=1_000)
 
     def watch(self, peer: Incarnation) -> None:
@@ -142,6 +138,9 @@ class PeerEndpoint:
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message; see `Endpoint.send`."""
         outbox = self._outboxes.get(to) or self._open(to)
+        if type(outbox) is LocalLink:
+            self._send_local(to, outbox, frames)
+            return
         try:
             if not outbox.send(frames):
                 with self._lock:
@@ -151,6 +150,17 @@ class PeerEndpoint:
         except zmq.ZMQError as error:
             raise self._gone(to) from error
         self.inbox.polling.give_way()
+
+    def _send_local(self, to: Incarnation, link: LocalLink, frames: Sequence[Buffer]) -> None:
+        try:
+            link.send(frames)
+        except PeerLostError as error:
+            raise self._gone(to) from error
+        self.inbox.polling.give_way()
+
+    def is_local(self, to: Incarnation) -> bool:
+        """See `Endpoint.is_local`."""
+        return self._links is not None and type(self._outboxes.get(to) or self._open(to)) is LocalLink
 
     def interrupt(self) -> None:
         """See `Endpoint.interrupt`."""
@@ -170,16 +180,21 @@ class PeerEndpoint:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 threads.join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
-        self.inbox.end()
+        if not at_exit:
+            self.inbox.end()
+        elif self._links is not None:
+            self._links.hide()
         with self._lock:
             outboxes, self._outboxes = list(self._outboxes.values()), {}
             monitors, self._new_monitors = self._new_monitors, []
         for outbox in outboxes:
             outbox.flush(deadline - time.monotonic())
-        for outbox in sorted(outboxes, key=Outbox.is_unread):  # one that does not read takes no time from the others
-            outbox.wait_read(deadline - time.monotonic())
-            outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)))
-        if at_exit:  # the peers watch their own connections, to the socket that this one receives on
+        for outbox in outboxes:
+            if isinstance(outbox, LocalLink):
+                outbox.close()
+            else:
+                outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)))
+        if at_exit:  # the peers watch their own connections, to the sockets that this one receives on
             for peer, monitor in monitors:
                 self._watch.add(peer, monitor)
             self._watch.wait_closed(deadline)
@@ -209,7 +224,7 @@ class PeerEndpoint:
             return AgentClosedError("this worker has shut down its transport")
         return PeerLostError(f"the peer is gone: {self._lost.get(peer, 'it is not connected')}")
 
-    def _open(self, peer: Incarnation) -> Outbox:
+    def _open(self, peer: Incarnation) -> Outbox | LocalLink:
         """Make the connection to `peer`."""
         with self._lock:
             existing = self._outboxes.get(peer)
@@ -218,23 +233,27 @@ class PeerEndpoint:
             address = self._addresses.get(peer)
             if self._closed or peer in self._lost or address is None:
                 raise self._gone(peer)
+            if self._links is not None:
+                descriptors.check_room(FILES_PER_PEER)
+                link = self._links.connect(peer)
+                if link is not None:
+                    self._outboxes[peer] = link
+                    return link
             sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation, heartbeats=False)
             try:
                 monitor = sockets.make_monitor(self._context, sock, EVENTS)
             except zmq.ZMQError:
                 sock.close()
                 raise
-            local = sockets.local_address(peer)
             try:
-                sockets.connect(sock, local if self._local and sockets.is_reachable(local) else address)
+                sockets.connect(sock, address)
             except ConfigError as error:
                 self._lost.note(peer, f"its address cannot be used: {error}")
                 sock.disable_monitor()  # its last word must be sent while somebody is there to read it
                 sock.close()
                 monitor.close()
                 raise self._gone(peer) from error
-            way = Way(partial(Shortcut.make, self.incarnation, peer)) if self._local else None
-            outbox = self._outboxes[peer] = Outbox(sock, way)
+            outbox = self._outboxes[peer] = Outbox(sock)
             self._new_monitors.append((peer, monitor))
             self._wake_watcher()
             return outbox
@@ -242,10 +261,6 @@ class PeerEndpoint:
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._closed or (len(frames) == 1 and not frames[0]):  # it only wakes the reader
             return None
-        if self._shortcuts is not None and is_mark(frames[0]):
-            self._shortcuts.send_back(frames.pop(0), source)
-            if not frames:
-                return None
         return self._on_frames(source, frames)
 
     def _watch_loop(self) -> None:
@@ -256,7 +271,7 @@ class PeerEndpoint:
         with self._lock:
             added, self._new_monitors = self._new_monitors, []
             clogged, self._clogged = self._clogged, set()  # a sender that finds its queue anew puts it back
-            queues = [(peer, outbox) for peer in clogged if (outbox := self._outboxes.get(peer)) is not None]
+            queues = [(peer, outbox) for peer in clogged if isinstance(outbox := self._outboxes.get(peer), Outbox)]
         for peer, monitor in added:
             self._watch.add(peer, monitor)
         still = [peer for peer, outbox in queues if not outbox.drain()]
@@ -270,5 +285,16 @@ class PeerEndpoint:
                 return
             self._addresses.pop(peer, None)
             self._lost.note(peer, reason)
-        outbox.close(linger_ms=0)
+        if isinstance(outbox, LocalLink):
+            outbox.close()
+        else:
+            outbox.close(linger_ms=0)
         self._on_lost(peer, reason)
+
+    def _on_broken(self, peer: Incarnation, reason: str) -> None:
+        """The link to `peer` is closed at its end: what it has sent before comes first. For the thread that reads."""
+        assert self._links is not None
+        with self.inbox.taking_several():
+            for frames in self._links.forget(peer):
+                self._take(peer, frames)
+        self._declare_lost(peer, reason)

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.transport.io_thread import IoThread
-    from zrpc.transport.shortcuts import Shortcuts
+    from zrpc.transport.local_links import LocalLinks
     from zrpc.transport.sockets import Socket
 
 SOCKET_EVERY = 4
-"""One look of so many is for ZeroMQ's socket too, if the last message came on a shortcut: a look at both takes twice as
-long as one at the shortcuts, and the message lies for half of that (`compare.py --only noop_us`)."""
+"""One look of so many is for ZeroMQ's socket too, if the last message came on a local link: a look at both takes twice
+as long as one at the links, and the message lies for half of that (`compare.py --only noop_us`)."""
 TAKEN_S = 0.001
 """An I/O thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP; a peer that copies
 16 MiB on two threads, for 0.6."""
@@ -55,15 +55,15 @@ class Polling:
     Args:
         sock: where they come.
         io_thread: brings them.
-        shortcuts: where they come too, if it is not None.
+        links: where they come too, if it is not None.
         busy_poll_s: how long to poll before to sleep, in seconds; 0: never poll.
     """
 
-    def __init__(self, sock: Socket, io_thread: IoThread, shortcuts: Shortcuts | None, busy_poll_s: float) -> None:
+    def __init__(self, sock: Socket, io_thread: IoThread, links: LocalLinks | None, busy_poll_s: float) -> None:
         self.busy_poll_s = busy_poll_s
-        self._shortcuts = shortcuts
+        self._links = links
         self._on_socket: list[tuple[Any, int]] = [(sock, int(zmq.POLLIN))]
-        self._on_any = self._on_socket if shortcuts is None else [*self._on_socket, (shortcuts, int(zmq.POLLIN))]
+        self._on_any = self._on_socket if links is None else [*self._on_socket, (links, int(zmq.POLLIN))]
         self._io_thread = io_thread
         self._last_wait_s = 0.0
         self._no_poll_until = 0.0
@@ -72,7 +72,7 @@ class Polling:
         self._io_cpu_s: float | None = None
         self._taken_at = 0.0
         self._owes_way = False
-        self._on_shortcut = False  # where the last message came that was polled for
+        self._on_link = False  # where the last message came that was polled for
 
     def is_ready(self) -> bool:
         """Whether there is a message that need not be waited for."""
@@ -100,23 +100,23 @@ class Polling:
         return bool(zmq_poll(self._on_socket, 0))
 
     def _is_there(self) -> bool:
-        return (self._shortcuts is not None and self._shortcuts.is_ready()) or self.is_on_socket()
+        return (self._links is not None and self._links.is_ready()) or self.is_on_socket()
 
     def _poll(self, began: float) -> bool:
         self._io_thread.be_polite(True)
         now, turn = began, 0
-        shortcuts = self._shortcuts if self._on_shortcut else None
+        links = self._links if self._on_link else None
         while now - began < self.busy_poll_s:
             let_others_run()
             last, now = now, time.monotonic()
             turn += 1
-            came = shortcuts.is_ready() if shortcuts is not None and turn % SOCKET_EVERY else self._is_there()
+            came = links.is_ready() if links is not None and turn % SOCKET_EVERY else self._is_there()
             if now - last > TAKEN_S:
                 self._note_taken(now - last, now)
                 return came
             if came:
                 self._owes_way = True
-                self._on_shortcut = self._shortcuts is not None and self._shortcuts.has_seen
+                self._on_link = self._links is not None and self._links.has_seen
                 return True
         return False
 

@@ -1,4 +1,4 @@
-"""Shared memory for one worker: slabs to send in, slabs of others, and with whom memory can be shared.
+"""Shared memory for one worker: slabs to send in, and slabs of others.
 
 `zrpc.transport.slabs` says how it works.
 """
@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zrpc.transport.attachments import Attachments
-from zrpc.transport.probe import Probe
-from zrpc.transport.slab import DESCRIPTOR_LENGTH, NOBODY, Descriptor
+from zrpc.transport.slab import DESCRIPTOR_LENGTH, HANDED_BACK, NOBODY, SLOT, Descriptor
 from zrpc.transport.slabs import SlabPool, limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.transport.filling import Fill, Unfilled
+    from zrpc.transport.packets import OwnedFile
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Arriving, Buffer
     from zrpc.wire.region import Region
@@ -27,17 +26,15 @@ log = logging.getLogger("zrpc")
 
 
 class SharedMemory:
-    """All of it, for one worker: slabs to send in, slabs of others, and with whom memory can be shared.
+    """All of it, for one worker: slabs to send in, and slabs of others.
 
     Raises:
-        OSError: no memory file can be made here.
+        OSError: no memory file can be made here, or it cannot be found out how much memory there is.
     """
 
     def __init__(self) -> None:
-        self._probe = Probe()
         self._pool = SlabPool(*limits())
         self._attachments = Attachments()
-        self._nonces: dict[Incarnation, bytes | None] = {}
 
     @classmethod
     def make(cls) -> SharedMemory | None:
@@ -48,25 +45,19 @@ class SharedMemory:
             log.warning("shared memory is not used, sockets are: %s", error)
             return None
 
-    def card(self) -> list[Any]:
-        """What to tell the others in the membership card."""
-        return self._probe.card()
-
-    def meet(self, peer: Incarnation, card: Any) -> None:
-        """Tell `peer`, whose card said `card` of its memory, that it can be opened here, if it can."""
-        self._nonces[peer] = self._probe.visit(card)
-
-    def placing(
-        self, peer: Incarnation
-    ) -> Callable[[Buffer | Arriving | Region, list[Fill]], Descriptor | None] | None:
-        """`SlabPool.place` for that peer; None where it cannot open, or has not yet tried to open, what is here."""
-        nonce = self._nonces.get(peer)
-        return partial(self._pool.place, peer) if nonce and self._probe.was_visited_by(nonce) else None
+    def place(
+        self, peer: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill], files: list[OwnedFile]
+    ) -> Descriptor | None:
+        """See `SlabPool.place`."""
+        return self._pool.place(peer, buffer, later, files)
 
     def share(self, peers: Sequence[Incarnation], buffer: Buffer | Region) -> dict[Incarnation, Descriptor] | None:
-        """`SlabPool.share` for those of `peers` that can open what is here; None where there are less than two."""
-        able = [peer for peer in peers if self.placing(peer) is not None]
-        return self._pool.share(able, buffer) if len(able) > 1 else None
+        """`SlabPool.share`; None where there are less than two of `peers`."""
+        return self._pool.share(peers, buffer) if len(peers) > 1 else None
+
+    def attach(self, peer: Incarnation, descriptor: Descriptor, files: list[OwnedFile]) -> None:
+        """See `SlabPool.attach`."""
+        self._pool.attach(peer, descriptor, files)
 
     def fill(self, later: Sequence[Fill]) -> None:
         """See `SlabPool.fill`."""
@@ -88,18 +79,19 @@ class SharedMemory:
         """See `Attachments.take_back`."""
         self._attachments.take_back(peer, descriptor)
 
-    def fetch(self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled) -> memoryview:
+    def fetch(
+        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile] = ()
+    ) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet.
+        `unfilled` gets the slab if it is not whole yet. `files` came with the message.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller, or `source` has handed back what it does not hold.
         """
-        own = self._pool.take_home(source, descriptor) if len(descriptor) == DESCRIPTOR_LENGTH else None
-        if own is not None:
-            return self._attachments.lend(own, NOBODY, descriptor, unfilled)
-        return self._attachments.fetch(source, descriptor, unfilled)
+        if len(descriptor) == DESCRIPTOR_LENGTH and descriptor[SLOT] == HANDED_BACK:
+            return self._attachments.lend(self._pool.take_home(source, descriptor), NOBODY, descriptor, unfilled)
+        return self._attachments.fetch(source, descriptor, unfilled, files)
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:
         """See `Attachments.pin`."""
@@ -107,7 +99,6 @@ class SharedMemory:
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""
-        self._nonces.pop(peer, None)
         self._pool.reclaim(peer)
         self._attachments.forget(peer)
 
@@ -119,4 +110,3 @@ class SharedMemory:
         """Let go of everything; memory of others that is in use stays until it is not."""
         self._pool.close()
         self._attachments.close()
-        self._probe.close()

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import stat
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from zrpc.transport.mapping import drop_pages, map_file
+from zrpc.transport.packets import OwnedFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +42,8 @@ MAX_SLOTS = HEADER_NBYTES - _SLOTS_AT
 _NUMBER = slice(8, 16)
 """Where the slab's number stands: a random one, so that no other file can be taken for it."""
 
+_SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
+
 SWEEP = 16
 """So many slabs are looked at in one go for such as are free again."""
 NOBODY = b""
@@ -46,8 +51,11 @@ NOBODY = b""
 
 DESCRIPTOR_LENGTH = 4
 Descriptor = list[Any]
-"""`[pid, fd, number, nbytes]`: where to find a slab, its number, and how much of it is filled; of a shared slab
-`[pid, fd, number, nbytes, slot]`."""
+"""`[number, nbytes, slot, file]`: of a slab its number, how much of it is filled, the receiver's slot if it is shared
+(else `NO_SLOT`, or `HANDED_BACK` if it is the receiver's own), and which file of the message it is (`NO_FILE`: the
+receiver has it already)."""
+NUMBER, NBYTES, SLOT, FILE = range(DESCRIPTOR_LENGTH)
+NO_SLOT, HANDED_BACK, NO_FILE = -1, -2, -1
 
 
 def size_class(nbytes: int) -> int:
@@ -229,13 +237,15 @@ class Slab:
 
     number: int
     room: int
-    fd: int
+    file: OwnedFile | None
     memory: SlabMemory
     holder: Incarnation = b""
     descriptor: Descriptor | None = None
     """The very list that `holder` is told of it by: another time it is another one."""
     shares: dict[Incarnation, Descriptor] = field(default_factory=dict)
     """Of a shared slab, the same for each holder."""
+    sent_to: set[tuple[Incarnation, int]] = field(default_factory=set)
+    """Who has its file already, to map it so: the receiver, and its slot."""
 
     @classmethod
     def make(cls, room: int) -> Slab:
@@ -244,16 +254,13 @@ class Slab:
         Raises:
             OSError: there is not enough memory, or too many files are open.
         """
-        fd = os.memfd_create("zrpc-slab", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, HEADER_NBYTES + room)
-            memory = SlabMemory(map_file(fd, HEADER_NBYTES + room, populate=True))
-        except BaseException:
-            os.close(fd)
-            raise
+        file = OwnedFile(os.memfd_create("zrpc-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.posix_fallocate(file.fd, 0, HEADER_NBYTES + room)
+        fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
+        memory = SlabMemory(map_file(file.fd, HEADER_NBYTES + room, populate=True))
         number = int.from_bytes(os.urandom(8), "little")
         memory.set_number(number)
-        return cls(number, room, fd, memory)
+        return cls(number, room, file, memory)
 
     def give(self, holder: Incarnation, descriptor: Descriptor) -> None:
         """`holder` is about to be told of it by `descriptor`."""
@@ -263,7 +270,8 @@ class Slab:
     def share(self, holders: Sequence[Incarnation]) -> dict[Incarnation, Descriptor]:
         """All of `holders` are about to be told of it, instead of the one that it was given to; by what descriptors."""
         assert self.descriptor is not None
-        self.shares = {life: [*self.descriptor, slot] for slot, life in enumerate(holders)}
+        number, nbytes, *_ = self.descriptor
+        self.shares = {life: [number, nbytes, slot, NO_FILE] for slot, life in enumerate(holders)}
         self.memory.share(len(holders))
         self.holder, self.descriptor = NOBODY, None
         return dict(self.shares)
@@ -272,10 +280,22 @@ class Slab:
         """Whether this very list tells a holder of it now."""
         return descriptor is self.descriptor or any(descriptor is one for one in self.shares.values())
 
+    def attach(self, holder: Incarnation, descriptor: Descriptor, files: list[OwnedFile]) -> None:
+        """`descriptor` goes to `holder` in a message: its file goes with it, if `holder` does not have it."""
+        if (holder, descriptor[SLOT]) not in self.sent_to and self.file is not None:
+            self.sent_to.add((holder, descriptor[SLOT]))
+            descriptor[FILE] = len(files)
+            files.append(self.file)
+
+    def detach(self, holder: Incarnation, descriptor: Descriptor) -> None:
+        """That message is not sent."""
+        if descriptor[FILE] != NO_FILE:
+            self.sent_to.discard((holder, descriptor[SLOT]))
+
     def part_from(self, holder: Incarnation) -> None:
         """`holder` will not say that it has let go of it. It is not to be filled again."""
         if holder in self.shares:
-            self.memory.free_slot(self.shares[holder][-1])
+            self.memory.free_slot(self.shares[holder][SLOT])
         else:
             self.shares = {}
 
@@ -287,7 +307,7 @@ class Slab:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
         self.memory.retire()
         self.memory.unpin()
-        os.close(self.fd)
+        self.file = None  # messages that wait may have it still
 
 
 @dataclass(slots=True)
@@ -325,39 +345,19 @@ class Shelf:
         return picked
 
 
-def open_slab(pid: int, fd: int) -> SlabMemory:
-    """The slab that process `pid` has open as `fd`.
+def open_slab(file: OwnedFile, slot: int = NO_SLOT) -> SlabMemory:
+    """The slab in a file that came with a message; with a `slot`, for the receiver that has that one of a shared slab.
 
     Raises:
-        OSError: it cannot be opened or mapped, or it is smaller than a header.
+        OSError: it cannot be mapped, or it is no slab: no memory file, or smaller than a header, or it may shrink.
     """
-    opened = os.open(path_of(pid, fd), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        nbytes = os.fstat(opened).st_size
-        if nbytes < HEADER_NBYTES:
-            raise OSError(errno.EINVAL, "it is no slab")
-        return SlabMemory(map_file(opened, nbytes))
-    finally:
-        os.close(opened)
-
-
-def open_shared(pid: int, fd: int, slot: int) -> PrivateSlab:
-    """The shared slab that process `pid` has open as `fd`, for the receiver that has that slot.
-
-    Raises:
-        OSError: as `open_slab`.
-    """
-    opened = os.open(path_of(pid, fd), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        nbytes = os.fstat(opened).st_size
-        if nbytes <= HEADER_NBYTES:
-            raise OSError(errno.EINVAL, "it is no slab")
-        header = map_file(opened, HEADER_NBYTES)
-        return PrivateSlab(header, map_file(opened, nbytes - HEADER_NBYTES, offset=HEADER_NBYTES, private=True), slot)
-    finally:
-        os.close(opened)
-
-
-def path_of(pid: int, fd: int) -> str:
-    """Where an open file of another process can be opened."""
-    return f"/proc/{pid:d}/fd/{fd:d}"
+    found = os.fstat(file.fd)
+    if not stat.S_ISREG(found.st_mode) or fcntl.fcntl(file.fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        raise OSError(errno.EINVAL, "it is no sealed memory file")
+    nbytes = found.st_size
+    if nbytes <= HEADER_NBYTES:
+        raise OSError(errno.EINVAL, "it is no slab")
+    if slot == NO_SLOT:
+        return SlabMemory(map_file(file.fd, nbytes))
+    header = map_file(file.fd, HEADER_NBYTES)
+    return PrivateSlab(header, map_file(file.fd, nbytes - HEADER_NBYTES, offset=HEADER_NBYTES, private=True), slot)

@@ -1,8 +1,8 @@
 """Shared memory between workers on one host: one warm copy in, none out.
 
 A sender owns slabs: anonymous memory files (`memfd`), each with one page of header and room for one buffer. To send a
-buffer it copies it into a free slab and sends the slab's descriptor. The receiver maps the slab, once, through
-`/proc/PID/fd/FD`, and makes its tensor of the mapped memory itself. When that tensor dies, the receiver writes FREE
+buffer it copies it into a free slab and sends the slab's descriptor, and the first time the file itself (SCM_RIGHTS,
+`zrpc.transport.local_links`). The receiver maps the slab, once, and makes its tensor of the mapped memory itself. When that tensor dies, the receiver writes FREE
 into the slab's header, and the sender may fill it again. No message tells of it, so it may happen anywhere, inside a
 garbage collection too.
 
@@ -48,7 +48,7 @@ from zrpc.transport.allowance import Allowance
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
-from zrpc.transport.slab import MAX_SLOTS, NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
+from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SLOT, SWEEP, Descriptor, Shelf, Slab, size_class
 from zrpc.wire.envelope import Arriving
 from zrpc.wire.region import Region
 
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.packets import OwnedFile
     from zrpc.transport.slab import SlabMemory
     from zrpc.wire.envelope import Buffer
 
@@ -79,7 +80,7 @@ FILES_MAX_SHARE = 0.25
 
 def is_supported() -> bool:
     """Whether this system has anonymous memory files that other processes can open."""
-    return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+    return hasattr(os, "memfd_create") and hasattr(os, "MFD_ALLOW_SEALING")
 
 
 def limits() -> tuple[int, int]:
@@ -119,17 +120,18 @@ class SlabPool:
         self._has_warned = False
         self._closed = False
         self._copier = Copier()
-        self._pid = os.getpid()
 
     def place(
-        self, holder: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill], *, at_once: bool = False
-    ) -> Descriptor | None:
+        self, holder: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill],
+        files: list[OwnedFile] | None = None, *, at_once: bool = False,
+    ) -> Descriptor | None:  # fmt: skip
         """Copy `buffer` into a slab for `holder`; None where it must travel as a frame. It may then be written to.
 
         Args:
             holder: who will receive the descriptor.
             buffer: contiguous bytes, or several of them.
             later: gets what is left to do once `holder` was told, if something is.
+            files: of the message to `holder`; gets that of the slab, if `holder` does not have it.
             at_once: leave nothing to do.
         """
         nbytes = len(buffer)
@@ -145,6 +147,8 @@ class SlabPool:
                 return None
         descriptor = slab.descriptor
         assert descriptor is not None  # it stays as it is: nobody but this thread knows that the slab is held
+        if files is not None:
+            slab.attach(holder, descriptor, files)
         if nbytes <= MAX_NBYTES and not isinstance(buffer, Arriving) and not at_once:
             slab.memory.begin_filling()
             later.append(Fill(slab, buffer))
@@ -176,6 +180,13 @@ class SlabPool:
             slab = self._find(first)
             return None if slab is None or slab.descriptor is not first else slab.share(holders)
 
+    def attach(self, holder: Incarnation, descriptor: Descriptor, files: list[OwnedFile]) -> None:
+        """What `share` gave for `holder` goes to it in a message, which has these files."""
+        with self._lock:
+            slab = self._find(descriptor)
+            if slab is not None:
+                slab.attach(holder, descriptor, files)
+
     def fill(self, later: Sequence[Fill]) -> None:
         """Do what `place` has left to do. The buffers may then be written to."""
         for slab, buffer in later:
@@ -203,10 +214,14 @@ class SlabPool:
             if slab is None:
                 return
             if slab.descriptor is descriptor:
+                slab.detach(slab.holder, descriptor)
                 slab.memory.end_filling(is_whole=True)
                 slab.memory.free()
-            elif slab.tells(descriptor):
-                slab.memory.free_slot(descriptor[-1])
+                return
+            for holder, told in slab.shares.items():
+                if told is descriptor:
+                    slab.detach(holder, descriptor)
+                    slab.memory.free_slot(descriptor[SLOT])
 
     def give_up(self, descriptor: Descriptor) -> None:
         """It is not known whether somebody was told of `descriptor`, which `place` gave: let go of its slab.
@@ -226,25 +241,23 @@ class SlabPool:
             gone = self._part([slab], next((life for life, one in slab.shares.items() if one is descriptor), NOBODY))
         _retire(gone)
 
-    def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory | None:
-        """The memory of a slab that `holder` has handed back: it is held here now. None: it is no slab of this pool.
+    def take_home(self, holder: Incarnation, descriptor: Descriptor) -> SlabMemory:
+        """The memory of a slab that `holder` has handed back: it is held here now.
 
         Raises:
             ProtocolError: the slab is not with `holder`.
         """
         with self._lock:
             slab = self._find(descriptor)
-            if slab is None:
-                return None
-            if slab.holder != holder or slab.memory.is_free():
+            if slab is None or slab.holder != holder or slab.memory.is_free():
                 raise ProtocolError("a slab came back from a worker that does not hold it")
             slab.take_back()
             return slab.memory
 
     def _find(self, descriptor: Descriptor) -> Slab | None:
         """The slab here that `descriptor` tells of, if it is with somebody. Call it under the lock."""
-        pid, _, number, nbytes, *_ = descriptor
-        shelf = self._shelves.get(size_class(nbytes)) if pid == self._pid and type(nbytes) is int else None
+        number, nbytes, *_ = descriptor
+        shelf = self._shelves.get(size_class(nbytes)) if type(nbytes) is int else None
         if shelf is None:
             return None
         return next((slab for slab in chain(reversed(shelf.placed), self._parting) if slab.number == number), None)
@@ -293,7 +306,7 @@ class SlabPool:
 
     def _give(self, slab: Slab, holder: Incarnation, nbytes: int) -> None:
         """`holder` is about to be told of `slab`. Call it under the lock."""
-        slab.give(holder, [self._pid, slab.fd, slab.number, nbytes])
+        slab.give(holder, [slab.number, nbytes, NO_SLOT, NO_FILE])
         self._shelves[slab.room].placed.append(slab)
         self._num_placed += 1
 

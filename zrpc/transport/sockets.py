@@ -192,29 +192,12 @@ def bind(sock: Socket, address: str) -> str:
     return bound
 
 
-def local_address(incarnation: Incarnation) -> str:
-    """Where the worker of that life listens for others on its host: an abstract Unix socket, which leaves no file."""
-    return f"ipc://@zrpc-{incarnation.hex()}"
-
-
-def is_reachable(local: str) -> bool:
-    """Whether somebody listens at the local address `local` in this network namespace. Tried, not guessed."""
-    if not sys.platform.startswith("linux"):
-        return False
-    with pysocket.socket(pysocket.AF_UNIX, pysocket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex("\0" + local.removeprefix("ipc://@")) == 0
-
-
 def connect(sock: Socket, address: str) -> None:
     """Connect to `address`; ZeroMQ goes on trying in the background until the socket is closed.
 
     Raises:
         ConfigError: the address cannot be resolved or is not one.
     """
-    if address.startswith("ipc://"):
-        sock.connect(address)
-        return
     numeric = resolve(address)
     host, _ = split_address(numeric)
     if ":" in host:

@@ -68,15 +68,15 @@ class HandedBack:
     """A buffer that fills memory of the receiver's, which this worker gives back to it with the message.
 
     Attributes:
-        descriptor: what travels: where that memory is, and last how many bytes of it are filled.
-        nbytes: so many.
+        descriptor: what travels: where that memory is.
+        nbytes: how many bytes of it are filled.
     """
 
     __slots__ = ("descriptor", "nbytes")
 
-    def __init__(self, descriptor: list[Any]) -> None:
+    def __init__(self, descriptor: list[Any], nbytes: int) -> None:
         self.descriptor = descriptor
-        self.nbytes: int = descriptor[-1]
+        self.nbytes = nbytes
 
     def __len__(self) -> int:
         return self.nbytes
