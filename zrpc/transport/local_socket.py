@@ -44,7 +44,7 @@ def directory() -> Path:
         OSError: it cannot be made, or is another user's, or others may write to it.
     """
     given = os.environ.get(VARIABLE)
-    path = Path(given) if given else Path(f"/tmp/zrpc-{os.geteuid()}")  # noqa: S108  # whose it is, is looked at
+    path = Path(given) if given else Path(f"/tmp/zrpc-{os.geteuid()}")  # whose it is, is looked at
     path.mkdir(mode=0o700, parents=bool(given), exist_ok=True)
     found = path.stat() if given else path.lstat()
     if not stat.S_ISDIR(found.st_mode):

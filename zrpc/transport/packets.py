@@ -39,7 +39,7 @@ FILES_MAX = 250
 """In a packet; the kernel takes 253."""
 MESSAGE_MAX_NBYTES = 1 << 40
 _FIRST = 0xC1
-_OWN_KINDS = b"\x10"
+_OWN_KINDS = 0x10
 """What begins with `_FIRST` and a smaller number is a frame, and no packet of this module's."""
 _FILES_FOLLOW, _FILES, _FRAMES = b"\xc1\x10", b"\xc1\x11", b"\xc1\x12"
 _HEADER = struct.Struct("<2sIQ")
@@ -101,7 +101,7 @@ def is_whole(frames: Sequence[Buffer]) -> bool:
     if len(frames) != 1 or type(frames) is Bundle:
         return False
     frame = frames[0]
-    return 0 < len(frame) <= MAX_NBYTES and (frame[0] != _FIRST or b"" != frame[1:2] < _OWN_KINDS)
+    return 0 < len(frame) <= MAX_NBYTES and (frame[0] != _FIRST or (len(frame) > 1 and frame[1] < _OWN_KINDS))
 
 
 def cut(frames: Sequence[Buffer]) -> list[Packet]:
@@ -145,7 +145,7 @@ class Incoming:
         source: who sends; empty until it has said so.
     """
 
-    __slots__ = ("_count", "_expects_files", "_filled", "_files", "_memory", "sock", "source")
+    __slots__ = ("_count", "_expects_files", "_files", "_filled", "_memory", "sock", "source")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -181,7 +181,7 @@ class Incoming:
                 return None
             if not packet:
                 return []
-            if packet[0] != _FIRST or packet[1:2] < _OWN_KINDS:
+            if packet[0] != _FIRST or (len(packet) > 1 and packet[1] < _OWN_KINDS):
                 return [packet]
             kind = packet[:2]
             if kind == _FILES_FOLLOW:

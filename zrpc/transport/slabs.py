@@ -2,9 +2,9 @@
 
 A sender owns slabs: anonymous memory files (`memfd`), each with one page of header and room for one buffer. To send a
 buffer it copies it into a free slab and sends the slab's descriptor, and the first time the file itself (SCM_RIGHTS,
-`zrpc.transport.local_links`). The receiver maps the slab, once, and makes its tensor of the mapped memory itself. When that tensor dies, the receiver writes FREE
-into the slab's header, and the sender may fill it again. No message tells of it, so it may happen anywhere, inside a
-garbage collection too.
+`zrpc.transport.local_links`). The receiver maps the slab, once, and makes its tensor of the mapped memory itself. When
+that tensor dies, the receiver writes FREE into the slab's header, and the sender may fill it again. No message tells of
+it, so it may happen anywhere, inside a garbage collection too.
 
 Invariants:
 

@@ -11,17 +11,12 @@ import ctypes
 import ipaddress
 import itertools
 import socket as pysocket
-import sys
 import warnings
-from typing import TYPE_CHECKING
 
 import zmq
 
 from zrpc.errors import ConfigError
 from zrpc.transport import descriptors
-
-if TYPE_CHECKING:
-    from zrpc.ids import Incarnation
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
