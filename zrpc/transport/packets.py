@@ -4,8 +4,8 @@ A message of one small frame is one packet, as it is. Every other one is
 
 - where files go with it: `C1 10`, which says that the next packet carries files, and a packet `C1 11` with up to
   `FILES_MAX` of them (SCM_RIGHTS); again, if there are more;
-- `C1 12`, the number of frames and the length of the rest, as little-endian 32 and 64 bits; then the rest, as packets
-  of at most `MAX_NBYTES`: the length of each frame (64 bits), and the frames.
+- `C1 12 00 00`, the number of frames and the length of the rest, as little-endian 32 and 64 bits; then the rest, as
+  packets of at most `MAX_NBYTES`: the length of each frame (64 bits), and the frames, each padded to `ALIGNMENT`.
 
 Files go ahead because a packet that carries some must be received otherwise, which takes twice as long.
 """
@@ -38,11 +38,13 @@ MAX_NBYTES = 65_536
 FILES_MAX = 250
 """In a packet; the kernel takes 253."""
 MESSAGE_MAX_NBYTES = 1 << 40
+ALIGNMENT = 16
+"""Of frames where they arrive: tensors lie there."""
 _FIRST = 0xC1
 _OWN_KINDS = 0x10
 """What begins with `_FIRST` and a smaller number is a frame, and no packet of this module's."""
 _FILES_FOLLOW, _FILES, _FRAMES = b"\xc1\x10", b"\xc1\x11", b"\xc1\x12"
-_HEADER = struct.Struct("<2sIQ")
+_HEADER = struct.Struct("<2s2xIQ")
 _ANCILLARY_NBYTES = socket.CMSG_SPACE((FILES_MAX + 3) * 4) if hasattr(socket, "CMSG_SPACE") else 0
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 """A receiver that is gone is an error, and no SIGPIPE, which a program may have made deadly again."""
@@ -113,10 +115,15 @@ def cut(frames: Sequence[Buffer]) -> list[Packet]:
     for start in range(0, len(files), FILES_MAX):
         packets += Packet((_FILES_FOLLOW,)), Packet((_FILES,), files[start : start + FILES_MAX])
     table = struct.pack(f"<{len(frames)}Q", *map(len, frames))
-    header = _HEADER.pack(_FRAMES, len(frames), len(table) + nbytes_of(frames))
+    parts: list[Buffer] = []
+    for part in (table, *frames):
+        parts.append(part)
+        if padding := -len(part) % ALIGNMENT:
+            parts.append(bytes(padding))
+    header = _HEADER.pack(_FRAMES, len(frames), nbytes_of(parts))
     pieces: list[Buffer] = []
     room = MAX_NBYTES
-    for part in (header, table, *frames):
+    for part in (header, *parts):
         if len(part) <= room:  # as a rule
             if part:
                 pieces.append(part)
@@ -211,26 +218,27 @@ class Incoming:
         if not self._count * 8 <= nbytes <= MESSAGE_MAX_NBYTES or len(packet) - _HEADER.size > nbytes:
             raise ProtocolError(f"a message of {self._count} frames and {nbytes} bytes")
         self._filled = len(packet) - _HEADER.size
-        if self._filled == nbytes:
-            self._memory = memoryview(bytearray(packet))[_HEADER.size :]
-        else:
-            try:
-                self._memory = np.empty(nbytes, np.uint8).data
-            except MemoryError as error:
-                raise ProtocolError(f"there is no memory for a message of {nbytes} bytes") from error
-            self._memory[: self._filled] = packet[_HEADER.size :]
+        try:
+            self._memory = np.empty(nbytes, np.uint8).data
+        except MemoryError as error:
+            raise ProtocolError(f"there is no memory for a message of {nbytes} bytes") from error
+        self._memory[: self._filled] = memoryview(packet)[_HEADER.size :]
 
     def _end(self) -> list[Buffer]:
         memory, files = self._memory, self._files
         assert memory is not None
         self._memory, self._files = None, []
-        frames: list[Buffer] = []
-        start = self._count * 8
         lengths = struct.unpack_from(f"<{self._count}Q", memory)
-        if sum(lengths) + start != len(memory):
-            raise ProtocolError(f"a message of {len(memory)} bytes has frames of {sum(lengths)}")
+        frames: list[Buffer] = []
+        start = _padded(self._count * 8)
         for length in lengths:
             frame = memory[start : start + length]
             frames.append(bytes(frame) if length <= INLINE_MAX_NBYTES else frame)
-            start += length
+            start += _padded(length)
+        if start != len(memory):
+            raise ProtocolError(f"a message of {len(memory)} bytes has frames of {sum(lengths)}")
         return Bundle(frames, files) if files else frames
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -20,9 +20,9 @@ LOOPBACK = "tcp://127.0.0.1:0"
 
 
 def mixed_message(thread: int, number: int, chance: random.Random) -> list[Buffer]:
-    """Message `number` of a thread that sends: mostly small, a few too large for a shortcut, or of two frames."""
+    """Message `number` of a thread that sends: mostly small, a few of many packets, or of two frames."""
     kind = chance.random()
-    rest: list[Buffer] = [bytes(20_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
+    rest: list[Buffer] = [bytes(200_000)] if kind < 0.01 else [b"two"] if kind < 0.02 else []
     return [bytes([thread]) + number.to_bytes(4, "little"), *rest]
 
 
@@ -75,7 +75,7 @@ class Peer:
     """An endpoint with its arrivals.
 
     Attributes:
-        local: whether it takes Unix sockets, and shortcuts, to the others. Tests change it.
+        local: whether it has local links to the others. Tests change it.
     """
 
     local = False

@@ -14,7 +14,7 @@ from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLostError
 from zrpc.ids import ENDED_MAX, new_incarnation
-from zrpc.transport import outbox, sockets, way
+from zrpc.transport import local_links, outbox, sockets
 from zrpc.transport.peer import PeerEndpoint
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 @pytest.fixture(params=[False, True], ids=["tcp", "local"], autouse=True)
 def local(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "local", request.param)
-    monkeypatch.setattr(way, "SHORTCUT_AFTER", 1)
+
+
+def broken() -> str:
+    """Why a peer is lost that has closed its end."""
+    return "its process has closed the connection, or is gone" if Peer.local else "its connection broke and is refused"
 
 
 def numbered(number: int) -> list[bytes]:
@@ -184,11 +188,11 @@ def test_the_loss_of_a_peer_is_told_once(heard_of: str) -> None:
             a.endpoint.send(b.id, [b"x"])  # the connection is up when this has come
         b.arrivals.wait_messages(1)
         b.endpoint.close(0.0)
-        assert a.arrivals.wait_lost() == [(b.id, "its connection broke and is refused")]
-        with pytest.raises(PeerLostError, match="its connection broke and is refused"):
+        assert a.arrivals.wait_lost() == [(b.id, broken())]
+        with pytest.raises(PeerLostError, match=broken()):
             a.endpoint.send(b.id, [b"x"])
         a.endpoint.watch(b.id)
-        assert a.arrivals.wait_lost(2)[1] == (b.id, "its connection broke and is refused")
+        assert a.arrivals.wait_lost(2)[1] == (b.id, broken())
 
 
 def test_a_peer_that_nobody_listens_for_is_lost() -> None:
@@ -221,7 +225,7 @@ def test_a_peer_that_said_goodbye_is_forgotten_with_its_monitor() -> None:
         with pytest.raises(PeerLostError, match="it left the group"):
             a.endpoint.send(b.id, [b"x"])
         c.endpoint.close(0.0)
-        assert a.arrivals.wait_lost() == [(c.id, "its connection broke and is refused")]
+        assert a.arrivals.wait_lost() == [(c.id, broken())]
         until(lambda: not a.endpoint._watch._watched, "the monitors are closed")
         a.endpoint.watch(b.id)
         assert a.arrivals.wait_lost(2)[1] == (b.id, "it left the group")
@@ -293,14 +297,15 @@ def test_of_peers_that_are_lost_no_address_is_kept() -> None:
 @pytest.mark.parametrize(("limit", "value"), [("MAX_QUEUED", 10), ("MAX_QUEUED_NBYTES", 95_000)])
 def test_too_many_queued_messages_are_refused(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     monkeypatch.setattr(sockets, "HIGH_WATER_MARK", 5)
-    monkeypatch.setattr(outbox, limit, value)
+    for module in (outbox, local_links):
+        monkeypatch.setattr(module, limit, value)
     with peers(start=False) as (a, b):
 
         def send_many() -> None:
             for _ in range(10_000):
                 a.endpoint.send(b.id, [bytes(10_000)])
 
-        with pytest.raises(OverloadedError, match=r"10 messages of 100[01]00 bytes wait .* send fewer at once"):
+        with pytest.raises(OverloadedError, match=r"10 (messages|packets) of 100[01]\d\d bytes wait .* send fewer at once"):
             send_many()
         a.start()
         b.start()
