@@ -18,7 +18,7 @@ except ImportError:  # not a POSIX system: there is no such limit
     resource = None  # type: ignore[assignment]
 
 PER_PEER = 7
-"""Outbound socket, what wakes it, the two ends of its monitor, a shortcut, and the peer's two. [measured]"""
+"""Outbound socket, what wakes it, the two ends of its monitor, and the peer's. [measured]"""
 PER_ENDPOINT = 24
 """What an endpoint has open before it knows anybody, at most. [measured: 19]"""
 SPARE = 8

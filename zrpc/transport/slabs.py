@@ -21,8 +21,7 @@ Invariants:
   Nothing can be left in /dev/shm, and its size limit (64 MiB in many containers) does not apply.
 - Slabs are an optimization: where one cannot be had, buffers travel through sockets, and a warning says so, once.
 
-Whether a peer can open this worker's slabs is tried, not guessed, and by the peer: see `zrpc.transport.probe`. So
-containers on one host, which share its name but not its processes, use sockets.
+Slabs are for workers that have a local link: containers that share no socket directory use sockets.
 
 Fresh pages are the enemy: a first touch copies at 0.7-1.6 GB/s, a warm page at up to 18. Slabs are therefore kept and
 used again, in size classes at most a quarter larger than what they hold, and the one that was used last first: it is

@@ -41,7 +41,7 @@ def begin(sender: SlabPool, raw: memoryview, holder: bytes = B) -> tuple[list[An
 
 def fetch(receiver: Attachments, descriptor: list[Any]) -> tuple[memoryview, Filling]:
     unfilled: Unfilled = []
-    came = receiver.fetch(A, descriptor, unfilled)
+    came = fetch(receiver, descriptor, unfilled=unfilled)
     assert len(unfilled) == 1
     return came, Filling(unfilled, lambda: False)
 
@@ -62,7 +62,7 @@ def test_one_that_is_whole_when_its_message_comes_is_as_any_other(attachments: A
     with pool() as sender:
         descriptor, later = begin(sender, buffer(100_000))
         sender.fill(later)
-        assert attachments.fetch(A, descriptor, []) == buffer(100_000)
+        assert fetch(attachments, descriptor) == buffer(100_000)
 
 
 def test_who_waits_goes_on_once_it_is_whole(attachments: Attachments) -> None:
@@ -84,11 +84,11 @@ def test_a_slab_that_was_let_go_of_before_it_was_whole_is_not_taken_until_then(a
         del came
         assert sender.counts()["held"] == 1
         other = place(sender, buffer(100_000, 1))
-        assert other[2] != descriptor[2], "somebody fills it still"
+        assert other.number != descriptor.number, "somebody fills it still"
         sender.fill(later)
         assert sender.counts()["held"] == 1
         again = place(sender, buffer(100_000, 2))
-        assert again[2] == descriptor[2]
+        assert again.number == descriptor.number
 
 
 def test_one_that_is_given_up_is_let_go_of_and_who_waits_is_told(attachments: Attachments) -> None:
@@ -107,7 +107,7 @@ def test_of_one_that_was_placed_anew_nothing_is_given_up(attachments: Attachment
         first, later = begin(sender, buffer(100_000))
         sender.fill(later)
         del later
-        attachments.fetch(A, first, [])  # and lets go of it
+        fetch(attachments, first)  # and lets go of it
         again, later = begin(sender, buffer(100_000, 1))
         assert again == first, "the same slab"
         came, filling = fetch(attachments, again)
@@ -125,14 +125,14 @@ def test_one_that_nobody_was_told_of_is_free() -> None:
         sender.take_back(descriptor)
         assert sender.counts()["held"] == 0
         again = place(sender, buffer(100_000))
-        assert again[2] == descriptor[2]
+        assert again.number == descriptor.number
 
 
 def test_larger_buffers_are_filled_in_at_once(attachments: Attachments) -> None:
     with pool() as sender:
         descriptor, later = begin(sender, memoryview(bytes(MAX_NBYTES + 1)))
         assert not later
-        assert len(attachments.fetch(A, descriptor, [])) == MAX_NBYTES + 1
+        assert len(fetch(attachments, descriptor)) == MAX_NBYTES + 1
 
 
 SENDER = """
@@ -164,7 +164,7 @@ def test_nobody_waits_for_what_will_not_come(attachments: Attachments, how: str)
     with pool() as sender:
         descriptor, _ = begin(sender, buffer(100_000))
         unfilled: Unfilled = []
-        attachments.fetch(A, descriptor, unfilled)
+        fetch(attachments, descriptor, unfilled=unfilled)
         is_over = threading.Event()
         ends: list[type[Exception]] = []
 

@@ -68,7 +68,7 @@ def test_memory_is_shared_with_whom_it_can_be() -> None:
         assert theirs.placing(A) is None
         theirs.meet(A, ours.card())
         assert theirs.placing(A) is not None
-        assert theirs.fetch(A, send(ours, B, buffer(100_000)), []) == buffer(100_000)
+        assert fetch(theirs, send(ours, B, buffer(100_000))) == buffer(100_000)
         ours.meet(b"C" * 8, stranger.card())
         assert ours.placing(b"C" * 8) is None
         ours.forget(B)
@@ -95,14 +95,14 @@ def test_without_a_probe_there_is_no_shared_memory(
 def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
     with pair() as (a, b):
         descriptor = send(a, B, buffer(100_000))
-        received = b.fetch(A, descriptor, [])
+        received = fetch(b, descriptor)
         received[0] = 77
         buffers = [received]
         del received
         back = returned(b, A, buffers)
         assert back == descriptor
         assert isinstance(buffers[0], HandedBack)
-        home = a.fetch(B, back, [])
+        home = fetch(a, back, B)
         assert home[0] == 77
         assert home[1:] == buffer(100_000)[1:]
         assert a.counts()["held"] == 1
@@ -112,13 +112,13 @@ def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
         del home
         assert a.counts()["held"] == 0
         assert b.counts() | {"nbytes": 0} == {"slabs": 1, "held": 1, "nbytes": 0, "placed": 1}
-        assert a.fetch(B, other, []) == buffer(100_000, 1)
+        assert fetch(a, other, B) == buffer(100_000, 1)
 
 
 @pytest.mark.parametrize("kept", [slice(None), slice(5, 6)])
 def test_what_somebody_sees_yet_stays(kept: slice) -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
+        buffers = [fetch(b, send(a, B, buffer(100_000)))]
         part = buffers[0][kept]
         assert returned(b, A, buffers) is None
         assert buffers[0] == buffer(100_000)
@@ -131,7 +131,7 @@ def test_what_somebody_sees_yet_stays(kept: slice) -> None:
 
 def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
     with pair() as (a, b):
-        tensor = torch.frombuffer(b.fetch(A, send(a, B, buffer(100_000)), []), dtype=torch.uint8)
+        tensor = torch.frombuffer(fetch(b, send(a, B, buffer(100_000))), dtype=torch.uint8)
         alias = tensor.view(100, 1000).t()
         buffers = [tensor.numpy().data]
         del tensor
@@ -142,12 +142,12 @@ def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
 
 def test_only_its_owner_gets_a_slab_back() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
+        buffers = [fetch(b, send(a, B, buffer(100_000)))]
         assert returned(b, b"C" * 8, buffers) is None
         own: list[Any] = [buffer(100_000)]
         assert returned(b, A, own) is None
         assert own == [buffer(100_000)]
-        home = a.fetch(B, returned(b, A, buffers) or [], [])
+        home = fetch(a, returned(b, A, buffers) or [], B)
         assert returned(a, A, [home]) is None, "it is with its owner already"
         assert returned(a, B, [home]) is None
 
@@ -172,7 +172,7 @@ class Interrupted(list[Any]):
 
 def test_of_two_messages_at_once_none_hands_back_what_the_other_sees() -> None:
     with pair() as (a, b), ThreadPoolExecutor(1) as thread:
-        received = b.fetch(A, send(a, B, buffer(100_000)), [])
+        received = fetch(b, send(a, B, buffer(100_000)))
         has_let_go, may_go_on = threading.Event(), threading.Event()
 
         def wait() -> None:
@@ -220,7 +220,7 @@ class Late:
 def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> None:
     with pair() as (a, b):
         descriptor = send(a, B, buffer(100_000))
-        received = b.fetch(A, descriptor, [])
+        received = fetch(b, descriptor)
         part = [received[5:6]]
         late, is_let_go_of = Late(), threading.Event()
 
@@ -240,10 +240,10 @@ def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> Non
         del received
         back = returned(b, A, buffers)
         assert back == descriptor
-        a.fetch(B, back, [])
+        fetch(a, back, B)
         again = send(a, B, buffer(100_000, 1))
-        assert again[2] == descriptor[2]
-        received = b.fetch(A, again, [])
+        assert again.number == descriptor.number
+        received = fetch(b, again)
         late.go_on.set()
         thread.join()
         assert a.counts()["held"] == 1
@@ -253,7 +253,7 @@ def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> Non
 
 def test_nothing_is_handed_back_to_a_worker_that_is_lost() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
+        buffers = [fetch(b, send(a, B, buffer(100_000)))]
         b.forget(A)
         assert returned(b, A, buffers) is None
         buffers.clear()
@@ -262,7 +262,7 @@ def test_nothing_is_handed_back_to_a_worker_that_is_lost() -> None:
 
 def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(1_000_000)), [])[:100_000]]
+        buffers = [fetch(b, send(a, B, buffer(1_000_000)))[:100_000]]
         assert returned(b, A, buffers) is None
         buffers.clear()
         assert a.counts()["held"] == 0
@@ -270,7 +270,7 @@ def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
 
 def test_what_is_handed_back_and_not_sent_is_free() -> None:
     with pair() as (a, b):
-        buffers = [b.fetch(A, send(a, B, buffer(100_000)), [])]
+        buffers = [fetch(b, send(a, B, buffer(100_000)))]
         back = returned(b, A, buffers)
         assert back is not None
         assert a.counts()["held"] == 1
@@ -282,13 +282,13 @@ def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:
     with pair() as (a, b):
         descriptor = send(a, B, buffer(100_000))
         with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(b"C" * 8, descriptor, [])
-        home = a.fetch(B, descriptor, [])
+            fetch(a, descriptor, b"C" * 8)
+        home = fetch(a, descriptor, B)
         with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(B, descriptor, [])
+            fetch(a, descriptor, B)
         del home
         with pytest.raises(ProtocolError, match="does not hold it"):
-            a.fetch(B, descriptor, [])
+            fetch(a, descriptor, B)
         assert b.counts()["placed"] == 0
 
 
@@ -296,7 +296,7 @@ def test_a_slab_that_came_home_is_pinned_until_it_is_let_go_of() -> None:
     pins = Pins()
     with pair() as (a, b):
         for seed in range(3):
-            home = a.fetch(B, returned(b, A, [b.fetch(A, send(a, B, buffer(100_000, seed)), [])]) or [], [])
+            home = fetch(a, returned(b, A, [fetch(b, send(a, B, buffer(100_000, seed)))]) or [], B)
             a.pin(home, pins)
             assert home == buffer(100_000, seed)
             del home

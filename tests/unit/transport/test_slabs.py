@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from tests.unit.transport.slab_messages import A, B, C, Told, begin, copies, fetch, place, placed, share
 from tests.unit.wire.travel import travel
 from zrpc import finalizers
 from zrpc.errors import DeviceError, ProtocolError
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
 PATIENCE_S = 30.0
-A, B = b"A" * 8, b"B" * 8
+__all__ = ["A", "B"]  # for tests of what is built on slabs
 
 
 @contextmanager
@@ -69,24 +70,11 @@ def buffer(nbytes: int, seed: int = 0) -> memoryview:
     return ((np.arange(nbytes) + seed) % 251).astype(np.uint8).data
 
 
-def placed(sender: SlabPool, raw: memoryview | bytes, holder: bytes = B) -> list[Any] | None:
-    later: list[Fill] = []
-    descriptor = sender.place(holder, raw, later)
-    sender.fill(later)
-    return descriptor
-
-
-def place(sender: SlabPool, raw: memoryview | bytes, holder: bytes = B) -> list[Any]:
-    descriptor = placed(sender, raw, holder)
-    assert descriptor is not None
-    return descriptor
-
-
 @pytest.mark.parametrize("nbytes", [MIN_NBYTES, MIN_NBYTES + 1, 1_000_003])
 def test_what_is_placed_is_found_and_writable(attachments: Attachments, nbytes: int) -> None:
     with pool() as sender:
         original = bytearray(buffer(nbytes))
-        received = attachments.fetch(A, place(sender, memoryview(original)), [])
+        received = fetch(attachments, place(sender, memoryview(original)))
         original[:] = bytes(nbytes)  # the sender may write to it as soon as it is placed
         assert received == buffer(nbytes)
         received[0] = 77
@@ -103,18 +91,18 @@ def test_smaller_buffers_are_left_to_travel_as_frames() -> None:
 def test_a_slab_is_used_again_once_nobody_sees_it(attachments: Attachments) -> None:
     with pool() as sender:
         first = place(sender, buffer(100_000))
-        received = attachments.fetch(A, first, [])
+        received = fetch(attachments, first)
         second = place(sender, buffer(100_000, 1))
-        assert second[2] != first[2], "the first is held"
+        assert second.number != first.number, "the first is held"
         part = received[10:20]
         del received
-        assert place(sender, buffer(100_000, 2))[2] not in (first[2], second[2]), "a part of the first is held"
+        assert place(sender, buffer(100_000, 2)).number not in (first.number, second.number), "a part of the first is held"
         assert part == buffer(100_000)[10:20]
         del part
         gc.collect()
         again = place(sender, buffer(100_000, 3))
-        assert again[2] == first[2]
-        assert attachments.fetch(A, again, []) == buffer(100_000, 3)
+        assert again.number == first.number
+        assert fetch(attachments, again) == buffer(100_000, 3)
 
 
 def test_tensors_live_in_slabs_and_give_them_back() -> None:
@@ -128,7 +116,7 @@ def test_tensors_live_in_slabs_and_give_them_back() -> None:
         payload = pickling.dumps(value)
         frames = encode(seal(Reply(), 1, payload, None), lambda raw: placed(sender, raw))
         assert len(frames) == 1
-        after = pickling.loads(open_payload(decode(frames, lambda descriptor: attachments.fetch(A, descriptor, []))))
+        after = pickling.loads(open_payload(decode(frames, lambda descriptor: fetch(attachments, descriptor))))
         assert torch.equal(after["weights"], value["weights"])
         assert np.array_equal(after["array"], value["array"])
         after["weights"].zero_()
@@ -150,15 +138,15 @@ def test_what_a_lost_holder_held_is_never_filled_again(attachments: Attachments)
     with pool() as sender:
         held = place(sender, buffer(100_000), holder=A)
         other = place(sender, buffer(100_000, 1), holder=B)
-        received = attachments.fetch(B, held, [])
+        received = fetch(attachments, held, B)
         sender.reclaim(A)
-        numbers = {place(sender, buffer(100_000, seed))[2] for seed in range(3)}
-        assert held[2] not in numbers
-        assert other[2] not in numbers
+        numbers = {place(sender, buffer(100_000, seed)).number for seed in range(3)}
+        assert held.number not in numbers
+        assert other.number not in numbers
         assert received == buffer(100_000), "should it live after all, what it maps stays as it is"
         del received
         gc.collect()
-        assert place(sender, buffer(100_000))[2] != held[2]
+        assert place(sender, buffer(100_000)).number != held.number
 
 
 def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.LogCaptureFixture) -> None:
@@ -170,7 +158,7 @@ def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.
         finalizers.run_pending()
         assert caplog.text.count("shared memory is not used for now") == 1
         del second
-        received = attachments.fetch(A, first, [])
+        received = fetch(attachments, first)
         del received
         gc.collect()
         place(sender, buffer(MIN_NBYTES))  # of another size: the free one is given up for it
@@ -200,7 +188,7 @@ def test_a_closed_pool_takes_nothing() -> None:
 
 def test_slabs_of_a_closed_sender_stay_where_they_are_mapped(attachments: Attachments) -> None:
     with pool() as sender:
-        received = attachments.fetch(A, place(sender, buffer(100_000)), [])
+        received = fetch(attachments, place(sender, buffer(100_000)))
     assert received == buffer(100_000)
     attachments.forget(A)
     attachments.close()
@@ -215,15 +203,15 @@ def test_descriptors_of_nothing_are_refused(attachments: Attachments, at: int, p
         descriptor = place(sender, buffer(100_000))
         changed = [*descriptor[:at], part, *descriptor[at + 1 :]]
         with pytest.raises(ProtocolError):
-            attachments.fetch(A, changed, [])
-        assert attachments.fetch(A, descriptor, []) == buffer(100_000)
+            fetch(attachments, changed)
+        assert fetch(attachments, descriptor) == buffer(100_000)
 
 
 def test_another_file_in_a_slabs_place_is_not_taken_for_it(attachments: Attachments, tmp_path: Any) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(200_000))
     with path.open("rb+") as file, pytest.raises(ProtocolError, match="another file stands in its place"):
-        attachments.fetch(A, [os.getpid(), file.fileno(), 12345, 100_000], [])
+        fetch(attachments, [os.getpid(), file.fileno(), 12345, 100_000])
 
 
 @given(st.integers(MIN_NBYTES, 1 << 40))
@@ -237,23 +225,23 @@ def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
 def test_the_slab_used_last_is_used_next(attachments: Attachments) -> None:
     with pool() as sender:
         descriptors = [place(sender, buffer(100_000, seed)) for seed in range(3)]
-        received = [attachments.fetch(A, descriptor, []) for descriptor in descriptors]
+        received = [fetch(attachments, descriptor) for descriptor in descriptors]
         del received[2]
         gc.collect()
         again = place(sender, buffer(100_000))
-        assert again[2] == descriptors[2][2], "the last one placed is free again"
+        assert again.number == descriptors[2].number, "the last one placed is free again"
         del received[0]
         gc.collect()
-        assert place(sender, buffer(100_000))[2] == descriptors[0][2]
+        assert place(sender, buffer(100_000)).number == descriptors[0].number
         assert sender.counts()["slabs"] == 3
 
 
 def test_free_slabs_are_found_behind_many_held_ones(attachments: Attachments) -> None:
     with pool() as sender:
-        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed)), []) for seed in range(200)]
+        received = [fetch(attachments, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(200)]
         del received[::2]
         gc.collect()
-        received += [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed)), []) for seed in range(100)]
+        received += [fetch(attachments, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(100)]
         assert sender.counts()["slabs"] < 200 + 20
         for seed, kept in zip([*range(1, 200, 2), *range(100)], received, strict=True):
             assert kept == buffer(MIN_NBYTES, seed)
@@ -262,7 +250,7 @@ def test_free_slabs_are_found_behind_many_held_ones(attachments: Attachments) ->
 def test_a_limit_is_no_reason_to_miss_a_free_slab(attachments: Attachments) -> None:
     room = size_class(MIN_NBYTES)
     with pool(max_nbytes=100 * room) as sender:
-        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES, seed)), []) for seed in range(100)]
+        received = [fetch(attachments, place(sender, buffer(MIN_NBYTES, seed))) for seed in range(100)]
         assert placed(sender, buffer(MIN_NBYTES)) is None
         del received[50]
         gc.collect()
@@ -272,7 +260,7 @@ def test_a_limit_is_no_reason_to_miss_a_free_slab(attachments: Attachments) -> N
 def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: pytest.LogCaptureFixture) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pool(max_count=20) as sender:
-        received = [attachments.fetch(A, place(sender, buffer(MIN_NBYTES)), []) for _ in range(20)]
+        received = [fetch(attachments, place(sender, buffer(MIN_NBYTES))) for _ in range(20)]
         assert len(os.listdir("/proc/self/fd")) == before + 20, "mappings need no file"
         assert placed(sender, buffer(MIN_NBYTES)) is None
         finalizers.run_pending()
@@ -294,9 +282,9 @@ def test_slabs_leave_files_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None:
     with pool() as sender:
         first = place(sender, buffer(100_000))
-        sender.take_back(first)
+        sender.take_back(first.descriptor)
         assert sender.counts()["held"] == 0
-        assert attachments.fetch(A, place(sender, buffer(100_000, 1)), []) == buffer(100_000, 1)
+        assert fetch(attachments, place(sender, buffer(100_000, 1))) == buffer(100_000, 1)
         assert sender.counts()["slabs"] == 1
 
 
@@ -306,22 +294,22 @@ def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pyte
 
     with pool() as sender:
         first = place(sender, buffer(MAX_NBYTES + 1))
-        sender.take_back(first)
+        sender.take_back(first.descriptor)
         with monkeypatch.context() as patched:
             patched.setattr(Copier, "copy", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 sender.place(B, buffer(MAX_NBYTES + 1), [])
         assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 2}
-        assert place(sender, buffer(MAX_NBYTES + 1))[2] != first[2]
+        assert place(sender, buffer(MAX_NBYTES + 1)).number != first.number
 
 
 def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
     with pool(max_nbytes=1 << 20) as sender:
-        received = attachments.fetch(A, place(sender, buffer(1 << 20)), [])
+        received = fetch(attachments, place(sender, buffer(1 << 20)))
         kept = received[:100]
         del received
         sender.reclaim(B)
-        attachments.fetch(A, place(sender, buffer(MIN_NBYTES)), [])
+        fetch(attachments, place(sender, buffer(MIN_NBYTES)))
         assert len(attachments._mapped) == 1
         assert kept == buffer(100)
 
@@ -396,11 +384,11 @@ def test_slabs_come_home_while_a_fresh_one_is_made(held: Held) -> None:
         assert held.has_begun.wait(PATIENCE_S)
 
         def read() -> None:
-            memory = sender.take_home(B, first)
+            memory = sender.take_home(B, first.descriptor)
             assert memory is not None
             memory.free()
             place(sender, buffer(MIN_NBYTES), A)
-            sender.take_back(second)
+            sender.take_back(second.descriptor)
             sender.reclaim(A)
 
         try:
@@ -478,7 +466,7 @@ def test_a_buffer_that_arrives_in_pieces_is_placed(attachments: Attachments) -> 
     with pool() as sender:
         descriptor = sender.place(B, InPieces(buffer(100_500)), [])
         assert descriptor is not None
-        assert attachments.fetch(A, descriptor, []) == buffer(100_500)
+        assert fetch(attachments, descriptor) == buffer(100_500)
 
 
 def test_a_buffer_that_does_not_arrive_leaves_no_slab_behind() -> None:
@@ -510,7 +498,7 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
     pins = Pins()
     with pool() as sender:
         for seed in range(3):
-            received: Any = attachments.fetch(A, place(sender, buffer(100_000, seed)), [])
+            received: Any = fetch(attachments, place(sender, buffer(100_000, seed)))
             attachments.pin(received, pins)
             assert received == buffer(100_000, seed)
             del received
@@ -518,7 +506,7 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
         assert pins.tried == 1
         ((address, nbytes),) = pins.pinned.items()
         assert (address % mmap.PAGESIZE, nbytes) == (0, mmap.PAGESIZE + size_class(100_000))
-        kept = attachments.fetch(A, place(sender, buffer(100_000)), [])
+        kept = fetch(attachments, place(sender, buffer(100_000)))
         attachments.forget(A)
         assert not pins.pinned
         attachments.pin(kept, pins)
@@ -528,7 +516,7 @@ def test_slabs_are_pinned_once_and_unpinned_before_they_are_let_go_of(attachment
 def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> None:
     pins = Pins(works=False)
     with pool() as sender:
-        received = attachments.fetch(A, place(sender, buffer(100_000)), [])
+        received = fetch(attachments, place(sender, buffer(100_000)))
         attachments.pin(received, pins)
         attachments.pin(received, pins)
         attachments.pin(memoryview(bytearray(10)), pins)
@@ -540,7 +528,7 @@ def test_what_cannot_be_pinned_is_left_as_it_is(attachments: Attachments) -> Non
 def test_pinned_slabs_are_unpinned_at_the_end() -> None:
     pins, attachments = Pins(), Attachments()
     with pool() as sender:
-        received = attachments.fetch(A, place(sender, buffer(100_000)), [])
+        received = fetch(attachments, place(sender, buffer(100_000)))
         attachments.pin(received, pins)
         assert pins.pinned
         attachments.close()
@@ -551,7 +539,7 @@ def test_a_forked_child_lets_go_of_nothing(attachments: Attachments) -> None:
     """It has its parent's references, and drops them when it ends, or before."""
     with pool() as sender:
         descriptor = place(sender, buffer(MIN_NBYTES))
-        loan: list[memoryview] = [attachments.fetch(A, descriptor, [])]
+        loan: list[memoryview] = [fetch(attachments, descriptor)]
         child = os.fork()
         if not child:
             loan.clear()
@@ -583,8 +571,6 @@ def test_no_slab_is_made_where_it_cannot_be_found_out_how_much_memory_there_is(
 
 # ---- shared slabs ---------------------------------------------------------------------------------------------------
 
-C = b"C" * 8
-
 
 @pytest.fixture
 def others() -> Iterator[Attachments]:
@@ -598,9 +584,8 @@ def test_several_receivers_share_a_slab_and_each_may_write_to_its_own(
 ) -> None:
     with pool() as sender:
         original = buffer(100_000)
-        told = sender.share([B, C], original)
-        assert told is not None
-        one, other = attachments.fetch(A, told[B], []), others.fetch(A, told[C], [])
+        told = share(sender, original)
+        one, other = fetch(attachments, told[B]), fetch(others, told[C])
         assert one == other == original
         one[5:10] = b"xxxxx"
         assert other == original
@@ -612,18 +597,16 @@ def test_several_receivers_share_a_slab_and_each_may_write_to_its_own(
 def test_a_shared_slab_is_used_again_once_no_receiver_sees_it(attachments: Attachments, others: Attachments) -> None:
     """What a receiver wrote into its own copy is not seen the next time."""
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
-        one, other = attachments.fetch(A, told[B], []), others.fetch(A, told[C], [])
+        told = share(sender, buffer(100_000))
+        one, other = fetch(attachments, told[B]), fetch(others, told[C])
         one[:] = bytes(100_000)
         del one
-        assert place(sender, buffer(100_000, 1))[2] != told[B][2], "the other one holds it"
+        assert place(sender, buffer(100_000, 1)).number != told[B].number, "the other one holds it"
         del other
-        again = sender.share([B, C], buffer(100_000, 2))
-        assert again is not None
-        assert again[B][2] == told[B][2]
-        assert attachments.fetch(A, again[B], []) == others.fetch(A, again[C], []) == buffer(100_000, 2)
-        assert attachments.fetch(A, place(sender, buffer(100_000, 3)), []) == buffer(100_000, 3)
+        again = share(sender, buffer(100_000, 2))
+        assert again[B].number == told[B].number
+        assert fetch(attachments, again[B]) == fetch(others, again[C]) == buffer(100_000, 2)
+        assert fetch(attachments, place(sender, buffer(100_000, 3))) == buffer(100_000, 3)
 
 
 def test_a_shared_slab_becomes_one_receivers_and_shared_again(attachments: Attachments, others: Attachments) -> None:
@@ -631,12 +614,11 @@ def test_a_shared_slab_becomes_one_receivers_and_shared_again(attachments: Attac
         for seed in range(6):
             if seed % 2:
                 descriptor = place(sender, buffer(100_000, seed))
-                assert attachments.fetch(A, descriptor, []) == buffer(100_000, seed)
+                assert fetch(attachments, descriptor) == buffer(100_000, seed)
             else:
-                told = sender.share([B, C], buffer(100_000, seed))
-                assert told is not None
+                told = share(sender, buffer(100_000, seed))
                 for receiver, life in ((attachments, B), (others, C)):
-                    seen = receiver.fetch(A, told[life], [])
+                    seen = fetch(receiver, told[life])
                     assert seen == buffer(100_000, seed)
                     seen[:] = bytes(100_000)
                     del seen
@@ -646,29 +628,26 @@ def test_a_shared_slab_becomes_one_receivers_and_shared_again(attachments: Attac
 def test_a_shared_slab_that_a_lost_receiver_held_is_never_filled_again(attachments: Attachments) -> None:
     """The others keep what they see."""
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
-        seen = attachments.fetch(A, told[B], [])
+        told = share(sender, buffer(100_000))
+        seen = fetch(attachments, told[B])
         sender.reclaim(C)
         for seed in range(3):
-            assert place(sender, buffer(100_000, 50 + seed))[2] != told[B][2]
+            assert place(sender, buffer(100_000, 50 + seed)).number != told[B].number
         assert seen == buffer(100_000)
 
 
 def test_a_receiver_that_lives_may_open_a_shared_slab_after_another_one_was_lost(attachments: Attachments) -> None:
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
+        told = share(sender, buffer(100_000))
         sender.reclaim(C)
-        assert attachments.fetch(A, told[B], []) == buffer(100_000)
+        assert fetch(attachments, told[B]) == buffer(100_000)
 
 
 def test_a_receiver_that_was_not_told_of_a_shared_slab_does_not_hold_it(attachments: Attachments) -> None:
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
-        sender.take_back(told[C])
-        attachments.fetch(A, told[B], [])
+        told = share(sender, buffer(100_000))
+        sender.take_back(told[C].descriptor)
+        fetch(attachments, told[B])
         assert sender.counts()["held"] == 0
 
 
@@ -676,14 +655,13 @@ def test_a_receiver_that_may_have_been_told_of_a_shared_slab_keeps_it_from_being
     attachments: Attachments,
 ) -> None:
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
-        sender.give_up(told[C])
-        assert place(sender, buffer(100_000, 1))[2] != told[B][2]
-        seen = attachments.fetch(A, told[B], [])
+        told = share(sender, buffer(100_000))
+        sender.give_up(told[C].descriptor)
+        assert place(sender, buffer(100_000, 1)).number != told[B].number
+        seen = fetch(attachments, told[B])
         assert seen == buffer(100_000)
         del seen
-        assert place(sender, buffer(100_000, 2))[2] != told[B][2]
+        assert place(sender, buffer(100_000, 2)).number != told[B].number
         assert sender.counts()["slabs"] == 2, "the shared one is gone"
 
 
@@ -691,10 +669,9 @@ def test_a_receiver_that_may_have_been_told_of_a_shared_slab_keeps_it_from_being
 def test_a_shared_slab_is_let_go_of_once_those_that_live_were_not_told_of_it(let_go: str) -> None:
     """One receiver was lost before the others were told."""
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
+        told = share(sender, buffer(100_000))
         sender.reclaim(B)
-        getattr(sender, let_go)(told[C])
+        getattr(sender, let_go)(told[C].descriptor)
         place(sender, buffer(300_000))
         assert sender.counts()["nbytes"] == size_class(300_000)
 
@@ -708,17 +685,15 @@ def test_what_is_too_small_to_share_travels_as_frames() -> None:
 @pytest.mark.parametrize("slot", [-1, 4032, 1 << 40, "0", None])
 def test_slots_that_there_cannot_be_are_refused(attachments: Attachments, slot: Any) -> None:
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
+        told = share(sender, buffer(100_000))
         with pytest.raises(ProtocolError):
-            attachments.fetch(A, [*told[B][:4], slot], [])
+            fetch(attachments, [*told[B][:4], slot])
 
 
 def test_a_shared_slab_is_not_handed_back(attachments: Attachments) -> None:
     with pool() as sender:
-        told = sender.share([B, C], buffer(100_000))
-        assert told is not None
-        buffers: list[Any] = [attachments.fetch(A, told[B], [])]
+        told = share(sender, buffer(100_000))
+        buffers: list[Any] = [fetch(attachments, told[B])]
         handed: list[Any] = []
         attachments.hand_back(A, buffers, handed)
         assert not handed

@@ -14,22 +14,16 @@ from tests.integration.broker_harness import TIMEOUT_S, Broker, Worker, running_
 from tests.unit.transport.endpoints import check_order, mixed_message
 from tests.waiting import until
 from zrpc.errors import PeerLostError
-from zrpc.transport import descriptors, way
+from zrpc.transport import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zrpc.ids import Incarnation
     from zrpc.transport.inbox import Work
-    from zrpc.transport.shortcuts import Shortcut
     from zrpc.wire.envelope import Buffer
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there are shortcuts on Linux only")
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(way, "SHORTCUT_AFTER", 1)
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there are local links on Linux only")
 
 
 @pytest.fixture
@@ -38,33 +32,11 @@ def broker() -> Iterator[Broker]:
         yield started
 
 
-def shortcut_between(a: Worker, b: Worker) -> Shortcut:
-    """The shortcut from `a` to `b`, once it is taken. So far they have exchanged nothing."""
-    count = len(b.seen.frames)
-    a.endpoint.send(b.incarnation, [b"first"])  # it makes the shortcut
-    path = a.endpoint._ways[b.incarnation]
-    assert path is not None
-    shortcut = path._shortcut
-    assert shortcut is not None
-
-    def takes_it() -> bool:
-        nonlocal count
-        count += 1
-        before = shortcut.num_around
-        a.endpoint.send(b.incarnation, [b"small"])
-        return shortcut.num_around == before
-
-    until(takes_it, "a message takes the shortcut")
-    b.seen.wait(lambda: len(b.seen.frames) == count + 1)
-    b.seen.frames.clear()
-    return shortcut
-
-
-def test_messages_keep_their_order_past_the_broker_and_through_it(broker: Broker) -> None:
-    """Some are too large for a shortcut, some come in hundreds without a pause; several threads send."""
+def test_messages_keep_their_order_past_the_broker(broker: Broker) -> None:
+    """Of one packet and of several, some hundreds without a pause; several threads send."""
     num_threads, num_rounds, each = 3, 10, 150
     with workers(broker.address, "a", "b") as (a, b):
-        shortcut = shortcut_between(a, b)
+        assert a.endpoint.is_local(b.incarnation)
         together = threading.Barrier(num_threads + 1)
 
         def send(thread: int) -> None:
@@ -84,13 +56,12 @@ def test_messages_keep_their_order_past_the_broker_and_through_it(broker: Broker
             one.join()
         names = [bytes(frames[0]) for _, frames in b.seen.frames]
         check_order(names, num_threads, num_rounds * each)
-        assert 2 < shortcut.num_around < len(names), "both ways were used"
 
 
 def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Broker) -> None:
     count = 200
     with workers(broker.address, "a", "b") as (a, b):
-        shortcut = shortcut_between(a, b)
+        assert a.endpoint.is_local(b.incarnation)
         came_before: list[int] = []
         may_work: list[bool] = []
         deliver = b.endpoint._on_frames
@@ -102,10 +73,8 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
         b.endpoint._on_frames = on_frames
         b.group._on_left = lambda *_: came_before.append(len(b.seen.frames))  # type: ignore[assignment]
         b.hold.clear()
-        around = shortcut.num_around
         for number in range(count):
             a.endpoint.send(b.incarnation, [number.to_bytes(4, "little")])
-        assert shortcut.num_around == around, "all of it took the shortcut"
         a.close()
         b.hold.set()
         until(lambda: came_before, "the goodbye has come")
@@ -118,8 +87,8 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a way to make a process hang")
 def test_a_hanging_broker_is_noticed_by_workers_that_pass_it_by() -> None:
     with running_broker("--heartbeat-interval", "0.05") as broker, workers(broker.address, "a", "b") as (a, b):
-        shortcuts = [shortcut_between(a, b), shortcut_between(b, a)]
-        around = [shortcut.num_around for shortcut in shortcuts]
+        assert a.endpoint.is_local(b.incarnation)
+        assert b.endpoint.is_local(a.incarnation)
         broker.process.send_signal(signal.SIGSTOP)
 
         def lost() -> bool:
@@ -131,7 +100,6 @@ def test_a_hanging_broker_is_noticed_by_workers_that_pass_it_by() -> None:
             return False
 
         until(lost, "the broker is taken for dead", within_s=5.0)
-        assert [shortcut.num_around for shortcut in shortcuts] == around, "what came meanwhile took the shortcuts"
         for one, other in ((a, b), (b, a)):
             one.seen.wait(lambda one=one, other=other: other.incarnation in dict(one.seen.lost), timeout_s=5.0)  # type: ignore[misc]
             assert "has said nothing" in one.seen.lost[0][1]
@@ -149,10 +117,8 @@ def test_a_worker_that_shares_no_memory_is_reached_through_the_broker(broker: Br
             b.endpoint.send(a.incarnation, [b"back"])
         a.seen.wait(lambda: a.seen.frames == [(b.incarnation, [b"back"])] * 3)
         b.seen.wait(lambda: b.seen.frames == [(a.incarnation, [b"there"])] * 3)
-        there, back = a.endpoint._ways[b.incarnation], b.endpoint._ways[a.incarnation]
-        assert there is not None
-        assert there._shortcut is None
-        assert back is None
+        assert not a.endpoint.is_local(b.incarnation)
+        assert not b.endpoint.is_local(a.incarnation)
     finally:
         a.close()
         b.close()
@@ -164,6 +130,4 @@ def test_where_files_are_not_plenty_the_broker_is_the_way(broker: Broker, monkey
         for number in range(20):
             a.endpoint.send(b.incarnation, [b"%d" % number])
         b.seen.wait(lambda: len(b.seen.frames) == 20)
-        path = a.endpoint._ways[b.incarnation]
-        assert path is not None
-        assert path._shortcut is None
+        assert not a.endpoint.is_local(b.incarnation)
