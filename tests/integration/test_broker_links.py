@@ -36,7 +36,7 @@ def test_messages_keep_their_order_past_the_broker(broker: Broker) -> None:
     """Of one packet and of several, some hundreds without a pause; several threads send."""
     num_threads, num_rounds, each = 3, 10, 150
     with workers(broker.address, "a", "b") as (a, b):
-        assert a.endpoint.is_local(b.incarnation)
+        assert a.endpoint.takes_files(b.incarnation)
         together = threading.Barrier(num_threads + 1)
 
         def send(thread: int) -> None:
@@ -61,7 +61,7 @@ def test_messages_keep_their_order_past_the_broker(broker: Broker) -> None:
 def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Broker) -> None:
     count = 200
     with workers(broker.address, "a", "b") as (a, b):
-        assert a.endpoint.is_local(b.incarnation)
+        assert a.endpoint.takes_files(b.incarnation)
         came_before: list[int] = []
         may_work: list[bool] = []
         deliver = b.endpoint._on_frames
@@ -87,8 +87,8 @@ def test_what_somebody_sent_before_it_left_comes_before_its_goodbye(broker: Brok
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a way to make a process hang")
 def test_a_hanging_broker_is_noticed_by_workers_that_pass_it_by() -> None:
     with running_broker("--heartbeat-interval", "0.05") as broker, workers(broker.address, "a", "b") as (a, b):
-        assert a.endpoint.is_local(b.incarnation)
-        assert b.endpoint.is_local(a.incarnation)
+        assert a.endpoint.takes_files(b.incarnation)
+        assert b.endpoint.takes_files(a.incarnation)
         broker.process.send_signal(signal.SIGSTOP)
 
         def lost() -> bool:
@@ -117,8 +117,8 @@ def test_a_worker_that_shares_no_memory_is_reached_through_the_broker(broker: Br
             b.endpoint.send(a.incarnation, [b"back"])
         a.seen.wait(lambda: a.seen.frames == [(b.incarnation, [b"back"])] * 3)
         b.seen.wait(lambda: b.seen.frames == [(a.incarnation, [b"there"])] * 3)
-        assert not a.endpoint.is_local(b.incarnation)
-        assert not b.endpoint.is_local(a.incarnation)
+        assert not a.endpoint.takes_files(b.incarnation)
+        assert not b.endpoint.takes_files(a.incarnation)
     finally:
         a.close()
         b.close()
@@ -130,4 +130,4 @@ def test_where_files_are_not_plenty_the_broker_is_the_way(broker: Broker, monkey
         for number in range(20):
             a.endpoint.send(b.incarnation, [b"%d" % number])
         b.seen.wait(lambda: len(b.seen.frames) == 20)
-        assert not a.endpoint.is_local(b.incarnation)
+        assert not a.endpoint.takes_files(b.incarnation)

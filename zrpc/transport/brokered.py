@@ -17,40 +17,36 @@ A second thread, the watcher, reads the two sockets' monitors and drains the que
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from zrpc import finalizers, threads
-from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc import finalizers
+from zrpc.errors import PeerLostError
 from zrpc.exception_text import log_error
-from zrpc.ids import EndedLives
-from zrpc.transport import fork, io_thread, sockets
+from zrpc.transport import sockets
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
-from zrpc.transport.inbox import READERS, Inbox, Work
-from zrpc.transport.local_links import LocalLink, LocalLinks
-from zrpc.transport.outbox import Outbox
+from zrpc.transport.link_endpoint import LinkEndpoint
+from zrpc.transport.socket_link import RelayLink, SocketLink
 from zrpc.wire.envelope import Buffer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zrpc.ids import Incarnation
     from zrpc.transport.endpoint import OnFrames, OnLost
+    from zrpc.transport.inbox import Work
+    from zrpc.transport.link import Link
 
 log = logging.getLogger("zrpc")
 
-DRAIN_INTERVAL_MS = 2
-JOIN_MIN_S = 0.1
-"""So long, at least, a closing endpoint waits for its threads: one that does not work ends at once."""
 EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
-_WAKE_READER = "inproc://wake-reader"
-_WAKE_WATCHER = "inproc://wake-watcher"
 
 OnControl = Callable[[list[Buffer]], None]
 """`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
@@ -60,7 +56,7 @@ def _ignore(_: object) -> None:
     """Nobody listens yet."""
 
 
-class BrokeredEndpoint:
+class BrokeredEndpoint(LinkEndpoint):
     """One worker's end of the brokered transport.
 
     Peers are known by `add_peer`; the membership calls it, and `lose_peer` or `remove_peer` when they are gone.
@@ -84,43 +80,25 @@ class BrokeredEndpoint:
     def __init__(
         self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0
     ) -> None:
-        self.incarnation = incarnation
         self.address = address
         self._numeric_address = sockets.split_address(sockets.resolve(address))
         self._on_control: OnControl = _ignore
         self._on_broker_lost: Callable[[str], None] = _ignore
         self.heard_at = time.monotonic()
-        self._context, carrier = io_thread.make_context()
-        try:
-            sender, self._sender_monitor = self._connect(SENDER + incarnation)
-            receiver, self._receiver_monitor = self._connect(RECEIVER + incarnation)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-        receiver.send(b"")
-        receiver.bind(_WAKE_READER)
-        self._outbox = Outbox(sender)
-        self._links = LocalLinks.make(incarnation, is_thrifty=True) if local else None
-        self.inbox = Inbox(receiver, self._take, self._is_over, carrier, self.interrupt, self._links, busy_poll_s)
-        self._watcher_end = self._context.socket(zmq.PAIR)
-        self._watcher_end.bind(_WAKE_WATCHER)
-        self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
-        self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
-        self._lock = threading.Lock()  # owns what follows and the wake sockets
-        self._peers: dict[Incarnation, LocalLink | None] = {}  # those who are there; None: the broker relays
-        self._untried: set[Incarnation] = set()  # those of them that nothing was sent to yet
-        self._gone = EndedLives()
         self._broker_lost: str | None = None
         self._connections_up = 0
-        self._clogged = False
-        self._closed = False
-        self._threads: list[threading.Thread] = []
+        super().__init__(
+            incarnation, self._make_receiver, local=local, is_thrifty=True, busy_poll_s=busy_poll_s, wake=[BROKER, b""]
+        )
+        self._poller = zmq.Poller()
+        for sock in (self._watcher_end, self._sender_monitor, self._receiver_monitor):
+            self._poller.register(sock, zmq.POLLIN)
+        self._peers: set[Incarnation] = set()  # those who are there; owned by the lock
         self._deliver_lock = threading.Lock()  # owns what came before `start`
         self._early: list[tuple[Incarnation, list[Buffer] | str]] = []
         self._started = False
         self._on_frames: OnFrames
         self._on_lost: OnLost
-        fork.drop_in_children(self)
 
     # ---- Endpoint ---------------------------------------------------------------------------------------------------
 
@@ -144,61 +122,8 @@ class BrokeredEndpoint:
                     work()
             self._started = True
 
-    def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
-        """Send one message to a worker; see `Endpoint.send`."""
-        link = self._link_to(to)
-        if link is None:
-            self._send(to, frames)
-            return
-        try:
-            link.send(frames)
-        except PeerLostError as error:
-            raise self._refusal(to) from error
-        self.inbox.polling.give_way()
-
-    def is_local(self, to: Incarnation) -> bool:
-        """See `Endpoint.is_local`."""
-        return self._links is not None and self._link_to(to) is not None
-
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`: the broker tells of every loss."""
-
-    def interrupt(self) -> None:
-        """See `Endpoint.interrupt`."""
-        with self._lock:
-            if not self._closed:
-                self._wake(self._reader_wake)
-
-    def close(self, flush_s: float, *, at_exit: bool = False) -> None:
-        """Stop; see `Endpoint.close`."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._wake(self._reader_wake)
-            self._wake(self._watcher_wake)
-        deadline = time.monotonic() + flush_s
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                threads.join(thread, max(JOIN_MIN_S, deadline - time.monotonic()))  # a reader may be at work
-        if can_flush := self.is_connected() and self._broker_lost is None:
-            self._outbox.flush(deadline - time.monotonic())
-        self._outbox.close(linger_ms=max(0, int((deadline - time.monotonic()) * 1000)) if can_flush else 0)
-        for link in list(self._peers.values()):
-            if link is not None:
-                link.flush(deadline - time.monotonic())
-                link.close()
-        if at_exit:  # the broker takes this worker for lost when the connection that it receives on breaks
-            self._wait_sent(deadline)
-            if self._links is not None:
-                self._links.hide()
-            sockets.keep_to_the_end(self)
-            return
-        self.inbox.close()
-        wakes = (self._watcher_end, self._reader_wake, self._watcher_wake)
-        for sock in (*wakes, self._sender_monitor, self._receiver_monitor):
-            sock.close()
-        self._context.term()
 
     # ---- for the membership -----------------------------------------------------------------------------------------
 
@@ -217,16 +142,17 @@ class BrokeredEndpoint:
         Raises:
             LimitError: the system gives no thread.
         """
-        with self._lock:
-            if self._threads or self._closed:
-                return
-            readers = [(self.inbox.run, f"zrpc-reader-{number}") for number in range(READERS)]
-        for target, name in (*readers, (self._watch_loop, "zrpc-watcher")):
-            self._threads.append(threads.start(target, name))
+        self._begin()
 
     def tell_broker(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the broker itself. Raises what `send` raises."""
-        self._send(BROKER, frames)
+        if self._broker_lost is not None:
+            raise self._refusal(BROKER)
+        try:
+            self._to_broker.send(frames, BROKER)
+        except PeerLostError as error:
+            raise self._refusal(BROKER) from error
+        self.inbox.polling.give_way()
 
     def is_connected(self) -> bool:
         """Whether both connections to the broker are made."""
@@ -235,21 +161,21 @@ class BrokeredEndpoint:
     def add_peer(self, peer: Incarnation) -> None:
         """A worker can be sent to from now on."""
         with self._lock:
-            if peer not in self._peers:
-                self._peers[peer] = None
-                if self._links is not None:
-                    self._untried.add(peer)
+            self._peers.add(peer)
 
     def remove_peer(self, peer: Incarnation, reason: str) -> bool:
         """A worker cannot be sent to any more; false if that was known already."""
-        self._deliver_last_words(peer)
+        if self.inbox.is_read_here:  # what it has sent on its local link comes before that
+            with self.inbox.taking_several():
+                for frames in self._last_words(peer):
+                    self._deliver(peer, frames)
         with self._lock:
             known = peer in self._peers
-            link = self._peers.pop(peer, None)
-            self._untried.discard(peer)
+            self._peers.discard(peer)
+            link = self._links.pop(peer, None)
             self._gone.note(peer, reason)
         if link is not None:
-            link.close()
+            link.close(linger_s=0.0)
         return known
 
     def lose_peer(self, peer: Incarnation, reason: str) -> None:
@@ -271,57 +197,42 @@ class BrokeredEndpoint:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _link_to(self, peer: Incarnation) -> LocalLink | None:
-        """The link to `peer`, which is made where nothing was sent to it yet; None: the broker relays."""
-        try:
-            link = self._peers[peer]
-        except KeyError:
-            raise self._refusal(peer) from None
-        if link is None and peer in self._untried:
-            with self._lock:
-                if peer in self._untried and self._links is not None and not self._closed:
-                    self._untried.discard(peer)
-                    self._peers[peer] = self._links.connect(peer)
-                link = self._peers.get(peer)
-        return link
+    def _make_receiver(self, context: sockets.Context) -> sockets.Socket:
+        sender, self._sender_monitor = self._connect(context, SENDER + self.incarnation)
+        receiver, self._receiver_monitor = self._connect(context, RECEIVER + self.incarnation)
+        receiver.send(b"")
+        self._to_broker = SocketLink(sender, self._on_queued)
+        return receiver
 
-    def _connect(self, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
+    def _open(self, peer: Incarnation) -> Link:
+        with self._lock:
+            if self._closed or self._broker_lost is not None or peer not in self._peers:
+                raise self._refusal(peer)
+            link = self._links.get(peer)
+            if link is None and self._local_links is not None:
+                link = self._local_links.connect(peer)
+            link = self._links[peer] = link or RelayLink(peer, self._to_broker)
+            return link
+
+    def _connect(self, context: sockets.Context, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
         """A DEALER connected to the broker, and its monitor."""
-        sock = sockets.make_socket(self._context, zmq.DEALER, identity=identity)
-        monitor = sockets.make_monitor(self._context, sock, EVENTS)
+        sock = sockets.make_socket(context, zmq.DEALER, identity=identity)
+        monitor = sockets.make_monitor(context, sock, EVENTS)
         sockets.connect(sock, self.address)
         return sock, monitor
 
-    def _wake_socket(self, address: str, kind: int) -> sockets.Socket:
-        sock: sockets.Socket = self._context.socket(kind)
-        sock.setsockopt(zmq.LINGER, 0)
-        sock.connect(address)
-        return sock
+    def _close_links(self, links: Sequence[Link], deadline: float) -> None:
+        if can_flush := self.is_connected() and self._broker_lost is None:
+            self._to_broker.flush(deadline - time.monotonic())
+        self._to_broker.close(deadline - time.monotonic() if can_flush else 0.0)
+        super()._close_links(links, deadline)
 
-    def _wake(self, sock: sockets.Socket) -> None:
-        """Make the thread at the other end look around, if it still runs. Call it under the lock."""
-        with contextlib.suppress(zmq.Again):
-            sock.send_multipart([BROKER, b""], zmq.NOBLOCK)
+    def _close_monitors(self) -> None:
+        self._sender_monitor.close()
+        self._receiver_monitor.close()
 
-    def _send(self, to: bytes, frames: Sequence[Buffer]) -> None:
-        if self._broker_lost is not None:
-            raise self._refusal(to)
-        try:
-            sent = self._outbox.send(frames, to)
-        except zmq.ZMQError as error:
-            raise self._refusal(to) from error
-        if not sent:
-            with self._lock:
-                self._clogged = True
-                if not self._closed:
-                    self._wake(self._watcher_wake)
-        self.inbox.polling.give_way()
-
-    def _refusal(self, to: bytes) -> Exception:
-        if self._closed:
-            return AgentClosedError("this worker has shut down its transport")
-        reason = self._broker_lost or self._gone.get(to, "it is not connected")
-        return PeerLostError(f"the peer is gone: {reason}")
+    def _why_gone(self, peer: bytes) -> str:
+        return self._broker_lost or super()._why_gone(peer)
 
     def _is_over(self) -> bool:
         return self._closed or self._broker_lost is not None
@@ -338,13 +249,6 @@ class BrokeredEndpoint:
         except Exception as error:  # whatever one message does, the next one is read
             finalizers.defer(partial(log_error, log, "a message of the broker was not carried out", error=error))
         return None
-
-    def _deliver_last_words(self, peer: Incarnation) -> None:
-        """The broker says that a worker is gone: what it has sent on its link comes before that."""
-        if self._links is not None and self.inbox.is_read_here:
-            with self.inbox.taking_several():
-                for message in self._links.forget(peer):
-                    self._deliver(peer, message)
 
     def _deliver(self, source: Incarnation, what: list[Buffer] | str) -> Work | None:
         """Hand over a worker's message, or the reason why it is lost; keep it if nobody takes it yet."""
@@ -367,23 +271,13 @@ class BrokeredEndpoint:
             if recv_monitor_message(self._sender_monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
                 return
 
-    def _watch_loop(self) -> None:
-        poller = zmq.Poller()
-        for sock in (self._watcher_end, self._sender_monitor, self._receiver_monitor):
-            poller.register(sock, zmq.POLLIN)
-        threads.keep_running(partial(self._watch_once, poller), self._is_over)
-
-    def _watch_once(self, poller: zmq.Poller) -> None:
-        ready = dict(poller.poll(DRAIN_INTERVAL_MS if self._clogged else None))
+    def _watch_once(self) -> None:
+        ready = dict(self._poller.poll(self._drain_interval_ms))
         if self._watcher_end in ready:
             self._watcher_end.recv_multipart()
         for monitor in (self._sender_monitor, self._receiver_monitor):
             if monitor in ready:
                 self._on_monitor(int(recv_monitor_message(monitor)["event"]))
-        if self._clogged:
-            self._clogged = False
-            if not self._outbox.drain():
-                self._clogged = True
 
     def _on_monitor(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

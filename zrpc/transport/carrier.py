@@ -207,7 +207,7 @@ class Carrier:
         """
         memory = self._shared_memory
         descriptor = None
-        if memory is not None and self._endpoint.is_local(peer):
+        if memory is not None and self._endpoint.takes_files(peer):
             descriptor = None if shared is None else self._share(memory, peer, shared, buffer, files)
             descriptor = descriptor or memory.place(peer, buffer, later, files)
         if descriptor is None and not isinstance(buffer, Region):
@@ -233,7 +233,7 @@ class Carrier:
 
     def _is_local(self, peer: Incarnation) -> bool:
         try:
-            return self._endpoint.is_local(peer)
+            return self._endpoint.takes_files(peer)
         except ZrpcError:  # it is gone: what is sent to it will say so
             return False
 

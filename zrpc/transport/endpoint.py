@@ -38,16 +38,16 @@ class Endpoint(Protocol):
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.
 
-        Frames larger than `zrpc.transport.outbox.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is
+        Frames larger than `zrpc.transport.socket_link.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is
         held, and must stay unchanged, until ZeroMQ has let go of it. A `Bundle` has files that go with it, to a worker
-        of this host (`is_local`).
+        of this host (`takes_files`).
 
         Raises:
             PeerLostError: the worker is not connected, or known to be lost.
             AgentClosedError: this endpoint is closed.
         """
 
-    def is_local(self, to: Incarnation) -> bool:
+    def takes_files(self, to: Incarnation) -> bool:
         """Whether files can go with a message to that worker: it is on this host. The link to it is made, if need be.
 
         Raises:

@@ -251,7 +251,9 @@ class Hub:
         destination = parts.pop(0).bytes
         if destination == BROKER:
             frames: list[Buffer] = [part.bytes for part in parts]
-            if any(frames):  # else it is what an interrupted sender leaves behind (`zrpc.transport.outbox.send_frames`)
+            if any(
+                frames
+            ):  # else it is what an interrupted sender leaves behind (`zrpc.transport.socket_link.send_frames`)
                 self._events.append(Control(source, frames))
             return
         room = self._peer(source).room

@@ -35,7 +35,7 @@ from zrpc import finalizers
 from zrpc.errors import OverloadedError, PeerLostError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport import descriptors, local_socket
-from zrpc.transport.outbox import MAX_QUEUED, MAX_QUEUED_NBYTES
+from zrpc.transport.link import MAX_QUEUED, MAX_QUEUED_NBYTES
 from zrpc.transport.packets import Incoming, Packet, cut, is_whole
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class LocalLink:
         links: tells when there is room again.
     """
 
+    takes_files = True
+
     def __init__(self, peer: Incarnation, sock: socket.socket, links: LocalLinks) -> None:
         self.peer = peer
         self._sock = sock
@@ -79,6 +81,7 @@ class LocalLink:
         self._lock = threading.Lock()  # owns what follows
         self._queue: deque[Packet] = deque()
         self._nbytes = 0  # of the queue
+        self._takes_more = True
         self._closed = False
 
     @property
@@ -87,15 +90,10 @@ class LocalLink:
         return self._sock.fileno()
 
     def send(self, frames: Sequence[Buffer]) -> None:
-        """Send one message; messages keep their order. Never waits.
-
-        Raises:
-            PeerLostError: the other end is closed, or this one.
-            OverloadedError: too much waits here already.
-        """
+        """See `Link.send`."""
         with self._lock:
-            if self._closed:
-                raise PeerLostError("the peer is gone: its connection was closed")
+            if not self._takes_more:
+                raise PeerLostError("the connection is closed")
             if not self._queue and is_whole(frames):
                 try:
                     self._sock.send(frames[0], _NO_SIGNAL)
@@ -138,18 +136,19 @@ class LocalLink:
                 return True
 
     def flush(self, timeout_s: float) -> None:
-        """Give what waits up to `timeout_s` to leave."""
+        """See `Link.flush`."""
+        self._takes_more = False
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._sock, select.POLLOUT)
         while not self.drain() and (left_s := deadline - time.monotonic()) > 0:
             poll.poll(left_s * 1000)
 
-    def close(self) -> None:
-        """What was sent is received all the same. Idempotent."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """See `Link.close`: what was sent is received all the same."""
         with self._lock:
             if not self._closed:
-                self._closed = True
+                self._takes_more, self._closed = False, True
                 self._queue.clear()
                 self._links.forget_link(self)
                 self._sock.close()
@@ -172,7 +171,7 @@ class LocalLink:
             PeerLostError: it says that the other end is closed.
         """
         if error.errno not in _NO_ROOM:
-            raise PeerLostError(f"the peer is gone: its connection broke ({error})") from error
+            raise PeerLostError(f"the connection broke ({error})") from error
         if error.errno == errno.ETOOMANYREFS:
             time.sleep(_RETRY_S)
 

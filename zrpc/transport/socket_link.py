@@ -1,4 +1,4 @@
-"""Sending from any thread: a socket behind a lock, and a bounded queue for what it does not take yet."""
+"""Links over a ZeroMQ socket: the socket behind a lock, and a bounded queue for what it does not take yet."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from zrpc.errors import OverloadedError
+from zrpc.errors import OverloadedError, PeerLostError
+from zrpc.transport.link import MAX_QUEUED, MAX_QUEUED_NBYTES
 from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from zrpc.ids import Incarnation
     from zrpc.transport.sockets import Socket
     from zrpc.wire.envelope import Buffer
-
-MAX_QUEUED = 1_000_000
-"""Messages that may wait here for a peer that does not read; one more is refused."""
-MAX_QUEUED_NBYTES = 1 << 30
-"""The same in bytes; a single message may be larger. Large messages are held back before they come here, by lanes."""
 
 SEND_COPY_MAX_NBYTES = 512 << 10
 """Larger frames are sent without a copy. That costs a change of threads: pyzmq has a thread that lets go of the memory,
@@ -30,46 +27,44 @@ and it wants the interpreter's lock. Echoes over loopback TCP, without and with 
 and 350 of 512 KiB; from 1 MiB on no difference shows, and series of large ones are a quarter slower with it."""
 
 
-class Outbox:
-    """The sending side. The socket and the queue are owned by the lock.
+_GONE = "the connection is closed"
+
+
+class SocketLink:
+    """A link on a DEALER of its own. The socket and the queue are owned by the lock.
 
     Args:
-        sock: what messages are sent on. The outbox closes it.
+        sock: what messages are sent on. The link closes it.
+        on_queued: called, under the lock, where a message did not leave at once: `drain` is to be called until it says
+            True.
     """
 
-    def __init__(self, sock: Socket) -> None:
+    takes_files = False
+
+    def __init__(self, sock: Socket, on_queued: Callable[[SocketLink], None]) -> None:
         self._sock = sock
+        self._on_queued = on_queued
         self._lock = threading.Lock()
         self._queue: deque[list[Buffer]] = deque()
         self._nbytes = 0  # of the queue
         self._closed = False
 
-    def send(self, frames: Sequence[Buffer], to: bytes | None = None) -> bool:
-        """Send one message, or queue it at the high-water mark; messages keep their order.
-
-        Args:
-            frames: the message.
-            to: whom it is for, where that does not go without saying.
-
-        Returns:
-            False where the message was queued: `drain` must be called until it says True.
-
-        Raises:
-            OverloadedError: the queue is full.
-            zmq.ZMQError: the outbox is closed.
-        """
+    def send(self, frames: Sequence[Buffer], to: bytes | None = None) -> None:
+        """See `Link.send`. `to`: whom it is for, where that does not go without saying."""
         if self._closed:  # while it is flushed the lock is taken for long
-            raise zmq.ZMQError(zmq.ETERM)
+            raise PeerLostError(_GONE)
         with self._lock:
             if self._closed:
-                raise zmq.ZMQError(zmq.ETERM)
+                raise PeerLostError(_GONE)
             message = [*frames] if to is None else [to, *frames]
             if not self._queue:
                 try:
                     send_frames(self._sock, message)
-                    return True
+                    return
                 except zmq.Again:
                     pass
+                except zmq.ZMQError as error:
+                    raise PeerLostError(f"{_GONE} ({error})") from error
             if self._queue and (len(self._queue) >= MAX_QUEUED or self._nbytes >= MAX_QUEUED_NBYTES):
                 raise OverloadedError(
                     f"{len(self._queue)} messages of {self._nbytes} bytes wait for a peer that does not read them: "
@@ -77,7 +72,7 @@ class Outbox:
                 )
             self._queue.append(message)
             self._nbytes += nbytes_of(message)
-            return False
+            self._on_queued(self)
 
     def drain(self) -> bool:
         """Send what is queued, as far as the socket takes it. True: nothing is left."""
@@ -91,7 +86,7 @@ class Outbox:
             return True
 
     def flush(self, timeout_s: float) -> None:
-        """Take no more messages, and give those that are queued up to `timeout_s` to leave."""
+        """See `Link.flush`."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._closed = True
@@ -104,12 +99,37 @@ class Outbox:
                     if left_ms <= 0 or not self._sock.poll(left_ms, zmq.POLLOUT):
                         return
 
-    def close(self, linger_ms: int) -> None:
-        """Close the socket; ZeroMQ goes on sending what it took for up to `linger_ms`. Idempotent."""
+    def close(self, linger_s: float) -> None:
+        """See `Link.close`."""
         with self._lock:
             self._closed = True
             self._queue.clear()
-            self._sock.close(linger=linger_ms)
+            self._sock.close(linger=max(0, int(linger_s * 1000)))
+
+
+class RelayLink:
+    """A link through the broker, which all workers that it relays to share.
+
+    Args:
+        peer: to whom.
+        to_broker: the link to the broker. It is not closed with this.
+    """
+
+    takes_files = False
+
+    def __init__(self, peer: Incarnation, to_broker: SocketLink) -> None:
+        self._peer = peer
+        self._to_broker = to_broker
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        """See `Link.send`."""
+        self._to_broker.send(frames, self._peer)
+
+    def flush(self, timeout_s: float) -> None:
+        """See `Link.flush`: the link to the broker is flushed for all."""
+
+    def close(self, linger_s: float) -> None:
+        """See `Link.close`."""
 
 
 def send_frames(sock: Socket, frames: list[Buffer]) -> None:
