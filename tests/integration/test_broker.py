@@ -146,7 +146,7 @@ def test_a_group_that_stays_incomplete_says_who_is_there(broker: Broker) -> None
 
 
 def test_groups_of_one_broker_are_kept_apart(broker: Broker) -> None:
-    one, two = Worker(broker.address, "one"), Worker(broker.address, "two")
+    one, two = (Worker(broker.address, name, local=False) for name in ("one", "two"))
     for worker in (one, two):
         worker.join("same-name", 1)
         worker.start()

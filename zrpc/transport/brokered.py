@@ -165,9 +165,9 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def remove_peer(self, peer: Incarnation, reason: str) -> bool:
         """A worker cannot be sent to any more; false if that was known already."""
-        if self.inbox.is_read_here:  # what it has sent on its local link comes before that
-            with self.inbox.taking_several():
-                for frames in self._last_words(peer):
+        if self._local_links is not None and self.inbox.is_read_here:
+            with self.inbox.taking_several():  # what it has sent on its local link comes before that
+                for frames in self._local_links.forget(peer):
                     self._deliver(peer, frames)
         with self._lock:
             known = peer in self._peers

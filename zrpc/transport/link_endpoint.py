@@ -220,10 +220,6 @@ class LinkEndpoint(ABC):
             return AgentClosedError("this worker has shut down its transport")
         return PeerLostError(f"the peer is gone: {self._why_gone(to)}")
 
-    def _last_words(self, peer: Incarnation) -> list[list[Buffer]]:
-        """What `peer`, which is gone, has sent on its local link. For the thread that reads."""
-        return [] if self._local_links is None else self._local_links.forget(peer)
-
     def _wake_socket(self, address: str, kind: int) -> Any:
         sock: sockets.Socket = self._context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)

@@ -6,8 +6,8 @@ such a socket takes a fifth of the time of ZeroMQ's, whose messages change threa
 13 us instead of 60 to 85 on two processors.
 
 Invariants: messages of one worker come in order. What was sent is received, also if its sender has closed the
-connection, unless the receiver is gone. A connection is read after its sender's end, and before its sender is reported
-as gone.
+connection, unless the receiver is gone. A worker that has closed its end of a link may still send on its own: it is
+reported as gone once that is closed too, and read to its end.
 
 Threads: `LocalLinks` belongs to the thread that reads, but for `connect`, which any thread may call. A `LocalLink` has
 a lock; any thread may send. What the kernel does not take at once waits in the link, and is sent by the thread that
@@ -60,6 +60,7 @@ _IS_LINUX = sys.platform.startswith("linux")
 _ONCE = select.EPOLLIN | select.EPOLLET if _IS_LINUX else 0
 _CLOSED = select.EPOLLIN | select.EPOLLRDHUP if _IS_LINUX else 0
 _NO_ROOM = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
+_BROKEN = "its process has closed the connection, or is gone"
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
@@ -206,6 +207,7 @@ class LocalLinks:
         self._incoming: dict[int, Incoming] = {}  # by descriptor
         self._by_source: dict[Incarnation, Incoming] = {}
         self._outgoing: dict[int, LocalLink] = {}  # by descriptor
+        self._broken: set[Incarnation] = set()  # those that may still send
         self._ready: list[int] = []  # descriptors
         self._closed = False
 
@@ -353,7 +355,10 @@ class LocalLinks:
 
     def _break(self, link: LocalLink) -> None:
         self.forget_link(link)
-        self._on_broken(link.peer, "its process has closed the connection, or is gone")
+        if link.peer in self._by_source:
+            self._broken.add(link.peer)
+        else:
+            self._on_broken(link.peer, _BROKEN)
 
     def _receive(self, incoming: Incoming) -> list[Buffer] | None:
         """The next message of a connection; None: there is none now, or no more."""
@@ -383,9 +388,12 @@ class LocalLinks:
         file = incoming.sock.fileno()
         self._unregister(file)  # closing is not enough: a child that was forked has the connection too
         self._incoming.pop(file, None)
+        incoming.sock.close()
         if self._by_source.get(incoming.source) is incoming:
             del self._by_source[incoming.source]
-        incoming.sock.close()
+            if incoming.source in self._broken:
+                self._broken.remove(incoming.source)
+                self._on_broken(incoming.source, _BROKEN)
 
     def _modify(self, file: int, events: int) -> None:
         with suppress(OSError, ValueError):  # it is closed

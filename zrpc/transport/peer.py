@@ -54,7 +54,7 @@ class PeerEndpoint(LinkEndpoint):
             incarnation, self._make_router, local=local, is_thrifty=False, busy_poll_s=busy_poll_s, wake=[b""]
         )
         if self._local_links is not None:
-            self._local_links.tell(self._on_broken)
+            self._local_links.tell(self._declare_lost)
         self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(self._watcher_end)
         self._addresses: dict[Incarnation, str] = {}
         self._new_monitors: list[tuple[Incarnation, sockets.Socket]] = []
@@ -173,10 +173,3 @@ class PeerEndpoint(LinkEndpoint):
             self._gone.note(peer, reason)
         link.close(linger_s=0.0)
         self._on_lost(peer, reason)
-
-    def _on_broken(self, peer: Incarnation, reason: str) -> None:
-        """The local link to `peer` is closed at its end: what it has sent before comes first."""
-        with self.inbox.taking_several():
-            for frames in self._last_words(peer):
-                self._take(peer, frames)
-        self._declare_lost(peer, reason)
