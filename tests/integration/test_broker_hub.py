@@ -100,8 +100,8 @@ def test_a_worker_that_reads_nothing_is_given_up(hub: HubThread, endpoints: list
     message = bytes(4000)
     for _ in range(40_000):
         a.send(b.incarnation, [message])
-        a._outbox.drain()  # nobody else does: a is not open either
-    until(a._outbox.drain, "all of it has left")
+        a._to_broker.drain()  # nobody else does: a is not open either
+    until(a._to_broker.drain, "all of it has left")
     assert "too slow" in hub.wait_unreachable(b.incarnation)
 
 

@@ -59,7 +59,7 @@ class Recorder:
                 where = entry
                 if isinstance(entry, list) and len(entry) == MEMBER_LENGTH:
                     where = buffers[entry[0]]
-                nbytes = entry if isinstance(entry, int) else entry[-1]
+                nbytes = entry if isinstance(entry, int) else entry[-1 if len(entry) == MEMBER_LENGTH else 1]
                 self.seen.append((nbytes, FRAME if isinstance(where, int) else SLOTS[len(where)]))
 
     def record_chunk(self, frames: Sequence[Buffer]) -> None:
