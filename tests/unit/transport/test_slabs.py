@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from tests.unit.transport.slab_messages import A, B, C, Told, copies, fetch, place, placed, share
+from tests.unit.transport.slab_messages import A, B, C, Told, begin, copies, fetch, place, placed, share
 from tests.unit.wire.travel import travel
 from zrpc import finalizers
 from zrpc.errors import DeviceError, ProtocolError
@@ -431,6 +431,16 @@ def test_the_file_of_a_slab_that_is_let_go_of_stays_open_for_a_message_that_wait
         assert fetch(attachments, waits[0]) == buffer(100_000)
         waits.clear()
         assert num_open() == before
+
+
+def test_a_slab_that_is_let_go_of_while_it_is_filled_keeps_no_file_open() -> None:
+    before = num_open()
+    with pool() as sender:
+        waits, later = begin(sender, buffer(100_000))
+        sender.reclaim(B)
+        del waits
+        assert num_open() == before
+        sender.fill(later)
 
 
 def test_a_message_that_is_not_sent_keeps_no_file_open() -> None:
