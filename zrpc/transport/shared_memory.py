@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.slab import DESCRIPTOR_LENGTH, HANDED_BACK, NOBODY, SLOT, Descriptor
-from zrpc.transport.slabs import SlabPool, limits
+from zrpc.transport.slabs import POOL_MAX_COUNT, POOL_MAX_NBYTES, SlabPool, limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,22 +28,25 @@ log = logging.getLogger("zrpc")
 class SharedMemory:
     """All of it, for one worker: slabs to send in, and slabs of others.
 
-    Raises:
-        OSError: no memory file can be made here, or it cannot be found out how much memory there is.
+    Args:
+        max_nbytes: what the slabs to send in may take together.
+        max_count: how many of them there may be.
     """
 
-    def __init__(self) -> None:
-        self._pool = SlabPool(*limits())
+    def __init__(self, max_nbytes: int = POOL_MAX_NBYTES, max_count: int = POOL_MAX_COUNT) -> None:
+        self._pool = SlabPool(max_nbytes, max_count)
         self._attachments = Attachments()
 
     @classmethod
-    def make(cls) -> SharedMemory | None:
-        """Shared memory for one worker; None, with a warning, where no memory file can be made."""
+    def make(cls) -> SharedMemory:
+        """Shared memory for one worker; where it cannot be found out how much it may take, to receive alone."""
         try:
-            return cls()
+            return cls(*limits())
         except OSError as error:
-            log.warning("shared memory is not used, sockets are: %s", error)
-            return None
+            log.warning("nothing is sent in shared memory, sockets are used: %s", error)
+        memory = cls()
+        memory._pool.close()
+        return memory
 
     def place(
         self, peer: Incarnation, buffer: Buffer | Arriving | Region, later: list[Fill], files: list[OwnedFile]

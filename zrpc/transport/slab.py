@@ -244,8 +244,8 @@ class Slab:
     """The very list that `holder` is told of it by: another time it is another one."""
     shares: dict[Incarnation, Descriptor] = field(default_factory=dict)
     """Of a shared slab, the same for each holder."""
-    sent_to: set[tuple[Incarnation, int]] = field(default_factory=set)
-    """Who has its file already, to map it so: the receiver, and its slot."""
+    sent_to: dict[Incarnation, set[int]] = field(default_factory=dict)
+    """Who has its file already, and maps it for these slots."""
 
     @classmethod
     def make(cls, room: int) -> Slab:
@@ -282,15 +282,25 @@ class Slab:
 
     def attach(self, holder: Incarnation, descriptor: Descriptor, files: list[OwnedFile]) -> None:
         """`descriptor` goes to `holder` in a message: its file goes with it, if `holder` does not have it."""
-        if (holder, descriptor[SLOT]) not in self.sent_to and self.file is not None:
-            self.sent_to.add((holder, descriptor[SLOT]))
+        file, slots = self.file, self.sent_to.setdefault(holder, set())
+        if descriptor[SLOT] not in slots and file is not None:
+            slots.add(descriptor[SLOT])
             descriptor[FILE] = len(files)
-            files.append(self.file)
+            files.append(file)
 
-    def detach(self, holder: Incarnation, descriptor: Descriptor) -> None:
-        """That message is not sent."""
+    def withdraw(self, descriptor: Descriptor) -> None:
+        """The message that was to tell a holder of it by this very list is not sent."""
+        if descriptor is self.descriptor:
+            holder = self.holder
+            self.memory.end_filling(is_whole=True)
+            self.memory.free()
+        elif self.tells(descriptor):
+            holder = next(life for life, one in self.shares.items() if one is descriptor)
+            self.memory.free_slot(descriptor[SLOT])
+        else:
+            return
         if descriptor[FILE] != NO_FILE:
-            self.sent_to.discard((holder, descriptor[SLOT]))
+            self.sent_to.get(holder, set()).discard(descriptor[SLOT])
 
     def part_from(self, holder: Incarnation) -> None:
         """`holder` will not say that it has let go of it. It is not to be filled again."""

@@ -37,7 +37,7 @@ import threading
 from collections import defaultdict
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -47,7 +47,7 @@ from zrpc.transport.allowance import Allowance
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
 from zrpc.transport.headroom import available_nbytes
-from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SLOT, SWEEP, Descriptor, Shelf, Slab, size_class
+from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
 from zrpc.wire.envelope import Arriving
 from zrpc.wire.region import Region
 
@@ -62,8 +62,6 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
 
 log = logging.getLogger("zrpc")
-
-T = TypeVar("T")
 
 MIN_NBYTES = 65_536
 """Smaller buffers travel as frames: below this, sockets are as fast."""
@@ -210,17 +208,8 @@ class SlabPool:
         """Nobody was told of `descriptor`, which `place` gave, after all: its slab is free."""
         with self._lock:
             slab = self._find(descriptor)
-            if slab is None:
-                return
-            if slab.descriptor is descriptor:
-                slab.detach(slab.holder, descriptor)
-                slab.memory.end_filling(is_whole=True)
-                slab.memory.free()
-                return
-            for holder, told in slab.shares.items():
-                if told is descriptor:
-                    slab.detach(holder, descriptor)
-                    slab.memory.free_slot(descriptor[SLOT])
+            if slab is not None:
+                slab.withdraw(descriptor)
 
     def give_up(self, descriptor: Descriptor) -> None:
         """It is not known whether somebody was told of `descriptor`, which `place` gave: let go of its slab.
@@ -265,6 +254,8 @@ class SlabPool:
         """`holder` is lost: let go of what it held."""
         with self._lock:
             picked = [slab for shelf in self._shelves.values() for slab in shelf.pick(holder)]
+            for slab in chain(self._parting, *((*shelf.placed, *shelf.free) for shelf in self._shelves.values())):
+                slab.sent_to.pop(holder, None)
             gone = self._part(picked, holder)
         _retire(gone)
 

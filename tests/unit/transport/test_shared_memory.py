@@ -1,8 +1,7 @@
-"""Memory that two workers share: with whom it can be shared, and slabs that go back with answers."""
+"""Memory that two workers share: slabs that go back with answers."""
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,81 +11,110 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.unit.transport.test_slabs import A, B, Pins, buffer
+from tests.unit.transport.slab_messages import A, B, C, Told, fetch, place, placed
+from tests.unit.transport.test_slabs import Pins, buffer
+from zrpc import finalizers
 from zrpc.errors import ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.shared_memory import SharedMemory
+from zrpc.transport.slab import FILE, HANDED_BACK, NBYTES, NO_FILE, NUMBER, SLOT
 from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from zrpc.transport.filling import Fill
+    from zrpc.transport.packets import OwnedFile
 
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
 
 @contextmanager
 def pair() -> Iterator[tuple[SharedMemory, SharedMemory]]:
-    """The shared memory of A and that of B, which have met."""
+    """The shared memory of A and that of B."""
     a, b = SharedMemory(), SharedMemory()
     try:
-        for _ in range(2):
-            a.meet(B, b.card())
-            b.meet(A, a.card())
         yield a, b
     finally:
         a.close()
         b.close()
 
 
-def send(sender: SharedMemory, to: bytes, raw: memoryview) -> list[Any]:
-    placing = sender.placing(to)
-    assert placing is not None
-    later: list[Fill] = []
-    descriptor = placing(raw, later)
-    sender.fill(later)
-    assert descriptor is not None
-    return descriptor
+def send(sender: SharedMemory, to: bytes, raw: memoryview) -> Told:
+    """What `to` is told of `raw`, which lies in shared memory then."""
+    return place(sender, raw, to)
 
 
-def returned(memory: SharedMemory, to: bytes, buffers: list[Any]) -> list[Any] | None:
-    """The descriptor by which the one buffer is handed back to `to`, if it is."""
+def returned(memory: SharedMemory, to: bytes, buffers: list[Any]) -> Told | None:
+    """What `to` is told by which the one buffer is handed back to it, if it is."""
     handed: list[Any] = []
     memory.hand_back(to, buffers, handed)
     assert len(handed) == isinstance(buffers[0], HandedBack)
-    return handed[0] if handed else None
+    return Told(handed[0]) if handed else None
 
 
-def test_memory_is_shared_with_whom_it_can_be() -> None:
-    ours, theirs, stranger = SharedMemory(), SharedMemory(), SharedMemory()
-    try:
-        assert ours.placing(B) is None, "not met yet"
-        ours.meet(B, theirs.card())
-        assert ours.placing(B) is None, "it has not tried yet whether it can open what is here"
-        assert theirs.placing(A) is None
-        theirs.meet(A, ours.card())
-        assert theirs.placing(A) is not None
-        assert fetch(theirs, send(ours, B, buffer(100_000))) == buffer(100_000)
-        ours.meet(b"C" * 8, stranger.card())
-        assert ours.placing(b"C" * 8) is None
-        ours.forget(B)
-        assert ours.placing(B) is None
-    finally:
-        for memory in (ours, theirs, stranger):
-            memory.close()
+def give_back(memory: SharedMemory, to: bytes, buffers: list[Any]) -> Told:
+    """Hand the one buffer back to `to`."""
+    back = returned(memory, to, buffers)
+    assert back is not None
+    assert back.descriptor[SLOT:] == [HANDED_BACK, NO_FILE]
+    return back
 
 
-def test_without_a_probe_there_is_no_shared_memory(
+def test_two_workers_send_to_each_other_in_shared_memory() -> None:
+    with pair() as (a, b):
+        there, back = send(a, B, buffer(100_000)), send(b, A, buffer(100_000, 1))
+        assert fetch(b, there) == buffer(100_000)
+        assert fetch(a, back, B) == buffer(100_000, 1)
+
+
+def test_what_is_for_one_worker_alone_is_not_shared() -> None:
+    with pair() as (a, b):
+        assert a.share([], buffer(100_000)) is None
+        assert a.share([B], buffer(100_000)) is None
+        told = a.share([B, C], buffer(100_000))
+        assert told is not None
+        files: list[OwnedFile] = []
+        a.attach(B, told[B], files)
+        assert fetch(b, Told(told[B], files)) == buffer(100_000)
+        a.take_back(told[C])
+        assert a.counts()["held"] == 0
+
+
+def test_of_a_worker_that_is_lost_nothing_is_kept_but_what_is_in_use() -> None:
+    """It is told of no slab that it was told of before, should it live after all."""
+    with pair() as (a, b):
+        told = send(a, B, buffer(100_000))
+        received = fetch(b, told)
+        a.forget(B)
+        b.forget(A)
+        assert send(a, B, buffer(100_000, 1)).number != told.number
+        assert received == buffer(100_000)
+        with pytest.raises(ProtocolError, match="did not come"):
+            fetch(b, Told([*told.descriptor[:FILE], NO_FILE]))
+
+
+def test_a_worker_that_can_send_nothing_in_shared_memory_receives_what_others_do(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> int:
+    """It cannot be found out how much memory it may take: it sends through sockets, and a warning says so, once."""
+
+    def fail() -> int:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(os, "memfd_create", fail)
-    assert SharedMemory.make() is None
-    assert "shared memory is not used, sockets are: [Errno 24] Too many open files" in caplog.text
+    with pair() as (a, _):
+        with monkeypatch.context() as patched:
+            patched.setattr(slabs, "available_nbytes", fail)
+            memory = SharedMemory.make()
+        try:
+            assert fetch(memory, send(a, B, buffer(100_000))) == buffer(100_000)
+            assert placed(memory, buffer(100_000)) is None
+            assert memory.share([A, C], buffer(100_000)) is None
+        finally:
+            memory.close()
+    finalizers.run_pending()
+    assert caplog.text.count("sockets are used: [Errno 24] Too many open files") == 1
+    assert caplog.text.count("WARNING") == 1
 
 
 # ---- handed back -----------------------------------------------------------------------------------------------------
@@ -99,9 +127,8 @@ def test_what_came_is_handed_back_by_who_keeps_nothing_of_it() -> None:
         received[0] = 77
         buffers = [received]
         del received
-        back = returned(b, A, buffers)
-        assert back == descriptor
-        assert isinstance(buffers[0], HandedBack)
+        back = give_back(b, A, buffers)
+        assert back.number == descriptor.number
         home = fetch(a, back, B)
         assert home[0] == 77
         assert home[1:] == buffer(100_000)[1:]
@@ -143,11 +170,11 @@ def test_a_tensor_that_is_kept_elsewhere_stays() -> None:
 def test_only_its_owner_gets_a_slab_back() -> None:
     with pair() as (a, b):
         buffers = [fetch(b, send(a, B, buffer(100_000)))]
-        assert returned(b, b"C" * 8, buffers) is None
+        assert returned(b, C, buffers) is None
         own: list[Any] = [buffer(100_000)]
         assert returned(b, A, own) is None
         assert own == [buffer(100_000)]
-        home = fetch(a, returned(b, A, buffers) or [], B)
+        home = fetch(a, give_back(b, A, buffers), B)
         assert returned(a, A, [home]) is None, "it is with its owner already"
         assert returned(a, B, [home]) is None
 
@@ -238,8 +265,8 @@ def test_a_death_that_is_told_of_late_frees_nothing_that_was_lent_since() -> Non
         thread.start()
         buffers = Interrupted(received, bool, let_go)
         del received
-        back = returned(b, A, buffers)
-        assert back == descriptor
+        back = give_back(b, A, buffers)
+        assert back.number == descriptor.number
         fetch(a, back, B)
         again = send(a, B, buffer(100_000, 1))
         assert again.number == descriptor.number
@@ -271,32 +298,65 @@ def test_a_small_part_of_a_slab_is_not_worth_it() -> None:
 def test_what_is_handed_back_and_not_sent_is_free() -> None:
     with pair() as (a, b):
         buffers = [fetch(b, send(a, B, buffer(100_000)))]
-        back = returned(b, A, buffers)
-        assert back is not None
+        back = give_back(b, A, buffers)
         assert a.counts()["held"] == 1
-        b.take_handed_back(A, back)
+        b.take_handed_back(A, back.descriptor)
         assert a.counts()["held"] == 0
+
+
+def test_a_slab_that_comes_home_and_goes_out_again_needs_no_file() -> None:
+    with pair() as (a, b):
+        for seed in range(3):
+            told = send(a, B, buffer(100_000, seed))
+            assert told.has_file == (seed == 0)
+            assert fetch(a, give_back(b, A, [fetch(b, told)]), B) == buffer(100_000, seed)
+        assert a.counts()["slabs"] == 1
 
 
 def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:
     with pair() as (a, b):
-        descriptor = send(a, B, buffer(100_000))
+        number, nbytes, *_ = send(a, B, buffer(100_000)).descriptor
+        back = Told([number, nbytes, HANDED_BACK, NO_FILE])
         with pytest.raises(ProtocolError, match="does not hold it"):
-            fetch(a, descriptor, b"C" * 8)
-        home = fetch(a, descriptor, B)
+            fetch(a, back, C)
+        home = fetch(a, back, B)
         with pytest.raises(ProtocolError, match="does not hold it"):
-            fetch(a, descriptor, B)
+            fetch(a, back, B)
         del home
         with pytest.raises(ProtocolError, match="does not hold it"):
-            fetch(a, descriptor, B)
+            fetch(a, back, B)
         assert b.counts()["placed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("at", "part"),
+    [(NUMBER, 7), (NUMBER, None), (NUMBER, [7]), (NBYTES, 0), (NBYTES, -1), (NBYTES, 1 << 40), (NBYTES, "1")],
+)
+def test_a_slab_that_there_is_none_of_does_not_come_back(at: int, part: Any) -> None:
+    with pair() as (a, _):
+        number, nbytes, *_ = send(a, B, buffer(100_000)).descriptor
+        parts: list[Any] = [number, nbytes, HANDED_BACK, NO_FILE]
+        parts[at] = part
+        with pytest.raises(ProtocolError, match="does not hold it"):
+            fetch(a, Told(parts), B)
+        assert fetch(a, Told([number, nbytes, HANDED_BACK, NO_FILE]), B) == buffer(100_000)
+
+
+def test_a_shared_slab_does_not_come_back() -> None:
+    """Its other receivers may see it."""
+    with pair() as (a, _):
+        told = a.share([B, C], buffer(100_000))
+        assert told is not None
+        number, nbytes, *_ = told[B]
+        with pytest.raises(ProtocolError, match="does not hold it"):
+            fetch(a, Told([number, nbytes, HANDED_BACK, NO_FILE]), B)
 
 
 def test_a_slab_that_came_home_is_pinned_until_it_is_let_go_of() -> None:
     pins = Pins()
     with pair() as (a, b):
         for seed in range(3):
-            home = fetch(a, returned(b, A, [fetch(b, send(a, B, buffer(100_000, seed)))]) or [], B)
+            home = fetch(a, give_back(b, A, [fetch(b, send(a, B, buffer(100_000, seed)))]), B)
             a.pin(home, pins)
             assert home == buffer(100_000, seed)
             del home

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import mmap
 import os
 import resource
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
@@ -26,7 +28,8 @@ from zrpc.transport import allowance, slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES
-from zrpc.transport.slab import size_class
+from zrpc.transport.packets import OwnedFile
+from zrpc.transport.slab import FILE, HANDED_BACK, MAX_SLOTS, NBYTES, NO_FILE, NO_SLOT, NUMBER, SLOT, size_class
 from zrpc.transport.slabs import MIN_NBYTES, SlabPool
 from zrpc.wire import pickling
 from zrpc.wire.envelope import Arriving, decode, encode
@@ -35,6 +38,7 @@ from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from zrpc.transport.filling import Fill
 
@@ -55,6 +59,14 @@ def pool(max_nbytes: int = 1 << 30, max_count: int = 1000) -> Iterator[SlabPool]
 
 @pytest.fixture
 def attachments() -> Iterator[Attachments]:
+    made = Attachments()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def others() -> Iterator[Attachments]:
+    """Those of a second receiver."""
     made = Attachments()
     yield made
     made.close()
@@ -96,7 +108,9 @@ def test_a_slab_is_used_again_once_nobody_sees_it(attachments: Attachments) -> N
         assert second.number != first.number, "the first is held"
         part = received[10:20]
         del received
-        assert place(sender, buffer(100_000, 2)).number not in (first.number, second.number), "a part of the first is held"
+        assert place(sender, buffer(100_000, 2)).number not in (first.number, second.number), (
+            "a part of the first is held"
+        )
         assert part == buffer(100_000)[10:20]
         del part
         gc.collect()
@@ -114,9 +128,14 @@ def test_tensors_live_in_slabs_and_give_them_back() -> None:
             "small": [1, 2],
         }
         payload = pickling.dumps(value)
-        frames = encode(seal(Reply(), 1, payload, None), lambda raw: placed(sender, raw))
-        assert len(frames) == 1
-        after = pickling.loads(open_payload(decode(frames, lambda descriptor: fetch(attachments, descriptor))))
+        later: list[Fill] = []
+        files: list[OwnedFile] = []
+        frames = encode(seal(Reply(), 1, payload, None), lambda raw: sender.place(B, raw, later, files))
+        sender.fill(later)
+        assert (len(frames), len(files)) == (1, 2)
+        came = decode(frames, lambda descriptor: attachments.fetch(A, descriptor, [], files))
+        after = pickling.loads(open_payload(came))
+        del came
         assert torch.equal(after["weights"], value["weights"])
         assert np.array_equal(after["array"], value["array"])
         after["weights"].zero_()
@@ -195,25 +214,6 @@ def test_slabs_of_a_closed_sender_stay_where_they_are_mapped(attachments: Attach
     assert received == buffer(100_000)
 
 
-@pytest.mark.parametrize(
-    ("at", "part"), [(0, 1 << 30), (0, "1"), (1, 1 << 20), (2, 7), (2, [7]), (3, 0), (3, -1), (3, 1 << 40), (3, None)]
-)
-def test_descriptors_of_nothing_are_refused(attachments: Attachments, at: int, part: Any) -> None:
-    with pool() as sender:
-        descriptor = place(sender, buffer(100_000))
-        changed = [*descriptor[:at], part, *descriptor[at + 1 :]]
-        with pytest.raises(ProtocolError):
-            fetch(attachments, changed)
-        assert fetch(attachments, descriptor) == buffer(100_000)
-
-
-def test_another_file_in_a_slabs_place_is_not_taken_for_it(attachments: Attachments, tmp_path: Any) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(200_000))
-    with path.open("rb+") as file, pytest.raises(ProtocolError, match="another file stands in its place"):
-        fetch(attachments, [os.getpid(), file.fileno(), 12345, 100_000])
-
-
 @given(st.integers(MIN_NBYTES, 1 << 40))
 def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
     room = size_class(nbytes)
@@ -267,7 +267,7 @@ def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: p
         assert "there may be 20 of" in caplog.text
         del received[7]
         gc.collect()
-        larger = [placed(sender, buffer(3 * MIN_NBYTES)) for _ in range(3)]
+        larger = [placed(sender, buffer(3 * MIN_NBYTES)) is not None for _ in range(3)]
         assert any(larger), "a free one of another size is given up for it"
         assert sender.counts()["slabs"] == 20
     assert len(os.listdir("/proc/self/fd")) == before
@@ -343,6 +343,246 @@ def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monk
     assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
     with pool() as sender:
         assert placed(sender, bytes(600_000)) is not None
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def num_open() -> int:
+    """How many files of slabs this process has open."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the folder itself
+            count += os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:zrpc-slab")
+    return count
+
+
+def test_the_file_of_a_slab_goes_with_the_first_message_to_each_receiver_only(
+    attachments: Attachments, others: Attachments
+) -> None:
+    with pool() as sender:
+        had_file = []
+        for seed in range(6):
+            receiver, life = ((attachments, B), (others, C))[seed // 2 % 2]
+            told = place(sender, buffer(100_000, seed), life)
+            had_file.append(told.has_file)
+            assert fetch(receiver, told) == buffer(100_000, seed)
+        assert had_file == [True, False, True, False, False, False]
+        assert sender.counts()["slabs"] == 1
+
+
+def test_the_files_of_one_message_are_each_slabs_own(attachments: Attachments) -> None:
+    """Slabs whose files go with the message stand in it beside one that the receiver has already."""
+    with pool() as sender:
+        fetch(attachments, place(sender, buffer(300_000)))
+        files: list[OwnedFile] = []
+        later: list[Fill] = []
+        sizes = (100_000, 300_000, 200_000)
+        descriptors = [sender.place(B, buffer(nbytes), later, files) for nbytes in sizes]
+        sender.fill(later)
+        assert [descriptor and descriptor[FILE] for descriptor in descriptors] == [0, NO_FILE, 1]
+        came = copies(files)
+        for nbytes, descriptor in zip(sizes, descriptors, strict=True):
+            assert descriptor is not None
+            assert attachments.fetch(A, descriptor, [], came) == buffer(nbytes)
+
+
+def test_if_the_first_message_is_not_sent_the_file_goes_with_the_next_one(attachments: Attachments) -> None:
+    with pool() as sender:
+        for seed in range(2):
+            told = place(sender, buffer(100_000, seed))
+            assert told.has_file
+            sender.take_back(told.descriptor)
+        told = place(sender, buffer(100_000, 2))
+        assert told.has_file
+        assert fetch(attachments, told) == buffer(100_000, 2)
+        unsent = place(sender, buffer(100_000, 3))
+        assert not unsent.has_file
+        sender.take_back(unsent.descriptor)
+        told = place(sender, buffer(100_000, 4))
+        assert not told.has_file, "an earlier message had it"
+        assert fetch(attachments, told) == buffer(100_000, 4)
+
+
+def test_what_a_receiver_was_sent_is_forgotten_with_it() -> None:
+    """Many workers may come and go while a slab is there."""
+    with pool() as sender:
+        sender.take_home(B, place(sender, buffer(100_000)).descriptor).free()
+        sender.reclaim(B)
+        assert place(sender, buffer(100_000)).has_file
+        assert sender.counts()["slabs"] == 1
+
+
+@pytest.mark.parametrize("let_go", ["reclaim", "give_up", "close"])
+def test_the_file_of_a_slab_that_is_let_go_of_stays_open_for_a_message_that_waits(
+    attachments: Attachments, let_go: str
+) -> None:
+    """It is closed with the message, and not before, since another file would have its number."""
+    before = num_open()
+    with pool() as sender:
+        waits = [place(sender, buffer(100_000))]
+        if let_go == "reclaim":
+            sender.reclaim(B)
+        elif let_go == "give_up":
+            sender.give_up(waits[0].descriptor)
+        else:
+            sender.close()
+        assert num_open() == before + 1
+        assert fetch(attachments, waits[0]) == buffer(100_000)
+        waits.clear()
+        assert num_open() == before
+
+
+def test_a_slab_that_is_let_go_of_while_it_is_filled_keeps_no_file_open() -> None:
+    before = num_open()
+    with pool() as sender:
+        waits, later = begin(sender, buffer(100_000))
+        sender.reclaim(B)
+        del waits
+        assert num_open() == before
+        sender.fill(later)
+
+
+def test_a_message_that_is_not_sent_keeps_no_file_open() -> None:
+    before = num_open()
+    with pool() as sender:
+        waits = [place(sender, buffer(100_000), holder) for holder in (B, C)]
+        sender.take_back(waits[0].descriptor)
+        sender.give_up(waits[1].descriptor)
+        del waits
+        assert num_open() == before + 1, "the first slab may be used again"
+    assert num_open() == before
+
+
+def test_a_receiver_keeps_no_file_open(attachments: Attachments) -> None:
+    """Neither what it has mapped nor what it has refused."""
+    with pool() as sender:
+        told, other = place(sender, buffer(100_000)), place(sender, buffer(100_000))
+        before = num_open()
+        received = fetch(attachments, told)
+        assert num_open() == before
+        with pytest.raises(ProtocolError):
+            fetch(attachments, Told(other.descriptor, told.files))
+        assert num_open() == before
+        assert received == buffer(100_000)
+
+
+def test_nothing_changes_the_size_of_a_slab() -> None:
+    """Who reads memory beyond the end of its file is killed."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        (file,) = told.files
+        nbytes = os.fstat(file.fd).st_size
+        for other in (0, nbytes - mmap.PAGESIZE, nbytes + mmap.PAGESIZE):
+            with pytest.raises(PermissionError):
+                os.ftruncate(file.fd, other)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        assert os.fstat(file.fd).st_size == nbytes
+
+
+@pytest.mark.parametrize(
+    ("at", "part", "words"),
+    [
+        (NUMBER, 7, "the file of another slab"),
+        (NUMBER, -7, "the file of another slab"),
+        (NUMBER, "7", "describes no slab"),
+        (NUMBER, [7], "describes no slab"),
+        (NBYTES, 0, "has no room for 0 bytes"),
+        (NBYTES, -1, "has no room for -1 bytes"),
+        (NBYTES, 1 << 40, "has no room"),
+        (NBYTES, None, "describes no slab"),
+        (SLOT, HANDED_BACK, "has no slot -2"),
+        (SLOT, -3, "has no slot -3"),
+        (SLOT, MAX_SLOTS, f"has no slot {MAX_SLOTS}"),
+        (SLOT, 1 << 40, "has no slot"),
+        (SLOT, "0", "describes no slab"),
+        (SLOT, None, "describes no slab"),
+        (FILE, NO_FILE, "did not come"),
+        (FILE, 1, "did not come"),
+        (FILE, -2, "did not come"),
+        (FILE, 1 << 40, "did not come"),
+        (FILE, "0", "describes no slab"),
+        (FILE, False, "describes no slab"),
+    ],
+)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_descriptors_of_nothing_are_refused(
+    attachments: Attachments, is_shared: bool, at: int, part: Any, words: str
+) -> None:
+    with pool() as sender:
+        told = share(sender, buffer(100_000))[B] if is_shared else place(sender, buffer(100_000))
+        changed = [*told.descriptor[:at], part, *told.descriptor[at + 1 :]]
+        with pytest.raises(ProtocolError, match=words):
+            fetch(attachments, Told(changed, told.files))
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+@pytest.mark.parametrize("parts", [[], [7], [7, 100_000, NO_SLOT], [7, 100_000, NO_SLOT, 0, 0]])
+def test_descriptors_of_other_lengths_are_refused(attachments: Attachments, parts: list[Any]) -> None:
+    with pool() as sender, pytest.raises(ProtocolError, match="describes no slab"):
+        fetch(attachments, Told(parts, place(sender, buffer(100_000)).files))
+
+
+def test_the_file_of_another_slab_is_not_taken_for_it(attachments: Attachments) -> None:
+    with pool() as sender:
+        told, other = place(sender, buffer(100_000)), place(sender, buffer(100_000, 1))
+        with pytest.raises(ProtocolError, match="the file of another slab of 4141414141414141 came"):
+            fetch(attachments, Told(told.descriptor, other.files))
+        assert fetch(attachments, told) == buffer(100_000)
+        assert fetch(attachments, other) == buffer(100_000, 1)
+
+
+def memory_file(nbytes: int, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW) -> OwnedFile:
+    """A memory file that is no slab."""
+    file = OwnedFile(os.memfd_create("other", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    os.truncate(file.fd, nbytes)
+    fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
+def read_only(file: OwnedFile) -> OwnedFile:
+    """The same file, open for reading alone."""
+    return OwnedFile(os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda _: memory_file(200_000), "the file of another slab"),
+        (lambda _: memory_file(200_000, 0), "is no sealed memory file"),
+        (lambda _: memory_file(200_000, fcntl.F_SEAL_SHRINK), "is no sealed memory file"),
+        (lambda _: memory_file(200_000, fcntl.F_SEAL_GROW), "is no sealed memory file"),
+        (lambda _: memory_file(mmap.PAGESIZE), "is no slab"),
+        (lambda _: memory_file(0), "is no slab"),
+        (lambda _: read_only(memory_file(200_000)), "Permission denied"),
+        (lambda path: OwnedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC)), "cannot be mapped"),
+        (lambda path: OwnedFile(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)), "is no sealed memory file"),
+        (lambda _: OwnedFile(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)), "is no sealed memory file"),
+        (lambda _: OwnedFile(socket.socket().detach()), "is no sealed memory file"),
+    ],
+    ids=[
+        "another memory file",
+        "not sealed",
+        "may grow",
+        "may shrink",
+        "a header alone",
+        "empty",
+        "read-only",
+        "a file on a disk",
+        "a folder",
+        "a device",
+        "a socket",
+    ],
+)
+@pytest.mark.parametrize("slot", [NO_SLOT, 0])
+def test_a_file_that_is_no_slab_is_refused(
+    attachments: Attachments, tmp_path: Path, make: Callable[[Path], OwnedFile], slot: int, words: str
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(200_000))
+    with pytest.raises(ProtocolError, match=words):
+        fetch(attachments, Told([12345, 100_000, slot, 0], [make(path)]))
 
 
 # ---- memory that takes its time ------------------------------------------------------------------------------------
@@ -464,15 +704,13 @@ class InPieces(Arriving):
 
 def test_a_buffer_that_arrives_in_pieces_is_placed(attachments: Attachments) -> None:
     with pool() as sender:
-        descriptor = sender.place(B, InPieces(buffer(100_500)), [])
-        assert descriptor is not None
-        assert fetch(attachments, descriptor) == buffer(100_500)
+        assert fetch(attachments, place(sender, InPieces(buffer(100_500)))) == buffer(100_500)
 
 
 def test_a_buffer_that_does_not_arrive_leaves_no_slab_behind() -> None:
     with pool() as sender:
         with pytest.raises(DeviceError, match="it failed"):
-            sender.place(B, InPieces(buffer(100_500), DeviceError("it failed")), [])
+            place(sender, InPieces(buffer(100_500), DeviceError("it failed")))
         assert sender.counts()["held"] == 0
 
 
@@ -570,13 +808,6 @@ def test_no_slab_is_made_where_it_cannot_be_found_out_how_much_memory_there_is(
 
 
 # ---- shared slabs ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def others() -> Iterator[Attachments]:
-    made = Attachments()
-    yield made
-    made.close()
 
 
 def test_several_receivers_share_a_slab_and_each_may_write_to_its_own(
@@ -682,12 +913,41 @@ def test_what_is_too_small_to_share_travels_as_frames() -> None:
         assert sender.share([bytes([number % 256, number // 256]) for number in range(5000)], bytes(MIN_NBYTES)) is None
 
 
-@pytest.mark.parametrize("slot", [-1, 4032, 1 << 40, "0", None])
-def test_slots_that_there_cannot_be_are_refused(attachments: Attachments, slot: Any) -> None:
+def test_each_receiver_of_a_shared_slab_gets_its_file_once_for_its_slot(
+    attachments: Attachments, others: Attachments
+) -> None:
     with pool() as sender:
-        told = share(sender, buffer(100_000))
-        with pytest.raises(ProtocolError):
-            fetch(attachments, [*told[B][:4], slot])
+        had_file = []
+        for seed, order in enumerate(([B, C], [C, B]) * 2):
+            told = share(sender, buffer(100_000, seed), order)
+            had_file += [told[B].has_file, told[C].has_file]
+            assert fetch(attachments, told[B]) == fetch(others, told[C]) == buffer(100_000, seed)
+        assert had_file == [True] * 4 + [False] * 4
+        assert place(sender, buffer(100_000)).has_file, "who has it alone maps it in another way"
+        assert sender.counts()["slabs"] == 1
+
+
+def test_a_receiver_that_was_not_told_of_a_shared_slab_gets_its_file_the_next_time(attachments: Attachments) -> None:
+    with pool() as sender:
+        had_file = []
+        for seed in range(3):
+            told = share(sender, buffer(100_000, seed))
+            had_file.append((told[B].has_file, told[C].has_file))
+            sender.take_back(told[C].descriptor)
+            assert fetch(attachments, told[B]) == buffer(100_000, seed)
+        assert had_file == [(True, True), (False, True), (False, True)]
+        assert sender.counts()["slabs"] == 1
+
+
+def test_a_shared_slab_that_is_gone_has_no_file() -> None:
+    """The pool was closed before the receiver was told."""
+    with pool() as sender:
+        descriptors = sender.share([B, C], buffer(100_000))
+        assert descriptors is not None
+        sender.close()
+        files: list[OwnedFile] = []
+        sender.attach(B, descriptors[B], files)
+        assert (descriptors[B][FILE], files) == (NO_FILE, [])
 
 
 def test_a_shared_slab_is_not_handed_back(attachments: Attachments) -> None:

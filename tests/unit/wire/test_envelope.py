@@ -13,7 +13,7 @@ from hypothesis import example, given
 
 from zrpc.errors import ProtocolError
 from zrpc.ids import GlobalId
-from zrpc.wire.envelope import INLINE_MAX_NBYTES, Buffer, Envelope, decode, encode
+from zrpc.wire.envelope import INLINE_MAX_NBYTES, Arriving, Buffer, Envelope, HandedBack, decode, encode, nbytes_of
 from zrpc.wire.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
@@ -183,6 +183,20 @@ def test_a_message_may_place_its_large_buffers_elsewhere() -> None:
     assert decode(frames, lambda descriptor: elsewhere[descriptor[1]]).buffers == buffers
     with pytest.raises(ProtocolError, match="shared memory"):
         decode(frames)
+
+
+def test_a_buffer_that_is_handed_back_travels_as_its_descriptor_alone() -> None:
+    descriptor = [7, 100_000, -2, -1]
+    buffers: list[Buffer | Arriving | HandedBack] = [b"small", HandedBack(descriptor, 90_000)]
+    frames = encode(Envelope(Reply(), buffers=buffers))
+    assert len(frames) == 1
+
+    def fetch(came: list[Any]) -> Buffer:
+        assert came == descriptor
+        return b"home"
+
+    assert decode(frames, fetch).buffers == [b"small", b"home"]
+    assert nbytes_of(buffers) == 90_005
 
 
 def test_what_msgpack_cannot_carry_is_refused_before_anything_is_sent() -> None:
