@@ -11,7 +11,8 @@ import msgpack
 import pytest
 
 from tests.unit.transport.test_shared_memory import pair, send
-from tests.unit.transport.test_slabs import A, B, buffer
+from tests.unit.transport.slab_messages import A, B, fetch
+from tests.unit.transport.test_slabs import buffer
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport import slabs
 from zrpc.transport.carrier import Carrier
@@ -54,14 +55,14 @@ def carrier(wire: Wire, memory: SharedMemory, **methods: Any) -> Carrier:
         inbox=SimpleNamespace(tell=lambda *_: None, serves_queue_here=False),
         interrupt=None,
         incarnation=B,
-        **methods,
+        **{"takes_files": lambda _: True} | methods,
     )
     return Carrier(endpoint, memory)
 
 
 def answer(a: SharedMemory, b: SharedMemory, extras: dict[str, Any] | None = None) -> Envelope:
     """What B answers A with: what A has sent."""
-    came = b.fetch(A, send(a, B, buffer(100_000)), [])
+    came = fetch(b, send(a, B, buffer(100_000)))
     return Envelope(Reply(), 1, extras, b"", (), [came], is_last_use=True)
 
 
@@ -89,7 +90,7 @@ def test_where_the_message_may_have_left_the_slab_stays(wire: Wire) -> None:
         wire.error = AgentClosedError("too late")
         with pytest.raises(AgentClosedError):
             carrier(wire, b).send(A, answer(a, b))
-        other = b.fetch(A, send(a, B, buffer(100_000, 1)), [])
+        other = fetch(b, send(a, B, buffer(100_000, 1)))
         arrived = decode(wire.sent[0], partial(a.fetch, B, unfilled=[]))
         assert arrived.buffers[0] == buffer(100_000)
         assert other == buffer(100_000, 1)

@@ -215,7 +215,7 @@ def message(*raw: memoryview) -> Envelope:
 def test_a_message_leaves_before_its_buffers_are_copied_and_they_are_when_it_was_sent() -> None:
     with pair() as (a, b):
         wire = Watched(a)
-        carrier(wire, b, is_local=lambda _: True).send(A, message(buffer(200_000), buffer(200_000, 1)))
+        carrier(wire, b, takes_files=lambda _: True).send(A, message(buffer(200_000), buffer(200_000, 1)))
         assert len(wire.unfilled) == 2
         assert Filling(wire.unfilled, lambda: False).wait(time.monotonic())
         assert list(wire.came[0].buffers) == [buffer(200_000), buffer(200_000, 1)]
@@ -236,7 +236,7 @@ def test_a_message_that_a_signal_handler_interrupts_is_torn(when: str, monkeypat
         else:
             monkeypatch.setattr(b._pool, "_copy", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            carrier(wire, b, is_local=lambda _: True).send(A, message(buffer(200_000), buffer(200_000, 1)))
+            carrier(wire, b, takes_files=lambda _: True).send(A, message(buffer(200_000), buffer(200_000, 1)))
         with pytest.raises(ProtocolError, match="was interrupted"):
             Filling(wire.unfilled, lambda: False).wait(None)
         assert b.counts()["slabs"] == 0, "they are let go of: somebody may have them"
@@ -247,12 +247,12 @@ def test_a_message_that_cannot_be_packed_leaves_its_slabs_free() -> None:
     with pair() as (a, b):
         wire = Watched(a)
         with pytest.raises(ProtocolError, match="cannot be packed"):
-            carrier(wire, b, is_local=lambda _: True).send(
+            carrier(wire, b, takes_files=lambda _: True).send(
                 A, Envelope(Reply(), 1, {"unpackable": object()}, b"", (), [buffer(100_000)])
             )
         assert not wire.sent
         assert (b.counts()["slabs"], b.counts()["held"]) == (1, 0)
-        carrier(wire, b, is_local=lambda _: True).send(A, message(buffer(100_000, 1)))
+        carrier(wire, b, takes_files=lambda _: True).send(A, message(buffer(100_000, 1)))
         assert list(wire.came[0].buffers) == [buffer(100_000, 1)]
         wire.came.clear()
         assert (b.counts()["slabs"], b.counts()["held"]) == (1, 0)
@@ -263,5 +263,5 @@ def test_the_slabs_of_one_that_is_refused_are_let_go_of() -> None:
         wire = Wire()
         wire.error = OverloadedError("too many wait")
         with pytest.raises(OverloadedError):
-            carrier(wire, b, is_local=lambda _: True).send(A, message(buffer(100_000)))
+            carrier(wire, b, takes_files=lambda _: True).send(A, message(buffer(100_000)))
         assert b.counts()["slabs"] == 0, "it may be among those that wait"

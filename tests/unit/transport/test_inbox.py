@@ -17,7 +17,7 @@ from tests.waiting import until
 from zrpc import finalizers, interrupts
 from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.io_thread import IoThread
-from zrpc.transport.outbox import send_frames
+from zrpc.transport.socket_link import send_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

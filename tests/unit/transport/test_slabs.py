@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not slabs.is_supported(), reason="this system has no anonymous memory files")
 
 PATIENCE_S = 30.0
-__all__ = ["A", "B"]  # for tests of what is built on slabs
 
 
 @contextmanager
