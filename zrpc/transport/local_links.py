@@ -141,7 +141,8 @@ class LocalLink:
         self._takes_more = False
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
-        poll.register(self._sock, select.POLLOUT)
+        with suppress(ValueError):  # it is closed
+            poll.register(self._sock, select.POLLOUT)
         while not self.drain() and (left_s := deadline - time.monotonic()) > 0:
             poll.poll(left_s * 1000)
 
@@ -199,8 +200,8 @@ class LocalLinks:
         self._on_broken: OnBroken = _ignore
         self._directory = local_socket.directory()
         self._path = local_socket.path_in(self._directory, me)
-        self._listener = local_socket.listen(self._path)
         self._epoll = select.epoll()
+        self._listener = local_socket.listen(self._path)
         # Edge-triggered: one that cannot be accepted, for want of files, is not looked at before the next comes.
         self._epoll.register(self._listener, _ONCE)
         self._listens_on = self._listener.fileno()
@@ -218,7 +219,10 @@ class LocalLinks:
             return cls(me, is_thrifty=is_thrifty)
         except OSError as error:
             if _IS_LINUX:
-                log.warning("workers of this host are reached over TCP, without shared memory: %s", error)
+                text = (
+                    "workers of this host are reached over TCP, without shared memory, as nothing can listen in %s: %s"
+                )
+                log.warning(text, local_socket.describe(), str(error))
             return None
 
     def tell(self, on_broken: OnBroken) -> None:
@@ -306,7 +310,7 @@ class LocalLinks:
     def forget(self, source: Incarnation) -> list[list[Buffer]]:
         """`source` is gone: what it has sent. Nothing more of it is received, should it live after all."""
         messages: list[list[Buffer]] = []
-        incoming = self._by_source.get(source)
+        incoming = self._by_source.get(source) or self._find(source)
         if incoming is not None:
             while len(messages) < _LAST_MAX and (message := self._receive(incoming)):
                 messages.append(message)
@@ -329,6 +333,14 @@ class LocalLinks:
         """Be found by no other worker from now on. Idempotent."""
         local_socket.remove(self._path)
 
+    def _find(self, source: Incarnation) -> Incoming | None:
+        """The connection of `source`, which may have come and not have been looked at yet."""
+        while not self._accept():
+            pass
+        for incoming in [one for one in self._incoming.values() if not one.source]:
+            self._receive(incoming)
+        return self._by_source.get(source)
+
     def _accept(self) -> bool:
         """Take in connections; false if there may be more."""
         for _ in range(_ACCEPTED_MAX):
@@ -348,8 +360,8 @@ class LocalLinks:
                 self._epoll.register(sock, select.EPOLLIN)
             except OSError:
                 self._drop(incoming)
-        if self._is_thrifty and not descriptors.are_plenty():
-            self.hide()
+            if self._is_thrifty and not descriptors.are_plenty():
+                self.hide()
         self._modify(self._listens_on, _ONCE)  # look again
         return False
 

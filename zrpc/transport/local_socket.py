@@ -44,7 +44,7 @@ def directory() -> Path:
         OSError: it cannot be made, or is another user's, or others may write to it.
     """
     given = os.environ.get(VARIABLE)
-    path = Path(given) if given else Path(f"/tmp/zrpc-{os.geteuid()}")  # whose it is, is looked at
+    path = Path(given).absolute() if given else _default()
     path.mkdir(mode=0o700, parents=bool(given), exist_ok=True)
     found = path.stat() if given else path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -52,6 +52,12 @@ def directory() -> Path:
     if found.st_uid != os.geteuid() or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
         raise PermissionError(errno.EPERM, f"it is not this user's alone: set {VARIABLE} to one that is", str(path))
     return path
+
+
+def describe() -> str:
+    """Which directory that is, and what sets it: for messages."""
+    given = os.environ.get(VARIABLE)
+    return f"{given} ({VARIABLE})" if given else f"{_default()} (set {VARIABLE} to another directory)"
 
 
 def path_in(where: Path, incarnation: Incarnation) -> str:
@@ -138,6 +144,10 @@ def check_user(sock: socket.socket) -> None:
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     if not uid == os.geteuid() != _overflow_uid():
         raise PermissionError(errno.EPERM, f"it is a process of user {uid}")
+
+
+def _default() -> Path:
+    return Path(f"/tmp/zrpc-{os.geteuid()}")  # whose it is, is looked at
 
 
 def _make_socket() -> socket.socket:

@@ -305,7 +305,9 @@ def test_too_many_queued_messages_are_refused(monkeypatch: pytest.MonkeyPatch, l
             for _ in range(10_000):
                 a.endpoint.send(b.id, [bytes(10_000)])
 
-        with pytest.raises(OverloadedError, match=r"10 (messages|packets) of 100[01]\d\d bytes wait .* send fewer at once"):
+        with pytest.raises(
+            OverloadedError, match=r"10 (messages|packets) of 100[01]\d\d bytes wait .* send fewer at once"
+        ):
             send_many()
         a.start()
         b.start()
