@@ -38,7 +38,7 @@ class Endpoint(Protocol):
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         """Send one message to the worker `to`, from any thread, without blocking. Messages to it keep their order.
 
-        Frames larger than `zrpc.transport.socket_link.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is
+        Frames larger than `zrpc.transport.link.SEND_COPY_MAX_NBYTES` may be sent without a copy: their memory is
         held, and must stay unchanged, until ZeroMQ has let go of it. A `Bundle` has files that go with it, to a worker
         of this host (`takes_files`).
 

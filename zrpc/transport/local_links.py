@@ -24,22 +24,19 @@ import logging
 import select
 import socket
 import sys
-import threading
-import time
-from collections import deque
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from zrpc import finalizers
-from zrpc.errors import OverloadedError, PeerLostError, ZrpcError
+from zrpc.errors import ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport import descriptors, local_socket
-from zrpc.transport.link import MAX_QUEUED, MAX_QUEUED_NBYTES
-from zrpc.transport.packets import Incoming, Packet, cut, is_whole
+from zrpc.transport.local_link import LocalLink
+from zrpc.transport.packets import Incoming
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
@@ -54,128 +51,11 @@ _ACCEPTED_MAX = 64
 """So many connections are taken in between two messages."""
 _LAST_MAX = 16_384
 """So many messages are received of a worker that is gone: more than the kernel holds, if it does not live on."""
-_RETRY_S = 0.001
-"""The kernel takes no more files for now, and does not say when it will."""
 _IS_LINUX = sys.platform.startswith("linux")
 _ONCE = select.EPOLLIN | select.EPOLLET if _IS_LINUX else 0
 _CLOSED = select.EPOLLIN | select.EPOLLRDHUP if _IS_LINUX else 0
-_NO_ROOM = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
 _BROKEN = "its process has closed the connection, or is gone"
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
-
-
-class LocalLink:
-    """The sending end toward one peer. Any thread may use it.
-
-    Args:
-        peer: to whom.
-        sock: connected.
-        links: tells when there is room again.
-    """
-
-    takes_files = True
-
-    def __init__(self, peer: Incarnation, sock: socket.socket, links: LocalLinks) -> None:
-        self.peer = peer
-        self._sock = sock
-        self._links = links
-        self._lock = threading.Lock()  # owns what follows
-        self._queue: deque[Packet] = deque()
-        self._nbytes = 0  # of the queue
-        self._takes_more = True
-        self._closed = False
-
-    @property
-    def file(self) -> int:
-        """The descriptor of its socket; -1: it is closed."""
-        return self._sock.fileno()
-
-    def send(self, frames: Sequence[Buffer]) -> None:
-        """See `Link.send`."""
-        with self._lock:
-            if not self._takes_more:
-                raise PeerLostError("the connection is closed")
-            if not self._queue and is_whole(frames):
-                try:
-                    self._sock.send(frames[0], _NO_SIGNAL)
-                    return
-                except OSError as error:
-                    self._check(error)
-            if self._queue and (len(self._queue) >= MAX_QUEUED or self._nbytes >= MAX_QUEUED_NBYTES):
-                raise OverloadedError(
-                    f"{len(self._queue)} packets of {self._nbytes} bytes wait for a peer that does not read them: "
-                    "send fewer at once"
-                )
-            was_clear = not self._queue
-            for packet in cut(frames):
-                self._queue.append(packet)
-                self._nbytes += packet.nbytes
-            if was_clear and not self._drain():
-                self._links.await_room(self)
-
-    def drain(self) -> bool:
-        """Send what waits, as far as the kernel takes it. True: nothing is left."""
-        with self._lock:
-            try:
-                if not self._closed and not self._drain():
-                    return False
-            except PeerLostError:
-                self._queue.clear()
-            self._links.await_closed(self)
-            return True
-
-    def is_gone(self) -> bool:
-        """Whether the other end was closed."""
-        with self._lock:
-            if self._closed:
-                return False
-            try:
-                return not self._sock.recv(1)  # nothing is ever sent this way
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
-
-    def flush(self, timeout_s: float) -> None:
-        """See `Link.flush`."""
-        self._takes_more = False
-        deadline = time.monotonic() + timeout_s
-        poll = select.poll()
-        with suppress(ValueError):  # it is closed
-            poll.register(self._sock, select.POLLOUT)
-        while not self.drain() and (left_s := deadline - time.monotonic()) > 0:
-            poll.poll(left_s * 1000)
-
-    def close(self, linger_s: float = 0.0) -> None:
-        """See `Link.close`: what was sent is received all the same."""
-        with self._lock:
-            if not self._closed:
-                self._takes_more, self._closed = False, True
-                self._queue.clear()
-                self._links.forget_link(self)
-                self._sock.close()
-
-    def _drain(self) -> bool:
-        """See `drain`. Call it under the lock."""
-        while self._queue:
-            try:
-                self._queue[0].send(self._sock)
-            except OSError as error:
-                self._check(error)
-                return False
-            self._nbytes -= self._queue.popleft().nbytes
-        return True
-
-    def _check(self, error: OSError) -> None:
-        """See that `error` says only that there is no room now.
-
-        Raises:
-            PeerLostError: it says that the other end is closed.
-        """
-        if error.errno not in _NO_ROOM:
-            raise PeerLostError(f"the connection broke ({error})") from error
-        if error.errno == errno.ETOOMANYREFS:
-            time.sleep(_RETRY_S)
 
 
 class LocalLinks:
@@ -325,7 +205,7 @@ class LocalLinks:
         self._epoll.close()
         self._listener.close()
         for incoming in self._incoming.values():
-            incoming.sock.close()
+            incoming.close()
         self._incoming.clear()
         self._by_source.clear()
 
@@ -392,7 +272,7 @@ class LocalLinks:
         hello = bytes(message[0])
         if not hello.startswith(_HELLO):
             return False
-        incoming.source = hello.removeprefix(_HELLO)
+        incoming.say_source(hello.removeprefix(_HELLO))
         self._by_source[incoming.source] = incoming
         return True
 
@@ -400,7 +280,7 @@ class LocalLinks:
         file = incoming.sock.fileno()
         self._unregister(file)  # closing is not enough: a child that was forked has the connection too
         self._incoming.pop(file, None)
-        incoming.sock.close()
+        incoming.close()
         if self._by_source.get(incoming.source) is incoming:
             del self._by_source[incoming.source]
             if incoming.source in self._broken:

@@ -45,6 +45,7 @@ class Messages:
         """The next message: its source and frames, small ones as bytes, large ones as views. Empty if there is none."""
         recv = self._sock.recv
         while True:
+            rest: list[Buffer | zmq.Frame] = []  # what comes after; made first, since a destructor may run here
             begun = self._begun
             try:
                 if self._is_collected_between:  # nothing comes between taking a part and keeping it
@@ -59,7 +60,7 @@ class Messages:
                 begun.append(part)
             if type(part) is _Frame and not part.more:  # the source, which is a copy, is never alone
                 break
-        self._begun = []
+        self._begun = rest
         for index, part in enumerate(begun):
             if type(part) is _Frame:
                 begun[index] = part.bytes if len(part) <= INLINE_MAX_NBYTES else part.buffer

@@ -17,10 +17,13 @@ import logging
 import os
 import socket
 import struct
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from zrpc import finalizers
 from zrpc.errors import ProtocolError
 from zrpc.transport import descriptors
 from zrpc.wire.envelope import INLINE_MAX_NBYTES, nbytes_of
@@ -42,12 +45,17 @@ FILES_MAX = 250
 MESSAGE_MAX_NBYTES = 1 << 40
 ALIGNMENT = 16
 """Of frames where they arrive: tensors lie there."""
-_FIRST = 0xC1
-_OWN_KINDS = 0x10
-"""What begins with `_FIRST` and a smaller number is a frame, and no packet of this module's."""
+_FIRST_BYTE, _OWN_KIND = b"\xc1", b"\xc1\x10"
+"""What begins with the first and is less than the second is a frame, and no packet of this module's."""
 _FILES_FOLLOW, _FILES, _FRAMES = b"\xc1\x10", b"\xc1\x11", b"\xc1\x12"
+_STARTS = (_FILES_FOLLOW, _FRAMES)
+_FIRST_INDEX = (0,)
 _HEADER = struct.Struct("<2s2xIQ")
 _ANCILLARY_NBYTES = socket.CMSG_SPACE((FILES_MAX + 3) * 4) if hasattr(socket, "CMSG_SPACE") else 0
+_NBYTES = (MAX_NBYTES,)
+_RECEIVE_FILES = ((len(_FILES),), (_ANCILLARY_NBYTES,), (getattr(socket, "MSG_CMSG_CLOEXEC", 0),))
+_IS_COLLECTED_BETWEEN = sys.version_info >= (3, 12)
+"""Whether destructors may run between any two bytecodes; else they run only where a call makes memory."""
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 """A receiver that is gone is an error, and no SIGPIPE, which a program may have made deadly again."""
 
@@ -89,6 +97,10 @@ class Packet(NamedTuple):
         """How many bytes it has."""
         return nbytes_of(self.pieces)
 
+    def copied(self) -> Packet:
+        """The same, in memory of its own."""
+        return Packet((b"".join(self.pieces),), self.files)
+
     def send(self, sock: socket.socket) -> None:
         """Send it; what raises has sent nothing."""
         if self.files:
@@ -105,7 +117,7 @@ def is_whole(frames: Sequence[Buffer]) -> bool:
     if len(frames) != 1 or type(frames) is Bundle:
         return False
     frame = frames[0]
-    return 0 < len(frame) <= MAX_NBYTES and (frame[0] != _FIRST or (len(frame) > 1 and frame[1] < _OWN_KINDS))
+    return 0 < len(frame) <= MAX_NBYTES and (frame[0] != _FIRST_BYTE[0] or _FIRST_BYTE < bytes(frame[:2]) < _OWN_KIND)
 
 
 def cut(frames: Sequence[Buffer]) -> list[Packet]:
@@ -152,6 +164,9 @@ def cut(frames: Sequence[Buffer]) -> list[Packet]:
 class Incoming:
     """The receiving end of one connection. Belongs to the thread that reads.
 
+    A destructor of a user may run wherever memory is made, and wait, so that its thread receives here in the middle of
+    a message: see `zrpc.transport.multipart`, which has the same task for ZeroMQ's messages.
+
     Args:
         sock: the connection.
 
@@ -159,16 +174,23 @@ class Incoming:
         source: who sends; empty until it has said so.
     """
 
-    __slots__ = ("_count", "_expects_files", "_files", "_filled", "_memory", "sock", "source")
+    __slots__ = ("_begun", "sock", "source")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.source: Incarnation = b""
-        self._files: list[OwnedFile] = []
-        self._memory: memoryview | None = None  # of a message that is not whole yet
-        self._filled = 0
-        self._count = 0
-        self._expects_files = False
+        self._begun: list[Any] = []  # the packets of the next message; what `recvmsg` gave for one with files
+
+    def say_source(self, source: Incarnation) -> None:
+        """The first message came, and said who sends."""
+        self.source = source
+
+    def close(self) -> None:
+        """Receive nothing any more; the files of a message that has not come whole are closed too."""
+        self.sock.close()
+        for packet in self._begun:
+            if type(packet) is tuple:
+                _files_of(packet)
 
     def receive(self) -> list[Buffer] | None:
         """The next message; None: it has not come yet. An empty one: there will be no more.
@@ -177,74 +199,102 @@ class Incoming:
             ProtocolError: what came is no packet.
             OSError: the connection broke.
         """
+        recv = self.sock.recv
         while True:
-            if self._memory is not None and self._filled < len(self._memory):
+            rest: list[Any] = []  # what comes after; made first, since a destructor may run here
+            begun = self._begun
+            if not begun or not _is_complete(begun.copy()):
                 try:
-                    nbytes = self.sock.recv_into(self._memory[self._filled :])
+                    if begun and _awaits_files(begun.copy()):
+                        begun.extend(map(self.sock.recvmsg, *_RECEIVE_FILES))
+                    elif _IS_COLLECTED_BETWEEN:  # nothing comes between taking a packet and keeping it
+                        begun.extend(map(recv, _NBYTES))
+                    else:
+                        begun.append(recv(MAX_NBYTES))
                 except BlockingIOError:
                     return None
-                if not nbytes:
-                    return []
-                self._filled += nbytes
-                if self._filled == len(self._memory):
-                    return self._end()
+            while begun is not self._begun and begun:  # what was begun has been received meanwhile
+                later = self._begun
+                later.extend(map(begun.pop, _FIRST_INDEX))
+                begun = later
+            packets = begun.copy()
+            if not packets:
                 continue
-            try:
-                packet = self._receive_files() if self._expects_files else self.sock.recv(MAX_NBYTES)
-            except BlockingIOError:
-                return None
-            if not packet:
+            if not packets[-1]:
                 return []
-            if packet[0] != _FIRST or (len(packet) > 1 and packet[1] < _OWN_KINDS):
-                return [packet]
-            kind = packet[:2]
-            if kind == _FILES_FOLLOW:
-                self._expects_files = True
-            elif kind == _FRAMES and len(packet) >= _HEADER.size:
-                self._begin(packet)
-                if self._memory is not None and self._filled == len(self._memory):
-                    return self._end()
-            elif kind != _FILES:
-                raise ProtocolError(f"a packet begins with {kind!r}")
+            if _is_complete(packets) and self._begun is begun:
+                self._begun = rest  # after `is` nothing runs before this
+                begun.clear()
+                return packets if packets[0][:2] not in _STARTS else _message_of(packets)
 
-    def _receive_files(self) -> bytes:
-        """Receive the packet that carries files."""
-        packet, ancillary, flags, _ = self.sock.recvmsg(len(_FILES), _ANCILLARY_NBYTES, socket.MSG_CMSG_CLOEXEC)
-        self._expects_files = False
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i")
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-                self._files += map(OwnedFile, fds)
-        if flags & socket.MSG_CTRUNC:
-            log.warning("files of a message did not come: this process may open no more (%s)", descriptors.describe())
-        return packet
 
-    def _begin(self, packet: bytes) -> None:
-        _, self._count, nbytes = _HEADER.unpack_from(packet)
-        if not self._count * 8 <= nbytes <= MESSAGE_MAX_NBYTES or len(packet) - _HEADER.size > nbytes:
-            raise ProtocolError(f"a message of {self._count} frames and {nbytes} bytes")
-        self._filled = len(packet) - _HEADER.size
-        try:
-            self._memory = np.empty(nbytes, np.uint8).data
-        except MemoryError as error:
-            raise ProtocolError(f"there is no memory for a message of {nbytes} bytes") from error
-        self._memory[: self._filled] = memoryview(packet)[_HEADER.size :]
+def _awaits_files(packets: Sequence[Any]) -> bool:
+    """Whether the next packet of a message carries files."""
+    at = 0
+    while at < len(packets) and packets[at] == _FILES_FOLLOW:
+        at += 2
+    return at > len(packets)
 
-    def _end(self) -> list[Buffer]:
-        memory, files = self._memory, self._files
-        assert memory is not None
-        self._memory, self._files = None, []
-        lengths = struct.unpack_from(f"<{self._count}Q", memory)
-        frames: list[Buffer] = []
-        start = _padded(self._count * 8)
-        for length in lengths:
-            frame = memory[start : start + length]
-            frames.append(bytes(frame) if length <= INLINE_MAX_NBYTES else frame)
-            start += _padded(length)
-        if start != len(memory):
-            raise ProtocolError(f"a message of {len(memory)} bytes has frames of {sum(lengths)}")
-        return Bundle(frames, files) if files else frames
+
+def _is_complete(packets: Sequence[Any]) -> bool:
+    """Whether a message ends with the last of `packets`."""
+    first = packets[0]
+    if first[:1] != _FIRST_BYTE or _FIRST_BYTE < first[:2] < _OWN_KIND:  # as a rule
+        return True
+    at = 0
+    while packets[at] == _FILES_FOLLOW:
+        at += 2
+        if at >= len(packets):
+            return False
+    first = packets[at]
+    if first[:2] != _FRAMES or len(first) < _HEADER.size:
+        raise ProtocolError(f"a packet begins with {first[:2]!r}")
+    _, count, nbytes = _HEADER.unpack_from(first)
+    if not count * 8 <= nbytes <= MESSAGE_MAX_NBYTES:
+        raise ProtocolError(f"a message of {count} frames and {nbytes} bytes")
+    return bool(sum(map(len, packets[at:])) - _HEADER.size >= nbytes)
+
+
+def _message_of(packets: Sequence[Any]) -> list[Buffer]:
+    files: list[OwnedFile] = []
+    at = 0
+    while packets[at] == _FILES_FOLLOW:
+        files += _files_of(packets[at + 1])
+        at += 2
+    _, count, nbytes = _HEADER.unpack_from(packets[at])
+    memory = np.empty(nbytes, np.uint8).data
+    start = 0
+    for packet in packets[at:]:
+        piece = memoryview(packet)[0 if start else _HEADER.size :]
+        if start + len(piece) > nbytes:
+            raise ProtocolError(f"more came than the {nbytes} bytes of a message")
+        memory[start : start + len(piece)] = piece
+        start += len(piece)
+    lengths = struct.unpack_from(f"<{count}Q", memory)
+    frames: list[Buffer] = []
+    start = _padded(count * 8)
+    for length in lengths:
+        frame = memory[start : start + length]
+        frames.append(bytes(frame) if length <= INLINE_MAX_NBYTES else frame)
+        start += _padded(length)
+    if start != len(memory):
+        raise ProtocolError(f"a message of {len(memory)} bytes has frames of {sum(lengths)}")
+    return Bundle(frames, files) if files else frames
+
+
+def _files_of(received: tuple[bytes, list[tuple[int, int, bytes]], int, Any]) -> list[OwnedFile]:
+    """The files that came with a packet."""
+    _, ancillary, flags, _ = received
+    files: list[OwnedFile] = []
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds = array.array("i")
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            files += map(OwnedFile, fds)
+    if flags & socket.MSG_CTRUNC:
+        text = "files of a message did not come: this process may open no more (%s)"
+        finalizers.defer(partial(log.warning, text, descriptors.describe()))
+    return files
 
 
 def _padded(nbytes: int) -> int:

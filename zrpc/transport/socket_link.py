@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from zrpc.errors import OverloadedError, PeerLostError
-from zrpc.transport.link import MAX_QUEUED, MAX_QUEUED_NBYTES
+from zrpc.transport.link import MAX_QUEUED, MAX_QUEUED_NBYTES, SEND_COPY_MAX_NBYTES
 from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from zrpc.ids import Incarnation
     from zrpc.transport.sockets import Socket
     from zrpc.wire.envelope import Buffer
-
-SEND_COPY_MAX_NBYTES = 512 << 10
-"""Larger frames are sent without a copy. That costs a change of threads: pyzmq has a thread that lets go of the memory,
-and it wants the interpreter's lock. Echoes over loopback TCP, without and with the copy: 330 and 250 µs of 100 KiB, 530
-and 350 of 512 KiB; from 1 MiB on no difference shows, and series of large ones are a quarter slower with it."""
-
 
 _GONE = "the connection is closed"
 

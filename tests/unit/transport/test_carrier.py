@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import pytest
 
-from tests.unit.transport.test_shared_memory import pair, send
 from tests.unit.transport.slab_messages import A, B, fetch
+from tests.unit.transport.test_shared_memory import pair, send
 from tests.unit.transport.test_slabs import buffer
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.transport import slabs

@@ -14,7 +14,7 @@ from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLostError
 from zrpc.ids import ENDED_MAX, new_incarnation
-from zrpc.transport import local_links, outbox, sockets
+from zrpc.transport import local_link, socket_link, sockets
 from zrpc.transport.peer import PeerEndpoint
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def test_what_nobody_reads_is_given_up_at_the_close(monkeypatch: pytest.MonkeyPa
         a.start()
         for _ in range(1000):
             a.endpoint.send(b.id, [bytes(100_000)])
-        outbox = a.endpoint._outboxes[b.id]
-        num_left = 1000 - len(outbox._queue)
+        link = a.endpoint._links[b.id]
+        num_left = 1000 - len(link._queue)
         a.endpoint.close(0.05)
-        assert not outbox._queue
+        assert not link._queue
         b.start()
         b.arrivals.wait_messages(1)
         assert num_left < 1000
@@ -297,7 +297,7 @@ def test_of_peers_that_are_lost_no_address_is_kept() -> None:
 @pytest.mark.parametrize(("limit", "value"), [("MAX_QUEUED", 10), ("MAX_QUEUED_NBYTES", 95_000)])
 def test_too_many_queued_messages_are_refused(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     monkeypatch.setattr(sockets, "HIGH_WATER_MARK", 5)
-    for module in (outbox, local_links):
+    for module in (socket_link, local_link):
         monkeypatch.setattr(module, limit, value)
     with peers(start=False) as (a, b):
 
