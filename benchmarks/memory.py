@@ -1,9 +1,9 @@
 """What zrpc takes of memory: idle, with many calls in flight, after many RRefs, and before a callee that is too slow.
 
-    python benchmarks/memory.py                          everything, about 12 minutes on 2 cores
-    python benchmarks/memory.py idle flight              some of it
-    python benchmarks/memory.py rrefs --rrefs 50000      less of it
-    python benchmarks/memory.py --brokered               through a broker
+    python -m benchmarks.memory                          everything, about 12 minutes on 2 cores
+    python -m benchmarks.memory idle flight              some of it
+    python -m benchmarks.memory rrefs --rrefs 50000      less of it
+    python -m benchmarks.memory --brokered               through a broker
 
 Every worker is a process of its own, made from nothing. `RSS` is what of a process lies in memory; `private` is what of
 it no other process shares, that is RSS without the code of libraries. A figure called "after" is taken once the garbage
@@ -378,7 +378,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--brokered", action="store_true", help="workers reach each other through a broker")
@@ -388,13 +390,21 @@ def main() -> None:
     parser.add_argument("--flood-mb", type=int, default=3000, help="calls of 1 MB made to a slow callee")
     parser.add_argument("--window", type=int, default=64, help="MiB in flight in one of the floods")
     parser.add_argument("--objects", action="store_true", help="say of what classes there are most objects")
+    parser.add_argument("--out", type=Path, help="where the figures are written, as memory.md")
     args = parser.parse_args()
     if args.work:
         work()
         return
+    lines = []
     for name in args.parts or PARTS:
         for line in PARTS[name](args):
             print(line, flush=True)
+            lines.append(line)
+    if args.out is not None:
+        from benchmarks.machine import facts, record
+
+        items = [f"  - {line.strip()}" if line.startswith(" ") else f"- {line}" for line in lines]
+        record("\n".join([f"{facts()}.", "", *items, ""]), args.out, "memory.md")
 
 
 if __name__ == "__main__":
