@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_LOAD = os.getloadavg()[0]
+"""Of the last minute before this program began."""
 
 
 def version_of(distribution: str) -> str:
@@ -23,14 +25,14 @@ def version_of(distribution: str) -> str:
 
 
 def facts(*distributions: str) -> str:
-    """The first line of a results file: the command, the day, the cores, the versions of torch, pyzmq and others."""
+    """The first line of a results file: the command, the day, the cores, the load before, the versions."""
     import zmq
 
     versions = [f"{name} {version_of(name)}" for name in ("torch", *distributions)]
     parts = [
         f"`{_command()}`",
         datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        f"{len(os.sched_getaffinity(0))} cores ({_processor()})",
+        f"{len(os.sched_getaffinity(0))} cores ({_processor()}), load {_LOAD:.1f} before",
         f"Python {platform.python_version()}",
         f"pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})",
         *versions,

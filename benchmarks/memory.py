@@ -19,17 +19,19 @@ import gc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.machine import ROOT, facts, record
+from benchmarks.meeting import at_broker, at_file
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 MB = 1e6
 Figures = dict[str, float]
@@ -214,9 +216,8 @@ class Remote:
     """A worker process and the way to tell it something."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, pipe = [sys.executable, "-m", "benchmarks.memory", "--work"], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
 
     def tell(self, command: str, **arguments: Any) -> None:
         assert self.process.stdin is not None
@@ -235,21 +236,9 @@ class Remote:
         return self.answer()
 
 
-@contextlib.contextmanager
-def meeting_point(brokered: bool) -> Iterator[str]:
+def meeting_point(brokered: bool) -> AbstractContextManager[str]:
     """Where two workers find each other."""
-    with tempfile.TemporaryDirectory() as folder:
-        if not brokered:
-            yield f"file://{folder}/store"
-            return
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        broker = subprocess.Popen([sys.executable, "-m", "zrpc_broker", "--bind", f"tcp://127.0.0.1:{port}"])
-        try:
-            yield f"broker://127.0.0.1:{port}"
-        finally:
-            broker.terminate()
-            broker.wait()
+    return at_broker() if brokered else at_file()
 
 
 @contextlib.contextmanager
@@ -291,10 +280,11 @@ def idle(args: argparse.Namespace) -> Iterator[str]:
             process.stdin.flush()
         for process in processes:
             process.communicate()
-    yield f"bare `import torch`: RSS {bare['rss']:.1f} MB, private {bare['private']:.1f} MB"
-    for rank, worker in enumerate(workers):
-        more = {key: worker[key] - bare[key] for key in bare}
-        yield f"idle worker {rank}: RSS +{more['rss']:.1f} MB, private +{more['private']:.1f} MB"
+    more = {key: max(worker[key] for worker in workers) - bare[key] for key in bare}
+    yield (
+        f"an idle worker, over the {bare['rss']:.0f} MB of bare `import torch`: "
+        f"RSS +{more['rss']:.1f} MB, private +{more['private']:.1f} MB"
+    )
 
 
 def flight(args: argparse.Namespace) -> Iterator[str]:
@@ -344,13 +334,11 @@ def rrefs(args: argparse.Namespace) -> Iterator[str]:
         taken_s = user.ask("make_rrefs", count=args.rrefs, held=args.held)
         after = user.ask("memory"), owner.ask("memory")
         objects = [worker.ask("objects") for worker in (user, owner)] if args.objects else []
-    yield f"{args.rrefs} RRefs made and dropped, {args.held} at a time, in {taken_s:.0f} s:"
-    for who, old, new in zip(("user", "owner"), before, after, strict=True):
-        change = 100 * (new["rss"] / old["rss"] - 1)
-        yield (
-            f"  {who}: RSS {old['rss']:.1f} -> {new['rss']:.1f} MB ({change:+.1f}%), "
-            f"private {old['private']:.1f} -> {new['private']:.1f} MB"
-        )
+    changes = [100 * (new["rss"] / old["rss"] - 1) for old, new in zip(before, after, strict=True)]
+    yield (
+        f"{args.rrefs} RRefs made and dropped, {args.held} at a time, in {taken_s:.0f} s: "
+        f"user {changes[0]:+.1f}% RSS, owner {changes[1]:+.1f}%"
+    )
     for found in objects:
         yield f"  most objects: {found}"
 
@@ -401,8 +389,6 @@ def main() -> None:
             print(line, flush=True)
             lines.append(line)
     if args.out is not None:
-        from benchmarks.machine import facts, record
-
         items = [f"  - {line.strip()}" if line.startswith(" ") else f"- {line}" for line in lines]
         record("\n".join([f"{facts()}.", "", *items, ""]), args.out, "memory.md")
 

@@ -54,19 +54,13 @@ def _keys(column: str | tuple[str, str]) -> tuple[str, ...]:
 TABLES = {
     "tensorpipe": Table(
         (
-            *("zrpc", "tensorpipe", ("zrpc", "tensorpipe")),
-            *("zrpc-tcp", "tensorpipe-tcp", ("zrpc-tcp", "tensorpipe-tcp")),
+            *("zrpc", "tensorpipe", ("zrpc", "tensorpipe"), "bare-memory"),
+            *("zrpc-tcp", "tensorpipe-tcp", ("zrpc-tcp", "tensorpipe-tcp"), "bare-zeromq", "bare-tcp"),
         ),
         torch_rows=True,
     ),
     "broker": Table(
         ("zrpc", "zrpc-broker", ("zrpc-broker", "zrpc"), "zrpc-tcp", "zrpc-relay", ("zrpc-relay", "zrpc-tcp"))
-    ),
-    "limits": Table(
-        (
-            *("zrpc", "bare-memory", ("zrpc", "bare-memory"), "zrpc-tcp", "bare-zeromq", ("zrpc-tcp", "bare-zeromq")),
-            *("bare-tcp", ("zrpc-tcp", "bare-tcp")),
-        )
     ),
     "contenders": Table(
         ("zrpc", "tensorpipe", "zrpc-tcp", "tensorpipe-tcp", "zrpc-broker", "rpyc", "grpc", "ray"),
