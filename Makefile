@@ -57,6 +57,7 @@ conformance: $(READY)
 gpu:
 	scripts/gpu-run $(BIN)/python
 
+.NOTPARALLEL: bench # one at a time, also with -j
 # The tables of docs/performance.md, and of other frameworks in docs/scaling.md: measured, written and included in the
 # pages (about 25 minutes on 2 cores that do nothing else). For a look, which writes nothing: see benchmarks/README.md.
 bench: bench-calls bench-broadcast bench-memory bench-pages
