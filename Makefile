@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 TEST_PROCESSES ?= 3
+ROUNDS ?= 3
+RESULTS := benchmarks/results
 CONFORMANCE := ../shared/conformance/run.py
 
-.PHONY: setup demo demo-brokerless test lint format types conformance gpu bench bench-scaling clean
+.PHONY: setup demo demo-brokerless test lint format types conformance gpu clean
+.PHONY: bench bench-calls bench-broadcast bench-memory bench-scaling bench-pages
 
 setup: $(READY)
 
@@ -54,13 +57,28 @@ conformance: $(READY)
 gpu:
 	scripts/gpu-run $(BIN)/python
 
-# zrpc beside TensorPipe, RPyC, gRPC and Ray (about 10 minutes), for example: make bench ARGS='--rounds 1 --quick'
-bench: $(BENCH_READY)
-	$(BIN)/python -m benchmarks $(ARGS)
+.NOTPARALLEL: bench # one at a time, also with -j
+# The tables of docs/performance.md, and of other frameworks in docs/scaling.md: measured, written and included in the
+# pages (about 25 minutes on 2 cores that do nothing else). For a look, which writes nothing: see benchmarks/README.md.
+bench: bench-calls bench-broadcast bench-memory bench-pages
 
-# Start-up, calls and shutdown with 2 to 128 workers (about 6 minutes).
+bench-calls: $(BENCH_READY)
+	$(BIN)/python -m benchmarks --rounds $(ROUNDS) --out $(RESULTS)
+
+bench-broadcast: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.broadcast --rounds $(ROUNDS) --out $(RESULTS)
+
+bench-memory: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.memory idle flight rrefs --out $(RESULTS)
+
+# The table of docs/scaling.md: start-up, calls and shutdown with 2 to 128 workers (about 6 minutes).
 bench-scaling: $(BENCH_READY)
-	$(BIN)/python -m benchmarks.scaling $(ARGS)
+	$(BIN)/python -m benchmarks.scaling --out $(RESULTS)
+	$(BIN)/python -m benchmarks.pages
+
+# Puts the files of benchmarks/results into the pages that show them.
+bench-pages: $(READY)
+	$(BIN)/python -m benchmarks.pages
 
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -1,13 +1,11 @@
-"""zrpc beside TensorPipe, RPyC, gRPC and Ray: `make bench`, or `python -m benchmarks`.
+"""zrpc beside TensorPipe, other frameworks and what the machine allows: `make bench`, or `python -m benchmarks`.
 
-python -m benchmarks                              all, three rounds: about 10 minutes on 2 cores
-python -m benchmarks --rounds 1 --quick           a look: about 2 minutes
-python -m benchmarks --only zrpc,grpc --rows noop,sink_16MB
-python -m benchmarks --limits                     zrpc and TensorPipe beside what the machine allows: about 3 minutes
+python -m benchmarks                              all tables, three rounds: about 15 minutes on 2 cores
+python -m benchmarks --tables tensorpipe          one of them: about 5 minutes
+python -m benchmarks --only zrpc,grpc --rows noop,sink_16MB --rounds 1 --quick
 
-The contenders run in turn, A B C A B C, each in fresh processes. The table is printed and written to
-benchmarks/results/contenders.md (with limits to limits.md), the picture beside it. A contender that is not installed
-stays in the table, which says so.
+The contenders run in turn, A B C A B C, each in fresh processes. The tables are printed; with `--out` they are written
+there too, a file each, with a picture of one. A contender that is not installed stays in its tables, which say so.
 """
 
 from __future__ import annotations
@@ -23,46 +21,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.contender import CONTENDERS
-from benchmarks.machine import ROOT, facts
+from benchmarks.machine import ROOT, facts, record
 from benchmarks.plots import draw
 from benchmarks.results import FAILED, NOT_INSTALLED, Results
 from benchmarks.rows import ROWS
+from benchmarks.tables import TABLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from benchmarks.tables import Table
+
 LIMIT_S = 240.0
 """For one contender in one round."""
 _ALWAYS_NAMED = ("zrpc", "torch", "zmq")
-RESULTS = ROOT / "benchmarks" / "results"
-FRAMEWORKS = [key for key, entry in CONTENDERS.items() if not entry.is_limit]
-LIMITS = ["zrpc", "tensorpipe", "bare-memory", "zrpc-tcp", "tensorpipe-tcp", "bare-zeromq", "bare-tcp"]
+DRAWN = "contenders"
+"""The table that is drawn as well."""
 
 
 def main() -> None:
     """See the module."""
     args = _arguments()
-    results = Results(args.only, args.rows)
-    results.missing = {key: NOT_INSTALLED for key in args.only if not CONTENDERS[key].is_installed()}
+    tables = {name: TABLES[name] for name in args.tables}
+    rows = {key: _rows_of(key, tables.values(), args.rows) for key in CONTENDERS if key in args.only}
+    rows = {key: keys for key, keys in rows.items() if keys}
+    results = Results(list(rows), args.rows)
+    results.missing = {key: NOT_INSTALLED for key in rows if not CONTENDERS[key].is_installed()}
     for round_number in range(1, args.rounds + 1):
-        for key in args.only:
+        for key in rows:
             if key in results.missing:
                 continue
             began = time.monotonic()
-            for row, value in _measure(key, args.rows, args.quick).items():
+            for row, value in _measure(key, rows[key], args.quick).items():
                 results.add(key, row, value)
             print(f"round {round_number}: {CONTENDERS[key].label}: {time.monotonic() - began:.0f} s", flush=True)
-    for key in args.only:
-        if key not in results.missing and not any(results.values.get((key, row)) for row in args.rows):
+    for key in rows:
+        if key not in results.missing and not any(results.values.get((key, row)) for row in rows[key]):
             results.missing[key] = FAILED
-    measured = [CONTENDERS[key] for key in args.only]
-    here = facts(*dict.fromkeys(entry.distribution for entry in measured if entry.needs not in _ALWAYS_NAMED))
-    args.out.mkdir(parents=True, exist_ok=True)
-    table = results.markdown(here, args.rounds)
-    name = "limits" if args.only is LIMITS else "contenders"
-    (args.out / f"{name}.md").write_text(table)
-    draw(results, here, args.out / f"{name}.png")
-    print(f"\n{table}")
+    for name, table in tables.items():
+        _show(name, table, results, args.out)
+
+
+def _rows_of(contender: str, tables: Iterable[Table], wanted: list[str]) -> list[str]:
+    """Of the rows that are wanted those that a table shows of this contender."""
+    shown = {row for table in tables if contender in table.contenders for row in table.rows}
+    return [row for row in wanted if row in shown]
+
+
+def _show(name: str, table: Table, results: Results, out: Path | None) -> None:
+    entries = [CONTENDERS[key] for key in table.contenders if key in results.contenders]
+    here = facts(*dict.fromkeys(entry.distribution for entry in entries if entry.needs not in _ALWAYS_NAMED))
+    record(table.markdown(results, here), out, f"{name}.md")
+    if out is not None and name == DRAWN:
+        draw(table, results, here, out / f"{name}.png")
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,11 +82,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tenth of the calls")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--only", type=_some_of(CONTENDERS), default=FRAMEWORKS, help="contenders, by their keys")
-    which.add_argument("--limits", dest="only", action="store_const", const=LIMITS, help="zrpc beside the limits")
+    parser.add_argument("--tables", type=_some_of(TABLES), default=list(TABLES), help="tables, by their names")
+    parser.add_argument("--only", type=_some_of(CONTENDERS), default=list(CONTENDERS), help="contenders, by their keys")
     parser.add_argument("--rows", type=_some_of(ROWS), default=list(ROWS), help="rows, by their keys")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where table and picture go")
+    parser.add_argument("--out", type=Path, help="where tables and picture are written")
     return parser.parse_args()
 
 

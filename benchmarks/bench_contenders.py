@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pytest
 
     from benchmarks.contender import Contender
-    from benchmarks.rows import Row
+    from benchmarks.row import Row
 
 
 def bench_row(benchmark: Any, contender: Contender, row: Row, pytestconfig: pytest.Config) -> None:

@@ -1,28 +1,31 @@
 """One call with a large tensor to several workers: `rpc.broadcast` beside one `rpc_async` to each.
 
-    python benchmarks/broadcast.py                  4 workers, 16 MiB, same host
-    python benchmarks/broadcast.py --tcp            TCP alone on both sides
-    python benchmarks/broadcast.py --workers 8 --mib 64 --rounds 5
+    python -m benchmarks.broadcast                  4 workers, 16 MiB, on one host and by TCP
+    python -m benchmarks.broadcast --workers 8 --mib 64 --rounds 5
 
 In turn, in processes of their own: TensorPipe with one `rpc_async` to each worker, zrpc in the same way, and zrpc with
-`broadcast`. Each figure is the median time until all futures are done, in ms; `better` is the median over the rounds of
+`broadcast`. Each figure is the median time until all futures are done; the last column is the median over the rounds of
 TensorPipe's time divided by that of `broadcast`. What is called returns one number of the tensor, so that it is there.
+The table is printed; with `--out` it is written there too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-KINDS = ("tensorpipe", "async", "broadcast")
+from benchmarks.machine import ROOT, facts, record
+from benchmarks.meeting import at_file, at_tcp
+from benchmarks.results import show
+
+KINDS = {"tensorpipe": "TensorPipe, `rpc_async`", "async": "zrpc, `rpc_async`", "broadcast": "zrpc, `broadcast`"}
+LINKS = {"host": "one host", "tcp": "TCP"}
 
 
 def last(values: Any) -> float:
@@ -36,12 +39,12 @@ def _start(kind: str, rank: int, args: argparse.Namespace) -> Any:
     if kind == "tensorpipe":
         import torch.distributed.rpc as rpc
 
-        transports: dict[str, Any] = {"_transports": ["uv"], "_channels": ["basic"]} if args.tcp else {}
+        transports: dict[str, Any] = {"_transports": ["uv"], "_channels": ["basic"]} if args.link == "tcp" else {}
         options: Any = rpc.TensorPipeRpcBackendOptions(init_method=args.init_method, **transports)
     else:
         import zrpc as rpc
 
-        options = rpc.RpcBackendOptions(init_method=args.init_method, shared_memory=not args.tcp)
+        options = rpc.RpcBackendOptions(init_method=args.init_method, shared_memory=args.link == "host")
     rpc.init_rpc(f"w{rank}", rank=rank, world_size=args.workers + 1, rpc_backend_options=options)
     return rpc
 
@@ -68,23 +71,15 @@ def work(kind: str, rank: int, args: argparse.Namespace) -> None:
     rpc.shutdown()
 
 
-def measure(kind: str, args: argparse.Namespace) -> float:
+def measure(kind: str, link: str, args: argparse.Namespace) -> float:
     """One run of one kind; ms."""
-    with tempfile.TemporaryDirectory() as directory:
-        command = [
-            sys.executable,
-            __file__,
-            *sys.argv[1:],
-            "--kind",
-            kind,
-            "--init-method",
-            f"file://{directory}/store",
-        ]
-        with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free, for TensorPipe
-            env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    with (at_tcp if kind == "tensorpipe" else at_file)() as init_method:
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("workers", "mib", "times", "warm")]
+        command = [sys.executable, "-m", "benchmarks.broadcast", *sizes, "--kind", kind, "--link", link]
+        command += ["--init-method", init_method]
         processes = [
             subprocess.Popen(
-                [*command, "--rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
+                [*command, "--rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
             )
             for rank in range(args.workers + 1)
         ]
@@ -94,30 +89,43 @@ def measure(kind: str, args: argparse.Namespace) -> float:
         return float(json.loads(told.decode().splitlines()[-1]))
 
 
+def row(link: str, args: argparse.Namespace) -> str:
+    """The line of the table for one link."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(args.rounds):
+        for kind in KINDS:
+            found[kind].append(measure(kind, link, args))
+    ratios = [theirs / ours for theirs, ours in zip(found["tensorpipe"], found["broadcast"], strict=True)]
+    cells = [show(statistics.median(times)) for times in found.values()]
+    what = f"{args.mib} MB to {args.workers} workers, {LINKS[link]}"
+    return f"| {what} | ms | {' | '.join(cells)} | {statistics.median(ratios):.2f}x |"
+
+
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.broadcast",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--mib", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--warm", type=int, default=5)
-    parser.add_argument("--tcp", action="store_true")
+    parser.add_argument("--out", type=Path, help="where the table is written")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--link", choices=LINKS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--init-method", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind is not None:
         work(args.kind, args.rank, args)
         return
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(args.rounds):
-        for kind in KINDS:
-            found[kind].append(measure(kind, args))
-    ratios = [peer / ours for peer, ours in zip(found["tensorpipe"], found["broadcast"], strict=True)]
-    print(f"{args.mib} MiB to {args.workers} workers, {'TCP' if args.tcp else 'same host'}, ms:")
-    print(", ".join(f"{kind} {statistics.median(times):.2f}" for kind, times in found.items()))
-    print(f"better: {statistics.median(ratios):.2f}x  ({' '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    head = ["", "unit", *KINDS.values(), "`broadcast` : TensorPipe"]
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- | {' | '.join(['---:'] * (len(head) - 2))} |"]
+    lines += [row(link, args) for link in LINKS]
+    record("\n".join([f"{facts()}.", "", *lines, ""]), args.out, "broadcast.md")
 
 
 if __name__ == "__main__":

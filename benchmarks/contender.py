@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
@@ -39,16 +39,17 @@ class Contender(Protocol):
 
 
 class TorchContender(Contender, Protocol):
-    """One that speaks torch.distributed.rpc: remote references and distributed autograd too."""
+    """One that speaks torch.distributed.rpc: remote references and distributed autograd too.
 
-    def add(self, x: torch.Tensor) -> torch.Tensor:
-        """`torch.add(x, 1)` there."""
+    Attributes:
+        rpc: its module with `rpc_sync`, after `init_rpc`.
+        autograd: its module with `context` and `backward`.
+        callee: the name of the other worker.
+    """
 
-    def remote_to_here(self) -> None:
-        """Make a remote reference with the function that does nothing, and fetch its value."""
-
-    def autograd_step(self, x: torch.Tensor) -> torch.Tensor:
-        """Forward and backward of `torch.add(x, x).sum()`, the addition there; the gradient of `x`."""
+    rpc: Any
+    autograd: Any
+    callee: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ class Entry:
         needs: the package without which it is "not installed".
         distribution: what to `pip install` for it.
         speaks_torch: whether it is a `TorchContender`.
-        is_limit: whether it is what the machine allows, and no framework.
     """
 
     label: str
@@ -69,7 +69,6 @@ class Entry:
     needs: str
     distribution: str
     speaks_torch: bool = False
-    is_limit: bool = False
 
     def is_installed(self) -> bool:
         """Whether it can be measured here."""
@@ -87,11 +86,12 @@ CONTENDERS = {
     "zrpc-tcp": Entry("zrpc TCP", "torch_rpc:zrpc_tcp", "zrpc", "zrpc", speaks_torch=True),
     "tensorpipe-tcp": Entry("TensorPipe TCP", "torch_rpc:tensorpipe_tcp", "torch", "torch", speaks_torch=True),
     "zrpc-broker": Entry("zrpc broker", "torch_rpc:zrpc_brokered", "zrpc", "zrpc", speaks_torch=True),
+    "zrpc-relay": Entry("zrpc relayed", "torch_rpc:zrpc_relayed", "zrpc", "zrpc", speaks_torch=True),
     "rpyc": Entry("RPyC", "rpyc:Rpyc", "rpyc", "rpyc"),
     "grpc": Entry("gRPC", "grpc:Grpc", "grpc", "grpcio"),
     "ray": Entry("Ray", "ray:Ray", "ray", "ray"),
-    "bare-memory": Entry("bare shared memory", "bare:memory", "torch", "torch", is_limit=True),
-    "bare-zeromq": Entry("bare ZeroMQ", "bare:zeromq", "zmq", "pyzmq", is_limit=True),
-    "bare-tcp": Entry("bare TCP", "bare:tcp", "torch", "torch", is_limit=True),
+    "bare-memory": Entry("bare shared memory", "bare:memory", "torch", "torch"),
+    "bare-zeromq": Entry("bare ZeroMQ", "bare:zeromq", "zmq", "pyzmq"),
+    "bare-tcp": Entry("bare TCP", "bare:tcp", "torch", "torch"),
 }
 """Measured in this order, in every round. A new one is an entry here and a module under benchmarks/contenders."""

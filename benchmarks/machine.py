@@ -6,10 +6,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_LOAD = os.getloadavg()[0]
+"""Of the last minute before this program began."""
 
 
 def version_of(distribution: str) -> str:
@@ -21,19 +25,35 @@ def version_of(distribution: str) -> str:
 
 
 def facts(*distributions: str) -> str:
-    """One line of a results file, with the versions of torch, pyzmq and `distributions`."""
+    """The first line of a results file: the command, the day, the cores, the load before, the versions."""
     import zmq
 
     versions = [f"{name} {version_of(name)}" for name in ("torch", *distributions)]
     parts = [
+        f"`{_command()}`",
         datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        f"{len(os.sched_getaffinity(0))} cores ({_processor()})",
+        f"{len(os.sched_getaffinity(0))} cores ({_processor()}), load {_LOAD:.1f} before",
         f"Python {platform.python_version()}",
         f"pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})",
         *versions,
         f"zrpc at {_commit()}",
     ]
     return ", ".join(parts)
+
+
+def record(text: str, out: Path | None, name: str) -> None:
+    """Print the text of a results file and, if there is a folder `out`, write it there."""
+    print(f"\n{name}: {text}", flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+
+
+def _command() -> str:
+    """How this program was started."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [sys.argv[0]]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def _processor() -> str:

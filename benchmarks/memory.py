@@ -1,9 +1,9 @@
 """What zrpc takes of memory: idle, with many calls in flight, after many RRefs, and before a callee that is too slow.
 
-    python benchmarks/memory.py                          everything, about 12 minutes on 2 cores
-    python benchmarks/memory.py idle flight              some of it
-    python benchmarks/memory.py rrefs --rrefs 50000      less of it
-    python benchmarks/memory.py --brokered               through a broker
+    python -m benchmarks.memory                          everything, about 12 minutes on 2 cores
+    python -m benchmarks.memory idle flight              some of it
+    python -m benchmarks.memory rrefs --rrefs 50000      less of it
+    python -m benchmarks.memory --brokered               through a broker
 
 Every worker is a process of its own, made from nothing. `RSS` is what of a process lies in memory; `private` is what of
 it no other process shares, that is RSS without the code of libraries. A figure called "after" is taken once the garbage
@@ -19,17 +19,19 @@ import gc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.machine import ROOT, facts, record
+from benchmarks.meeting import at_broker, at_file
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 MB = 1e6
 Figures = dict[str, float]
@@ -214,9 +216,8 @@ class Remote:
     """A worker process and the way to tell it something."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, pipe = [sys.executable, "-m", "benchmarks.memory", "--work"], subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
 
     def tell(self, command: str, **arguments: Any) -> None:
         assert self.process.stdin is not None
@@ -235,21 +236,9 @@ class Remote:
         return self.answer()
 
 
-@contextlib.contextmanager
-def meeting_point(brokered: bool) -> Iterator[str]:
+def meeting_point(brokered: bool) -> AbstractContextManager[str]:
     """Where two workers find each other."""
-    with tempfile.TemporaryDirectory() as folder:
-        if not brokered:
-            yield f"file://{folder}/store"
-            return
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        broker = subprocess.Popen([sys.executable, "-m", "zrpc_broker", "--bind", f"tcp://127.0.0.1:{port}"])
-        try:
-            yield f"broker://127.0.0.1:{port}"
-        finally:
-            broker.terminate()
-            broker.wait()
+    return at_broker() if brokered else at_file()
 
 
 @contextlib.contextmanager
@@ -291,10 +280,11 @@ def idle(args: argparse.Namespace) -> Iterator[str]:
             process.stdin.flush()
         for process in processes:
             process.communicate()
-    yield f"bare `import torch`: RSS {bare['rss']:.1f} MB, private {bare['private']:.1f} MB"
-    for rank, worker in enumerate(workers):
-        more = {key: worker[key] - bare[key] for key in bare}
-        yield f"idle worker {rank}: RSS +{more['rss']:.1f} MB, private +{more['private']:.1f} MB"
+    more = {key: max(worker[key] for worker in workers) - bare[key] for key in bare}
+    yield (
+        f"an idle worker, over the {bare['rss']:.0f} MB of bare `import torch`: "
+        f"RSS +{more['rss']:.1f} MB, private +{more['private']:.1f} MB"
+    )
 
 
 def flight(args: argparse.Namespace) -> Iterator[str]:
@@ -344,13 +334,11 @@ def rrefs(args: argparse.Namespace) -> Iterator[str]:
         taken_s = user.ask("make_rrefs", count=args.rrefs, held=args.held)
         after = user.ask("memory"), owner.ask("memory")
         objects = [worker.ask("objects") for worker in (user, owner)] if args.objects else []
-    yield f"{args.rrefs} RRefs made and dropped, {args.held} at a time, in {taken_s:.0f} s:"
-    for who, old, new in zip(("user", "owner"), before, after, strict=True):
-        change = 100 * (new["rss"] / old["rss"] - 1)
-        yield (
-            f"  {who}: RSS {old['rss']:.1f} -> {new['rss']:.1f} MB ({change:+.1f}%), "
-            f"private {old['private']:.1f} -> {new['private']:.1f} MB"
-        )
+    changes = [100 * (new["rss"] / old["rss"] - 1) for old, new in zip(before, after, strict=True)]
+    yield (
+        f"{args.rrefs} RRefs made and dropped, {args.held} at a time, in {taken_s:.0f} s: "
+        f"user {changes[0]:+.1f}% RSS, owner {changes[1]:+.1f}%"
+    )
     for found in objects:
         yield f"  most objects: {found}"
 
@@ -378,7 +366,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--brokered", action="store_true", help="workers reach each other through a broker")
@@ -388,13 +378,19 @@ def main() -> None:
     parser.add_argument("--flood-mb", type=int, default=3000, help="calls of 1 MB made to a slow callee")
     parser.add_argument("--window", type=int, default=64, help="MiB in flight in one of the floods")
     parser.add_argument("--objects", action="store_true", help="say of what classes there are most objects")
+    parser.add_argument("--out", type=Path, help="where the figures are written, as memory.md")
     args = parser.parse_args()
     if args.work:
         work()
         return
+    lines = []
     for name in args.parts or PARTS:
         for line in PARTS[name](args):
             print(line, flush=True)
+            lines.append(line)
+    if args.out is not None:
+        items = [f"  - {line.strip()}" if line.startswith(" ") else f"- {line}" for line in lines]
+        record("\n".join([f"{facts()}.", "", *items, ""]), args.out, "memory.md")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Which modules of zrpc one `rpc_sync` enters, at the caller and at the callee, and how often.
 
-    python benchmarks/modules.py                 a call of a function with nothing, between two workers of one host
-    python benchmarks/modules.py --tcp           without shared memory and without sockets of the host
-    python benchmarks/modules.py --tensor        with a tensor of four numbers
+    python -m benchmarks.modules                 a call of a function with nothing, between two workers of one host
+    python -m benchmarks.modules --tcp           without shared memory and without sockets of the host
+    python -m benchmarks.modules --tensor        with a tensor of four numbers
 
 A call enters a module where a function of that module is called from another one. The figures are the least of many
 calls, each traced by itself: so what readers do between two calls, and polling, count as little as they can. A traced

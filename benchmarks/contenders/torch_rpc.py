@@ -43,15 +43,16 @@ class TorchRpc:
         self._meeting = meeting
         self._more = more
         self._open = ExitStack()
+        self.callee = "worker1"
 
     def start(self) -> None:
         """See `Contender.start`."""
         init_method = self._open.enter_context(self._meeting())
         self._server = Server(_serve, self._modules[0], self._options, init_method, self._more)
         self._open.callback(self._server.wait)
-        self._rpc = _init(0, self._modules[0], self._options, init_method, self._more)
-        self._open.callback(self._rpc.shutdown)
-        self._autograd = importlib.import_module(self._modules[1])
+        self.rpc: Any = _init(0, self._modules[0], self._options, init_method, self._more)
+        self._open.callback(self.rpc.shutdown)
+        self.autograd: Any = importlib.import_module(self._modules[1])
 
     def stop(self) -> None:
         """See `Contender.stop`."""
@@ -59,38 +60,21 @@ class TorchRpc:
 
     def noop(self) -> None:
         """See `Contender.noop`."""
-        self._rpc.rpc_sync("worker1", noop)
+        self.rpc.rpc_sync(self.callee, noop)
 
     def noops(self, n: int) -> None:
         """See `Contender.noops`."""
-        for future in [self._rpc.rpc_async("worker1", noop) for _ in range(n)]:
+        for future in [self.rpc.rpc_async(self.callee, noop) for _ in range(n)]:
             future.wait()
 
     def echo(self, x: torch.Tensor) -> torch.Tensor:
         """See `Contender.echo`."""
-        answer: torch.Tensor = self._rpc.rpc_sync("worker1", echo, args=(x,))
+        answer: torch.Tensor = self.rpc.rpc_sync(self.callee, echo, args=(x,))
         return answer
 
     def sink(self, x: torch.Tensor) -> None:
         """See `Contender.sink`."""
-        self._rpc.rpc_sync("worker1", sink, args=(x,))
-
-    def add(self, x: torch.Tensor) -> torch.Tensor:
-        """See `TorchContender.add`."""
-        answer: torch.Tensor = self._rpc.rpc_sync("worker1", torch.add, args=(x, 1))
-        return answer
-
-    def remote_to_here(self) -> None:
-        """See `TorchContender.remote_to_here`."""
-        self._rpc.remote("worker1", noop).to_here()
-
-    def autograd_step(self, x: torch.Tensor) -> torch.Tensor:
-        """See `TorchContender.autograd_step`."""
-        with self._autograd.context() as context:
-            y = self._rpc.rpc_sync("worker1", torch.add, args=(x, x))
-            self._autograd.backward(context, [y.sum()])
-            gradient: torch.Tensor = self._autograd.get_gradients(context)[x]
-            return gradient
+        self.rpc.rpc_sync(self.callee, sink, args=(x,))
 
 
 def _init(rank: int, module: str, options: str, init_method: str, more: dict[str, Any]) -> Any:
@@ -127,6 +111,11 @@ def zrpc_tcp() -> TorchRpc:
 def zrpc_brokered() -> TorchRpc:
     """Through a broker; large tensors through shared memory."""
     return _zrpc(at_broker)
+
+
+def zrpc_relayed() -> TorchRpc:
+    """Through a broker, everything: as between hosts that reach nothing but the broker."""
+    return _zrpc(at_broker, shared_memory=False)
 
 
 def tensorpipe() -> TorchRpc:

@@ -1,8 +1,8 @@
 """zrpc beside TensorPipe with tensors on one CUDA device: `make gpu`, or `python -m benchmarks.cuda`.
 
-The same program runs on both in turn, A B A B, as ../shared/bench/compare.py does (which knows no device maps).
-`better` is how many times better zrpc is, the median over the rounds of the ratios taken round by round. Under the
-table stand the pinned copy limits of the machine. All is printed, and written to benchmarks/results/cuda.md.
+The same program runs on both in turn, A B A B. `better` is how many times better zrpc is, the median over the rounds of
+the ratios taken round by round. Under the table stand the pinned copy limits of the machine. All is printed, and
+written to benchmarks/results/cuda.md.
 
     python -m benchmarks.cuda --rounds 5 --only sink_16MB_GBps,autograd_step_us
 """

@@ -3,9 +3,9 @@
 python -m benchmarks.scaling                                     all: about 6 minutes on 2 cores
 python -m benchmarks.scaling --workers 2,16,64 --modes zrpc-file,zrpc-broker
 
-The table is printed and written to benchmarks/results/scaling.md, the picture beside it. A group that fails, or is not
-done with a step in time, is a point "failed", with its error under the table; larger groups of that mode are then left
-out.
+The table is printed; with `--out` it is written there too, with a picture. A group that fails, or is
+not done with a step in time, is a point "failed", with its error under the table; larger groups of that mode are then
+left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.machine import ROOT, facts
+from benchmarks.machine import ROOT, facts, record
 from benchmarks.scaling.modes import MODES
 from benchmarks.scaling.point import Point
 from benchmarks.scaling.report import draw, markdown
@@ -46,11 +46,9 @@ def main() -> None:
             if point.error is not None:
                 break
     here = facts()
-    args.out.mkdir(parents=True, exist_ok=True)
-    table = markdown(points, here)
-    (args.out / "scaling.md").write_text(table)
-    draw(points, here, args.out / "scaling.png")
-    print(f"\n{table}")
+    record(markdown(points, here), args.out, "scaling.md")
+    if args.out is not None:
+        draw(points, here, args.out / "scaling.png")
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=_numbers, default=SIZES, help="sizes of groups, with commas between")
     parser.add_argument("--modes", type=_modes, default=tuple(MODES), help=f"some of {','.join(MODES)}")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one step of one group")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument("--out", type=Path, help="where table and picture are written")
     return parser.parse_args()
 
 
