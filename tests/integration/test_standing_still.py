@@ -45,7 +45,7 @@ def go_on(stopped: int, after_s: float) -> threading.Timer:
 
 def stand_still(rank: int) -> None:
     if rank == 0:
-        assert call("worker1", 20_000, 30)  # too large for a shortcut
+        assert call("worker1", 20_000, 30)  # several packets
         stopped = rpc.rpc_sync("worker1", os.getpid)
         timer = go_on(stopped, STILL_S)
         os.kill(stopped, signal.SIGSTOP)
