@@ -96,6 +96,7 @@ def keep_and_stay() -> None:
     """Answer `promise` once another thread reads, and wait for what its caller does with that."""
     inbox = current_agent()._carrier.inbox
     until(lambda: not inbox.is_read_here and "no thread reads" not in inbox.describe(), "another thread reads")
+    until(lambda: _promised, "`promise` is served: it may be later, on another thread")
     _promised.pop().set_result("kept")
     assert _came.wait(PATIENCE_S), "the answer lies there"
     _came.clear()

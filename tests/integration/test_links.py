@@ -6,11 +6,12 @@ import random
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.broker_harness import Worker, running_broker
+from tests.integration.broker_harness import TIMEOUT_S, Worker, running_broker
 from tests.unit.transport.endpoints import LOOPBACK, Arrivals
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, PeerLostError
@@ -19,7 +20,7 @@ from zrpc.transport.brokered import BrokeredEndpoint
 from zrpc.transport.peer import PeerEndpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zrpc.ids import Incarnation
     from zrpc.transport.link_endpoint import LinkEndpoint
@@ -35,10 +36,16 @@ class End:
 
     endpoint: LinkEndpoint
     arrivals: Arrivals
+    leave: Callable[[], None] = lambda: None
     other: Incarnation = b""
 
     def send(self, *frames: Buffer) -> None:
         self.endpoint.send(self.other, frames)
+
+    def close(self) -> None:
+        """Leave the group, if there is a broker, and close."""
+        self.leave()
+        self.endpoint.close(flush_s=20.0)
 
     def received(self, count: int) -> list[list[bytes]]:
         """The first `count` messages, once they are there."""
@@ -72,7 +79,7 @@ def _relayed() -> Iterator[tuple[End, End]]:
                 thread.start()
             for thread in threads:
                 thread.join()
-            ends = [End(worker.endpoint, Arrivals()) for worker in workers]
+            ends = [End(worker.endpoint, Arrivals(), partial(worker.group.leave, TIMEOUT_S)) for worker in workers]
             for end, worker, other in zip(ends, workers, reversed(workers), strict=True):
                 end.other = other.incarnation
                 worker.endpoint.start(end.arrivals.on_frames, end.arrivals.on_lost)
@@ -163,7 +170,7 @@ def test_what_was_sent_before_the_sender_closed_comes(ends: tuple[End, End]) -> 
     count = 500
     for number in range(count):
         sender.send(number.to_bytes(4, "little"), bytes(5_000))
-    sender.endpoint.close(flush_s=20.0)
+    sender.close()
     assert [int.from_bytes(message[0], "little") for message in receiver.received(count)] == list(range(count))
 
 
@@ -194,6 +201,7 @@ def test_a_closed_end_leaves_no_thread_and_is_closed_again_without_harm(ends: tu
     assert any(name.startswith("zrpc-reader") for name in before)
     for end in ends:
         end.send(b"x")
+    for end in ends:
         end.endpoint.close(flush_s=1.0)
         end.endpoint.close(flush_s=1.0)
     until(lambda: not any(t.name.startswith("zrpc-reader") for t in threading.enumerate()), "the readers have ended")
@@ -201,11 +209,11 @@ def test_a_closed_end_leaves_no_thread_and_is_closed_again_without_harm(ends: tu
 
 def test_there_are_three_kinds() -> None:
     """The suite above is for all of them: a fourth is to be added to `KINDS`."""
-    from zrpc.transport import local_links, socket_link
+    from zrpc.transport import local_link, socket_link
 
     links = [
         cls
-        for module in (local_links, socket_link)
+        for module in (local_link, socket_link)
         for cls in vars(module).values()
         if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "takes_files")
     ]

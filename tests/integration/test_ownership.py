@@ -22,7 +22,7 @@ import zrpc as rpc
 from tests.waiting import until
 from zrpc.agent.current import current_agent
 from zrpc.gather import all_gather
-from zrpc.transport import chunks, outbox
+from zrpc.transport import chunks, local_link, socket_link
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,11 +158,12 @@ def talk(to: str, path: str, thread: int) -> None:
 
 
 def keep_and_drop(rank: int, path: str) -> dict[str, int]:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, outbox.SEND_COPY_MAX_NBYTES = (
+    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, socket_link.SEND_COPY_MAX_NBYTES = (
         CHUNK_MIN_NBYTES,
         CHUNK_NBYTES,
         COPY_MAX_NBYTES,
     )
+    local_link.SEND_COPY_MAX_NBYTES = COPY_MAX_NBYTES
     meet(rank, path)
     threads = [threading.Thread(target=talk, args=(f"worker{1 - rank}", path, n)) for n in range(THREADS)]
     for thread in threads:
@@ -188,11 +189,10 @@ def keep_and_drop(rank: int, path: str) -> dict[str, int]:
 
 def meet(rank: int, path: str) -> None:
     """Wait until the other can be sent slabs, if that is the path."""
-    memory = current_agent()._carrier._shared_memory
     other = current_agent()._peers.registry.by_rank(1 - rank)
     member = current_agent()._peers.registry.member(other.id)
     assert member is not None
-    until(lambda: path != SLAB or (memory and memory.placing(member.incarnation)), "memory is shared")
+    assert path != SLAB or current_agent()._carrier._endpoint.takes_files(member.incarnation)
     all_gather(None)
 
 
@@ -255,11 +255,12 @@ def is_untouched(kind: str, nbytes: int) -> bool:
 
 
 def write_to_all(rank: int, path: str) -> None:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, outbox.SEND_COPY_MAX_NBYTES = (
+    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, socket_link.SEND_COPY_MAX_NBYTES = (
         CHUNK_MIN_NBYTES,
         CHUNK_NBYTES,
         COPY_MAX_NBYTES,
     )
+    local_link.SEND_COPY_MAX_NBYTES = COPY_MAX_NBYTES
     meet(rank, path)
     nbytes = RANGES[path][0] + 24_000 // 8 * 8 * (path == CHUNKS)
     me, other = f"worker{rank}", f"worker{1 - rank}"

@@ -11,6 +11,8 @@ import pytest
 import zrpc as rpc
 from tests.integration.harness import Cluster
 from zrpc.errors import LimitError
+from zrpc.transport.descriptors import SPARE
+from zrpc.transport.local_links import FILES_PER_PEER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +60,7 @@ def reach_some(rank: int) -> tuple[list[int], str]:
     if rank != 1:
         return [], ""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 25, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + SPARE + 2 * FILES_PER_PEER, hard))
     others = [other for other in range(FEW) if other != rank]
     reached: list[int] = []
     with pytest.raises(LimitError) as told:

@@ -169,7 +169,6 @@ def census() -> dict[str, int]:
     return {
         "other_fds": sum(links.values()) - links["/memfd:zrpc-slab (deleted)"],
         "slab_fds": links["/memfd:zrpc-slab (deleted)"],
-        "probe_fds": links["/memfd:zrpc-probe (deleted)"],
         "slab_maps": slab_maps,
         "other_shared_maps": len(lines) - slab_maps,
         "attached": len(memory._attachments._mapped),
@@ -271,7 +270,6 @@ def check(count: dict[str, int], other: dict[str, int]) -> None:
     How many slabs there are depends on how many were on their way at once, so not on the number of kills alone.
     """
     assert count["slab_fds"] == count["slabs"], "files are open of slabs that are in no pool"
-    assert count["probe_fds"] == 1
     assert count["handlers"] <= rpc.RpcBackendOptions().num_worker_threads, "they come as they are needed, and stay"
     assert count["held"] == count["loans"] == 0, "there are slabs that cannot be used again"
     assert count["slabs"] <= SLABS_MAX, "slabs are made while others are free"

@@ -34,7 +34,7 @@ from tests.integration.test_ownership import (
 )  # fmt: skip
 from zrpc import errors
 from zrpc.gather import all_gather
-from zrpc.transport import chunks, outbox
+from zrpc.transport import chunks, local_link, socket_link
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,7 +157,7 @@ SENDERS: list[Callable[[str, int], None]] = [
 def write_again(rank: int, path: str, nbytes: int) -> None:
     if path == CHUNKS:
         chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
-        outbox.SEND_COPY_MAX_NBYTES = COPY_MAX_NBYTES
+        socket_link.SEND_COPY_MAX_NBYTES = local_link.SEND_COPY_MAX_NBYTES = COPY_MAX_NBYTES
     meet(rank, path)
     failed: list[str] = []
 

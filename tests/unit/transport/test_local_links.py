@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.local_link import LocalLink
     from zrpc.wire.envelope import Buffer
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there are local links on Linux only")
