@@ -41,7 +41,7 @@ class Calls:
         self._wake_reader = wake_reader
         self._on_late = on_late
         self._under_way: dict[int, Call] = {}
-        self._deadlines = Deadlines(self._expire, self._under_way.__contains__, wake)
+        self._deadlines = Deadlines(self._expire, self._under_way.__contains__, lambda: len(self._under_way), wake)
 
     def __len__(self) -> int:
         return len(self._under_way)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TICK_S = 0.005
 SWEEP_MIN_COUNT = 4096
 """As long as there are fewer, none is swept out."""
+LOOK_S = 1.0
+"""While there are more, it is looked so often whether most have ended."""
 
 
 class Deadlines:
@@ -31,12 +33,17 @@ class Deadlines:
     Args:
         expire: ends what has not ended.
         is_live: whether it has not.
+        num_live: how many have not ended.
         wake: has `run_due` called soon.
     """
 
-    def __init__(self, expire: Callable[[int], None], is_live: Callable[[int], bool], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, expire: Callable[[int], None], is_live: Callable[[int], bool], num_live: Callable[[], int],
+        wake: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._expire = expire
         self._is_live = is_live
+        self._num_live = num_live
         self._wake = wake
         self._added: deque[tuple[int, int]] = deque()  # ticks and keys that are not in the buckets yet
         self._next_tick: float = inf  # when `run_due` will be called at the latest
@@ -70,8 +77,15 @@ class Deadlines:
                     self._expire(key)
             self._next_tick = self._due[0] if self._due else inf
             if not self._added:
-                return self._due[0] * TICK_S - time.monotonic() if self._due else None
-        return None
+                break
+        if self._closed or not self._due:
+            return None
+        if self._count > max(SWEEP_MIN_COUNT, 2 * self._num_live()):
+            self._sweep()
+            if not self._due:
+                return None
+        after_s = self._due[0] * TICK_S - time.monotonic()
+        return after_s if self._count <= SWEEP_MIN_COUNT else min(after_s, LOOK_S)
 
     def close(self) -> None:
         """What has not expired never will. Idempotent."""

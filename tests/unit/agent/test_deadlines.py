@@ -37,11 +37,13 @@ class Expired:
 
 @contextmanager
 def deadlines(
-    is_live: Callable[[int], bool] = lambda _: True, expire: Callable[[int], None] | None = None
+    is_live: Callable[[int], bool] = lambda _: True,
+    expire: Callable[[int], None] | None = None,
+    num_live: Callable[[], int] = lambda: 1 << 30,
 ) -> Iterator[tuple[Deadlines, Expired]]:
     expired = Expired()
     control = ControlThread(lambda: made.run_due())
-    made = Deadlines(expire or expired, is_live, control.wake)
+    made = Deadlines(expire or expired, is_live, num_live, control.wake)
     control.start()
     try:
         yield made, expired
@@ -145,3 +147,13 @@ def test_a_signal_handler_may_add_where_it_interrupts_adding() -> None:
         table.add(3, 0.01)
         assert expired.wait(20_001)
         until(lambda: 3 in expired.keys, "the last one expires")
+
+
+def test_what_has_ended_is_swept_out_though_nothing_is_added_any_more() -> None:
+    """As many as were under way at the last sweep are not kept until their time is over."""
+    live: set[int] = set(range(8 * SWEEP_MIN_COUNT))
+    with deadlines(live.__contains__, num_live=lambda: len(live)) as (table, _):
+        for key in range(8 * SWEEP_MIN_COUNT):
+            table.add(key, 3600.0)
+        live.clear()
+        until(lambda: len(table) <= SWEEP_MIN_COUNT, "what has ended is swept out", lambda: len(table))
