@@ -1,6 +1,7 @@
 """What workers take of memory, in real processes: idle, with calls in flight, and after many RRefs.
 
-`python -m benchmarks.memory` measures the same, in full. Bounds are on what a process has alone and on RSS, as psutil says.
+`python -m benchmarks.memory` measures the same, in full. Bounds are on what a process has alone and on RSS, as psutil
+says.
 """
 
 from __future__ import annotations
