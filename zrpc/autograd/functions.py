@@ -143,7 +143,7 @@ _apply_recv: Any = super(Function, _RecvRpc).apply
 def _anchor() -> torch.Tensor:
     """An input that makes torch record receive functions, which have none of their own; it never gets a gradient.
 
-    It is not made while this module is imported: torch's first tensor takes 0.6 MB, which a worker at rest does without.
+    It is not made while this module is imported: torch's first tensor takes 0.6 MB, which an idle worker does without.
     """
     with torch.inference_mode(False):
         return torch.empty(0, device="cpu", requires_grad=True)
