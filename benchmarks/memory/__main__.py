@@ -1,6 +1,6 @@
 """What zrpc takes of memory, processors at rest and open files, beside the goal of each figure.
 
-    python -m benchmarks.memory                     everything, about 10 minutes on 2 cores, up to 9 GB of memory
+    python -m benchmarks.memory                     everything, about 13 minutes on 2 cores, up to 9 GB of memory
     python -m benchmarks.memory idle flight         some of it
     python -m benchmarks.memory slow --brokered     through a broker
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from benchmarks.machine import ROOT
 from benchmarks.meeting import at_broker, at_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 GONE = "a worker died"
 
@@ -24,9 +25,10 @@ class Remote:
 
     Args:
         max_files: the most files it may open; None: as many as this process.
+        environment: further variables.
     """
 
-    def __init__(self, max_files: int | None = None) -> None:
+    def __init__(self, max_files: int | None = None, environment: Mapping[str, str] | None = None) -> None:
         limit = None
         if max_files is not None:
             limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (max_files, max_files))
@@ -36,6 +38,7 @@ class Remote:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
             preexec_fn=limit,
         )
 
@@ -79,10 +82,12 @@ class WorkerError(Exception):
 
 
 @contextlib.contextmanager
-def group(brokered: bool, **options: Any) -> Iterator[tuple[Remote, Remote]]:
+def group(
+    brokered: bool, environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[tuple[Remote, Remote]]:
     """Two workers: the caller `w0` and the callee `w1`."""
     with at_broker() if brokered else at_file() as method, contextlib.ExitStack() as stack:
-        workers = Remote(), Remote()
+        workers = Remote(environment=environment), Remote(environment=environment)
         for worker in workers:
             stack.callback(worker.end)
         for rank, worker in enumerate(workers):

@@ -31,6 +31,8 @@ SLACK_MB = 64
 """What allocators, thread stacks and ZeroMQ may take besides."""
 BACK_MB = 64
 """How much more than at the start a worker may keep afterwards."""
+NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+"""By default glibc keeps freed blocks of up to 32 MB for itself, so that the caller's dead tensors count, too."""
 HUGE_NBYTES = int(2.2 * (1 << 30))
 LINKS = {"same host": True, "tcp": False}
 """Name of the link: `shared_memory` of the options."""
@@ -76,16 +78,12 @@ def flight(args: argparse.Namespace) -> Iterator[Figure]:
             before = caller.ask("memory"), callee.ask("memory")
             if stopped:
                 callee.process.send_signal(signal.SIGSTOP)
-            else:
-                caller.ask("occupy", threads=4)
-                callee.ask("wait_occupied", threads=4)
-            sent_s = caller.ask("launch", calls=args.calls)
+            sent_s, unanswered = caller.ask("launch", calls=args.calls)
             during = memory_of(caller.pid), memory_of(callee.pid)
             objects = caller.ask("objects") if args.objects else None
             if stopped:
                 callee.process.send_signal(signal.SIGCONT)
-            else:
-                callee.ask("open_gate")
+            callee.ask("open_gate")
             done_s = caller.ask("collect")
             after = caller.ask("memory"), callee.ask("memory")
         more = [new["rss"] - old["rss"] for new, old in zip(during, before, strict=True)]
@@ -93,7 +91,7 @@ def flight(args: argparse.Namespace) -> Iterator[Figure]:
         yield Figure(
             f"{args.calls:,} calls to a callee whose {'process' if stopped else 'handler threads'} stood still",
             f"caller +{more[0]:.0f} MB ({more[0] * MB / args.calls:.0f} bytes a call), callee +{more[1]:.0f} MB; "
-            f"sent in {sent_s:.1f} s, answered {done_s:.1f} s later",
+            f"{unanswered:,} in flight, sent in {sent_s:.1f} s, answered {done_s:.1f} s later",
             f"≤ {FLIGHT_MAX_MB} MB at the caller",
             more[0] <= FLIGHT_MAX_MB,
         )
@@ -109,8 +107,9 @@ def flight(args: argparse.Namespace) -> Iterator[Figure]:
 
 def slow(args: argparse.Namespace) -> Iterator[Figure]:
     """Large calls to a callee that sleeps, until no more are let go; then it wakes up and serves them all."""
-    for link, shared in LINKS.items():
-        with group(args.brokered, shared_memory=shared) as pair:
+    links: list[tuple[str, bool, dict[str, str]]] = [(link, shared, {}) for link, shared in LINKS.items()]
+    for link, shared, environment in [*links, (f"tcp, {'='.join(*NO_HEAP.items())}", False, NO_HEAP)]:
+        with group(args.brokered, environment, shared_memory=shared) as pair:
             caller, callee = pair
             caller.ask("send", kind="tensor", nbytes=10_000_000)
             before = [worker.ask("memory")["rss"] for worker in pair]

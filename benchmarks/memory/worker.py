@@ -54,7 +54,6 @@ def num_shared(pid: int) -> int:
 # ---- what is called -------------------------------------------------------------------------------------------------
 
 _gate = threading.Event()
-_running = threading.Semaphore(0)
 
 
 def noop() -> None:
@@ -63,7 +62,6 @@ def noop() -> None:
 
 def stand_still(_: object = None) -> None:
     """Occupy a handler thread until this worker's main thread opens the gate."""
-    _running.release()
     _gate.wait()
 
 
@@ -141,20 +139,12 @@ class Worker:
         for future in [self.rpc.rpc_async("w1", noop) for _ in range(calls)]:
             future.wait()
 
-    def occupy(self, threads: int) -> None:
-        """Have every handler thread of the callee stand still."""
-        self.occupied = [self.rpc.rpc_async("w1", stand_still) for _ in range(threads)]
-
-    def wait_occupied(self, threads: int) -> None:
-        """Return when so many handler threads stand still here."""
-        for _ in range(threads):
-            _running.acquire()
-
-    def launch(self, calls: int) -> float:
-        """Make small calls and keep their futures; seconds."""
+    def launch(self, calls: int) -> list[float]:
+        """Make small calls that stand still and keep their futures; seconds, and how many are not answered."""
         begun = time.perf_counter()
-        self.futures = [self.rpc.rpc_async("w1", noop) for _ in range(calls)]
-        return time.perf_counter() - begun
+        self.futures = [self.rpc.rpc_async("w1", stand_still) for _ in range(calls)]
+        seconds = time.perf_counter() - begun
+        return [seconds, sum(not future.done() for future in self.futures)]
 
     def collect(self) -> float:
         """Wait for all of them; seconds."""
