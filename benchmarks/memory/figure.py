@@ -24,8 +24,8 @@ class Figure:
         return f"{self.what}: {self.measured}{goal}"
 
 
-def markdown(figures: list[Figure], command: str, facts: str) -> str:
+def markdown(figures: list[Figure], facts: str) -> str:
     """The results file."""
     lines = ["| what | measured | goal | |", "|---|---|---|---|"]
     lines += [f"| {one.what} | {one.measured} | {one.goal} | {one.verdict} |" for one in figures]
-    return f"{facts}.\n\n`{command}`\n\n" + "\n".join(lines) + "\n"
+    return f"{facts}.\n\n" + "\n".join(lines) + "\n"
