@@ -1,12 +1,12 @@
 """What zrpc takes of memory, processors at rest and open files, beside the goal of each figure.
 
-    python -m benchmarks.memory                     everything, about 13 minutes on 2 cores, up to 9 GB of memory
+    python -m benchmarks.memory                     everything, about 10 minutes on 2 cores, up to 10 GB of memory
     python -m benchmarks.memory idle flight         some of it
     python -m benchmarks.memory slow --brokered     through a broker
 
 Every worker is a process of its own, made from nothing, with its bytecode cached as an installed package's is. MB are
-10^6 bytes. A figure "after" is taken once garbage is gone and the C allocator has given back what it can. All parts
-together are written to benchmarks/results/memory.md, too. `shm` needs the right to mount (`unshare -m`).
+10^6 bytes. A figure "after" is taken once garbage is gone and the C allocator has given back what it can. `shm` needs
+the right to mount (`unshare -m`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.machine import ROOT, facts
+from benchmarks.machine import facts, record
 from benchmarks.memory.figure import Figure, markdown
 from benchmarks.memory.group import group
 from benchmarks.memory.parts import INSIDE, PARTS, inside_shm
@@ -27,12 +26,12 @@ from benchmarks.memory.parts import INSIDE, PARTS, inside_shm
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RESULTS = ROOT / "benchmarks" / "results" / "memory.md"
-
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--brokered", action="store_true", help="workers reach each other through a broker")
     parser.add_argument("--idle-s", type=float, default=20, help="how long idle workers are watched")
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rrefs", type=int, default=200_000, help="RRefs made and dropped")
     parser.add_argument("--held", type=int, default=100, help="of them held at a time")
     parser.add_argument("--objects", action="store_true", help="say of what classes there are most objects")
-    parser.add_argument("--out", type=Path, help=f"where the table goes; all parts together: {RESULTS.name}")
+    parser.add_argument("--out", type=Path, help="where the table is written, as memory.md")
     args = parser.parse_args()
     if args.parts == [INSIDE]:
         print(inside_shm(args))
@@ -56,9 +55,7 @@ def main() -> None:
             for figure in PARTS[name](args):
                 print(figure, flush=True)
                 found.append(figure)
-    out = args.out or (None if args.parts else RESULTS)
-    if out is not None:
-        out.write_text(markdown(found, " ".join(["python -m benchmarks.memory", *sys.argv[1:]]), facts()))
+    record(markdown(found, facts()), args.out, "memory.md")
 
 
 @contextlib.contextmanager
