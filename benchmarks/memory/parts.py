@@ -32,7 +32,7 @@ SLACK_MB = 64
 BACK_MB = 64
 """How much more than at the start a worker may keep afterwards."""
 NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-"""By default glibc keeps freed blocks of up to 32 MB for itself, so that the caller's dead tensors count, too."""
+"""Without, glibc keeps freed blocks of up to 32 MB, as `zrpc.transport.chunks` has it do: dead tensors count."""
 HUGE_NBYTES = int(2.2 * (1 << 30))
 LINKS = {"same host": True, "tcp": False}
 """Name of the link: `shared_memory` of the options."""

@@ -140,8 +140,11 @@ LARGE = 10 * MB
 WINDOW = 105 * MB
 HELD = WINDOW // LARGE
 CALLS_MADE = 6 * HELD
-SLACK = 40 * MB
-"""What allocators, thread stacks, ZeroMQ and destinations that are kept warm may take besides."""
+SLACK = 80 * MB
+"""What allocators and stacks may take besides: glibc keeps up to 64 MiB of free memory at the top of a thread's arena,
+also after `malloc_trim`, and ZeroMQ's threads receive into theirs."""
+
+GIVEN_BACK_S = 10.0
 
 _arrived = threading.Semaphore(0)
 
@@ -174,8 +177,8 @@ def settled_anew() -> int:
     return before
 
 
-def call_a_sleeper(rank: int, calls: int) -> tuple[int, int]:
-    """By how much this worker grew at most, and by how much for good."""
+def call_a_sleeper(rank: int, gives_back: bool) -> int:
+    """By how much this worker grew at most; it is soon back where it was, if it is to be."""
     if rank == 0:
         rpc.rpc_sync("worker1", torch.Tensor.numel, args=(torch.ones(LARGE, dtype=torch.uint8),))
     all_gather(None)
@@ -184,28 +187,29 @@ def call_a_sleeper(rank: int, calls: int) -> tuple[int, int]:
     if rank == 0:
         futures = [
             rpc.rpc_async("worker1", sleep_on, args=(torch.ones(LARGE, dtype=torch.uint8),), timeout=0)
-            for _ in range(calls)
+            for _ in range(CALLS_MADE)
         ]
-        assert [future.wait() for future in futures] == [LARGE] * calls
+        assert [future.wait() for future in futures] == [LARGE] * CALLS_MADE
         futures.clear()
     else:
         assert not wake_up_late()
     all_gather(None)
-    return peak() - before, settled() - before
+    most = peak() - before
+    if gives_back:
+        until(lambda: settled() < before + SLACK, "the memory is given back", lambda: settled() - before, GIVEN_BACK_S)
+    return most
 
 
-def run_a_sleeper(cluster: Cluster, shared_memory: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+def run_a_sleeper(cluster: Cluster, shared_memory: bool, gives_back: bool) -> list[int]:
     options = {"shared_memory": shared_memory, "num_worker_threads": HELD + 2, "max_in_flight_nbytes": WINDOW}
-    caller, callee = cluster.run(call_a_sleeper, args=(CALLS_MADE,), timeout_s=WAIT_S, **options)
-    return caller, callee
+    return cluster.run(call_a_sleeper, args=(gives_back,), timeout_s=WAIT_S, **options)
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_calls_to_a_callee_that_sleeps_take_what_the_window_allows(cluster: Cluster, shared_memory: bool) -> None:
     """At either end: a window while it sleeps, and a part of another while that one is let go of."""
-    for most, _ in run_a_sleeper(cluster, shared_memory):
-        assert most < 2 * WINDOW + SLACK
     assert 2 * WINDOW + SLACK < CALLS_MADE * LARGE / 2, "the bound must say something"
+    assert max(run_a_sleeper(cluster, shared_memory, gives_back=False)) < 2 * WINDOW + SLACK
 
 
 @pytest.mark.parametrize(
@@ -216,9 +220,8 @@ def test_calls_to_a_callee_that_sleeps_take_what_the_window_allows(cluster: Clus
     ],
 )
 def test_calls_to_a_callee_that_sleeps_leave_nothing(cluster: Cluster, shared_memory: bool) -> None:
-    """Once all are answered and their tensors are gone, both workers are where they were."""
-    for _, kept in run_a_sleeper(cluster, shared_memory):
-        assert kept < SLACK
+    """Once all are answered and their tensors are gone, both workers are soon where they were."""
+    run_a_sleeper(cluster, shared_memory, gives_back=True)
 
 
 # ---- RRefs ---------------------------------------------------------------------------------------------------------
