@@ -59,7 +59,7 @@ gpu:
 
 .NOTPARALLEL: bench # one at a time, also with -j
 # The tables of docs/performance.md, and of other frameworks in docs/scaling.md: measured, written and included in the
-# pages (about 25 minutes on 2 cores that do nothing else). For a look, which writes nothing: see benchmarks/README.md.
+# pages (about 35 minutes on 2 cores that do nothing else). For a look, which writes nothing: see benchmarks/README.md.
 bench: bench-calls bench-broadcast bench-memory bench-pages
 
 bench-calls: $(BENCH_READY)
@@ -69,7 +69,7 @@ bench-broadcast: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.broadcast --rounds $(ROUNDS) --out $(RESULTS)
 
 bench-memory: $(BENCH_READY)
-	$(BIN)/python -m benchmarks.memory idle flight rrefs --out $(RESULTS)
+	$(BIN)/python -m benchmarks.memory --out $(RESULTS)
 
 # The table of docs/scaling.md: start-up, calls and shutdown with 2 to 128 workers (about 6 minutes).
 bench-scaling: $(BENCH_READY)

@@ -26,7 +26,7 @@ MAX_TIMEOUT_S = 1e9
 DEFAULT_BUSY_POLL_S = 0.001
 DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
-"""An unanswered small call takes 1.3 to 2 KB of its caller (`benchmarks/memory.py`), so this is up to 0.5 GB."""
+"""An unanswered small call takes 1.3 to 2 KB of its caller (`benchmarks.memory flight`), so this is up to 0.5 GB."""
 DEFAULT_PINNED_POOL_NBYTES = 1 << 30
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""

@@ -1,6 +1,7 @@
-"""What workers take of memory, in real processes: idle, with calls in flight, and after many RRefs.
+"""What workers take of memory, in real processes: idle, with calls in flight, small and large, and after many RRefs.
 
-`benchmarks/memory.py` measures the same, in full. Bounds are on what a process has alone and on RSS, as psutil says.
+`python -m benchmarks.memory` measures the same, in full. Bounds are on what a process has alone and on RSS, as psutil
+says.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import pytest
+import torch
 
 import zrpc as rpc
 from tests.waiting import until
@@ -128,6 +132,96 @@ def fly(rank: int) -> int:
 
 def test_calls_in_flight_take_little(cluster: Cluster) -> None:
     assert cluster.run(fly, timeout_s=WAIT_S, num_worker_threads=4)[0] < IN_FLIGHT_MAX
+
+
+# ---- large calls in flight ----------------------------------------------------------------------------------------
+
+LARGE = 10 * MB
+WINDOW = 105 * MB
+HELD = WINDOW // LARGE
+CALLS_MADE = 6 * HELD
+SLACK = 80 * MB
+"""What allocators and stacks may take besides: glibc keeps up to 64 MiB of free memory at the top of a thread's arena,
+also after `malloc_trim`, and ZeroMQ's threads receive into theirs."""
+
+GIVEN_BACK_S = 10.0
+
+_arrived = threading.Semaphore(0)
+
+
+def sleep_on(tensor: torch.Tensor) -> int:
+    """Keep the tensor until the main thread of this worker has seen a whole window of such calls."""
+    _arrived.release()
+    assert _gate.wait(WAIT_S)
+    return tensor.numel()
+
+
+def wake_up_late() -> bool:
+    """Serve as many calls as the window lets go at once; then whether another one came, which it must not have."""
+    for _ in range(HELD):
+        assert _arrived.acquire(timeout=WAIT_S)
+    is_one_more = _arrived.acquire(blocking=False)
+    _gate.set()
+    return is_one_more
+
+
+def peak() -> int:
+    """The most that lay in memory of this process since `settled_anew`."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+
+def settled_anew() -> int:
+    before = settled()
+    Path("/proc/self/clear_refs").write_text("5")
+    return before
+
+
+def call_a_sleeper(rank: int, gives_back: bool) -> int:
+    """By how much this worker grew at most; it is soon back where it was, if it is to be."""
+    if rank == 0:
+        rpc.rpc_sync("worker1", torch.Tensor.numel, args=(torch.ones(LARGE, dtype=torch.uint8),))
+    all_gather(None)
+    before = settled_anew()
+    all_gather(None)
+    if rank == 0:
+        futures = [
+            rpc.rpc_async("worker1", sleep_on, args=(torch.ones(LARGE, dtype=torch.uint8),), timeout=0)
+            for _ in range(CALLS_MADE)
+        ]
+        assert [future.wait() for future in futures] == [LARGE] * CALLS_MADE
+        futures.clear()
+    else:
+        assert not wake_up_late()
+    all_gather(None)
+    most = peak() - before
+    if gives_back:
+        until(lambda: settled() < before + SLACK, "the memory is given back", lambda: settled() - before, GIVEN_BACK_S)
+    return most
+
+
+def run_a_sleeper(cluster: Cluster, shared_memory: bool, gives_back: bool) -> list[int]:
+    options = {"shared_memory": shared_memory, "num_worker_threads": HELD + 2, "max_in_flight_nbytes": WINDOW}
+    return cluster.run(call_a_sleeper, args=(gives_back,), timeout_s=WAIT_S, **options)
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_calls_to_a_callee_that_sleeps_take_what_the_window_allows(cluster: Cluster, shared_memory: bool) -> None:
+    """At either end: a window while it sleeps, and a part of another while that one is let go of."""
+    assert 2 * WINDOW + SLACK < CALLS_MADE * LARGE / 2, "the bound must say something"
+    assert max(run_a_sleeper(cluster, shared_memory, gives_back=False)) < 2 * WINDOW + SLACK
+
+
+@pytest.mark.parametrize(
+    "shared_memory",
+    [
+        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="free shared memory is kept until shutdown")),
+        False,
+    ],
+)
+def test_calls_to_a_callee_that_sleeps_leave_nothing(cluster: Cluster, shared_memory: bool) -> None:
+    """Once all are answered and their tensors are gone, both workers are soon where they were."""
+    run_a_sleeper(cluster, shared_memory, gives_back=True)
 
 
 # ---- RRefs ---------------------------------------------------------------------------------------------------------

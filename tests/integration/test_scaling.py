@@ -78,3 +78,23 @@ def test_too_few_open_files_are_said_to_be(tmp_path: Path) -> None:
         cluster.close()
     assert 1 <= len(reached) < FEW - 1
     assert "`ulimit -n`" in told
+
+
+def reach_all(rank: int) -> list[int]:
+    """Worker 1 may open as few files more; whom it reached."""
+    if rank != 1:
+        return []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 25, hard))
+    reached = [rpc.rpc_sync(f"worker{other}", rank_and_pid)[0] for other in range(FEW)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return reached
+
+
+def test_with_a_broker_few_open_files_are_enough(tmp_path: Path) -> None:
+    """All go over the connection to the broker, as the error of a worker without one says."""
+    cluster = Cluster("broker", tmp_path)
+    try:
+        assert cluster.run(reach_all, FEW)[1] == list(range(FEW))
+    finally:
+        cluster.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +35,9 @@ class Sum:
 
 def add_all(sums: dict[torch.Tensor, Sum], taken: Sequence[Taken]) -> None:
     """Add the gradients `taken` to `sums`. What `taken` holds twice, or is held elsewhere, is copied."""
+    held_by_taken = _references_alone()
     for index in range(len(taken)):
-        alone = _references(taken, index) == _ALONE
+        alone = _references(taken, index) == held_by_taken
         leaf, gradient = taken[index]
         old = sums.get(leaf)
         if old is None and alone and _is_as_plain(gradient, leaf):
@@ -110,16 +112,21 @@ def _is_dense(leaf: torch.Tensor) -> bool:
     return leaf.layout is torch.strided and torch.ops.aten.is_non_overlapping_and_dense(leaf)
 
 
+@cache
 def _references_alone() -> tuple[int, int]:
-    return _references([(_scalar, torch.empty(1))], 0)
+    """What `_references` says of a gradient that only `taken` holds. Measured: it differs between versions of Python.
+
+    Not while this module is imported: torch's first tensor takes 0.6 MB, which a worker at rest does without.
+    """
+    return _references([(torch.empty(1, device="cpu"), torch.empty(1, device="cpu"))], 0)
 
 
 def _references_of_sum() -> int:
-    total = Sum(torch.empty(1), is_ours=True)
+    value: Any = object()
+    total = Sum(value, is_ours=True)
+    del value
     return sys.getrefcount(total.value)
 
 
-_scalar = torch.empty(1)
-_ALONE = _references_alone()
-"""What `_references` says of a gradient that only `taken` holds. Measured: it differs between versions of Python."""
 _HELD_ONCE = _references_of_sum()
+"""What Python says of the gradient in a `Sum` that nothing else holds."""

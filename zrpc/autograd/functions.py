@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -137,8 +138,15 @@ _RecvRpc = _function("torch::distributed::autograd::RecvRpc", _recv_forward, _re
 _apply_recv: Any = super(Function, _RecvRpc).apply
 """Without what `Function.apply` does for functorch, whose transforms no call goes through."""
 
-_anchor = torch.empty(0, requires_grad=True)
-"""An input that makes torch record receive functions, which have none of their own; it never gets a gradient."""
+
+@cache
+def _anchor() -> torch.Tensor:
+    """An input that makes torch record receive functions, which have none of their own; it never gets a gradient.
+
+    It is not made while this module is imported: torch's first tensor takes 0.6 MB, which an idle worker does without.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(0, device="cpu", requires_grad=True)
 
 
 SEND_NAME = "torch::distributed::autograd::SendRpcBackward"
@@ -231,7 +239,7 @@ def record_recv(info: RecvInfo, tensors: Sequence[torch.Tensor]) -> tuple[Node, 
         The function, which lives as long as one of the tensors or what was made of them; and tensors that have it as
         `grad_fn`: the same, or aliases where they are views, which could not be written to after.
     """
-    arguments = (_anchor, info, [one.detach() if one._is_view() else one.requires_grad_(False) for one in tensors])
+    arguments = (_anchor(), info, [one.detach() if one._is_view() else one.requires_grad_(False) for one in tensors])
     with _nothing if torch.is_grad_enabled() else torch.enable_grad():  # to enter it takes longer than to ask
         outputs = _apply_recv(*arguments)
     return outputs[0].grad_fn, outputs

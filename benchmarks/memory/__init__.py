@@ -1,0 +1,1 @@
+"""What zrpc takes of memory, processors at rest and open files."""
