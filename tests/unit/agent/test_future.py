@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.unit.agent.test_call import ANSWER, Owner
-from zrpc import finalizers
+from zrpc import finalizers, interrupts
 from zrpc.agent.completions import Completions
 from zrpc.agent.future import Future, fail, future_of
 from zrpc.agent.pool import HandlerPool
@@ -176,6 +176,15 @@ def test_then_hands_errors_on_as_torch_does() -> None:
     assert failed.then(lambda _: "recovered").wait() == "recovered"
 
 
+@pytest.fixture
+def deferring() -> Iterator[None]:
+    """Signal handlers are deferred, as they are once `init_rpc` was called."""
+    interrupts.install()
+    yield
+    interrupts.uninstall()
+
+
+@pytest.mark.usefixtures("deferring")
 def test_a_signal_that_comes_while_the_outcome_is_made_is_handled_after_and_loses_nothing() -> None:
     def interrupted(_: object) -> str:
         signal.raise_signal(signal.SIGINT)
