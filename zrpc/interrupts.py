@@ -25,14 +25,13 @@ import signal
 import threading
 import time
 import weakref
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc import finalizers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import CodeType, FrameType, TracebackType
 
     Handler = Callable[[int, FrameType | None], Any]
@@ -179,20 +178,6 @@ def _is_put_off(frame: FrameType | None) -> bool:
     return False
 
 
-@contextmanager
-def allowed() -> Iterator[None]:
-    """Within a deferred section: handlers run in the body as they come, unless the section is held."""
-    if _get_ident() != _main or _state.held:
-        yield
-        return
-    depth, _state.depth = _state.depth, 0
-    try:
-        _state.run_pending()
-        yield
-    finally:
-        _state.depth = depth
-
-
 def wait(waiting: Callable[[], T]) -> T:
     """What `waiting()` returns, which blocks; a signal ends it, unless this thread holds something.
 
@@ -237,8 +222,14 @@ def restart(waiting: Callable[..., T], *args: Any) -> T:
 
 def run_handlers() -> None:
     """Run the handlers that were deferred, within a deferred section that holds nothing."""
-    with allowed():
-        pass
+    if _get_ident() != _main or _state.held or not _state.pending:
+        return
+    depth = _state.depth
+    try:
+        _state.depth = 0
+        _state.run_pending()
+    finally:
+        _state.depth = depth  # no handler runs between the call and this
 
 
 def install() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -243,15 +245,45 @@ def test_ctrl_c_pressed_again_and_again_interrupts_a_section_that_does_not_end()
         interrupts.uninstall()
 
 
-def test_allowed_lets_handlers_run_in_a_section(ran: list[str]) -> None:
+def test_handlers_that_were_deferred_run_in_the_midst_of_a_section_that_lets_them(ran: list[str]) -> None:
     with interrupts.deferred:
         signal.raise_signal(signal.SIGUSR1)
-        with interrupts.allowed():
-            assert ran == ["noted"]
-            signal.raise_signal(signal.SIGUSR1)
-            assert ran == ["noted", "noted"]
+        interrupts.run_handlers()
+        assert ran == ["noted"]
         signal.raise_signal(signal.SIGUSR1)
-        assert ran == ["noted", "noted"]
+        assert ran == ["noted"]
+
+
+def test_wherever_a_handler_raises_later_sections_defer(ran: list[str]) -> None:
+    """At each line that Python runs while a section lets handlers run."""
+    at, reached = 0, True
+    while reached:
+        left, reached = at, False
+
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal left, reached
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            left -= event == "line" and "no handler runs between" not in line
+            if left == -1 and not reached:
+                reached = True
+                signal.raise_signal(signal.SIGUSR2)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with interrupts.deferred:
+                signal.raise_signal(signal.SIGUSR1)
+                interrupts.run_handlers()
+        except Strike:
+            pass
+        finally:
+            sys.settrace(None)
+        ran.clear()
+        with interrupts.deferred:
+            signal.raise_signal(signal.SIGUSR1)
+            assert ran == [], f"struck at line event {at}"
+        assert ran == ["noted"]
+        at += 1
 
 
 def test_a_forked_child_is_in_no_section(ran: list[str]) -> None:
