@@ -227,7 +227,7 @@ class Client:
 
     def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""
-        self._inbox.wait_for(wanted, deadline)
+        self._inbox.wait_for(wanted, deadline, self._is_handler)
 
     def wake(self, wanted: Awaited) -> None:
         """See `Inbox.wake`."""

@@ -270,21 +270,24 @@ class Inbox:
 
     # ---- callers
 
-    def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
+    def wait_for(self, wanted: Awaited, deadline: float | None, is_serving: Callable[[], bool] = lambda: False) -> None:
         """Wait for `wanted`; this thread reads meanwhile, unless another one does.
 
         Args:
             wanted: what it waits for. If it comes otherwise than by a message, call `wake` after.
             deadline: when to give up (`time.monotonic`); None: never.
+            is_serving: whether this thread serves a request.
         """
-        interrupts.restart(self._wait_for, wanted, deadline)
+        interrupts.restart(self._wait_for, wanted, deadline, is_serving)
 
-    def _wait_for(self, wanted: Awaited, deadline: float | None) -> None:
+    def _wait_for(self, wanted: Awaited, deadline: float | None, is_serving: Callable[[], bool]) -> None:
         me = threading.get_ident()
         if self._serves_queue == me:
             self._take_over()
         with self._lock:
             reads = self._turns.caller_waits(me, wanted)
+            if not reads and is_serving():
+                self._turns.caller_serves()
         if not reads:
             try:
                 if not wanted.done():

@@ -173,6 +173,10 @@ class Turns:
         self._blocked.append(wanted)
         return False
 
+    def caller_serves(self) -> None:
+        """The caller that was blocked last serves a request: the next one comes with a message, which must be read."""
+        self._streak = 0
+
     def caller_unblocked(self, wanted: Awaited) -> None:
         """A caller that was blocked is not any more, whatever came of it."""
         for index, one in enumerate(self._blocked):

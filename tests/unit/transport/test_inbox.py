@@ -300,6 +300,20 @@ def test_many_callers_in_a_row_never_wait_for_nobody() -> None:
         here.wait_taken(b"again")
 
 
+def test_a_reader_goes_on_reading_for_callers_that_serve_requests() -> None:
+    with office() as here:
+        here.send(b"first")
+        here.wait_taken(b"first")  # a reader reads
+        for number in range(20):
+            name = b"%d" % number
+            here.wanted[name] = Wanted()
+            caller = in_thread("caller", partial(here.inbox.wait_for, here.wanted[name], None, lambda: True))
+            assert here.wanted[name].blocked.wait(WAIT_S)
+            here.send(name)
+            caller.join(WAIT_S)
+            assert "a reader reads" in here.inbox.describe(), "the next request would lie unread"
+
+
 def test_closing_from_within_a_message_is_safe() -> None:
     with office(start=False) as here:
         wanted = Wanted()

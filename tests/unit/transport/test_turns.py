@@ -241,6 +241,19 @@ def test_a_reader_leaves_the_socket_to_callers_that_follow_each_other_closely() 
     assert turns.next_step(1, 1) is Place.READING, "nothing was read or sent"
 
 
+def test_a_reader_goes_on_reading_while_callers_that_serve_requests_follow_each_other() -> None:
+    turns = Turns()
+    turns.reader_comes(1)
+    assert turns.next_step(1, 0) is Place.READING
+    for number in range(3 * STREAK):
+        wanted = Wanted()
+        assert not turns.caller_waits(11, wanted)
+        turns.caller_serves()
+        wanted.is_done = True
+        assert not turns.follows_closely(1.0 + number / 1000)
+        turns.caller_unblocked(wanted)
+
+
 def test_a_caller_that_leaves_another_one_blocked_calls_a_reader_to_read() -> None:
     turns = Turns()
     assert turns.caller_waits(11, Wanted())
