@@ -19,7 +19,7 @@ from tests.integration.harness import Cluster
 from tests.waiting import until
 from zrpc import errors
 from zrpc.agent.current import current_agent
-from zrpc.transport.brokered import BrokeredEndpoint
+from zrpc.transport.brokered import CREDIT_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -254,7 +254,7 @@ def until_there(path: Path) -> None:
 # ---- a worker that does not read -----------------------------------------------------------------------------------
 
 CALLS, NBYTES = 400, MB
-BROKER_CREDIT = BrokeredEndpoint.credit_nbytes
+BROKER_CREDIT = CREDIT_NBYTES
 
 
 def produce(nbytes: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import AsyncCalls, Request
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
-from zrpc.transport.lanes import COUNTED_MIN_NBYTES
+from zrpc.transport.credit import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception
 from zrpc.wire.messages import Message, Reply
 from zrpc.wire.payload import Payload, seal

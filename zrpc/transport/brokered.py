@@ -31,6 +31,7 @@ from zrpc import finalizers
 from zrpc.errors import PeerLostError
 from zrpc.exception_text import log_error
 from zrpc.transport import sockets
+from zrpc.transport.credit import CreditLink
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.socket_link import RelayLink, SocketLink
@@ -56,6 +57,11 @@ def _ignore(_: object) -> None:
     """Nobody listens yet."""
 
 
+CREDIT_NBYTES = 64 << 20
+"""What may be on the way to one peer that has not read it. It may lie in the broker, once for each worker that sends to
+the same one."""
+
+
 class BrokeredEndpoint(LinkEndpoint):
     """One worker's end of the brokered transport.
 
@@ -73,9 +79,6 @@ class BrokeredEndpoint(LinkEndpoint):
     Raises:
         ConfigError: the address is not one, or its host is not known.
     """
-
-    credit_nbytes = 64 << 20
-    """What is on the way may lie in the broker, once for each worker that sends to the same one."""
 
     def __init__(
         self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0
@@ -174,6 +177,7 @@ class BrokeredEndpoint(LinkEndpoint):
             self._peers.discard(peer)
             link = self._links.pop(peer, None)
             self._gone.note(peer, reason)
+            self._owed.pop(peer, None)
         if link is not None:
             link.close(linger_s=0.0)
         return known
@@ -211,7 +215,7 @@ class BrokeredEndpoint(LinkEndpoint):
             link = self._links.get(peer)
             if link is None and self._local_links is not None:
                 link = self._local_links.connect(peer)
-            link = self._links[peer] = link or RelayLink(peer, self._to_broker)
+            link = self._links[peer] = link or CreditLink(RelayLink(peer, self._to_broker), CREDIT_NBYTES)
             return link
 
     def _connect(self, context: sockets.Context, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
@@ -243,7 +247,7 @@ class BrokeredEndpoint(LinkEndpoint):
         if not self.inbox.is_on_link:
             self.heard_at = time.monotonic()
         if source != BROKER:
-            return self._deliver(source, frames)
+            return None if self._is_mark(source, frames) else self._deliver(source, frames)
         try:
             self._on_control(frames)
         except Exception as error:  # whatever one message does, the next one is read

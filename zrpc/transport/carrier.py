@@ -1,8 +1,7 @@
 """Envelopes between workers: each large buffer goes the best way there is, the rest through the endpoint.
 
 In shared memory, between workers of one host; else in chunks, where it is very large; else as a frame of
-its own. The two first go beside their envelope, which names them by descriptors. What goes through the endpoint is
-kept back where the peer does not read (`Lanes`).
+its own. The two first go beside their envelope, which names them by descriptors.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
-from zrpc.transport.lanes import Lanes
 from zrpc.transport.packets import Bundle
 from zrpc.transport.slab import DESCRIPTOR_LENGTH
 from zrpc.wire.envelope import Arriving, Envelope, decode, encode
@@ -57,9 +55,8 @@ class Carrier:
     def __init__(self, endpoint: Endpoint, shared_memory: SharedMemory | None, make: MakeMemory = plain) -> None:
         self._endpoint = endpoint
         self._shared_memory = shared_memory
-        self._lanes = Lanes(endpoint.send, endpoint.credit_nbytes)
-        self._transfers = Transfers(self._lanes.send, make)
-        self._batches = Batches(self._lanes.send, self.forget)
+        self._transfers = Transfers(endpoint.send, make)
+        self._batches = Batches(endpoint.send, self.forget)
         self._on_envelope: OnEnvelope
         self._is_over = False
         self.inbox = endpoint.inbox
@@ -81,7 +78,7 @@ class Carrier:
 
     def meet(self, peer: Incarnation) -> None:
         """`peer` came."""
-        self._lanes.meet(peer)
+        self._endpoint.meet(peer)
 
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`."""
@@ -116,7 +113,7 @@ class Carrier:
             raise
         try:
             if files:
-                self._lanes.send(peer, Bundle(frames, files))
+                self._endpoint.send(peer, Bundle(frames, files))
             else:
                 self._send(peer, frames, may_lie)
             if later and self._shared_memory is not None:
@@ -133,7 +130,7 @@ class Carrier:
         if not (may_lie and self.inbox.serves_queue_here and len(frames) == 1 and len(frames[0]) <= MAX_NBYTES):
             if self._batches.count:
                 self._batches.flush()
-            self._lanes.send(peer, frames)
+            self._endpoint.send(peer, frames)
             return
         self._batches.add(peer, frames[0])
         if not self.inbox.serves_queue_here:  # whoever reads now may have looked for what lies here before
@@ -170,12 +167,11 @@ class Carrier:
             self._shared_memory.pin(buffer, pins)
 
     def queued_nbytes(self, peer: Incarnation) -> int:
-        """How much waits here because `peer` has not read what was sent before, in bytes."""
-        return self._lanes.queued_nbytes(peer)
+        """See `Endpoint.queued_nbytes`."""
+        return self._endpoint.queued_nbytes(peer)
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""
-        self._lanes.forget(peer)
         if self._shared_memory is not None:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
@@ -186,8 +182,8 @@ class Carrier:
         self._batches.close()
 
     def flush(self) -> None:
-        """Give the transport all that waits for peers that have not read what was sent before."""
-        self._lanes.flush()
+        """See `Endpoint.release`."""
+        self._endpoint.release()
 
     def close(self, flush_s: float, *, at_exit: bool = False) -> None:
         """See `Endpoint.close`. Idempotent."""
@@ -273,8 +269,6 @@ class Carrier:
         """
         if self._transfers.is_chunk(frames):
             self._transfers.receive(source, frames)
-        elif self._lanes.is_mark(frames):
-            self._lanes.receive(source, frames)
         elif is_batch(frames):
             works = [work for message in messages_of(frames) if (work := self._on_frames(source, [message]))]
             return partial(_do_all, works) if works else None  # answers are none

@@ -22,12 +22,10 @@ class Endpoint(Protocol):
     Attributes:
         incarnation: this life of the worker.
         inbox: what is read.
-        credit_nbytes: how much should be on the way to one peer that has not read it yet.
     """
 
     incarnation: Incarnation
     inbox: Inbox
-    credit_nbytes: int
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""
@@ -54,6 +52,15 @@ class Endpoint(Protocol):
             PeerLostError: as `send`.
             AgentClosedError: as `send`.
         """
+
+    def meet(self, peer: Incarnation) -> None:
+        """`peer` can be sent to from now on: send what it could not be answered before."""
+
+    def queued_nbytes(self, to: Incarnation) -> int:
+        """How much waits here because that worker has not read what was sent before, in bytes."""
+
+    def release(self) -> None:
+        """Give the system all that waits for workers that have not read what was sent before: this one shuts down."""
 
     def watch(self, peer: Incarnation) -> None:
         """See to it that `on_lost` tells of the loss of `peer` even if nothing is ever sent to it."""

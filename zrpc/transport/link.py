@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_QUEUED = 1_000_000
 """Messages that may wait in a link for a worker that does not read; one more is refused."""
 MAX_QUEUED_NBYTES = 1 << 30
-"""The same in bytes; a single message may be larger. Large messages are held back before they come here, by lanes."""
+"""The same in bytes; a single message may be larger. See `zrpc.transport.credit`."""
 
 SEND_COPY_MAX_NBYTES = 512 << 10
 """Larger frames are sent without a copy. That costs a change of threads: pyzmq has a thread that lets go of the memory,
@@ -27,6 +27,10 @@ and 350 of 512 KiB; from 1 MiB on no difference shows, and series of large ones 
 
 class Link(Protocol):
     """The sending end toward one worker. Any thread may use it."""
+
+    @property
+    def queued_nbytes(self) -> int:
+        """How much waits here because the peer has not read what was sent before, in bytes."""
 
     @property
     def takes_files(self) -> bool:

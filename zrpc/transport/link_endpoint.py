@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from zrpc import threads
-from zrpc.errors import AgentClosedError, PeerLostError
+from zrpc.errors import AgentClosedError, PeerLostError, ZrpcError
 from zrpc.ids import EndedLives
 from zrpc.transport import fork, io_thread, sockets
+from zrpc.transport.credit import CreditLink, answer_of, is_mark, total_of
 from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.local_links import LocalLinks
 
@@ -73,6 +74,7 @@ class LinkEndpoint(ABC):
         self._watcher_wake = self._wake_socket(_WAKE_WATCHER, zmq.PAIR)
         self._lock = threading.Lock()  # owns what follows and the wake sockets
         self._links: dict[Incarnation, Link] = {}
+        self._owed: dict[Incarnation, bytes] = {}  # to workers that cannot be sent to yet; of the thread that reads
         self._gone = EndedLives()
         self._clogged: set[SocketLink] = set()
         self._closed = False
@@ -135,6 +137,23 @@ class LinkEndpoint(ABC):
         """See `Endpoint.takes_files`."""
         return self._local_links is not None and (self._links.get(to) or self._open(to)).takes_files
 
+    def meet(self, peer: Incarnation) -> None:
+        """See `Endpoint.meet`."""
+        owed = self._owed.pop(peer, None)
+        if owed is not None:
+            self._answer_mark(peer, owed)
+
+    def queued_nbytes(self, to: Incarnation) -> int:
+        """See `Endpoint.queued_nbytes`."""
+        link = self._links.get(to)
+        return 0 if link is None else link.queued_nbytes
+
+    def release(self) -> None:
+        """See `Endpoint.release`."""
+        for link in list(self._links.values()):
+            if isinstance(link, CreditLink):
+                link.release()
+
     def interrupt(self) -> None:
         """See `Endpoint.interrupt`."""
         with self._lock:
@@ -171,6 +190,25 @@ class LinkEndpoint(ABC):
         self._context.term()
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _is_mark(self, source: Incarnation, frames: list[Buffer]) -> bool:
+        """Whether a message is a mark (`zrpc.transport.credit`); then it is seen to."""
+        if not is_mark(frames):
+            return False
+        answer = answer_of(frames)
+        if answer is not None:
+            self._answer_mark(source, answer)
+        elif isinstance(link := self._links.get(source), CreditLink):
+            link.confirm(total_of(frames))
+        return True
+
+    def _answer_mark(self, peer: Incarnation, answer: bytes) -> None:
+        """Send a mark back; if its sender is not known here yet, when it is."""
+        try:
+            self.send(peer, (answer,))
+        except ZrpcError:
+            if peer not in self._gone:
+                self._owed[peer] = answer
 
     def _close_links(self, links: Sequence[Link], deadline: float) -> None:
         for link in links:

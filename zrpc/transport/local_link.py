@@ -75,6 +75,11 @@ class LocalLink:
         """The descriptor of its socket; -1: it is closed."""
         return self._sock.fileno()
 
+    @property
+    def queued_nbytes(self) -> int:
+        """See `Link.queued_nbytes`."""
+        return self._nbytes
+
     def send(self, frames: Sequence[Buffer]) -> None:
         """See `Link.send`."""
         with self._lock:

@@ -17,6 +17,7 @@ import zmq
 
 from zrpc.errors import ConfigError, PeerLostError
 from zrpc.transport import descriptors, sockets
+from zrpc.transport.credit import CreditLink
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.local_links import FILES_PER_PEER
 from zrpc.transport.socket_link import SocketLink
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from zrpc.transport.inbox import Work
     from zrpc.transport.link import Link
     from zrpc.wire.envelope import Buffer
+
+
+CREDIT_NBYTES = 512 << 20
+"""What may be on the way to one peer that has not read it. ZeroMQ holds references to memory that the message's sender
+holds as well: this only bounds answers."""
 
 
 class PeerEndpoint(LinkEndpoint):
@@ -42,9 +48,6 @@ class PeerEndpoint(LinkEndpoint):
     Raises:
         ConfigError: the address cannot be listened on.
     """
-
-    credit_nbytes = 512 << 20
-    """ZeroMQ holds references to memory that the message's sender holds as well: this only bounds answers."""
 
     def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False, busy_poll_s: float = 0.0) -> None:
         self._bind = bind
@@ -82,6 +85,7 @@ class PeerEndpoint(LinkEndpoint):
         with self._lock:
             self._addresses.pop(peer, None)
             self._gone.note(peer, "it left the group")
+            self._owed.pop(peer, None)
             link = self._links.pop(peer, None)
         if link is not None:
             link.close(linger_s=1.0)
@@ -139,10 +143,12 @@ class PeerEndpoint(LinkEndpoint):
             raise self._refusal(peer) from error
         self._new_monitors.append((peer, monitor))
         self._wake(self._watcher_wake)
-        return SocketLink(sock, self._on_queued)
+        return CreditLink(SocketLink(sock, self._on_queued), CREDIT_NBYTES)
 
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._closed or (len(frames) == 1 and not frames[0]):  # it only wakes the reader
+            return None
+        if self._is_mark(source, frames):
             return None
         return self._on_frames(source, frames)
 
@@ -171,5 +177,6 @@ class PeerEndpoint(LinkEndpoint):
                 return
             self._addresses.pop(peer, None)
             self._gone.note(peer, reason)
+            self._owed.pop(peer, None)
         link.close(linger_s=0.0)
         self._on_lost(peer, reason)

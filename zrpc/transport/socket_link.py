@@ -43,6 +43,11 @@ class SocketLink:
         self._nbytes = 0  # of the queue
         self._closed = False
 
+    @property
+    def queued_nbytes(self) -> int:
+        """See `Link.queued_nbytes`."""
+        return self._nbytes
+
     def send(self, frames: Sequence[Buffer], to: bytes | None = None) -> None:
         """See `Link.send`. `to`: whom it is for, where that does not go without saying."""
         if self._closed:  # while it is flushed the lock is taken for long
@@ -114,6 +119,11 @@ class RelayLink:
     def __init__(self, peer: Incarnation, to_broker: SocketLink) -> None:
         self._peer = peer
         self._to_broker = to_broker
+
+    @property
+    def queued_nbytes(self) -> int:
+        """See `Link.queued_nbytes`: of all workers."""
+        return self._to_broker.queued_nbytes
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """See `Link.send`."""

@@ -76,8 +76,6 @@ class MemoryEndpoint:
         num_read: how many messages were taken in.
     """
 
-    credit_nbytes = 1 << 30
-
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
@@ -103,6 +101,15 @@ class MemoryEndpoint:
 
         self._thread = threading.Thread(target=read, name=READER)
         self._thread.start()
+
+    def meet(self, peer: Incarnation) -> None:
+        """See `Endpoint`."""
+
+    def queued_nbytes(self, to: Incarnation) -> int:
+        return 0
+
+    def release(self) -> None:
+        """See `Endpoint`."""
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         if self._closed:

@@ -49,8 +49,6 @@ class Network:
 class QueueEndpoint:
     """One worker's end: what is sent to it waits in queues until its reading thread takes it."""
 
-    credit_nbytes = 1 << 30
-
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
@@ -65,6 +63,15 @@ class QueueEndpoint:
         self.on_lost = on_lost
         self._thread = threading.Thread(target=self._read, args=(on_frames,), daemon=True)
         self._thread.start()
+
+    def meet(self, peer: Incarnation) -> None:
+        """See `Endpoint`."""
+
+    def queued_nbytes(self, to: Incarnation) -> int:
+        return 0
+
+    def release(self) -> None:
+        """See `Endpoint`."""
 
     def send(self, to: Incarnation, frames: Sequence[Buffer]) -> None:
         peer = self._network.endpoints.get(to)

@@ -155,8 +155,6 @@ class Network:
 
 
 class FakeEndpoint:
-    credit_nbytes = 1 << 30
-
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
@@ -169,6 +167,15 @@ class FakeEndpoint:
     ) -> None:
         self.on_frames, self.on_lost = on_frames, on_lost
         self.is_open = True
+
+    def meet(self, peer: Incarnation) -> None:
+        """See `Endpoint`."""
+
+    def queued_nbytes(self, to: Incarnation) -> int:
+        return 0
+
+    def release(self) -> None:
+        """See `Endpoint`."""
 
     def send(self, to: Incarnation, frames: Sequence[Any]) -> None:
         copied = [bytes(frame) for frame in frames]

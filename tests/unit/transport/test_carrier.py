@@ -51,7 +51,7 @@ def wire() -> Wire:
 def carrier(wire: Wire, memory: SharedMemory, **methods: Any) -> Carrier:
     endpoint: Any = SimpleNamespace(
         send=wire.send,
-        credit_nbytes=1 << 30,
+        queued_nbytes=lambda _: 0,
         inbox=SimpleNamespace(tell=lambda *_: None, serves_queue_here=False),
         interrupt=None,
         incarnation=B,

@@ -1,4 +1,4 @@
-"""Flow control between two workers: how much may lie between them that the other side has not read.
+"""Links that know how much their peer has not read yet, and send no more than so much ahead.
 
 ZeroMQ counts messages, not bytes, and a sender's queue, a broker's and the receiver's are all long. So a worker that
 reads slowly, or not at all for a while, would have gigabytes wait for it, much of it in a broker that serves everybody.
@@ -12,7 +12,7 @@ copied.
 - Reading does not wait for user functions, so a mark comes back unless the other process stands still.
 - Small messages do not count; if others wait, they wait behind them.
 
-`Lane` decides, for one peer. `Lanes` has the locks, and sends.
+`Credit` decides, for one peer. `CreditLink` has the lock, and sends. Local links need neither: the kernel takes little.
 """
 
 from __future__ import annotations
@@ -28,16 +28,14 @@ from zrpc.errors import ZrpcError
 from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from zrpc.ids import Incarnation
+    from zrpc.transport.link import Link
     from zrpc.wire.envelope import Buffer
-
-    Send = Callable[[Incarnation, Sequence[Buffer]], None]
 
 COUNTED_MIN_NBYTES = 16_384
 """Messages up to this size do not count: what counts takes a lock."""
-MAGIC = 0xC1
+_MAGIC = 0xC1
 _HEADER = struct.Struct("<BBQ")  # magic, kind, bytes sent so far
 _MARK, _CONFIRMED = 1, 2
 
@@ -50,8 +48,12 @@ class Mark:
 
     total: int
 
+    def packed(self) -> bytes:
+        """Its frame."""
+        return _HEADER.pack(_MAGIC, _MARK, self.total)
 
-class Lane(Generic[T]):
+
+class Credit(Generic[T]):
     """What may be sent to one peer now. No lock, thread or clock; whoever calls it owns it.
 
     Every method returns what is to be sent now, in this order.
@@ -131,107 +133,83 @@ class Lane(Generic[T]):
         return Mark(self._sent)
 
 
-class _Locked:
-    """A lane and its lock. `is_clear`, which anybody may read, says that nothing waits or is just being sent."""
-
-    __slots__ = ("is_clear", "lane", "lock")
-
-    def __init__(self, credit_nbytes: int) -> None:
-        self.lock = threading.Lock()
-        self.lane: Lane[Sequence[Buffer]] = Lane(credit_nbytes)
-        self.is_clear = True
-
-
-class Lanes:
-    """The lanes of one worker. Any thread may use it.
+class CreditLink:
+    """A link that sends a bounded number of bytes ahead of what its peer has read. The lock owns the rest.
 
     Args:
-        send: sends a message to a peer, as `Endpoint.send`.
-        credit_nbytes: what may be on the way to each.
+        link: what messages are sent on.
+        credit_nbytes: what may be on the way.
     """
 
-    def __init__(self, send: Send, credit_nbytes: int) -> None:
-        self._send = send
-        self._credit_nbytes = credit_nbytes
-        self._lanes: dict[Incarnation, _Locked] = {}
-        self._owed: dict[Incarnation, bytes] = {}
+    takes_files = False
 
-    def send(self, peer: Incarnation, frames: Sequence[Buffer]) -> None:
-        """Send one message, or keep it until the peer has read enough of what was sent before. Never waits.
+    def __init__(self, link: Link, credit_nbytes: int) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._credit: Credit[Sequence[Buffer]] = Credit(credit_nbytes)
+        self._is_clear = True  # nothing waits or is just being sent; anybody may read it
 
-        Where it raises, the message is not kept; those of others that waited before it are.
+    @property
+    def queued_nbytes(self) -> int:
+        """See `Link.queued_nbytes`."""
+        return self._credit.queued_nbytes
 
-        Raises:
-            PeerLostError: the peer is gone.
-            AgentClosedError: this end is closed.
-            OverloadedError: too much waits to leave.
-        """
-        locked = self._lanes.get(peer)
-        if len(frames) == 1 and len(frames[0]) <= COUNTED_MIN_NBYTES and (locked is None or locked.is_clear):
-            self._send(peer, frames)
+    def send(self, frames: Sequence[Buffer]) -> None:
+        """See `Link.send`. Where it raises, the message is not kept; those that waited before it are."""
+        if self._is_clear and len(frames) == 1 and len(frames[0]) <= COUNTED_MIN_NBYTES:
+            self._link.send(frames)
             return
-        if locked is None:
-            locked = self._lanes.setdefault(peer, _Locked(self._credit_nbytes))
-        with locked.lock:
+        with self._lock:
             try:
-                self._carry_out(peer, locked, locked.lane.send(frames, nbytes_of(frames)))
+                self._carry_out(self._credit.send(frames, nbytes_of(frames)))
             except BaseException:
-                locked.lane.drop(frames)
+                self._credit.drop(frames)
                 raise
 
-    def is_mark(self, frames: Sequence[Buffer]) -> bool:
-        """Whether `frames` are neither an envelope nor a chunk, but flow control."""
-        return len(frames) == 1 and len(frames[0]) == _HEADER.size and frames[0][0] == MAGIC
+    def confirm(self, total: int) -> None:
+        """The mark `total` came back. For the thread that reads."""
+        with self._lock, suppress(ZrpcError):  # the peer is gone, and whoever waits for it is told
+            self._carry_out(self._credit.confirm(total))
 
-    def receive(self, source: Incarnation, frames: Sequence[Buffer]) -> None:
-        """A mark came, to be sent back, or one that was. For the reading thread."""
-        _, kind, total = _HEADER.unpack(frames[0])
-        if kind == _MARK:
-            self._confirm(source, _HEADER.pack(MAGIC, _CONFIRMED, total))
-            return
-        locked = self._lanes.get(source)
-        if locked is not None:
-            with locked.lock, suppress(ZrpcError):  # the peer is gone, and whoever waits for it is told
-                self._carry_out(source, locked, locked.lane.confirm(total))
+    def release(self) -> None:
+        """Give all that waits to the system."""
+        with self._lock, suppress(ZrpcError):
+            self._carry_out(self._credit.release())
 
-    def meet(self, peer: Incarnation) -> None:
-        """`peer` can be sent to from now on: send it what could not be sent before."""
-        owed = self._owed.pop(peer, None)
-        if owed is not None:
-            self._confirm(peer, owed)
+    def flush(self, timeout_s: float) -> None:
+        """See `Link.flush`."""
+        self.release()
+        self._link.flush(timeout_s)
 
-    def queued_nbytes(self, peer: Incarnation) -> int:
-        """How much waits here for `peer`, in bytes."""
-        locked = self._lanes.get(peer)
-        return 0 if locked is None else locked.lane.queued_nbytes
+    def close(self, linger_s: float) -> None:
+        """See `Link.close`."""
+        self._link.close(linger_s)
 
-    def forget(self, peer: Incarnation) -> None:
-        """`peer` is gone, and what waits for it is dropped."""
-        self._lanes.pop(peer, None)
-        self._owed.pop(peer, None)
-
-    def flush(self) -> None:
-        """Give all that waits to the transport: this worker shuts down."""
-        for peer, locked in list(self._lanes.items()):
-            with locked.lock, suppress(ZrpcError):
-                self._carry_out(peer, locked, locked.lane.release())
-
-    def _carry_out(self, peer: Incarnation, locked: _Locked, steps: list[Sequence[Buffer] | Mark]) -> None:
+    def _carry_out(self, steps: list[Sequence[Buffer] | Mark]) -> None:
         """Send `steps`; what is not sent waits again. Call it under the lock."""
-        locked.is_clear = False
+        self._is_clear = False
         for index, step in enumerate(steps):
             try:
-                self._send(peer, (_HEADER.pack(MAGIC, _MARK, step.total),) if isinstance(step, Mark) else step)
+                self._link.send((step.packed(),) if isinstance(step, Mark) else step)
             except BaseException as error:
                 has_stayed = isinstance(error, ZrpcError)  # Ctrl-C: it may have left
                 unsent = steps[index if has_stayed else index + 1 :]
-                locked.lane.take_back([(step, nbytes_of(step)) for step in unsent if not isinstance(step, Mark)])
+                self._credit.take_back([(step, nbytes_of(step)) for step in unsent if not isinstance(step, Mark)])
                 raise
-        locked.is_clear = not locked.lane.num_queued
+        self._is_clear = not self._credit.num_queued
 
-    def _confirm(self, source: Incarnation, mark: bytes) -> None:
-        """Send a mark back; if its sender is not known here yet, when it is."""
-        try:
-            self._send(source, (mark,))
-        except ZrpcError:
-            self._owed[source] = mark
+
+def is_mark(frames: Sequence[Buffer]) -> bool:
+    """Whether `frames` are no message, but a mark."""
+    return len(frames) == 1 and len(frames[0]) == _HEADER.size and frames[0][0] == _MAGIC
+
+
+def answer_of(frames: Sequence[Buffer]) -> bytes | None:
+    """What is to be sent back for a mark; None: it is one that came back."""
+    _, kind, total = _HEADER.unpack(frames[0])
+    return _HEADER.pack(_MAGIC, _CONFIRMED, total) if kind == _MARK else None
+
+
+def total_of(frames: Sequence[Buffer]) -> int:
+    """What a mark that came back confirms, in bytes."""
+    return int(_HEADER.unpack(frames[0])[2])
