@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from zrpc.errors import ZrpcError
+from zrpc.errors import PeerLostError, ZrpcError
 from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class CreditLink:
         self._link = link
         self._lock = threading.Lock()
         self._credit: Credit[Sequence[Buffer]] = Credit(credit_nbytes)
+        self._closed = False
         self._is_clear = True  # nothing waits or is just being sent; anybody may read it
 
     @property
@@ -160,6 +161,8 @@ class CreditLink:
             self._link.send(frames)
             return
         with self._lock:
+            if self._closed:
+                raise PeerLostError("the connection is closed")
             try:
                 self._carry_out(self._credit.send(frames, nbytes_of(frames)))
             except BaseException:
@@ -183,6 +186,9 @@ class CreditLink:
 
     def close(self, linger_s: float) -> None:
         """See `Link.close`."""
+        with self._lock:
+            self._closed = True
+            self._credit.release()
         self._link.close(linger_s)
 
     def _carry_out(self, steps: list[Sequence[Buffer] | Mark]) -> None:

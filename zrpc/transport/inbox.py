@@ -39,7 +39,6 @@ from zrpc.wire.envelope import Buffer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zrpc.transport.io_thread import IoThread
     from zrpc.transport.local_links import LocalLinks
     from zrpc.transport.sockets import Socket
     from zrpc.transport.turns import Awaited
@@ -65,7 +64,6 @@ class Inbox:
         sock: the socket; the inbox closes it.
         take: is given each message, by whichever thread reads.
         is_over: whether reading is over. Looked at after each message: send the socket one when it comes true.
-        io_thread: brings the messages.
         interrupt: sends the socket a message that says nothing.
         links: where messages come too, if it is not None; the inbox closes it.
         busy_poll_s: see `Polling`.
@@ -82,13 +80,12 @@ class Inbox:
         sock: Socket,
         take: Take,
         is_over: Callable[[], bool],
-        io_thread: IoThread,
         interrupt: Callable[[], None],
         links: LocalLinks | None = None,
         busy_poll_s: float = 0.0,
     ) -> None:
         self.tell(_nothing, _nothing)
-        self.polling = Polling(sock, io_thread, links, busy_poll_s)
+        self.polling = Polling(sock, links, busy_poll_s)
         self.num_sent = 0
         self._sock = sock
         self._links = links

@@ -20,7 +20,7 @@ import zmq
 from zrpc import threads
 from zrpc.errors import AgentClosedError, PeerLostError, ZrpcError
 from zrpc.ids import EndedLives
-from zrpc.transport import fork, io_thread, sockets
+from zrpc.transport import fork, sockets
 from zrpc.transport.credit import CreditLink, answer_of, is_mark, total_of
 from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.local_links import LocalLinks
@@ -59,7 +59,7 @@ class LinkEndpoint(ABC):
     ) -> None:  # fmt: skip
         self.incarnation = incarnation
         self._wake_frames = wake
-        self._context, carrier = io_thread.make_context()
+        self._context = sockets.make_context()
         try:
             inbound = make_inbound(self._context)
         except BaseException:
@@ -67,7 +67,7 @@ class LinkEndpoint(ABC):
             raise
         inbound.bind(_WAKE_READER)
         self._local_links = LocalLinks.make(incarnation, is_thrifty=is_thrifty) if local else None
-        self.inbox = Inbox(inbound, self._take, self._is_over, carrier, self.interrupt, self._local_links, busy_poll_s)
+        self.inbox = Inbox(inbound, self._take, self._is_over, self.interrupt, self._local_links, busy_poll_s)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)

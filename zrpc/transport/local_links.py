@@ -65,9 +65,6 @@ class LocalLinks:
         me: whose they are.
         is_thrifty: have links only while this process may open many more files.
 
-    Attributes:
-        has_seen: whether the last look showed something that was not received yet.
-
     Raises:
         OSError: there cannot be any.
     """
@@ -149,11 +146,6 @@ class LocalLinks:
     def fileno(self) -> int:
         """A descriptor that can be read while there is something to receive or to do."""
         return self._epoll.fileno()
-
-    @property
-    def has_seen(self) -> bool:
-        """Whether the last look showed something that was not received yet."""
-        return bool(self._ready)
 
     def is_ready(self) -> bool:
         """Whether there is something to receive, maybe only a connection that begins or ends."""

@@ -8,14 +8,13 @@ Where messages are further apart nobody polls.
 Nor does anybody where processors are short: who yields then comes back after the others have had their time, which is
 milliseconds, while the kernel lets one that wakes up go first. A yield that takes `TAKEN_S` tells that somebody else
 wants the processor, or the interpreter's lock. Where such yields take more than `TAKEN_MAX_S` within `WINDOW_S` nobody
-polls here for `CALM_S`, unless it was ZeroMQ's thread, with large messages, for `OWN_SHARE` of the time. Measured with
-two processes that compute on two processors: yields of 3 ms, which take 40-70 % of the time; a no-op call takes
-160-1,500 µs if its ends poll, and 130 if they sleep. No three yields are enough, however long they take: a library that
-keeps the interpreter's lock for once tells nothing. A few shorter ones in a row, up to 5 ms within 20, come where both
-ends of a call were put on one processor, and the kernel soon parts them.
+polls here for `CALM_S`. Measured with two processes that compute on two processors: yields of 3 ms, which take 40-70 %
+of the time; a no-op call takes 160-1,500 µs if its ends poll, and 130 if they sleep. No three yields are enough,
+however long they take: a library that keeps the interpreter's lock for once tells nothing. A few shorter ones in a row,
+up to 5 ms within 20, come where both ends of a call were put on one processor, and the kernel soon parts them.
 
-Who sends gives way too, once for each message that it has polled for: ZeroMQ's I/O thread, which does not interrupt it
-(`zrpc.transport.io_thread`), can then begin at once. In a series of messages that would only be in the way.
+Who sends gives way too, once for each message that it has polled for: whoever carries or receives it can then begin at
+once (`compare.py --only builtin_add_us` is 1.6 times as fast). In a series of messages that would only be in the way.
 """
 
 from __future__ import annotations
@@ -33,19 +32,14 @@ from zrpc import interrupts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zrpc.transport.io_thread import IoThread
     from zrpc.transport.local_links import LocalLinks
     from zrpc.transport.sockets import Socket
 
-SOCKET_EVERY = 4
-"""One look of so many is for ZeroMQ's socket too, if the last message came on a local link: a look at both takes twice
-as long as one at the links, and the message lies for half of that (`compare.py --only noop_us`)."""
 TAKEN_S = 0.001
-"""An I/O thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP; a peer that copies
+"""ZeroMQ's thread takes the processor for up to 0.1 ms at a time, but for large messages over TCP; a peer that copies
 16 MiB on two threads, for 0.6."""
 TAKEN_MAX_S = 0.012
 WINDOW_S = 0.05
-OWN_SHARE = 0.1
 CALM_S = 1.0
 
 
@@ -54,25 +48,20 @@ class Polling:
 
     Args:
         sock: where they come.
-        io_thread: brings them.
         links: where they come too, if it is not None.
         busy_poll_s: how long to poll before to sleep, in seconds; 0: never poll.
     """
 
-    def __init__(self, sock: Socket, io_thread: IoThread, links: LocalLinks | None, busy_poll_s: float) -> None:
+    def __init__(self, sock: Socket, links: LocalLinks | None, busy_poll_s: float) -> None:
         self.busy_poll_s = busy_poll_s
         self._links = links
         self._on_socket: list[tuple[Any, int]] = [(sock, int(zmq.POLLIN))]
         self._on_any = self._on_socket if links is None else [*self._on_socket, (links, int(zmq.POLLIN))]
-        self._io_thread = io_thread
         self._last_wait_s = 0.0
         self._no_poll_until = 0.0
         self._taken_s = 0.0
         self._window_began = 0.0
-        self._io_cpu_s: float | None = None
-        self._taken_at = 0.0
         self._owes_way = False
-        self._on_link = False  # where the last message came that was polled for
 
     def is_ready(self) -> bool:
         """Whether there is a message that need not be waited for."""
@@ -103,42 +92,28 @@ class Polling:
         return (self._links is not None and self._links.is_ready()) or self.is_on_socket()
 
     def _poll(self, began: float) -> bool:
-        self._io_thread.be_polite(True)
-        now, turn = began, 0
-        links = self._links if self._on_link else None
+        now = began
         while now - began < self.busy_poll_s:
             let_others_run()
             last, now = now, time.monotonic()
-            turn += 1
-            came = links.is_ready() if links is not None and turn % SOCKET_EVERY else self._is_there()
+            came = self._is_there()
             if now - last > TAKEN_S:
                 self._note_taken(now - last, now)
                 return came
             if came:
                 self._owes_way = True
-                self._on_link = self._links is not None and self._links.has_seen
                 return True
         return False
 
     def _note_taken(self, took_s: float, now: float) -> None:
-        """A yield took long: was it for somebody else, and are such yields too much by now?
-
-        Where the I/O thread's time is not known, it counts as somebody else: then this thread polls less.
-        """
-        io_cpu_s, before_s = self._io_thread.cpu_s(), self._io_cpu_s
-        was_own = (
-            io_cpu_s is not None and before_s is not None and io_cpu_s - before_s > OWN_SHARE * (now - self._taken_at)
-        )
-        self._io_cpu_s, self._taken_at = io_cpu_s, now
+        """A yield took long: are such yields too much by now?"""
         if now - self._window_began > WINDOW_S:
             self._window_began, self._taken_s = now, 0.0
-        if not was_own:
-            self._taken_s += min(took_s, TAKEN_MAX_S / 3)
+        self._taken_s += min(took_s, TAKEN_MAX_S / 3)
         if self._taken_s > TAKEN_MAX_S:
             self._window_began, self._no_poll_until = 0.0, now + CALM_S
 
     def _sleep(self, deadline: float | None) -> bool:
-        self._io_thread.be_polite(False)
         timeout_ms = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
         return bool(interrupts.wait(partial(zmq_poll, self._on_any, timeout_ms)))
 

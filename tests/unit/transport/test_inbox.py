@@ -16,7 +16,6 @@ import zmq
 from tests.waiting import until
 from zrpc import finalizers, interrupts
 from zrpc.transport.inbox import READERS, Inbox
-from zrpc.transport.io_thread import IoThread
 from zrpc.transport.socket_link import send_frames
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Office:
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.SNDHWM, 0)
         self._dealer.connect(f"tcp://127.0.0.1:{port}")
-        self.inbox = Inbox(router, self.take, lambda: self._over, IoThread("nobody"), lambda: self.send(b""))
+        self.inbox = Inbox(router, self.take, lambda: self._over, lambda: self.send(b""))
         self._over = False
         self.work: dict[bytes, Work] = {}
         self.wanted: dict[bytes, Wanted] = {}

@@ -30,7 +30,6 @@ from zrpc.errors import OverloadedError, PeerLostError
 from zrpc.ids import new_incarnation
 from zrpc.transport import descriptors, local_link, local_links, local_socket
 from zrpc.transport.inbox import LOCAL_RUN, Inbox
-from zrpc.transport.io_thread import IoThread
 from zrpc.transport.local_links import LocalLinks
 from zrpc.transport.packets import MAX_NBYTES, Bundle, OwnedFile
 from zrpc.transport.peer import PeerEndpoint
@@ -970,7 +969,7 @@ class Post:
         self.dealer = context.socket(zmq.DEALER)
         self.dealer.connect(f"inproc://{me.hex()}")
         self.came: list[bytes] = []
-        self.inbox = Inbox(router, self._take, lambda: False, IoThread("zrpc-test"), lambda: None, LocalLinks(me))
+        self.inbox = Inbox(router, self._take, lambda: False, lambda: None, LocalLinks(me))
         self.link = self.sender.connect(me)
 
     def _take(self, source: bytes, frames: list[Buffer]) -> None:

@@ -14,23 +14,8 @@ from zrpc.transport.polling import CALM_S, TAKEN_MAX_S, TAKEN_S, WINDOW_S, Polli
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zrpc.transport.io_thread import IoThread
-
 LONG_S = 5.0
 """So long is polled at most where a test wants it to find the message."""
-
-
-class Recorded:
-    """In place of the I/O thread: how it was last told to be, and how long it ran."""
-
-    is_polite = False
-    ran_s = 0.0
-
-    def be_polite(self, is_polite: bool) -> None:
-        self.is_polite = is_polite
-
-    def cpu_s(self) -> float:
-        return self.ran_s
 
 
 class Clock:
@@ -46,12 +31,12 @@ class Clock:
 class Post:
     """A polling socket, and what happens when its reader yields."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], carrier: IoThread) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.inbound = context.socket(zmq.PAIR)
         self.inbound.bind("inproc://post")
         self._outbound = context.socket(zmq.PAIR)
         self._outbound.connect("inproc://post")
-        self.polling = Polling(self.inbound, carrier, None, LONG_S)
+        self.polling = Polling(self.inbound, None, LONG_S)
         self.num_yields = 0
         self.num_ways = 0
         self.on_yield: Callable[[], object] = self.send
@@ -76,14 +61,9 @@ class Post:
 
 
 @pytest.fixture
-def carrier() -> Recorded:
-    return Recorded()
-
-
-@pytest.fixture
-def post(carrier: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
+def post(monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    made = Post(context, carrier)  # type: ignore[arg-type]
+    made = Post(context)
     monkeypatch.setattr(polling, "let_others_run", made.yield_)
     monkeypatch.setattr(polling, "_yield_here", made.give_way)
     yield made
@@ -91,26 +71,17 @@ def post(carrier: Recorded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Post]:
     context.term()
 
 
-def test_who_polls_yields_and_the_io_thread_is_polite_meanwhile(post: Post, carrier: Recorded) -> None:
-    seen = []
+def test_who_polls_yields(post: Post) -> None:
+    looks = []
 
     def look() -> None:
-        seen.append(carrier.is_polite)
-        if len(seen) == 3:
+        looks.append(1)
+        if len(looks) == 3:
             post.send()
 
     post.on_yield = look
     post.receive()
-    assert seen == [True, True, True]
-
-
-def test_who_sleeps_wants_an_io_thread_that_interrupts(post: Post, carrier: Recorded) -> None:
-    post.receive()
-    assert carrier.is_polite
-    post.polling.busy_poll_s = 0.0
-    assert not post.polling.wait(time.monotonic() + 0.01)
-    assert not carrier.is_polite
-    assert post.num_yields == 1
+    assert len(looks) == 3
 
 
 def test_a_message_that_is_there_is_not_waited_for(post: Post) -> None:
@@ -154,13 +125,12 @@ def wait_in_vain(post: Post, clock: Clock) -> int:
     return post.num_yields - before
 
 
-def test_where_yields_take_long_nobody_polls_any_more(post: Post, carrier: Recorded, clock: Clock) -> None:
+def test_where_yields_take_long_nobody_polls_any_more(post: Post, clock: Clock) -> None:
     post.on_yield = lambda: take(post, clock, 0.3 * TAKEN_MAX_S)
     for _ in range(4):
         post.receive()
     assert post.num_yields == 4
     assert wait_in_vain(post, clock) == 0
-    assert not carrier.is_polite
 
 
 def test_and_polls_again_after_a_while(post: Post, clock: Clock) -> None:
@@ -172,17 +142,6 @@ def test_and_polls_again_after_a_while(post: Post, clock: Clock) -> None:
     post.on_yield = lambda: take(post, clock, TAKEN_S)
     post.receive()
     assert post.num_yields == 5
-
-
-def test_where_the_io_thread_was_at_work_polling_goes_on(post: Post, carrier: Recorded, clock: Clock) -> None:
-    def carry() -> None:
-        carrier.ran_s += clock.now  # more than all the time that passes here
-        take(post, clock, TAKEN_MAX_S)
-
-    post.on_yield = carry
-    for _ in range(10):
-        post.receive()
-    assert post.num_yields == 10
 
 
 def test_one_yield_tells_nothing_however_long_it_takes(post: Post, clock: Clock) -> None:
