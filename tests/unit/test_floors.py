@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zrpc.functions",
         "zrpc.gathering",
         "zrpc.interrupts",
+        "zrpc.secret",
         "zrpc.threads",
         "zrpc.wakeups",
     ),
@@ -49,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
 
-BROKER_MAY_IMPORT = ("zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids")
+BROKER_MAY_IMPORT = ("zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.secret")
 
 ONLY_IN = {
     "zmq": ("zrpc.transport",),
