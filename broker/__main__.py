@@ -20,8 +20,9 @@ def main() -> int:
     parser.add_argument("--heartbeat-interval", type=float, default=defaults.HEARTBEAT_INTERVAL_S, metavar="SECONDS")
     parser.add_argument("--missed", type=int, default=defaults.MISSED_MAX, help="silent intervals before it is lost")
     parser.add_argument("--verbose", action="store_true", help="log who comes and goes")
+    parser.add_argument("--insecure", action="store_true", help="let anybody in who reaches the port")
     args = parser.parse_args()
-    return serve(args.bind, args.heartbeat_interval, args.missed, args.verbose)
+    return serve(args.bind, args.heartbeat_interval, args.missed, args.verbose, args.insecure or None)
 
 
 if __name__ == "__main__":

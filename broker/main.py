@@ -9,7 +9,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ConfigError
+from zrpc.secret import find_secret, says_insecure
 from zrpc.transport import descriptors
+from zrpc.transport.credentials import Credentials
 from zrpc_broker import defaults
 from zrpc_broker.server import Broker
 
@@ -24,6 +26,7 @@ def serve(
     heartbeat_interval_s: float = defaults.HEARTBEAT_INTERVAL_S,
     missed_max: int = defaults.MISSED_MAX,
     verbose: bool = False,
+    insecure: bool | None = None,
 ) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. Call it on the main thread."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="zrpc broker: %(message)s")
@@ -34,7 +37,7 @@ def serve(
         return EXIT_USAGE
     descriptors.make_room(defaults.FILES)  # as many of them as this host allows
     try:
-        broker = Broker(bind, heartbeat_interval_s, missed_max)
+        broker = Broker(bind, heartbeat_interval_s, missed_max, credentials=_credentials(insecure))
     except ConfigError as error:
         print(f"zrpc broker: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -47,6 +50,17 @@ def serve(
     print(f"{defaults.READY_PREFIX}{broker.address}", flush=True)
     broker.run()
     return 0
+
+
+def _credentials(insecure: bool | None) -> Credentials | None:
+    """Whom it lets in; None, with a warning: anybody."""
+    if not (says_insecure() if insecure is None else insecure):
+        return Credentials(find_secret())
+    warnings.warn(
+        "without authentication (insecure): whoever reaches this port can run code in the workers that meet here",
+        stacklevel=2,
+    )
+    return None
 
 
 def _format_warning(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.credentials import Credentials
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Broker:
         address: where to listen, `tcp://host:port`; port 0 takes any free one.
         heartbeat_interval_s: how often workers must say that they are alive.
         missed_max: how many intervals of silence make a worker lost.
+        credentials: who may connect; None: anybody.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -43,8 +45,10 @@ class Broker:
         address: str,
         heartbeat_interval_s: float = defaults.HEARTBEAT_INTERVAL_S,
         missed_max: int = defaults.MISSED_MAX,
+        *,
+        credentials: Credentials | None,
     ) -> None:
-        self._hub = Hub(address)
+        self._hub = Hub(address, credentials)
         self.address = self._hub.address
         self._directory = Directory(heartbeat_interval_s)
         self._liveness = Liveness(heartbeat_interval_s, missed_max, time.monotonic())

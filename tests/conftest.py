@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from zrpc import finalizers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+os.environ["ZRPC_SECRET"] = "a secret for these tests alone"  # no test makes one in the home of its user
 
 
 @pytest.fixture(scope="session", autouse=True)

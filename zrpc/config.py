@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import ConfigError
+from zrpc.secret import says_insecure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +66,8 @@ class RpcBackendOptions:
         propagate_grad_mode: let `torch.no_grad` and `torch.inference_mode` hold for calls that are made under them in
             a distributed autograd context, so that their results do not require grad. False: callees record all the
             same, as in torch.
+        secret: what all workers of the group know, and nobody else, at least 16 characters; None: see `zrpc.secret`.
+        insecure: let whoever reaches a port be a member, and run code here. For groups that are alone on their network.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -87,8 +90,14 @@ class RpcBackendOptions:
         busy_poll_s: float = DEFAULT_BUSY_POLL_S,
         pinned_pool_nbytes: int = DEFAULT_PINNED_POOL_NBYTES,
         propagate_grad_mode: bool = True,
+        secret: str | bytes | None = None,
+        insecure: bool | None = None,
     ) -> None:
-        _check_kinds({"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode}, bind)
+        insecure = says_insecure() if insecure is None else insecure
+        switches = {"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode, "insecure": insecure}
+        _check_kinds(switches, bind)
+        self.secret = _checked_secret(secret)
+        self.insecure = insecure
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
@@ -175,6 +184,12 @@ def _whole(value: Any, what: str, least: int) -> int:
     if int(value) < least:
         raise ConfigError(f"{what} must be {least} or more, not {value}")
     return int(value)
+
+
+def _checked_secret(value: Any) -> str | bytes | None:
+    if not isinstance(value, str | bytes | None):
+        raise ConfigError(f"secret must be a str or bytes, not {type(value).__name__}")
+    return value
 
 
 def _check_kinds(switches: dict[str, Any], bind: Any) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ from zrpc.optim.turns import install as install_optim
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.serving import install as install_rrefs
+from zrpc.secret import find_secret
 from zrpc.transport import descriptors
+from zrpc.transport.credentials import Credentials
 from zrpc.transport.look import has_ended
 from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
@@ -260,12 +263,15 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    endpoint = PeerEndpoint(new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s)
+    credentials = _credentials(options)
+    endpoint = PeerEndpoint(
+        new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s, credentials=credentials
+    )
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
     return Agent(
         options,
         endpoint,
-        StoreGroup(store, partial(has_ended, own_address=address)),
+        StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials)),
         address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
@@ -279,8 +285,9 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
     endpoint = BrokeredEndpoint(
-        address, new_incarnation(), local=options.shared_memory, busy_poll_s=options.busy_poll_s
-    )
+        address, new_incarnation(), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        credentials=_credentials(options),
+    )  # fmt: skip
     return Agent(
         options,
         endpoint,
@@ -290,6 +297,21 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
         disconnect=_nothing,
         shared_memory=_shared_memory(options),
     )
+
+
+def _credentials(options: RpcBackendOptions) -> Credentials | None:
+    """What this worker proves itself with, and whom it lets in; None, with a warning: anybody.
+
+    Raises:
+        ConfigError: there is no secret that can be used.
+    """
+    if not options.insecure:
+        return Credentials(find_secret(options.secret))
+    warnings.warn(
+        "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
+        stacklevel=2,
+    )
+    return None
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:

@@ -26,6 +26,8 @@ from zrpc.errors import ConfigError
 
 VARIABLE = "ZRPC_SECRET"
 FILE_VARIABLE = "ZRPC_SECRET_FILE"
+INSECURE_VARIABLE = "ZRPC_INSECURE"
+"""1: workers and brokers that do not say otherwise authenticate nobody."""
 MIN_LENGTH = 16
 """Characters. A shorter one could be guessed: 32 hexadecimal digits are 128 bits."""
 TAG_NBYTES = 16
@@ -105,6 +107,18 @@ def find_secret(value: str | bytes | None = None) -> Secret:
     if not path.exists():
         _make(path)
     return _read(path, str(path))
+
+
+def says_insecure() -> bool:
+    """What the environment says of the option `insecure`.
+
+    Raises:
+        ConfigError: something else than yes or no.
+    """
+    said = os.environ.get(INSECURE_VARIABLE, "0")
+    if said not in ("", "0", "1"):
+        raise ConfigError(f"{INSECURE_VARIABLE} must be 1 or 0, not {said!r}")
+    return said == "1"
 
 
 def user_file() -> Path:

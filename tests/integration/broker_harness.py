@@ -13,7 +13,9 @@ import zmq
 
 from zrpc.ids import Incarnation, new_incarnation
 from zrpc.membership.broker import BrokerGroup
+from zrpc.secret import find_secret
 from zrpc.transport.brokered import BrokeredEndpoint
+from zrpc.transport.credentials import Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,7 +101,9 @@ class Worker:
     """A worker as far as transport and membership go."""
 
     def __init__(self, address: str, group: str | None = None, *, local: bool = True) -> None:
-        self.endpoint = BrokeredEndpoint(address, new_incarnation(), local=local)
+        self.endpoint = BrokeredEndpoint(
+            address, new_incarnation(), local=local, credentials=Credentials(find_secret())
+        )
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()

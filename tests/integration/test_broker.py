@@ -282,17 +282,25 @@ def test_it_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_listening_off_loopback_is_warned_of() -> None:
-    command = [sys.executable, "-m", "zrpc_broker", "--bind", "tcp://0.0.0.0:0"]
+def test_a_broker_without_authentication_says_so() -> None:
+    command = [sys.executable, "-m", "zrpc_broker", "--bind", "tcp://127.0.0.1:0", "--insecure"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.terminate()
         _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert "any peer that reaches this port can run code" in errors
+    assert "without authentication (insecure): whoever reaches this port can run code" in errors
 
 
-@pytest.mark.parametrize("options", [["--bind", "tcp://127.0.0.1"], ["--missed", "0"], ["--heartbeat-interval", "0"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bind", "tcp://127.0.0.1"],
+        ["--bind", "tcp://0.0.0.0:0", "--insecure"],
+        ["--missed", "0"],
+        ["--heartbeat-interval", "0"],
+    ],
+)
 def test_bad_options_are_said_and_exit_with_2(options: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "zrpc_broker", *options], capture_output=True, text=True, timeout=TIMEOUT_S

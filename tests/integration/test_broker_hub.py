@@ -27,7 +27,7 @@ class HubThread:
     """A hub pumped by a thread; its events are kept."""
 
     def __init__(self, backlog_max_nbytes: int) -> None:
-        self.hub = Hub("tcp://127.0.0.1:0", backlog_max_nbytes)
+        self.hub = Hub("tcp://127.0.0.1:0", None, backlog_max_nbytes)
         self.address = self.hub.address
         self.events: list[Event] = []
         self.commands: list[tuple[Incarnation, int]] = []
@@ -129,7 +129,7 @@ def test_a_broker_that_comes_late_was_not_silent_before() -> None:
         endpoint.open()
         endpoint.heard_at = 0.0  # long ago
         began = time.monotonic()
-        hub = Hub(address)
+        hub = Hub(address, None)
         try:
             until(endpoint.is_connected, "the endpoint is connected")
             assert endpoint.heard_at >= began
@@ -140,7 +140,7 @@ def test_a_broker_that_comes_late_was_not_silent_before() -> None:
 
 
 def test_a_worker_that_registers_before_its_hello_is_not_probed_and_served_later() -> None:
-    broker = Broker("tcp://127.0.0.1:0")
+    broker = Broker("tcp://127.0.0.1:0", credentials=None)
     serving = threading.Thread(target=broker.run)
     serving.start()
     incarnation = new_incarnation()

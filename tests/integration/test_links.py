@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.broker_harness import TIMEOUT_S, Worker, running_broker
-from tests.unit.transport.endpoints import LOOPBACK, Arrivals
+from tests.unit.transport.endpoints import CREDENTIALS, LOOPBACK, Arrivals
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, PeerLostError
 from zrpc.ids import new_incarnation
@@ -56,7 +56,7 @@ class End:
 
 @contextmanager
 def _peers(local: bool) -> Iterator[tuple[End, End]]:
-    endpoints = [PeerEndpoint(new_incarnation(), LOOPBACK, local=local) for _ in range(2)]
+    endpoints = [PeerEndpoint(new_incarnation(), LOOPBACK, local=local, credentials=CREDENTIALS) for _ in range(2)]
     ends = [End(endpoint, Arrivals()) for endpoint in endpoints]
     try:
         for end, endpoint, other in zip(ends, endpoints, reversed(endpoints), strict=True):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from zrpc.cli.output import Screen
 from zrpc.cli.plan import (
+    SECRET_QUESTION,
     Launch,
     Place,
     Reach,
@@ -32,6 +33,7 @@ from zrpc.cli.plan import (
     parse_hosts,
     place,
     remote_command,
+    secret_environment,
     worker_environment,
 )
 from zrpc.cli.process import ManagedProcess
@@ -74,6 +76,7 @@ class Cluster:
         self._hosts = [LOCALHOST] if self._reach is Reach.LOCAL else parse_hosts(options.hosts or "")
         self._places = {_name(spot): spot for spot in place(options.workers, self._hosts)}
         self._meeting: dict[str, str] = {}
+        self._secret = secret_environment(os.environ)
         self._supervisor = Supervisor(list(self._places), has_broker=options.broker)
         self._screen = Screen(sys.stdout, max(map(len, self._places)))
         self._processes: dict[str, ManagedProcess] = {}
@@ -174,7 +177,7 @@ class Cluster:
     def _start_broker(self) -> None:
         bind = self._options.bind or f"tcp://{LOCALHOST if self._reach is Reach.LOCAL else '0.0.0.0'}:0"
         argv = [sys.executable, "-u", "-m", "zrpc_broker", "--bind", bind]
-        self._start(BROKER, -1, argv, os.environ, self._on_broker_line)
+        self._start(BROKER, -1, argv, {**os.environ, **self._secret}, self._on_broker_line)
 
     def _on_broker_line(self, text: str) -> None:
         """Runs on the reading thread. The broker's first line says where it listens."""
@@ -196,10 +199,15 @@ class Cluster:
             if self._reach is Reach.LOCAL:
                 argv = self._options.program.argv()
                 environment = local_environment(os.environ, told, spot.local_world_size, os.cpu_count() or 1)
+                answers = {}
             else:
-                argv = remote_command(self._reach, spot.host, self._options.program, told, os.environ)
+                asked = self._secret if self._reach is Reach.SSH else {}
+                argv = remote_command(
+                    self._reach, spot.host, self._options.program, told, os.environ, asks_secret=bool(asked)
+                )
                 environment = dict(os.environ)
-            self._start(name, index, argv, environment)
+                answers = dict.fromkeys([SECRET_QUESTION], *asked.values()) if asked else {}
+            self._start(name, index, argv, {**environment, **self._secret}, answers=answers)
 
     def _start(
         self,
@@ -208,10 +216,11 @@ class Cluster:
         argv: list[str],
         environment: Mapping[str, str],
         on_line: Callable[[str], None] | None = None,
+        answers: Mapping[str, str] | None = None,
     ) -> None:
         try:
             self._processes[name] = ManagedProcess(
-                name, colour, argv, environment, self._screen, self._on_exit, on_line
+                name, colour, argv, environment, self._screen, self._on_exit, on_line, answers
             )
         except (OSError, LimitError) as error:
             _say(f"{name} cannot be started: {error}")

@@ -60,11 +60,12 @@ def _broker(
     ),
     missed: Annotated[int, typer.Option(help="missed heartbeats that make a worker lost")] = defaults.MISSED_MAX,
     verbose: Annotated[bool, typer.Option("--verbose", help="log who comes and goes")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="let anybody in who reaches the port")] = False,
 ) -> None:
     """Keep who is in which group, and relay messages between workers."""
     from zrpc_broker.main import serve
 
-    raise typer.Exit(serve(bind, heartbeat_interval, missed, verbose))
+    raise typer.Exit(serve(bind, heartbeat_interval, missed, verbose, insecure or None))
 
 
 @app.command("launch", context_settings=_VERBATIM)

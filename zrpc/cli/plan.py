@@ -10,13 +10,23 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ConfigError
+from zrpc.secret import FILE_VARIABLE, VARIABLE, make_secret, says_insecure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _HOST = re.compile(r"^([A-Za-z0-9._-]+@)?[A-Za-z0-9\[][A-Za-z0-9._:\[\]-]*$")
 _REPLACED = ("ZRPC_BROKER", "ZRPC_INIT_METHOD", "MASTER_ADDR", "MASTER_PORT")
+_HIDDEN = (VARIABLE,)
+"""Never on a command line, which all users of a host can read."""
 """What an enclosing launch may have left in the environment, and would send a worker to the wrong place."""
+
+
+SECRET_QUESTION = "zrpc launch: the secret, please"
+_ASK_SECRET = (
+    f"stty -echo 2>/dev/null; echo '{SECRET_QUESTION}'; IFS= read -r {VARIABLE} && export {VARIABLE}; "
+    "stty echo 2>/dev/null"
+)
 
 
 class Reach(Enum):
@@ -157,14 +167,25 @@ def local_environment(
 
 
 def remote_command(
-    reach: Reach, host: str, program: Program, told: Mapping[str, str], inherited: Mapping[str, str]
+    reach: Reach,
+    host: str,
+    program: Program,
+    told: Mapping[str, str],
+    inherited: Mapping[str, str],
+    *,
+    asks_secret: bool = False,
 ) -> list[str]:
     """The local command that runs `program` on `host`.
 
     Other hosts do not get this machine's environment: what a worker is told goes into the command, and so do the
-    variables whose names begin with ZRPC_.
+    variables whose names begin with ZRPC_, but for the secret. With ssh that is asked for on a line of its own,
+    `SECRET_QUESTION`, and read from the standard input; srun hands the environment on.
     """
-    ours = {name: value for name, value in inherited.items() if name.startswith("ZRPC_") and name not in _REPLACED}
+    ours = {
+        name: value
+        for name, value in inherited.items()
+        if name.startswith("ZRPC_") and name not in (*_REPLACED, *_HIDDEN)
+    }
     assignments = [f"{name}={value}" for name, value in {**ours, **told}.items()]
     command = ["env", *assignments, *program.argv()]
     if reach is Reach.SRUN:
@@ -172,7 +193,20 @@ def remote_command(
         return ["srun", *one_here, f"--chdir={program.directory}", *command]
     # -tt: with a terminal of its own the remote process gets a hang-up signal when this ssh ends.
     line = f"cd {shlex.quote(program.directory)} && exec {shlex.join(command)}"
+    if asks_secret:
+        line = f"{_ASK_SECRET}; {line}"
     return ["ssh", "-tt", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "--", host, line]
+
+
+def secret_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The secret of a run, as its processes are told it: one of its own, unless the user has chosen otherwise.
+
+    Raises:
+        ConfigError: the environment says neither yes nor no to `insecure`.
+    """
+    if says_insecure() or FILE_VARIABLE in inherited:
+        return {}
+    return {VARIABLE: inherited.get(VARIABLE) or make_secret()}
 
 
 def check_script(program: Program, reach: Reach) -> None:

@@ -32,6 +32,7 @@ _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 class ManagedProcess:
     """A started process.
 
+    Lines of its output that are among `answers` are not shown: what stands for them is written to its input.
     Two threads serve it: one reads its output, one waits for its end, then ends what is left of its group, and then
     calls `on_exit(process, code)`.
 
@@ -49,8 +50,10 @@ class ManagedProcess:
         screen: Screen,
         on_exit: OnExit,
         on_line: OnLine | None = None,
+        answers: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
+        self._answers = dict(answers or {})
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._colour = colour
         self._screen = screen
@@ -59,7 +62,7 @@ class ManagedProcess:
         self._popen = subprocess.Popen(
             argv,
             env=dict(environment),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if answers else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
@@ -109,11 +112,23 @@ class ManagedProcess:
 
     def _take(self, lines: list[tuple[str, bool]]) -> None:
         for text, stays in lines:
+            answer = self._answers.pop(text.strip(), None) if stays and self._answers else None
+            if answer is not None:
+                self._say(answer)
+                continue
             if stays:
                 self.last_lines.append(text)
                 if self._on_line is not None:
                     self._on_line(text)
             self._screen.show(self.name, self._colour, text, stays)
+
+    def _say(self, text: str) -> None:
+        """Write a line to the process, and no more if nothing else is to be asked."""
+        assert self._popen.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended
+            self._popen.stdin.write(text.encode() + b"\n")
+            if not self._answers:
+                self._popen.stdin.close()
 
     def _wait(self) -> None:
         if hasattr(os, "waitid"):
@@ -125,6 +140,9 @@ class ManagedProcess:
             self._is_over = True
         code = self._popen.wait()
         self._reader.join(DRAIN_S)
+        if self._popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._popen.stdin.close()
         self._on_exit(self, code)
 
 

@@ -227,7 +227,10 @@ class BrokerGroup:
 
     # ---- the broker's own loss --------------------------------------------------------------------------------------
 
-    def _on_broker_lost(self, reason: str) -> None:
+    def _on_broker_lost(self, reason: str, is_refused: bool) -> None:
+        if is_refused:
+            self._end(RefusedError(reason))
+            return
         self._end(RendezvousError(f"{reason}. Look whether the broker still runs, and at what it said last"))
 
     def _end(self, error: ZrpcError) -> None:

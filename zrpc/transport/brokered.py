@@ -35,25 +35,28 @@ from zrpc.transport.credit import CreditLink
 from zrpc.transport.hub import BROKER, RECEIVER, SENDER
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.socket_link import RelayLink, SocketLink
+from zrpc.transport.watch import EVENTS, HANDSHAKE_FAILED, ConnectionState
 from zrpc.wire.envelope import Buffer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.credentials import Credentials
     from zrpc.transport.endpoint import OnFrames, OnLost
     from zrpc.transport.inbox import Work
     from zrpc.transport.link import Link
 
 log = logging.getLogger("zrpc")
 
-EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 
 OnControl = Callable[[list[Buffer]], None]
 """`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
 
+OnBrokerLost = Callable[[str, bool], None]
 
-def _ignore(_: object) -> None:
+
+def _ignore(*_: object) -> None:
     """Nobody listens yet."""
 
 
@@ -72,6 +75,7 @@ class BrokeredEndpoint(LinkEndpoint):
         incarnation: this life of the worker.
         local: have links with workers of this host.
         busy_poll_s: see `Polling`.
+        credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
 
     Attributes:
         heard_at: when anything last came from the broker (`time.monotonic`).
@@ -81,18 +85,21 @@ class BrokeredEndpoint(LinkEndpoint):
     """
 
     def __init__(
-        self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0
-    ) -> None:
+        self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0,
+        credentials: Credentials | None = None,
+    ) -> None:  # fmt: skip
         self.address = address
         self._numeric_address = sockets.split_address(sockets.resolve(address))
         self._on_control: OnControl = _ignore
-        self._on_broker_lost: Callable[[str], None] = _ignore
+        self._on_broker_lost: OnBrokerLost = _ignore
         self.heard_at = time.monotonic()
         self._broker_lost: str | None = None
         self._connections_up = 0
+        self._connection_state = ConnectionState()
         super().__init__(
-            incarnation, self._make_receiver, local=local, is_thrifty=True, busy_poll_s=busy_poll_s, wake=[BROKER, b""]
-        )
+            incarnation, self._make_receiver, local=local, is_thrifty=True, busy_poll_s=busy_poll_s, wake=[BROKER, b""],
+            credentials=credentials,
+        )  # fmt: skip
         self._poller = zmq.Poller()
         for sock in (self._watcher_end, self._sender_monitor, self._receiver_monitor):
             self._poller.register(sock, zmq.POLLIN)
@@ -130,12 +137,13 @@ class BrokeredEndpoint(LinkEndpoint):
 
     # ---- for the membership -----------------------------------------------------------------------------------------
 
-    def tell(self, on_control: OnControl, on_broker_lost: Callable[[str], None]) -> None:
+    def tell(self, on_control: OnControl, on_broker_lost: OnBrokerLost) -> None:
         """Say who is to be told. To be called once, before `open`.
 
         Args:
             on_control: takes the broker's own messages.
-            on_broker_lost: takes the reason when the broker is gone. Any thread; it must not block.
+            on_broker_lost: is told when the broker is gone, why, and whether it refused this worker. Any thread; it
+                must not block.
         """
         self._on_control, self._on_broker_lost = on_control, on_broker_lost
 
@@ -187,8 +195,8 @@ class BrokeredEndpoint(LinkEndpoint):
         if self.remove_peer(peer, reason):
             self._deliver(peer, reason)
 
-    def lose_broker(self, reason: str) -> None:
-        """The broker is gone, and every peer with it. Idempotent."""
+    def lose_broker(self, reason: str, *, is_refused: bool = False) -> None:
+        """The broker is gone, or lets this worker in no more (`is_refused`), and every peer with it. Idempotent."""
         with self._lock:
             if self._closed or self._broker_lost is not None:
                 return
@@ -197,7 +205,7 @@ class BrokeredEndpoint(LinkEndpoint):
             self._wake(self._reader_wake)
         for peer in peers:
             self.lose_peer(peer, reason)
-        self._on_broker_lost(reason)
+        self._on_broker_lost(reason, is_refused)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -221,8 +229,8 @@ class BrokeredEndpoint(LinkEndpoint):
     def _connect(self, context: sockets.Context, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
         """A DEALER connected to the broker, and its monitor."""
         sock = sockets.make_socket(context, zmq.DEALER, identity=identity)
-        monitor = sockets.make_monitor(context, sock, EVENTS)
-        sockets.connect(sock, self.address)
+        monitor = sockets.make_monitor(context, sock, EVENTS | zmq.EVENT_MONITOR_STOPPED)
+        sockets.connect(sock, self.address, self._credentials)
         return sock, monitor
 
     def _close_links(self, links: Sequence[Link], deadline: float) -> None:
@@ -287,5 +295,7 @@ class BrokeredEndpoint(LinkEndpoint):
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.heard_at = time.monotonic()
             self._connections_up += 1
-        elif self._connections_up:
+        elif event == zmq.EVENT_DISCONNECTED and self._connections_up:
             self.lose_broker(f"the connection to the broker at {self.address} broke")
+        elif event in HANDSHAKE_FAILED and (reason := self._connection_state.on_event(event)) is not None:
+            self.lose_broker(f"the broker at {self.address} refused this worker: {reason}", is_refused=True)

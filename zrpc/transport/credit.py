@@ -153,7 +153,7 @@ class CreditLink:
     @property
     def queued_nbytes(self) -> int:
         """See `Link.queued_nbytes`."""
-        return self._credit.queued_nbytes
+        return self._credit.queued_nbytes + self._link.queued_nbytes
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """See `Link.send`. Where it raises, the message is not kept; those that waited before it are."""

@@ -31,8 +31,10 @@ import zmq
 
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
+from zrpc.transport.credentials import Authenticator
 
 if TYPE_CHECKING:
+    from zrpc.transport.credentials import Credentials
     from zrpc.wire.envelope import Buffer
 
 SENDER = b"S"
@@ -107,17 +109,21 @@ class Hub:
 
     Args:
         address: where to listen, `tcp://host:port`; port 0 takes any free one.
+        credentials: who may connect; None: anybody.
         backlog_max_nbytes: a worker that lets more than this wait is given up.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
 
-    def __init__(self, address: str, backlog_max_nbytes: int = BACKLOG_MAX_NBYTES) -> None:
+    def __init__(
+        self, address: str, credentials: Credentials | None, backlog_max_nbytes: int = BACKLOG_MAX_NBYTES
+    ) -> None:
         self._context = sockets.make_context()
+        self._authenticator = None if credentials is None else Authenticator(self._context, credentials)
         self._router = sockets.make_socket(self._context, zmq.ROUTER)
         try:
-            self.address = sockets.bind(self._router, address)
+            self.address = sockets.bind(self._router, address, credentials)
         except BaseException:
             self._context.destroy()
             raise
@@ -128,6 +134,8 @@ class Hub:
         self._poller = zmq.Poller()
         for readable in (self._router, self._monitor, self._wake_out):
             self._poller.register(readable, zmq.POLLIN)
+        if self._authenticator is not None:
+            self._poller.register(self._authenticator.sock, zmq.POLLIN)
         self._backlog_max_nbytes = backlog_max_nbytes
         self._peers: dict[Incarnation, _Peer] = {}
         self._rooms: dict[int, dict[Incarnation, _Peer]] = {}
@@ -148,6 +156,8 @@ class Hub:
                     self._wake_out.recv(4096)
             self._take_batch()
         self._read_monitor()
+        if self._authenticator is not None:
+            self._authenticator.answer()
         for peer in list(self._clogged):
             self._retry(peer)
         events, self._events = self._events, []

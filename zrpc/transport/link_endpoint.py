@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.credentials import Credentials
     from zrpc.transport.inbox import Work
     from zrpc.transport.link import Link
     from zrpc.transport.socket_link import SocketLink
@@ -51,13 +52,15 @@ class LinkEndpoint(ABC):
         is_thrifty: those, only while this process may open many more files.
         busy_poll_s: see `Polling`.
         wake: a message to itself that says nothing.
+        credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
     """
 
     def __init__(
         self, incarnation: Incarnation, make_inbound: Callable[[sockets.Context], sockets.Socket], *, local: bool,
-        is_thrifty: bool, busy_poll_s: float, wake: Sequence[bytes],
+        is_thrifty: bool, busy_poll_s: float, wake: Sequence[bytes], credentials: Credentials | None,
     ) -> None:  # fmt: skip
         self.incarnation = incarnation
+        self._credentials = credentials
         self._wake_frames = wake
         self._context = sockets.make_context()
         try:
@@ -66,7 +69,7 @@ class LinkEndpoint(ABC):
             self._context.destroy(linger=0)
             raise
         inbound.bind(_WAKE_READER)
-        self._local_links = LocalLinks.make(incarnation, is_thrifty=is_thrifty) if local else None
+        self._local_links = LocalLinks.make(incarnation, credentials, is_thrifty=is_thrifty) if local else None
         self.inbox = Inbox(inbound, self._take, self._is_over, self.interrupt, self._local_links, busy_poll_s)
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)

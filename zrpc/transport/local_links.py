@@ -20,6 +20,7 @@ connection that waits, it is tried again when the next one comes.
 from __future__ import annotations
 
 import errno
+import hmac
 import logging
 import select
 import socket
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 from zrpc import finalizers
 from zrpc.errors import ZrpcError
 from zrpc.exception_text import log_error
+from zrpc.ids import INCARNATION_NBYTES
 from zrpc.transport import descriptors, local_socket
 from zrpc.transport.local_link import LocalLink
 from zrpc.transport.packets import Incoming
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.ids import Incarnation
+    from zrpc.transport.credentials import Credentials
     from zrpc.wire.envelope import Buffer
 
     OnBroken = Callable[[Incarnation, str], None]
@@ -63,17 +66,19 @@ class LocalLinks:
 
     Args:
         me: whose they are.
+        credentials: what it proves itself with, and whom it lets in; None: the user of its process is enough.
         is_thrifty: have links only while this process may open many more files.
 
     Raises:
         OSError: there cannot be any.
     """
 
-    def __init__(self, me: Incarnation, *, is_thrifty: bool = False) -> None:
+    def __init__(self, me: Incarnation, credentials: Credentials | None = None, *, is_thrifty: bool = False) -> None:
         if not _IS_LINUX:
             raise OSError(errno.ENOTSUP, "this system has no such sockets")
         self._me = me
         self._is_thrifty = is_thrifty
+        self._credentials = credentials
         self._on_broken: OnBroken = _ignore
         self._directory = local_socket.directory()
         self._path = local_socket.path_in(self._directory, me)
@@ -90,10 +95,12 @@ class LocalLinks:
         self._closed = False
 
     @classmethod
-    def make(cls, me: Incarnation, *, is_thrifty: bool = False) -> LocalLinks | None:
+    def make(
+        cls, me: Incarnation, credentials: Credentials | None = None, *, is_thrifty: bool = False
+    ) -> LocalLinks | None:
         """The links of that worker; None, with a warning, where there cannot be any."""
         try:
-            return cls(me, is_thrifty=is_thrifty)
+            return cls(me, credentials, is_thrifty=is_thrifty)
         except OSError as error:
             if _IS_LINUX:
                 text = (
@@ -120,7 +127,7 @@ class LocalLinks:
             return None
         link = LocalLink(peer, sock, self)
         try:
-            sock.send(_HELLO + self._me, _NO_SIGNAL)
+            sock.send(_HELLO + self._me + self._proof(self._me, peer), _NO_SIGNAL)
             self._outgoing[sock.fileno()] = link
             self._epoll.register(sock, _CLOSED)
         except (OSError, ValueError):  # it, or this, was closed meanwhile
@@ -262,11 +269,17 @@ class LocalLinks:
     def _greet(self, incoming: Incoming, message: list[Buffer]) -> bool:
         """The first message of a connection came, which says whose it is."""
         hello = bytes(message[0])
-        if not hello.startswith(_HELLO):
+        source = hello[len(_HELLO) : len(_HELLO) + INCARNATION_NBYTES]
+        if not hmac.compare_digest(hello, _HELLO + source + self._proof(source, self._me)):
+            finalizers.defer(partial(log.warning, "a process of this user that is no member of this group was refused"))
             return False
-        incoming.say_source(hello.removeprefix(_HELLO))
+        incoming.say_source(source)
         self._by_source[incoming.source] = incoming
         return True
+
+    def _proof(self, sender: Incarnation, receiver: Incarnation) -> bytes:
+        """What `sender` says to `receiver` behind its incarnation."""
+        return b"" if self._credentials is None else self._credentials.local_proof(sender, receiver)
 
     def _drop(self, incoming: Incoming) -> None:
         file = incoming.sock.fileno()

@@ -1,8 +1,7 @@
 """Looks whether a worker still lives, from outside of it.
 
-Who listens at an address may be another worker by now, or another program. A worker says which life it is in the first
-words of ZeroMQ's protocol (ZMTP 3, https://rfc.zeromq.org/spec/23): its ROUTER's `Identity` is the incarnation. So the
-two first words are exchanged, by hand, and the connection is closed again.
+Who listens at an address may be another worker by now, or another program. So a socket connects there, and tries to
+reach the routing id that is the worker's life: once the connection is made, it can be reached or it is another life.
 """
 
 from __future__ import annotations
@@ -10,26 +9,26 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import struct
 import time
 from typing import TYPE_CHECKING
 
+import zmq
+
 from zrpc.errors import ConfigError
 from zrpc.transport import local_socket, sockets
+from zrpc.transport.watch import EVENTS, HANDSHAKE_FAILED
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
+    from zrpc.transport.credentials import Credentials
 
 LOOK_S = 2.0
 """How long a look takes at most. A worker that stands still, or whose host is off, says nothing in that time."""
-
-_SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
-_GREETING = _SIGNATURE + b"\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
-_READY = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER" + b"\x08Identity" + struct.pack(">I", 0)
-_COMMAND = 4
+KNOWN_S = 0.2
+"""How long it may take, once a connection is made, until its routing id is known."""
 
 
-def has_ended(address: str, incarnation: Incarnation, own_address: str) -> bool:
+def has_ended(address: str, incarnation: Incarnation, own_address: str, credentials: Credentials | None) -> bool:
     """Whether the worker that listened at `address` in that life has ended for certain.
 
     False as well where that cannot be found out: it does not answer, say, or its address means another host here.
@@ -38,6 +37,7 @@ def has_ended(address: str, incarnation: Incarnation, own_address: str) -> bool:
         address: the worker's, `tcp://host:port`.
         incarnation: which life.
         own_address: where this worker listens: what it holds itself, nobody else does.
+        credentials: those of the group.
     """
     if local_socket.is_listening(incarnation):
         return False
@@ -48,8 +48,8 @@ def has_ended(address: str, incarnation: Incarnation, own_address: str) -> bool:
         if _is_loopback(host) and not _is_loopback(sockets.split_address(own_address)[0]):
             return False
         deadline = time.monotonic() + LOOK_S
-        with socket.create_connection((host, port), timeout=LOOK_S) as connection:
-            return _life_at(connection, deadline) not in (None, incarnation)
+        socket.create_connection((host, port), timeout=LOOK_S).close()
+        return _is_another(address, incarnation, credentials, deadline)
     except ConnectionRefusedError:
         return True
     except (ConfigError, OSError):
@@ -62,42 +62,33 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def _life_at(connection: socket.socket, deadline: float) -> bytes | None:
-    """The `Identity` of what listens there: empty if that is none of ours. None: it said nothing, or not enough."""
-    try:
-        connection.sendall(_GREETING + bytes([_COMMAND, len(_READY)]) + _READY)
-        greeting = _read(connection, len(_GREETING), deadline)
-        if greeting[:1] != _SIGNATURE[:1] or greeting[9:10] != _SIGNATURE[9:10]:
-            return b""
-        flags, length = _read(connection, 2, deadline)
-        return _identity(_read(connection, length, deadline)) if flags == _COMMAND else b""
-    except TimeoutError:
-        return None
-    except ConnectionError:  # it ended just now, or is another program: a worker takes everybody in
-        return b""
+def _is_another(address: str, incarnation: Incarnation, credentials: Credentials | None, deadline: float) -> bool:
+    """Whether what listens there is not that life for certain."""
+    with sockets.make_context() as context, sockets.make_socket(context, zmq.ROUTER) as sock:
+        monitor = sockets.make_monitor(context, sock, EVENTS)
+        try:
+            sockets.connect(sock, address, credentials)
+            while monitor.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                event = sockets.receive_event(monitor)
+                if event in HANDSHAKE_FAILED or event == zmq.EVENT_DISCONNECTED:
+                    return True  # no worker of this group, or one that ended just now
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    return not _is_reached(sock, incarnation)
+            return False
+        finally:
+            sock.disable_monitor()
+            monitor.close()
 
 
-def _read(connection: socket.socket, nbytes: int, deadline: float) -> bytes:
-    read = b""
-    while len(read) < nbytes:
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        more = connection.recv(nbytes - len(read))
-        if not more:
-            raise ConnectionError("the other side has closed the connection")
-        read += more
-    return read
-
-
-def _identity(ready: bytes) -> bytes:
-    """The property of that name in a READY command; empty if there is none."""
-    if not ready.startswith(b"\x05READY"):
-        return b""
-    place = 6
-    while place < len(ready):
-        name_end = place + 1 + ready[place]
-        name, value_at = ready[place + 1 : name_end], name_end + 4
-        length = int.from_bytes(ready[name_end:value_at], "big")
-        if name.lower() == b"identity":
-            return ready[value_at : value_at + length]
-        place = value_at + length
-    return b""
+def _is_reached(sock: sockets.Socket, incarnation: Incarnation) -> bool:
+    """Whether the other end of the only connection of `sock` is that life."""
+    deadline = time.monotonic() + KNOWN_S
+    while True:
+        try:
+            sock.send_multipart([incarnation, b""], zmq.NOBLOCK)  # it only wakes the reader there
+        except zmq.ZMQError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        else:
+            return True

@@ -17,6 +17,7 @@ import zmq
 
 from zrpc.errors import ConfigError, PeerLostError
 from zrpc.transport import descriptors, sockets
+from zrpc.transport.credentials import Authenticator
 from zrpc.transport.credit import CreditLink
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.local_links import FILES_PER_PEER
@@ -25,6 +26,7 @@ from zrpc.transport.watch import EVENTS, ConnectionWatch
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
+    from zrpc.transport.credentials import Credentials
     from zrpc.transport.endpoint import OnFrames, OnLost
     from zrpc.transport.inbox import Work
     from zrpc.transport.link import Link
@@ -44,21 +46,27 @@ class PeerEndpoint(LinkEndpoint):
         bind: address to listen on, such as `tcp://127.0.0.1:0`.
         local: have links with workers of this host.
         busy_poll_s: see `Polling`.
+        credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
 
-    def __init__(self, incarnation: Incarnation, bind: str, *, local: bool = False, busy_poll_s: float = 0.0) -> None:
+    def __init__(
+        self, incarnation: Incarnation, bind: str, *, local: bool = False, busy_poll_s: float = 0.0,
+        credentials: Credentials | None = None,
+    ) -> None:  # fmt: skip
         self._bind = bind
+        self._authenticator: Authenticator | None = None
         self._on_frames: OnFrames
         self._on_lost: OnLost
         super().__init__(
-            incarnation, self._make_router, local=local, is_thrifty=False, busy_poll_s=busy_poll_s, wake=[b""]
-        )
+            incarnation, self._make_router, local=local, is_thrifty=False, busy_poll_s=busy_poll_s, wake=[b""],
+            credentials=credentials,
+        )  # fmt: skip
         if self._local_links is not None:
             self._local_links.tell(self._declare_lost)
-        self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(self._watcher_end)
+        self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(self._watcher_end, self._authenticator)
         self._addresses: dict[Incarnation, str] = {}
         self._new_monitors: list[tuple[Incarnation, sockets.Socket]] = []
 
@@ -100,12 +108,14 @@ class PeerEndpoint(LinkEndpoint):
             self._on_lost(peer, self._why_gone(peer))
 
     def _make_router(self, context: sockets.Context) -> sockets.Socket:
+        if self._credentials is not None:
+            self._authenticator = Authenticator(context, self._credentials)
         router = sockets.make_socket(context, zmq.ROUTER, heartbeats=False)
         # A peer connects again while this process stands still, for which the connection before is still there: without
         # this the new one would be taken in and never read.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         router.setsockopt(zmq.ROUTING_ID, self.incarnation)  # so that it can be seen which life listens: `has_ended`
-        self.address = sockets.bind(router, self._bind)
+        self.address = sockets.bind(router, self._bind, self._credentials)
         return router
 
     def _open(self, peer: Incarnation) -> Link:
@@ -134,7 +144,7 @@ class PeerEndpoint(LinkEndpoint):
             sock.close()
             raise
         try:
-            sockets.connect(sock, address)
+            sockets.connect(sock, address, self._credentials)
         except ConfigError as error:
             self._gone.note(peer, f"its address cannot be used: {error}")
             sock.disable_monitor()  # its last word must be sent while somebody is there to read it
@@ -169,6 +179,8 @@ class PeerEndpoint(LinkEndpoint):
     def _close_monitors(self) -> None:
         self._watch_new()
         self._watch.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
 
     def _declare_lost(self, peer: Incarnation, reason: str) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Making ZeroMQ sockets: the one place where their options, and later their keys, are set.
+"""Making ZeroMQ sockets: the one place where their options are set.
 
 Every socket gets linger 0 at its creation (an exit never waits for a peer that is gone), a bounded high-water mark and
 a bounded message size. A connection that died silently is noticed by ZMTP heartbeats, which a process that stands still
@@ -11,12 +11,17 @@ import ctypes
 import ipaddress
 import itertools
 import socket as pysocket
+import struct
 import warnings
+from typing import TYPE_CHECKING
 
 import zmq
 
 from zrpc.errors import ConfigError
 from zrpc.transport import descriptors
+
+if TYPE_CHECKING:
+    from zrpc.transport.credentials import Credentials
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -32,6 +37,8 @@ BACKLOG = 1024
 RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1_000
 CONNECT_TIMEOUT_MS = 5_000
+HANDSHAKE_MAX_MS = 10_000
+"""A connection that has not proved by then what it has to is closed."""
 LOOPBACK_BUFFER_NBYTES = 512 << 10
 """What the kernel keeps of a loopback connection on the sender's side. By itself it lets this grow to some MiB, and
 what the receiver copies has left the caches by then: large messages are 20 to 30 % slower. A network needs that much.
@@ -40,6 +47,7 @@ what the receiver copies has left the caches by then: large messages are 20 to 3
 MAX_SOCKETS = 8192
 
 _monitor_numbers = itertools.count()
+_MONITOR_EVENT = struct.Struct("=Hi")  # event, value
 
 
 def make_context() -> Context:
@@ -75,6 +83,7 @@ def make_socket(context: Context, kind: int, identity: bytes | None = None, *, h
     sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
     sock.setsockopt(zmq.BACKLOG, BACKLOG)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MAX_MS)
     if heartbeats:
         sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -105,6 +114,19 @@ def make_monitor(context: Context, sock: Socket, events: int) -> Socket:
     monitor.setsockopt(zmq.LINGER, 0)
     monitor.connect(address)
     return monitor
+
+
+def receive_event(monitor: Socket, flags: int = 0) -> int:
+    """The next event of a socket, from its monitor: such as `zmq.EVENT_CONNECTED`.
+
+    `zmq.utils.monitor` does the same, and imports `asyncio` sockets for it.
+
+    Raises:
+        Again: there is none, and `flags` is `zmq.NOBLOCK`.
+    """
+    told, _ = monitor.recv_multipart(flags)  # and the address
+    event: int = _MONITOR_EVENT.unpack(told)[0]
+    return event
 
 
 def keep_to_the_end(endpoint: object) -> None:
@@ -154,17 +176,29 @@ def resolve(address: str) -> str:
     return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
 
 
-def bind(sock: Socket, address: str) -> str:
+def bind(sock: Socket, address: str, credentials: Credentials | None) -> str:
     """Bind to `address` (port 0: any free one) and return the address as bound.
 
-    Warns once a bind when it is not on the loopback interface: without keys any peer that reaches the port can run
-    code in this process.
+    Without credentials it warns once a bind when that is not on the loopback interface: any peer that reaches the port
+    can run code in this process.
+
+    Args:
+        sock: what is to listen.
+        address: where.
+        credentials: who may connect; None: anybody.
 
     Raises:
-        ConfigError: the address is not usable here or is taken.
+        ConfigError: the address is not usable here or is taken; or anybody could connect to any interface.
     """
     numeric = resolve(address)
     host, _ = split_address(numeric)
+    if credentials is not None:
+        credentials.set_listening(sock)
+    elif ipaddress.ip_address(host.split("%")[0]).is_unspecified:
+        raise ConfigError(
+            f"without authentication (insecure) nothing listens on all interfaces ({address}): name the one, or leave "
+            "insecure out"
+        )
     if ":" in host:
         sock.setsockopt(zmq.IPV6, 1)
     is_loopback = ipaddress.ip_address(host.split("%")[0]).is_loopback
@@ -178,17 +212,22 @@ def bind(sock: Socket, address: str) -> str:
             "Choose another port (0: any free one) or an address of this machine"
         ) from error
     bound = sock.getsockopt_string(zmq.LAST_ENDPOINT)
-    if not is_loopback:
+    if not is_loopback and credentials is None:
         warnings.warn(
-            f"zrpc listens on {bound}, off the loopback interface, and without keys: any peer that reaches this port "
-            "can run code here. Bind to 127.0.0.1, or keep the port behind a firewall.",
+            f"zrpc listens on {bound}, off the loopback interface, and without authentication (insecure): any peer "
+            "that reaches this port can run code here. Leave insecure out, or keep the port behind a firewall.",
             stacklevel=3,
         )
     return bound
 
 
-def connect(sock: Socket, address: str) -> None:
+def connect(sock: Socket, address: str, credentials: Credentials | None) -> None:
     """Connect to `address`; ZeroMQ goes on trying in the background until the socket is closed.
+
+    Args:
+        sock: what connects.
+        address: where to.
+        credentials: what it proves there, and who must listen; None: nothing, and anybody.
 
     Raises:
         ConfigError: the address cannot be resolved or is not one.
@@ -199,6 +238,8 @@ def connect(sock: Socket, address: str) -> None:
         sock.setsockopt(zmq.IPV6, 1)
     if ipaddress.ip_address(host.split("%")[0]).is_loopback:
         sock.setsockopt(zmq.SNDBUF, LOOPBACK_BUFFER_NBYTES)
+    if credentials is not None:
+        credentials.set_connecting(sock)
     sock.connect(numeric)
 
 

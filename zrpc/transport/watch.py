@@ -18,16 +18,28 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 if TYPE_CHECKING:
+    from zrpc.transport.credentials import Authenticator
     from zrpc.transport.sockets import Socket
 
 EVENTS = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
     | zmq.EVENT_MONITOR_STOPPED
 )
 REFUSALS = 3
+DENIALS = 3
+"""So many handshakes in a row that fail without a reason were not broken off by chance."""
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
+_DENIED = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 
 K = TypeVar("K", bound=Hashable)
 
@@ -38,11 +50,19 @@ class ConnectionState:
 
     was_up: bool = False
     refusals: int = 0
+    denials: int = 0
 
     def on_event(self, event: int) -> str | None:
         """Take in one monitor event; the reason why the peer is gone, if it now is."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self.was_up, self.refusals = True, 0
+            self.was_up, self.refusals, self.denials = True, 0, 0
+        elif event in HANDSHAKE_FAILED:
+            self.denials += 1
+            if self.denials >= DENIALS or event in _DENIED:
+                return (
+                    "what listens at its address has another secret than this process, or none (insecure), or is no "
+                    "zrpc of this version: give all workers, and the broker, the same ZRPC_SECRET"
+                )
         elif event == zmq.EVENT_CLOSED:
             self.refusals += 1
             if self.refusals >= REFUSALS:
@@ -51,7 +71,9 @@ class ConnectionState:
 
 
 class ConnectionWatch(Generic[K]):
-    """Watches the outgoing connections of an endpoint. Owned by the one thread that calls `poll`.
+    """Watches the outgoing connections of an endpoint, and decides on those that come in.
+
+    Owned by the one thread that calls `poll`.
 
     ZeroMQ's own poller looks at every socket each time one has something to say: where 128 peers connected in the same
     second, it took this thread 350 µs a connection. The system's selector looks at those alone that have: 185 µs. A
@@ -59,12 +81,16 @@ class ConnectionWatch(Generic[K]):
     its socket until nothing is left.
     """
 
-    def __init__(self, wake: Socket) -> None:
+    def __init__(self, wake: Socket, authenticator: Authenticator | None = None) -> None:
         self._selector = selectors.DefaultSelector()
         self._wake = wake
+        self._authenticator = authenticator
         self._watched: dict[Socket, tuple[K, ConnectionState]] = {}
         self._new = [wake]
         self._selector.register(wake.fileno(), selectors.EVENT_READ, wake)
+        if authenticator is not None:
+            self._new.append(authenticator.sock)
+            self._selector.register(authenticator.sock.fileno(), selectors.EVENT_READ, authenticator.sock)
 
     def add(self, key: K, monitor: Socket) -> None:
         """Watch one more connection, by its monitor socket."""
@@ -88,6 +114,8 @@ class ConnectionWatch(Generic[K]):
                 return
             if sock is self._wake:
                 self._take_wake()
+            elif self._authenticator is not None and sock is self._authenticator.sock:
+                self._authenticator.answer()
             else:
                 self._take_events(sock, on_gone)
 

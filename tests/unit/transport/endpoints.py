@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from zrpc.ids import Incarnation, new_incarnation
+from zrpc.secret import Secret
+from zrpc.transport.credentials import Credentials
 from zrpc.transport.peer import PeerEndpoint
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Buffer
 
 WAIT_S = 20.0
+CREDENTIALS = Credentials(Secret("a secret of these endpoints"))
 LOOPBACK = "tcp://127.0.0.1:0"
 
 
@@ -82,7 +85,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.arrivals = Arrivals()
-        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=self.local)
+        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=self.local, credentials=CREDENTIALS)
         self.id = self.endpoint.incarnation
 
     def start(self) -> None:

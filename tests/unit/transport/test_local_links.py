@@ -24,7 +24,16 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Arrivals, Peer, check_order, mixed_message, peers
+from tests.unit.transport.endpoints import (
+    CREDENTIALS,
+    LOOPBACK,
+    WAIT_S,
+    Arrivals,
+    Peer,
+    check_order,
+    mixed_message,
+    peers,
+)
 from zrpc import finalizers
 from zrpc.errors import OverloadedError, PeerLostError
 from zrpc.ids import new_incarnation
@@ -776,7 +785,7 @@ def some_local(*are_local: bool) -> Iterator[list[Peer]]:
     def make(is_local: bool) -> Peer:
         peer = Peer.__new__(Peer)
         peer.arrivals = Arrivals()
-        peer.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=is_local)
+        peer.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=is_local, credentials=CREDENTIALS)
         peer.id = peer.endpoint.incarnation
         return peer
 
@@ -883,7 +892,7 @@ class _Endpoint:
     """One that has links, closed in the end."""
 
     def __init__(self) -> None:
-        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=True)
+        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=True, credentials=CREDENTIALS)
 
     def close(self) -> None:
         self.endpoint.close(0.0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from tests.unit.transport.endpoints import LOOPBACK, WAIT_S, Peer, peers
+from tests.unit.transport.endpoints import CREDENTIALS, LOOPBACK, WAIT_S, Peer, peers
 from tests.waiting import until
 from zrpc.errors import AgentClosedError, ConfigError, OverloadedError, PeerLostError
 from zrpc.ids import ENDED_MAX, new_incarnation
@@ -157,17 +157,14 @@ def test_what_is_queued_at_the_close_is_still_sent(monkeypatch: pytest.MonkeyPat
 
 def test_what_nobody_reads_is_given_up_at_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "HIGH_WATER_MARK", 5)
-    with peers(start=False) as (a, b):
-        a.start()
-        for _ in range(1000):
-            a.endpoint.send(b.id, [bytes(100_000)])
-        link = a.endpoint._links[b.id]
-        num_left = 1000 - len(link._queue)
-        a.endpoint.close(0.05)
-        assert not link._queue
-        b.start()
+    with peers() as (a, b):
+        with b.arrivals.stopped():
+            for _ in range(1000):
+                a.endpoint.send(b.id, [bytes(100_000)])
+            assert a.endpoint.queued_nbytes(b.id)
+            a.endpoint.close(0.05)
+            assert not a.endpoint.queued_nbytes(b.id)
         b.arrivals.wait_messages(1)
-        assert num_left < 1000
 
 
 # ---- peers that go ---------------------------------------------------------------------------------------------------
@@ -386,7 +383,7 @@ def test_a_message_of_no_worker_does_no_harm() -> None:
     with peers() as (a, b):
         context = sockets.make_context()
         stranger = sockets.make_socket(context, zmq.DEALER)
-        sockets.connect(stranger, a.endpoint.address)
+        sockets.connect(stranger, a.endpoint.address, CREDENTIALS)
         stranger.send_multipart([b""])
         stranger.send_multipart([b"", b"", b""])
         b.endpoint.send(a.id, [b"x"])
@@ -405,10 +402,10 @@ def test_a_connection_that_comes_again_is_read_though_the_one_before_still_stand
     with peers(1) as (b,), sockets.make_context() as context:
         before, again = (sockets.make_socket(context, zmq.DEALER, identity=source) for _ in range(2))
         with before, again:
-            sockets.connect(before, b.endpoint.address)
+            sockets.connect(before, b.endpoint.address, CREDENTIALS)
             before.send(b"before")
             assert b.arrivals.wait_messages(1) == [(source, [b"before"])]
-            sockets.connect(again, b.endpoint.address)
+            sockets.connect(again, b.endpoint.address, CREDENTIALS)
             again.send(b"again")
             assert b.arrivals.wait_messages(2)[1:] == [(source, [b"again"])]
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import zmq
 
+from tests.unit.transport.endpoints import CREDENTIALS
 from zrpc.errors import ConfigError
 from zrpc.transport import sockets
 
@@ -89,44 +90,62 @@ def test_a_name_that_does_not_resolve_is_refused_in_words() -> None:
 
 def test_binding_tells_the_port(make: Make) -> None:
     sock = make(zmq.ROUTER)
-    bound = sockets.bind(sock, "tcp://localhost:0")
+    bound = sockets.bind(sock, "tcp://localhost:0", None)
     host, port = sockets.split_address(bound)
     assert host == "127.0.0.1"
     assert port > 0
 
 
 def test_a_taken_port_is_refused_in_words(make: Make) -> None:
-    bound = sockets.bind(make(zmq.ROUTER), "tcp://127.0.0.1:0")
+    bound = sockets.bind(make(zmq.ROUTER), "tcp://127.0.0.1:0", None)
     with pytest.raises(
         ConfigError, match=r"cannot listen on tcp://127.0.0.1:\d+: Address already in use .* Choose another"
     ):
-        sockets.bind(make(zmq.ROUTER), bound)
+        sockets.bind(make(zmq.ROUTER), bound, None)
 
 
 def test_an_address_of_another_machine_is_refused_in_words(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on tcp://192\.0\.2\.1:0"):
-        sockets.bind(make(zmq.ROUTER), "tcp://192.0.2.1:0")
+        sockets.bind(make(zmq.ROUTER), "tcp://192.0.2.1:0", None)
 
 
-@pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0"])
-def test_off_the_loopback_interface_it_warns(make: Make, address: str) -> None:
-    with pytest.warns(UserWarning, match="off the loopback interface, and without keys"):
-        sockets.bind(make(zmq.ROUTER), address)
+@pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0"])
+def test_without_authentication_nothing_listens_on_all_interfaces(make: Make, address: str) -> None:
+    with pytest.raises(ConfigError, match="name the one, or leave insecure out"):
+        sockets.bind(make(zmq.ROUTER), address, None)
+
+
+def test_without_authentication_it_warns_off_the_loopback_interface(make: Make) -> None:
+    host = own_host()
+    with pytest.warns(UserWarning, match="off the loopback interface, and without authentication"):
+        sockets.bind(make(zmq.ROUTER), f"tcp://{host}:0", None)
+
+
+def test_with_authentication_it_does_not(make: Make, recwarn: pytest.WarningsRecorder) -> None:
+    sockets.bind(make(zmq.ROUTER), "tcp://0.0.0.0:0", CREDENTIALS)
+    assert not recwarn.list
+
+
+def own_host() -> str:
+    """This machine's address on a network."""
+    host, _ = sockets.split_address(sockets.reachable_address("tcp://0.0.0.0:1", None))
+    if host.startswith("127."):
+        pytest.skip("this machine is on no network")
+    return host
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_loopback_connections_have_small_buffers(make: Make, host: str) -> None:
     receiver, sender = make(zmq.ROUTER), make(zmq.DEALER)
-    bound = sockets.bind(receiver, f"tcp://{host}:0")
-    sockets.connect(sender, bound)
+    bound = sockets.bind(receiver, f"tcp://{host}:0", None)
+    sockets.connect(sender, bound, None)
     assert [sock.getsockopt(zmq.SNDBUF) for sock in (receiver, sender)] == [sockets.LOOPBACK_BUFFER_NBYTES] * 2
 
 
 def test_other_connections_have_those_of_the_kernel(make: Make) -> None:
     receiver, sender = make(zmq.ROUTER), make(zmq.DEALER)
-    with pytest.warns(UserWarning, match="off the loopback interface"):
-        sockets.bind(receiver, "tcp://0.0.0.0:0")
-    sockets.connect(sender, "tcp://192.0.2.1:9")
+    sockets.bind(receiver, "tcp://0.0.0.0:0", CREDENTIALS)
+    sockets.connect(sender, "tcp://192.0.2.1:9", CREDENTIALS)
     assert [sock.getsockopt(zmq.SNDBUF) for sock in (receiver, sender)] == [-1] * 2
 
 
@@ -137,9 +156,9 @@ def test_ipv6_works_where_the_host_has_it(make: Make) -> None:
         except OSError:
             pytest.skip("this host has no IPv6")
     receiver, sender = make(zmq.PULL), make(zmq.PUSH)
-    bound = sockets.bind(receiver, "tcp://[::1]:0")
+    bound = sockets.bind(receiver, "tcp://[::1]:0", None)
     assert bound.startswith("tcp://[::1]:")
-    sockets.connect(sender, bound)
+    sockets.connect(sender, bound, None)
     sender.send(b"x")
     assert receiver.poll(10_000)
     assert receiver.recv() == b"x"
@@ -155,7 +174,7 @@ def test_a_link_local_address_keeps_its_zone(make: Make) -> None:
     if not addresses:
         pytest.skip("this host has no link-local address")
     with pytest.warns(UserWarning, match="off the loopback interface"):
-        bound = sockets.bind(make(zmq.PULL), f"tcp://[{addresses[0]}]:0")
+        bound = sockets.bind(make(zmq.PULL), f"tcp://[{addresses[0]}]:0", None)
     assert bound.startswith(f"tcp://[{addresses[0]}]:")
 
 

@@ -79,13 +79,13 @@ class Watching:
 
     def listener(self) -> tuple[sockets.Socket, str]:
         router = self._socket(zmq.ROUTER)
-        return router, sockets.bind(router, "tcp://127.0.0.1:0")
+        return router, sockets.bind(router, "tcp://127.0.0.1:0", None)
 
     def connect(self, key: int, address: str) -> sockets.Socket:
         """A connection and its monitor, which is not watched yet."""
         self.connections[key] = self._socket(zmq.DEALER)
         monitor = sockets.make_monitor(self.context, self.connections[key], EVENTS)
-        sockets.connect(self.connections[key], address)
+        sockets.connect(self.connections[key], address, None)
         return monitor
 
     def poll_until_gone(self, *keys: int) -> None:
