@@ -16,7 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from zrpc import threads
-from zrpc.errors import ProtocolError, RefusedError, RendezvousError, ZrpcError
+from zrpc.errors import PeerLostError, ProtocolError, RefusedError, RendezvousError, ZrpcError
 from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.group import Member, OnJoined, OnLeft
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
@@ -111,10 +111,14 @@ class BrokerGroup:
             self._endpoint.open()
             self._heartbeats = threads.start(self._heartbeat_loop, "zrpc-heartbeat")  # they wait for an interval first
             self._tell(Register(name, rank, world_size or 0, card, self._group))
-        except BaseException:
+        except BaseException as error:
             with self._changed:
                 self._set_state(_State.ENDED)
             self._join_heartbeats()
+            if (
+                isinstance(error, PeerLostError) and self._ended_by is not None
+            ):  # the broker refused this worker at once
+                raise self._ended_by from None
             raise
         with self._changed:
             self._changed.wait_for(lambda: self._state is not _State.JOINING, timeout_s)

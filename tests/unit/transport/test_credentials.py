@@ -12,6 +12,7 @@ from zmq.utils import z85
 
 from tests.unit.transport.endpoints import CREDENTIALS, LOOPBACK, Arrivals, Peer, peers
 from tests.waiting import until
+from zrpc import finalizers
 from zrpc.errors import PeerLostError
 from zrpc.ids import new_incarnation
 from zrpc.secret import Secret
@@ -135,6 +136,7 @@ def test_a_process_of_the_same_user_without_the_secret_is_refused_on_the_local_l
         other.endpoint.send(worker.id, [b"said by a member"])
         worker.arrivals.wait_messages(1)
         assert [bytes(frames[0]) for _, frames in worker.arrivals.messages] == [b"said by a member"]
+    finalizers.run_pending()
     assert "no member of this group was refused" in caplog.text
 
 
