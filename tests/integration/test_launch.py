@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+from zrpc.cli.plan import SECRET_QUESTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +29,19 @@ import os, sys
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ZRPC_BROKER", "ZRPC_INIT_METHOD", "MASTER_ADDR", "MASTER_PORT")
 print(*(f"{name}={os.environ.get(name)}" for name in names), sys.argv[1:])
 """
+DIGEST = """
+import glob, hashlib, os
+secret = os.environ["ZRPC_SECRET"]
+shown = 0
+for path in glob.glob("/proc/[0-9]*/cmdline"):
+    try:
+        shown += secret.encode() in open(path, "rb").read()
+    except OSError:
+        pass
+print("digest", hashlib.sha256(secret.encode()).hexdigest())
+print("on", shown, "command lines")
+"""
+NO_SECRET = {"ZRPC_SECRET": ""}
 FAIL = """
 import os, sys, time
 if os.environ["RANK"] == "1":
@@ -255,6 +271,37 @@ def test_other_hosts_are_reached_through_ssh(script: Path) -> None:
     assert "worker 1 | on a" in done.stdout
     assert "worker 2 | on b" in done.stdout
     assert "worker 2 | RANK=2 WORLD_SIZE=3 LOCAL_RANK=0 ZRPC_BROKER=broker://127.0.0.1:" in done.stdout
+
+
+def check_secrets(done: subprocess.CompletedProcess[str], workers: int) -> set[str]:
+    """All workers had one secret, which is nowhere to be seen; its digest."""
+    assert done.returncode == 0, done.stderr
+    digests = {line.split("digest ")[1] for line in done.stdout.splitlines() if "digest" in line}
+    assert done.stdout.count("digest") == workers, done.stdout
+    assert len(digests) == 1
+    assert done.stdout.count("on 0 command lines") == workers, done.stdout
+    assert SECRET_QUESTION not in done.stdout
+    for word in (done.stdout + done.stderr).split():
+        assert hashlib.sha256(word.encode()).hexdigest() not in digests, "it was shown"
+    return digests
+
+
+@pytest.mark.parametrize("command", [CLUSTER, PEERS], ids=["broker", "peers"])
+def test_the_workers_of_a_run_have_a_secret_of_their_own_that_nobody_sees(script: Path, command: list[str]) -> None:
+    script.write_text(DIGEST)
+    first, second = (check_secrets(run(command, "-n", 2, script, **NO_SECRET), 2) for _ in range(2))
+    assert first != second
+
+
+def test_other_hosts_get_the_secret_through_ssh_and_not_on_its_command_line(script: Path) -> None:
+    """The stand-in hands nothing on but the command and the standard streams, as a real one."""
+    script.write_text(DIGEST)
+    ssh = script.parent / "ssh"
+    ssh.write_text('#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done\nexec env -i PATH="$PATH" sh -c "$3"\n')
+    ssh.chmod(0o755)
+    path = f"{script.parent}:{os.environ['PATH']}"
+    options = ["--hosts", "a,b", "--ssh", "--bind", "tcp://127.0.0.1:0", "--advertise", "127.0.0.1"]
+    check_secrets(run(CLUSTER, "-n", 3, *options, script, PATH=path, **NO_SECRET), 3)
 
 
 def test_a_host_that_ssh_cannot_reach_is_named(script: Path) -> None:

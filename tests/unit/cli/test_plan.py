@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 from zrpc.cli.plan import (
+    SECRET_QUESTION,
     Place,
     Program,
     Reach,
@@ -19,6 +20,7 @@ from zrpc.cli.plan import (
     parse_hosts,
     place,
     remote_command,
+    secret_environment,
     worker_environment,
 )
 from zrpc.errors import ConfigError
@@ -115,6 +117,32 @@ def test_ssh_runs_one_quoted_line_in_a_terminal_of_its_own() -> None:
     directory, program = command[-1].split(" && exec ")
     assert shlex.split(directory) == ["cd", "/my work"]
     assert shlex.split(program) == ["env", "ZRPC_GROUP=my group", "RANK=1", *PROGRAM.argv()]
+
+
+def test_a_secret_is_on_no_command_line() -> None:
+    """All users of a host can read those."""
+    inherited = {"ZRPC_SECRET": "of the user, all the time", "ZRPC_SECRET_FILE": "/run/secret"}
+    for reach in (Reach.SSH, Reach.SRUN):
+        for asks in (False, True):
+            command = remote_command(reach, "b", PROGRAM, {"RANK": "1"}, inherited, asks_secret=asks)
+            assert "of the user" not in " ".join(command)
+            assert "ZRPC_SECRET_FILE=/run/secret" in " ".join(command)
+    asking = remote_command(Reach.SSH, "b", PROGRAM, {}, {}, asks_secret=True)[-1]
+    assert SECRET_QUESTION in asking
+    assert asking.endswith(remote_command(Reach.SSH, "b", PROGRAM, {}, {})[-1])
+
+
+def test_each_run_has_a_secret_of_its_own_unless_the_user_has_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZRPC_INSECURE", raising=False)
+    first, second = secret_environment({}), secret_environment({})
+    assert len(first["ZRPC_SECRET"]) == 64
+    assert first != second
+    assert secret_environment({"ZRPC_SECRET": "of the user, all the time"}) == {
+        "ZRPC_SECRET": "of the user, all the time"
+    }
+    assert secret_environment({"ZRPC_SECRET_FILE": "/run/secret"}) == {}
+    monkeypatch.setenv("ZRPC_INSECURE", "1")
+    assert secret_environment({}) == {}
 
 
 def test_srun_runs_one_task_on_the_host() -> None:
