@@ -23,7 +23,9 @@ from zmq.utils import z85
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
     from zrpc.secret import Secret
-    from zrpc.transport.sockets import Context, Socket
+
+    Context = zmq.Context[zmq.Socket[bytes]]
+    Socket = zmq.Socket[bytes]
 
 LOCAL_PROOF_NBYTES = 32
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
