@@ -297,5 +297,7 @@ class BrokeredEndpoint(LinkEndpoint):
             self._connections_up += 1
         elif event == zmq.EVENT_DISCONNECTED and self._connections_up:
             self.lose_broker(f"the connection to the broker at {self.address} broke")
-        elif event in HANDSHAKE_FAILED and (reason := self._connection_state.on_event(event)) is not None:
+        elif event in (*HANDSHAKE_FAILED, zmq.EVENT_CONNECTED) and (
+            reason := self._connection_state.on_event(event, time.monotonic())
+        ):
             self.lose_broker(f"the broker at {self.address} refused this worker: {reason}", is_refused=True)

@@ -37,7 +37,7 @@ BACKLOG = 1024
 RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1_000
 CONNECT_TIMEOUT_MS = 5_000
-HANDSHAKE_MAX_MS = 10_000
+HANDSHAKE_MAX_MS = 5_000
 """A connection that has not proved by then what it has to is closed."""
 LOOPBACK_BUFFER_NBYTES = 512 << 10
 """What the kernel keeps of a loopback connection on the sender's side. By itself it lets this grow to some MiB, and

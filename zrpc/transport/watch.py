@@ -33,7 +33,9 @@ EVENTS = (
 )
 REFUSALS = 3
 DENIALS = 3
-"""So many handshakes in a row that fail without a reason were not broken off by chance."""
+"""So many handshakes in a row that fail at once and without a reason were not broken off by chance."""
+AT_ONCE_S = 1.0
+"""A handshake that lasts longer was not denied: the other process stands still, or is busy."""
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
@@ -51,13 +53,16 @@ class ConnectionState:
     was_up: bool = False
     refusals: int = 0
     denials: int = 0
+    connected_at: float = 0.0
 
-    def on_event(self, event: int) -> str | None:
-        """Take in one monitor event; the reason why the peer is gone, if it now is."""
+    def on_event(self, event: int, now: float) -> str | None:
+        """Take in one monitor event, which came at `now` (seconds); the reason why the peer is gone, if it now is."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.was_up, self.refusals, self.denials = True, 0, 0
+        elif event == zmq.EVENT_CONNECTED:
+            self.connected_at = now
         elif event in HANDSHAKE_FAILED:
-            self.denials += 1
+            self.denials += now - self.connected_at < AT_ONCE_S
             if self.denials >= DENIALS or event in _DENIED:
                 return (
                     "what listens at its address has another secret than this process, or none (insecure), or is no "
@@ -132,7 +137,7 @@ class ConnectionWatch(Generic[K]):
                 if event == zmq.EVENT_MONITOR_STOPPED:  # the connection was closed on this side
                     self._drop(monitor)
                     return
-                reason = state.on_event(event)
+                reason = state.on_event(event, time.monotonic())
                 if reason is not None:
                     on_gone(key, reason)
 

@@ -12,7 +12,7 @@ import zmq
 from hypothesis import given
 
 from zrpc.transport import sockets
-from zrpc.transport.watch import EVENTS, REFUSALS, ConnectionState, ConnectionWatch
+from zrpc.transport.watch import DENIALS, EVENTS, REFUSALS, ConnectionState, ConnectionWatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,11 +21,33 @@ CONNECTED = zmq.EVENT_CONNECTED
 UP = zmq.EVENT_HANDSHAKE_SUCCEEDED
 BROKEN = zmq.EVENT_DISCONNECTED
 REFUSED = zmq.EVENT_CLOSED
+NO_DETAIL = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 def verdicts(events: list[int]) -> list[str | None]:
     state = ConnectionState()
-    return [state.on_event(event) for event in events]
+    return [state.on_event(event, 5.0) for event in events]
+
+
+@pytest.mark.parametrize(
+    ("events", "is_denied"),
+    [
+        ([(CONNECTED, 0.0), (NO_DETAIL, 0.1)] * (DENIALS - 1), False),
+        ([(CONNECTED, 0.0), (NO_DETAIL, 0.1)] * DENIALS, True),
+        ([(CONNECTED, 0.0), (NO_DETAIL, 5.0)] * 10 * DENIALS, False),
+        ([(CONNECTED, 0.0), (NO_DETAIL, 0.1), (CONNECTED, 1.0), (UP, 1.1)] * DENIALS, False),
+        ([(CONNECTED, 0.0), (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, 0.1)], True),
+        ([(CONNECTED, 0.0), (zmq.EVENT_HANDSHAKE_FAILED_AUTH, 9.0)], True),
+    ],
+)
+def test_handshakes_that_are_denied_are_told_from_those_that_take_long(
+    events: list[tuple[int, float]], is_denied: bool
+) -> None:
+    """A process that stands still does not finish one, and is not lost for that."""
+    state = ConnectionState()
+    reasons = [reason for event, now in events if (reason := state.on_event(event, now))]
+    assert bool(reasons) == is_denied
+    assert all("has another secret" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize(
