@@ -9,7 +9,7 @@ ROUNDS ?= 3
 RESULTS := benchmarks/results
 CONFORMANCE := ../shared/conformance/run.py
 
-.PHONY: setup demo demo-brokerless test lint format types conformance gpu clean
+.PHONY: setup demo demo-brokerless test lint format types audit conformance gpu clean
 .PHONY: bench bench-calls bench-broadcast bench-memory bench-scaling bench-pages
 
 setup: $(READY)
@@ -46,6 +46,10 @@ types: $(READY)
 	MYPYPATH=build/types $(BIN)/mypy -p zrpc -p zrpc_broker
 	$(BIN)/mypy examples/digits
 	$(BIN)/mypy benchmarks
+
+# Whether a vulnerability is known of a version in constraints.txt; skipped with a line where the registry does not say.
+audit: $(READY)
+	$(BIN)/python scripts/audit
 
 # PyTorch's own RPC suite (about 5 minutes), for example: make conformance ARGS='-k RpcTest'
 conformance: $(READY)
