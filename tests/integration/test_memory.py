@@ -95,6 +95,22 @@ def test_an_idle_worker_takes_little_more_than_torch(cluster_in_each_mode: Clust
         assert own - bare_own < IDLE_MAX
 
 
+UNUSED = ("encodings.idna", "stringprep", "zmq.asyncio", "hmac")
+ALONE = f"""
+import sys, torch, zrpc as rpc
+options = rpc.RpcBackendOptions(init_method=sys.argv[1])
+rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=options)
+rpc.shutdown()
+print([name for name in {UNUSED} if name in sys.modules])
+"""
+
+
+def test_an_idle_worker_has_loaded_no_tables_of_names_and_no_sockets_for_asyncio(cluster_in_each_mode: Cluster) -> None:
+    """Python's tables of international names and ZeroMQ's asyncio sockets take 0.4 MB, and a worker uses neither."""
+    command = [sys.executable, "-c", ALONE, cluster_in_each_mode.new_init_method()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
 # ---- calls in flight -----------------------------------------------------------------------------------------------
 
 _gate = threading.Event()

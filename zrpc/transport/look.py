@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import socket
 import struct
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from zrpc.errors import ConfigError
 from zrpc.transport import local_socket, sockets
 
 if TYPE_CHECKING:
+    import socket
+
     from zrpc.ids import Incarnation
 
 LOOK_S = 2.0
@@ -48,7 +49,7 @@ def has_ended(address: str, incarnation: Incarnation, own_address: str) -> bool:
         if _is_loopback(host) and not _is_loopback(sockets.split_address(own_address)[0]):
             return False
         deadline = time.monotonic() + LOOK_S
-        with socket.create_connection((host, port), timeout=LOOK_S) as connection:
+        with sockets.open_connection(host, port, LOOK_S) as connection:
             return _life_at(connection, deadline) not in (None, incarnation)
     except ConnectionRefusedError:
         return True

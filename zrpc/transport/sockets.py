@@ -11,7 +11,9 @@ import ctypes
 import ipaddress
 import itertools
 import socket as pysocket
+import struct
 import warnings
+from typing import Any
 
 import zmq
 
@@ -39,6 +41,7 @@ what the receiver copies has left the caches by then: large messages are 20 to 3
 
 MAX_SOCKETS = 8192
 
+_MONITOR_EVENT = struct.Struct("=Hi")  # event, value
 _monitor_numbers = itertools.count()
 
 
@@ -107,6 +110,19 @@ def make_monitor(context: Context, sock: Socket, events: int) -> Socket:
     return monitor
 
 
+def receive_event(monitor: Socket, flags: int = 0) -> int:
+    """The next event of a socket, from its monitor: such as `zmq.EVENT_CONNECTED`.
+
+    `zmq.utils.monitor` does the same, and imports `asyncio` sockets for it.
+
+    Raises:
+        Again: there is none, and `flags` is `zmq.NOBLOCK`.
+    """
+    told, _ = monitor.recv_multipart(flags)  # and the address
+    event: int = _MONITOR_EVENT.unpack(told)[0]
+    return event
+
+
 def keep_to_the_end(endpoint: object) -> None:
     """Let the system close the sockets of `endpoint` when the process is gone, and nothing before.
 
@@ -131,6 +147,30 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def for_lookup(host: str) -> bytes:
+    """`host` as `getaddrinfo` is to be given it: for a `str` Python loads its tables of international names.
+
+    Raises:
+        OSError: no host can have that name.
+    """
+    if host.isascii():
+        return host.encode()
+    try:
+        return host.encode("idna")
+    except UnicodeError as error:
+        raise OSError(f"{host!r} cannot be the name of a host: {error}") from error
+
+
+def open_connection(host: str, port: int, timeout_s: float) -> pysocket.socket:
+    """A plain TCP connection, which has the same limit for what is read and written later.
+
+    Raises:
+        OSError: the name is not known, or nothing listens there.
+    """
+    address: Any = (for_lookup(host), port)
+    return pysocket.create_connection(address, timeout=timeout_s)
+
+
 def resolve(address: str) -> str:
     """The same address with its host as a number: ZeroMQ takes a name in a bind for that of a network interface.
 
@@ -141,7 +181,7 @@ def resolve(address: str) -> str:
     if host == "*":
         host = "0.0.0.0"
     try:
-        infos = pysocket.getaddrinfo(host, port, type=pysocket.SOCK_STREAM)
+        infos = pysocket.getaddrinfo(for_lookup(host), port, type=pysocket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
             f"the host of {address!r} cannot be resolved ({error}): check the name, or give a number"
