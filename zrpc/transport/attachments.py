@@ -28,7 +28,7 @@ from zrpc.transport.slab import (
 from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.transport.filling import Unfilled
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
+_Key = tuple[bytes, int, int]
+"""Of a slab: its owner's incarnation, number and slot."""
 _SHARED = b"shared"
 """In place of the owner of a shared slab: it cannot be handed back."""
 
@@ -60,7 +62,7 @@ class Attachments:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mapped: dict[tuple[Incarnation, int, int], SlabMemory] = {}  # by owner, number and slot
+        self._mapped: dict[_Key, SlabMemory] = {}
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
     def fetch(
@@ -153,33 +155,43 @@ class Attachments:
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""
-        with self._lock:
-            self._let_go([key for key in self._mapped if key[0] == source])
+        self._let_go(lambda key, _: key[0] == source)
+
+    def trim(self) -> None:
+        """Keep nothing mapped of what its owner has let go of. For the control thread, now and then.
+
+        A message that names a slab may be unread when its owner lets go of it, as one does that shuts down: what is
+        held stays until the next time. Else it is held by a worker that is lost, which does not say that it is free.
+        """
+        self._let_go(lambda _, memory: memory.is_retired() and (memory.is_free() or memory.was_seen_retired()))
 
     def close(self) -> None:
         """Keep nothing mapped but what is in use."""
-        with self._lock:
-            self._let_go(list(self._mapped))
+        self._let_go(lambda *_: True)
 
-    def _let_go(self, keys: Iterable[tuple[Incarnation, int, int]]) -> None:
-        """Keep these no longer. Call it under the lock."""
-        for key in keys:
-            memory = self._mapped.pop(key)
-            memory.leave()
+    def _let_go(self, is_over: Callable[[_Key, SlabMemory], bool]) -> None:
+        """Keep those no longer. They are unmapped outside the lock, which takes a while: so no thread waits for it."""
+        with self._lock:
+            gone = [key for key, memory in self._mapped.items() if is_over(key, memory)]
+            left = [self._mapped.pop(key) for key in gone]
+            for memory in left:
+                memory.leave()
 
     def _map(self, source: Incarnation, number: int, slot: int, file: OwnedFile | None) -> SlabMemory:
+        key = (source, number, slot)
         with self._lock:
-            memory = self._mapped.get((source, number, slot))
-            if memory is not None:
-                return memory
-            self._let_go([key for key, known in self._mapped.items() if known.is_retired()])
-            if file is None:
-                raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
+            memory = self._mapped.get(key)
+        if memory is not None:
+            return memory
+        self._let_go(lambda _, known: known.is_retired() and known.is_free())
+        if file is None:
+            raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
+        with self._lock:
             try:
                 memory = open_slab(file, slot)
             except OSError as error:
                 raise ProtocolError(f"a slab of {source.hex()} cannot be mapped: {error}") from error
             if memory.number != number:
                 raise ProtocolError(f"the file of another slab of {source.hex()} came")
-            self._mapped[source, number, slot] = memory
-            return memory
+            self._mapped[key] = memory
+        return memory

@@ -7,6 +7,7 @@ its own. The two first go beside their envelope, which names them by descriptors
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
+TRIM_S = 5.0
+"""Memory that is kept for use again and was not used for so long is given back, at twice that time at the latest.
+
+Fresh pages cost a second for each GB, warm ones a tenth of that: a program that sends as much only every few seconds
+keeps them."""
 _NO_ENVELOPE = b"\xc1"
 """What everything begins with that is no envelope."""
 
@@ -59,6 +65,7 @@ class Carrier:
         self._batches = Batches(endpoint.send, self.forget)
         self._on_envelope: OnEnvelope
         self._is_over = False
+        self._trim_at = time.monotonic() + TRIM_S  # of the control thread
         self.inbox = endpoint.inbox
         self.interrupt = endpoint.interrupt
 
@@ -175,6 +182,20 @@ class Carrier:
         if self._shared_memory is not None:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
+
+    def trim(self) -> float:
+        """Give back memory that is kept for use again and was not used lately. For the control thread.
+
+        Returns:
+            After how many seconds to call it again; earlier calls do nothing.
+        """
+        now = time.monotonic()
+        if now >= self._trim_at:
+            self._trim_at = now + TRIM_S
+            if self._shared_memory is not None:
+                self._shared_memory.trim()
+            self._transfers.buffers.trim()
+        return self._trim_at - now
 
     def wind_down(self) -> None:
         """This worker shuts down: it keeps no answers back, and waits for no memory that a peer has not filled yet."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from zrpc.transport.allowance import POOL_MAX_COUNT, POOL_MAX_NBYTES, limits
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.slab import DESCRIPTOR_LENGTH, HANDED_BACK, NOBODY, SLOT, Descriptor
-from zrpc.transport.slabs import POOL_MAX_COUNT, POOL_MAX_NBYTES, SlabPool, limits
+from zrpc.transport.slabs import SlabPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,6 +105,11 @@ class SharedMemory:
         """`peer` is gone."""
         self._pool.reclaim(peer)
         self._attachments.forget(peer)
+
+    def trim(self) -> None:
+        """Let go of slabs that were not used since this was called before, and of those that others have let go of."""
+        self._pool.trim()
+        self._attachments.trim()
 
     def counts(self) -> dict[str, int]:
         """See `SlabPool.counts`."""

@@ -88,11 +88,11 @@ class SlabMemory:
 
     Attributes:
         address: where its room begins.
-        is_left: this process keeps it no longer: its owner is lost, or this worker has shut down.
+        is_left: this process keeps it no longer: its owner is lost or has let go of it, or this worker has shut down.
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "address", "is_left", "was_pinned")
+    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "_seen_retired", "address", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
@@ -102,6 +102,7 @@ class SlabMemory:
         self.is_left = False
         self.was_pinned = False
         self._pins: Pins | None = None  # of who has pinned it
+        self._seen_retired = False
 
     @property
     def number(self) -> int:
@@ -132,6 +133,11 @@ class SlabMemory:
     def is_retired(self) -> bool:
         """Whether its owner has let go of it."""
         return self._mapped[_RETIRED] != 0
+
+    def was_seen_retired(self) -> bool:
+        """Whether this was asked before. It is retired."""
+        seen, self._seen_retired = self._seen_retired, True
+        return seen
 
     def set_number(self, number: int) -> None:
         """Give it its number. For its owner, before anybody else sees it."""
@@ -222,6 +228,10 @@ class PrivateSlab(SlabMemory):
         if os.getpid() == self._pid:
             self.free_slot(self._slot)
 
+    def is_free(self) -> bool:
+        """Whether this receiver does not hold it."""
+        return self._mapped[_SLOTS_AT + self._slot] == _FREE
+
     def renew(self) -> None:
         """Drop the pages that were written to here: it was filled anew."""
         drop_pages(self._room)
@@ -246,6 +256,8 @@ class Slab:
     """Of a shared slab, the same for each holder."""
     sent_to: dict[Incarnation, set[int]] = field(default_factory=dict)
     """Who has its file already, and maps it for these slots."""
+    last_use: object = None
+    """By which it was in use when `was_used` was asked before."""
 
     @classmethod
     def make(cls, room: int) -> Slab:
@@ -309,6 +321,12 @@ class Slab:
         else:
             self.shares = {}
 
+    def was_used(self) -> bool:
+        """Whether it was given to a holder since this was asked before."""
+        use = self.shares if self.descriptor is None else self.descriptor  # each time another one
+        last, self.last_use = self.last_use, use
+        return use is not last
+
     def take_back(self) -> None:
         """Its holder has given it back."""
         self.holder = NOBODY
@@ -342,6 +360,13 @@ class Shelf:
         for _ in range(min(count, len(self.placed))):
             slab = self.placed.popleft()
             (self.free if slab.memory.is_free() else self.placed).append(slab)
+
+    def take_unused(self) -> list[Slab]:
+        """Take out what is free and was not used since this was asked before."""
+        self.sweep(len(self.placed))
+        used = [(slab, slab.was_used()) for slab in self.free]
+        self.free = [slab for slab, is_used in used if is_used]
+        return [slab for slab, is_used in used if not is_used]
 
     def pick(self, holder: Incarnation) -> list[Slab]:
         """Take out what `holder` holds."""

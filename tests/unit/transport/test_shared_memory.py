@@ -15,7 +15,7 @@ from tests.unit.transport.slab_messages import A, B, C, Told, fetch, place, plac
 from tests.unit.transport.test_slabs import Pins, buffer
 from zrpc import finalizers
 from zrpc.errors import ProtocolError
-from zrpc.transport import slabs
+from zrpc.transport import allowance, slabs
 from zrpc.transport.shared_memory import SharedMemory
 from zrpc.transport.slab import FILE, HANDED_BACK, NBYTES, NO_FILE, NUMBER, SLOT
 from zrpc.wire.envelope import HandedBack
@@ -104,7 +104,7 @@ def test_a_worker_that_can_send_nothing_in_shared_memory_receives_what_others_do
 
     with pair() as (a, _):
         with monkeypatch.context() as patched:
-            patched.setattr(slabs, "available_nbytes", fail)
+            patched.setattr(allowance, "available_nbytes", fail)
             memory = SharedMemory.make()
         try:
             assert fetch(memory, send(a, B, buffer(100_000))) == buffer(100_000)
@@ -311,6 +311,19 @@ def test_a_slab_that_comes_home_and_goes_out_again_needs_no_file() -> None:
             assert told.has_file == (seed == 0)
             assert fetch(a, give_back(b, A, [fetch(b, told)]), B) == buffer(100_000, seed)
         assert a.counts()["slabs"] == 1
+
+
+def test_slabs_that_come_and_go_are_not_given_back() -> None:
+    """An echo uses one slab for as long as it goes on, however often `trim` looks; then it is let go of."""
+    with pair() as (a, b):
+        for seed in range(10):
+            told = send(a, B, buffer(100_000, seed))
+            assert told.has_file == (seed == 0)
+            assert fetch(a, give_back(b, A, [fetch(b, told)]), B) == buffer(100_000, seed)
+            a.trim()
+            b.trim()
+        a.trim()
+        assert a.counts()["slabs"] == 0
 
 
 def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:

@@ -12,6 +12,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
@@ -38,7 +39,6 @@ from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from zrpc.transport.filling import Fill
 
@@ -73,8 +73,7 @@ def others() -> Iterator[Attachments]:
 
 def answer(monkeypatch: pytest.MonkeyPatch, available_nbytes: Callable[[], int | None]) -> None:
     """Let the system say so of its memory."""
-    for module in (slabs, allowance):
-        monkeypatch.setattr(module, "available_nbytes", available_nbytes)
+    monkeypatch.setattr(allowance, "available_nbytes", available_nbytes)
 
 
 def buffer(nbytes: int, seed: int = 0) -> memoryview:
@@ -183,6 +182,26 @@ def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.
         assert sender.counts()["nbytes"] <= 2 * room
 
 
+def test_a_buffer_that_is_too_large_for_all_shared_memory_goes_through_sockets(
+    attachments: Attachments, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning says that, once, and not that anything is held; slabs of other buffers stay, and are used."""
+    with pool(max_nbytes=4 << 20) as sender:
+        told = place(sender, buffer(1 << 20))
+        fetch(attachments, told)
+        for _ in range(3):
+            assert placed(sender, bytes(5 << 20)) is None
+        assert place(sender, buffer(1 << 20)).number == told.number
+        finalizers.run_pending()
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "a buffer of 5 MiB goes through sockets: all shared memory of this worker may be 4 MiB"
+        )
+        assert placed(sender, bytes(4 << 20)) is None
+        finalizers.run_pending()
+        assert "1 slabs of 1 MiB in all are held, and there may be 1000 of 4 MiB" in caplog.text
+
+
 def test_without_memory_files_sockets_are_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,9 +292,13 @@ def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: p
 
 
 def test_slabs_leave_files_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    for files, count in ((1024, 256), (1 << 20, slabs.POOL_MAX_COUNT), (resource.RLIM_INFINITY, slabs.POOL_MAX_COUNT)):
+    for files, count in (
+        (1024, 256),
+        (1 << 20, allowance.POOL_MAX_COUNT),
+        (resource.RLIM_INFINITY, allowance.POOL_MAX_COUNT),
+    ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
-        assert slabs.limits()[1] == count
+        assert allowance.limits()[1] == count
 
 
 def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None:
@@ -302,23 +325,12 @@ def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pyte
         assert place(sender, buffer(MAX_NBYTES + 1)).number != first.number
 
 
-def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
-    with pool(max_nbytes=1 << 20) as sender:
-        received = fetch(attachments, place(sender, buffer(1 << 20)))
-        kept = received[:100]
-        del received
-        sender.reclaim(B)
-        fetch(attachments, place(sender, buffer(MIN_NBYTES)))
-        assert len(attachments._mapped) == 1
-        assert kept == buffer(100)
-
-
 def test_a_slab_is_not_made_of_memory_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     available = allowance.RESERVE_NBYTES + (1 << 20)
     answer(monkeypatch, lambda: available)
-    assert slabs.limits()[0] == available // 4
+    assert allowance.limits()[0] == available // 4
     with pool() as sender:
         for _ in range(allowance.REFUSALS + 1):
             assert placed(sender, bytes(600_000)) is None
@@ -339,9 +351,161 @@ def test_slabs_leave_some_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, lambda: None)
-    assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
+    assert allowance.limits()[0] == allowance.POOL_MAX_NBYTES
     with pool() as sender:
         assert placed(sender, bytes(600_000)) is not None
+
+
+# ---- memory that is given back -------------------------------------------------------------------------------------
+
+
+def num_mapped() -> int:
+    """How many mappings of slabs this process has; a `PrivateSlab` is two."""
+    return sum("/memfd:zrpc-slab" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry for each slab that is made."""
+    names: list[str] = []
+    make = os.memfd_create
+
+    def record(name: str, flags: int) -> int:
+        names.append(name)
+        return make(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", record)
+    return names
+
+
+def test_slabs_that_were_not_used_since_the_last_look_are_given_back(attachments: Attachments) -> None:
+    """All of them after a burst, at the receiver too, with their files."""
+    mapped, opened = num_mapped(), num_open()
+    with pool() as sender:
+        received = [fetch(attachments, place(sender, buffer(100_000 + 50_000 * (seed % 3)))) for seed in range(30)]
+        received.clear()
+        sender.trim()
+        attachments.trim()
+        assert sender.counts()["slabs"] == 30, "all were used since the last look, of which there was none"
+        sender.trim()
+        assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 30}
+        assert num_open() == opened
+        assert num_mapped() == mapped + 30, "the receiver has not looked yet"
+        attachments.trim()
+        assert num_mapped() == mapped
+        assert fetch(attachments, place(sender, buffer(100_000))) == buffer(100_000)
+
+
+@pytest.mark.parametrize("nbytes", [MIN_NBYTES, 16_000_000])
+@pytest.mark.parametrize("num_held", [0, 1, 2])
+def test_what_is_used_between_looks_is_never_given_back(
+    attachments: Attachments, made: list[str], nbytes: int, num_held: int
+) -> None:
+    """Calls that follow each other make no slab but the first ones, however often is looked."""
+    raw = buffer(nbytes)
+    with pool() as sender:
+        held: list[memoryview] = []
+        for _ in range(20):
+            for _ in range(num_held + 1):
+                held.append(fetch(attachments, place(sender, raw)))
+                del held[: len(held) - num_held]
+            sender.trim()
+            attachments.trim()
+        assert len(made) == num_held + 1
+
+
+def test_what_is_shared_between_looks_is_never_given_back(
+    attachments: Attachments, others: Attachments, made: list[str]
+) -> None:
+    """The same, where each slab goes to several workers."""
+    with pool() as sender:
+        for seed in range(20):
+            told = share(sender, buffer(100_000, seed))
+            assert fetch(attachments, told[B]) == fetch(others, told[C]) == buffer(100_000, seed)
+            for one in (sender, attachments, others):
+                one.trim()
+        assert len(made) == 1
+
+
+def test_only_as_many_slabs_are_kept_as_are_in_use_at_once(attachments: Attachments) -> None:
+    """After a burst of calls at once that go on one by one."""
+    with pool() as sender:
+        received = [fetch(attachments, place(sender, buffer(100_000))) for _ in range(20)]
+        received.clear()
+        for _ in range(2):
+            sender.trim()
+            fetch(attachments, place(sender, buffer(100_000)))
+        assert sender.counts()["slabs"] == 1
+
+
+def test_what_is_held_is_given_back_when_it_is_free(attachments: Attachments) -> None:
+    """However often is looked before: what a receiver keeps stays as it is."""
+    with pool() as sender:
+        received = fetch(attachments, place(sender, buffer(100_000)))
+        unsent = place(sender, buffer(200_000))
+        for _ in range(3):
+            sender.trim()
+            attachments.trim()
+        assert received == buffer(100_000)
+        assert sender.counts()["held"] == 2
+        del received
+        sender.take_back(unsent.descriptor)
+        for _ in range(2):
+            sender.trim()
+        assert sender.counts()["slabs"] == 0
+
+
+def test_slabs_that_are_filled_later_are_not_given_back_before(attachments: Attachments) -> None:
+    """Nor is one that its receiver has let go of before it was filled."""
+    with pool() as sender:
+        told, later = begin(sender, buffer(100_000))
+        fetch(attachments, told, unfilled=[])
+        for _ in range(3):
+            sender.trim()
+        assert sender.counts()["slabs"] == 1
+        sender.fill(later)
+        for _ in range(2):
+            sender.trim()
+        assert sender.counts()["slabs"] == 0
+
+
+def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
+    """All that is in use of it stays: here a part of it."""
+    mapped = num_mapped()
+    with pool(max_nbytes=1 << 20) as sender:
+        received = fetch(attachments, place(sender, buffer(1 << 20)))
+        kept = received[:100]
+        del received
+        sender.reclaim(B)
+        for _ in range(2):
+            attachments.trim()
+        assert num_mapped() == mapped + 1
+        assert kept == buffer(100)
+        del kept
+        assert num_mapped() == mapped
+
+
+def test_a_message_that_waits_finds_what_its_sender_has_let_go_of(attachments: Attachments) -> None:
+    """One that shuts down lets go of all slabs, and its last messages may be unread yet."""
+    with pool() as sender:
+        fetch(attachments, place(sender, buffer(100_000)))
+        told = place(sender, buffer(100_000, 1))
+        assert not told.has_file
+        sender.close()
+        attachments.trim()
+        assert fetch(attachments, told) == buffer(100_000, 1)
+
+
+def test_what_a_lost_worker_held_is_unmapped_by_the_others(attachments: Attachments, others: Attachments) -> None:
+    """The lost one does not say that it is free: it looks as if a message that names it waited."""
+    mapped = num_mapped()
+    with pool() as sender:
+        fetch(attachments, place(sender, buffer(100_000), B))
+        place(sender, buffer(100_000, 1), C)
+        sender.reclaim(C)
+        for _ in range(2):
+            attachments.trim()
+        assert num_mapped() == mapped
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
