@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import reprlib
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc import interrupts
-from zrpc.errors import ProtocolError
+from zrpc.errors import LimitError, ProtocolError
+from zrpc.transport import descriptors
 from zrpc.transport.slab import (
     DESCRIPTOR_LENGTH,
     HANDED_BACK,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 _Key = tuple[bytes, int, int]
 """Of a slab: its owner's incarnation, number and slot."""
+_TOO_MUCH = (errno.ENOMEM, errno.EAGAIN)
+"""Of `mmap`: a limit on mappings or address space, and on memory that is locked."""
 _SHARED = b"shared"
 """In place of the owner of a shared slab: it cannot be handed back."""
 
@@ -66,21 +71,22 @@ class Attachments:
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
     def fetch(
-        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile] = ()
+        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile | None] = ()
     ) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet. `files` came with the message.
+        `unfilled` gets the slab if it is not whole yet. `files` came with the message; None: one could not be opened.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller.
+            LimitError: this process may not open its file, or not map it.
         """
         if [type(part) for part in descriptor] != [int] * DESCRIPTOR_LENGTH:
             raise ProtocolError(f"{reprlib.repr(descriptor)} describes no slab")
         number, nbytes, slot, file = descriptor
         if slot != NO_SLOT and not 0 <= slot < MAX_SLOTS:
             raise ProtocolError(f"a shared slab of {source.hex()} has no slot {slot}")
-        memory = self._map(source, number, slot, files[file] if 0 <= file < len(files) else None)
+        memory = self._map(source, number, slot, files[file : file + 1] if file >= 0 else ())
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of {source.hex()} has no room for {nbytes} bytes")
         if isinstance(memory, PrivateSlab):
@@ -177,19 +183,29 @@ class Attachments:
             for memory in left:
                 memory.leave()
 
-    def _map(self, source: Incarnation, number: int, slot: int, file: OwnedFile | None) -> SlabMemory:
+    def _map(self, source: Incarnation, number: int, slot: int, files: Sequence[OwnedFile | None]) -> SlabMemory:
         key = (source, number, slot)
         with self._lock:
             memory = self._mapped.get(key)
         if memory is not None:
             return memory
         self._let_go(lambda _, known: known.is_retired() and known.is_free())
-        if file is None:
+        if not files:
             raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
+        if files[0] is None:
+            raise LimitError(
+                f"a large buffer could not be received, as process {os.getpid()} may open no more files "
+                f"({descriptors.describe()}): raise its limit with `ulimit -n`"
+            )
         with self._lock:
             try:
-                memory = open_slab(file, slot)
+                memory = open_slab(files[0], slot)
             except OSError as error:
+                if error.errno in _TOO_MUCH:
+                    raise LimitError(
+                        f"a large buffer could not be received, as process {os.getpid()} can map no more memory "
+                        f"({error}): raise its limit with `ulimit -v`, or vm.max_map_count with `sysctl -w`"
+                    ) from error
                 raise ProtocolError(f"a slab of {source.hex()} cannot be mapped: {error}") from error
             if memory.number != number:
                 raise ProtocolError(f"the file of another slab of {source.hex()} came")

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zrpc import finalizers
-from zrpc.errors import PeerLostError, ProtocolError, ZrpcError
+from zrpc.errors import LimitError, PeerLostError, ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.packets import Bundle
+from zrpc.transport.shared_memory import is_refusal, refusal
 from zrpc.transport.slab import DESCRIPTOR_LENGTH
 from zrpc.wire.envelope import Arriving, Envelope, decode, encode
 from zrpc.wire.region import Region
@@ -293,16 +295,23 @@ class Carrier:
         elif is_batch(frames):
             works = [work for message in messages_of(frames) if (work := self._on_frames(source, [message]))]
             return partial(_do_all, works) if works else None  # answers are none
+        elif self._shared_memory is not None and is_refusal(frames):
+            self._shared_memory.take_refusal(source, frames[0])
         else:
             raise ProtocolError(f"a message of {len(frames)} frames begins with {bytes(frames[0][:2])!r}")
         return None
 
     def _fetch(
-        self, source: Incarnation, unfilled: Unfilled, files: Sequence[OwnedFile], descriptor: list[Any]
+        self, source: Incarnation, unfilled: Unfilled, files: Sequence[OwnedFile | None], descriptor: list[Any]
     ) -> Buffer:
         """The memory of a large buffer that goes beside its envelope; see `SharedMemory.fetch`."""
         if len(descriptor) >= DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            return self._shared_memory.fetch(source, descriptor, unfilled, files)
+            try:
+                return self._shared_memory.fetch(source, descriptor, unfilled, files)
+            except LimitError:
+                with suppress(ZrpcError):  # one that cannot be reached takes it back when it learns of that
+                    self._endpoint.send(source, (refusal(descriptor),))
+                raise
         return self._transfers.fetch(source, descriptor)
 
 

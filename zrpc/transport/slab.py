@@ -16,7 +16,6 @@ import fcntl
 import mmap
 import os
 import stat
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,8 +43,6 @@ _NUMBER = slice(8, 16)
 
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
 
-SWEEP = 16
-"""So many slabs are looked at in one go for such as are free again."""
 NOBODY = b""
 """In place of the worker that holds a slab, or owns it: it came home."""
 
@@ -314,6 +311,17 @@ class Slab:
         if descriptor[FILE] != NO_FILE:
             self.sent_to.get(holder, set()).discard(descriptor[SLOT])
 
+    def refuse(self, holder: Incarnation, slot: int) -> bool:
+        """`holder` could not open it: it does not hold it, nor have its file. False: it was not told of it."""
+        if holder in self.shares and self.shares[holder][SLOT] == slot:
+            self.memory.free_slot(slot)
+        elif holder == self.holder and slot == NO_SLOT:
+            self.memory.free()
+        else:
+            return False
+        self.sent_to.get(holder, set()).discard(slot)
+        return True
+
     def part_from(self, holder: Incarnation) -> None:
         """`holder` will not say that it has let go of it. It is not to be filled again."""
         if holder in self.shares:
@@ -336,48 +344,6 @@ class Slab:
         self.memory.retire()
         self.memory.unpin()
         self.file = None  # messages that wait may have it still
-
-
-@dataclass(slots=True)
-class Shelf:
-    """The slabs of one size. Owned by the pool's lock."""
-
-    placed: deque[Slab] = field(default_factory=deque)
-    """Given to receivers, the last one last; some may be free again."""
-    free: list[Slab] = field(default_factory=list)
-    """Known to be free; the one used last is the last."""
-
-    def take(self) -> Slab | None:
-        """A free slab, the warmest there is."""
-        if self.placed and self.placed[-1].memory.is_free():
-            return self.placed.pop()
-        if not self.free:
-            self.sweep(SWEEP)
-        return self.free.pop() if self.free else None
-
-    def sweep(self, count: int) -> None:
-        """Look at `count` slabs for such as are free again, a few at a time in turn."""
-        for _ in range(min(count, len(self.placed))):
-            slab = self.placed.popleft()
-            (self.free if slab.memory.is_free() else self.placed).append(slab)
-
-    def take_unused(self) -> list[Slab]:
-        """Take out what is free and was not used since this was asked before."""
-        self.sweep(len(self.placed))
-        used = [(slab, slab.was_used()) for slab in self.free]
-        self.free = [slab for slab, is_used in used if is_used]
-        return [slab for slab, is_used in used if not is_used]
-
-    def pick(self, holder: Incarnation) -> list[Slab]:
-        """Take out what `holder` holds."""
-        picked = [
-            slab
-            for slab in self.placed
-            if (slab.holder == holder or holder in slab.shares) and not slab.memory.is_free()
-        ]
-        for slab in picked:
-            self.placed.remove(slab)
-        return picked
 
 
 def open_slab(file: OwnedFile, slot: int = NO_SLOT) -> SlabMemory:

@@ -17,6 +17,7 @@ Invariants:
   it is about to send, and looks whether anybody sees that memory yet.
 - A slab whose holder is lost is never filled again: it is RETIRED and let go of. Should the holder live after all,
   what it maps stays as it is.
+- A slab that its receiver could not open, for want of open files or mappings, is refused by a message, and free again.
 - There are no names: a slab is gone with the last process that has it open or mapped, however that process ends.
   Nothing can be left in /dev/shm, and its size limit (64 MiB in many containers) does not apply.
 - Slabs are an optimization: where one cannot be had, buffers travel through sockets, and a warning says so, once.
@@ -46,7 +47,8 @@ from zrpc.errors import ProtocolError
 from zrpc.transport.allowance import POOL_MAX_COUNT, POOL_MAX_NBYTES, Allowance
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
-from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
+from zrpc.transport.shelf import SWEEP, Shelf
+from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SLOT, Descriptor, Slab, size_class
 from zrpc.wire.envelope import Arriving
 from zrpc.wire.region import Region
 
@@ -220,6 +222,17 @@ class SlabPool:
             slab.take_back()
             return slab.memory
 
+    def refuse(self, holder: Incarnation, descriptor: Descriptor) -> None:
+        """`holder` was told of a slab by `descriptor`, and could not open it.
+
+        Raises:
+            ProtocolError: the slab is not with `holder`.
+        """
+        with self._lock:
+            slab = self._find(descriptor)
+            if slab is None or not slab.refuse(holder, descriptor[SLOT]):
+                raise ProtocolError("a slab was refused by a worker that does not hold it")
+
     def _find(self, descriptor: Descriptor) -> Slab | None:
         """The slab here that `descriptor` tells of, if it is with somebody. Call it under the lock."""
         number, nbytes, *_ = descriptor
@@ -356,11 +369,7 @@ class SlabPool:
         return gone
 
     def _make(self, room: int) -> Slab | None:
-        """A fresh slab. Call it under no lock.
-
-        Too much would not be refused: a process in a full cgroup is killed while it allocates [measured: version 1,
-        `posix_fallocate` of a memfd, SIGKILL]. So it is asked first.
-        """
+        """A fresh slab. Call it under no lock."""
         with self._allowance.taking(room, self._warn_without) as is_allowed:
             if not is_allowed:
                 return None

@@ -14,10 +14,10 @@ import torch
 from tests.unit.transport.slab_messages import A, B, C, Told, fetch, place, placed
 from tests.unit.transport.test_slabs import Pins, buffer
 from zrpc import finalizers
-from zrpc.errors import ProtocolError
+from zrpc.errors import LimitError, ProtocolError
 from zrpc.transport import allowance, slabs
-from zrpc.transport.shared_memory import SharedMemory
-from zrpc.transport.slab import FILE, HANDED_BACK, NBYTES, NO_FILE, NUMBER, SLOT
+from zrpc.transport.shared_memory import SharedMemory, is_refusal, refusal
+from zrpc.transport.slab import FILE, HANDED_BACK, NBYTES, NO_FILE, NO_SLOT, NUMBER, SLOT
 from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
@@ -115,6 +115,34 @@ def test_a_worker_that_can_send_nothing_in_shared_memory_receives_what_others_do
     finalizers.run_pending()
     assert caplog.text.count("sockets are used: [Errno 24] Too many open files") == 1
     assert caplog.text.count("WARNING") == 1
+
+
+def test_a_slab_that_could_not_be_received_is_free_once_its_sender_is_told() -> None:
+    """By a frame, which is no other message."""
+    with pair() as (a, b):
+        told = send(a, B, buffer(100_000))
+        with pytest.raises(LimitError):
+            b.fetch(A, told.descriptor, [], [None])
+        frame = refusal(told.descriptor)
+        assert is_refusal([frame])
+        assert not is_refusal([frame, b""])
+        assert not is_refusal([frame[1:]])
+        a.take_refusal(B, frame)
+        assert a.counts()["held"] == 0
+
+
+@pytest.mark.parametrize(
+    "parts", [None, 7, [], [7, 100_000, NO_SLOT], [7, "1", NO_SLOT, 0], [7, 100_000, NO_SLOT, None]]
+)
+def test_a_refusal_that_names_no_slab_is_not_taken(parts: Any) -> None:
+    """Nor one that is cut off."""
+    with pair() as (a, _):
+        told = send(a, B, buffer(100_000))
+        with pytest.raises(ProtocolError, match="describes no slab"):
+            a.take_refusal(B, refusal(parts))
+        with pytest.raises(ProtocolError, match="cannot be read"):
+            a.take_refusal(B, refusal(told.descriptor)[:-1])
+        assert a.counts()["held"] == 1
 
 
 # ---- handed back -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import logging
@@ -24,8 +25,8 @@ from hypothesis import given
 from tests.unit.transport.slab_messages import A, B, C, Told, begin, copies, fetch, place, placed, share
 from tests.unit.wire.travel import travel
 from zrpc import finalizers
-from zrpc.errors import DeviceError, ProtocolError
-from zrpc.transport import allowance, slabs
+from zrpc.errors import DeviceError, LimitError, ProtocolError
+from zrpc.transport import allowance, slab, slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES
@@ -746,6 +747,132 @@ def test_a_file_that_is_no_slab_is_refused(
     path.write_bytes(bytes(200_000))
     with pytest.raises(ProtocolError, match=words):
         fetch(attachments, Told([12345, 100_000, slot, 0], [make(path)]))
+
+
+# ---- files that a receiver may not open --------------------------------------------------------------------------
+
+
+WITHOUT_FILE = "may open no more files .* raise its limit with `ulimit -n`"
+
+
+def test_a_file_that_could_not_be_opened_is_missed_in_words(attachments: Attachments) -> None:
+    """It says what to do, unlike one that is not there at all."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        with pytest.raises(LimitError, match=WITHOUT_FILE):
+            attachments.fetch(A, told.descriptor, [], [None])
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EAGAIN])
+def test_a_slab_that_may_not_be_mapped_is_missed_in_words(
+    attachments: Attachments, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A process may have a limited number of mappings, and of memory that is mapped or locked."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, f"100000 bytes cannot be mapped: {os.strerror(code)}")
+
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        with monkeypatch.context() as patched:
+            patched.setattr(slab, "map_file", refuse)
+            with pytest.raises(LimitError, match=r"can map no more memory .* `ulimit -v`, or vm.max_map_count"):
+                fetch(attachments, told)
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+def test_a_slab_that_is_refused_is_free_and_its_file_goes_along_again(attachments: Attachments) -> None:
+    """It may go to the same receiver, which may open files again, or to another one."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        sender.refuse(B, told.descriptor)
+        assert sender.counts()["held"] == 0
+        again = place(sender, buffer(100_000, 1))
+        assert (again.number, again.has_file) == (told.number, True)
+        assert fetch(attachments, again) == buffer(100_000, 1)
+        assert not place(sender, buffer(100_000, 2)).has_file
+
+
+def test_a_slab_that_is_refused_while_it_is_filled_is_free_after_that(attachments: Attachments) -> None:
+    """The receiver may be quicker than the sender's copy."""
+    with pool() as sender:
+        told, later = begin(sender, buffer(100_000))
+        sender.refuse(B, told.descriptor)
+        assert place(sender, buffer(100_000, 1)).number != told.number
+        sender.fill(later)
+        again = place(sender, buffer(100_000, 2))
+        assert again.number == told.number
+        assert fetch(attachments, again) == buffer(100_000, 2)
+
+
+def test_a_shared_slab_that_one_receiver_refuses_is_free_when_the_others_let_go(
+    attachments: Attachments, others: Attachments
+) -> None:
+    """For them it is there."""
+    with pool() as sender:
+        told = share(sender, buffer(100_000))
+        received = fetch(others, told[C])
+        sender.refuse(B, told[B].descriptor)
+        assert sender.counts()["held"] == 1
+        assert received == buffer(100_000)
+        del received
+        assert sender.counts()["held"] == 0
+        told = share(sender, buffer(100_000, 1))
+        assert (told[B].has_file, told[C].has_file) == (True, False)
+        assert fetch(attachments, told[B]) == fetch(others, told[C]) == buffer(100_000, 1)
+
+
+def test_who_does_not_hold_a_slab_cannot_refuse_it(attachments: Attachments) -> None:
+    """Another worker, or one that names another slot."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        shared = share(sender, buffer(200_000))
+        number, nbytes, *_ = told.descriptor
+        for holder, descriptor in (
+            (C, told.descriptor),
+            (B, [number, nbytes, 0, 0]),
+            (B, [number + 1, nbytes, NO_SLOT, 0]),
+            (B, [number, -nbytes, NO_SLOT, 0]),
+            (C, shared[B].descriptor),
+            (A, shared[B].descriptor),
+        ):
+            with pytest.raises(ProtocolError, match="by a worker that does not hold it"):
+                sender.refuse(holder, descriptor)
+        assert sender.counts()["held"] == 2
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+def test_a_message_that_is_received_in_part_keeps_nothing(attachments: Attachments) -> None:
+    """When its error is gone, without a garbage collection."""
+    with pool() as sender:
+        later: list[Fill] = []
+        files: list[OwnedFile] = []
+        payload = pickling.dumps([torch.ones(100_000), torch.ones(200_000), torch.ones(300_000)])
+        frames = encode(seal(Reply(), 1, payload, None), lambda raw: sender.place(B, raw, later, files))
+        sender.fill(later)
+        missing: list[Any] = []
+
+        def take(descriptor: Any) -> memoryview:
+            try:
+                return attachments.fetch(A, descriptor, [], [*copies(files[:2]), None])
+            except LimitError:
+                missing.append(descriptor)
+                raise
+
+        gc.collect()
+        gc.disable()
+        try:
+            came = decode(frames, take)
+            for _ in range(2):
+                with pytest.raises(LimitError, match=WITHOUT_FILE):
+                    open_payload(came)
+            assert sender.counts()["held"] == 3
+            del came
+            sender.refuse(B, missing[0])
+            assert sender.counts()["held"] == 0
+        finally:
+            gc.enable()
 
 
 # ---- memory that takes its time ------------------------------------------------------------------------------------
