@@ -164,12 +164,8 @@ class Attachments:
         self._let_go(lambda key, _: key[0] == source)
 
     def trim(self) -> None:
-        """Keep nothing mapped of what its owner has let go of. For the control thread, now and then.
-
-        A message that names a slab may be unread when its owner lets go of it, as one does that shuts down: what is
-        held stays until the next time. Else it is held by a worker that is lost, which does not say that it is free.
-        """
-        self._let_go(lambda _, memory: memory.is_retired() and (memory.is_free() or memory.was_seen_retired()))
+        """Keep nothing mapped but what is in use of slabs that their owners have let go of."""
+        self._let_go(lambda _, memory: memory.is_over())
 
     def close(self) -> None:
         """Keep nothing mapped but what is in use."""
@@ -189,7 +185,7 @@ class Attachments:
             memory = self._mapped.get(key)
         if memory is not None:
             return memory
-        self._let_go(lambda _, known: known.is_retired() and known.is_free())
+        self.trim()
         if not files:
             raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
         if files[0] is None:

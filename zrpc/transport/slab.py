@@ -1,8 +1,9 @@
 """One slab: an anonymous memory file (`memfd`), a page of header and room for one buffer.
 
-The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED or
-not), 2 whether its owner is still filling it (WHOLE, FILLING, or TORN if it gave up), 8 to 15 the slab's number. The
-sender writes HELD, the receiver FREE, the owner alone the others: no byte is ever written by two at once.
+The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED, CLOSED
+if it shut down, or neither), 2 whether its owner is still filling it (WHOLE, FILLING, or TORN if it gave up), 8 to 15
+the slab's number. The sender writes HELD, the receiver FREE, the owner alone the others: no byte is ever written by two
+at once.
 
 A slab may also be *shared*: several receivers hold it, each with a slot of its own, which is a byte from 64 on. They
 map its room privately: a page that one of them writes to is its own copy from then on (copy-on-write).
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
+_RETIRED, _CLOSED = 1, 2
 _WHOLE, _FILLING, _TORN = 0, 1, 2
-_STATE, _RETIRED, _CONTENT = 0, 1, 2
+_STATE, _OWNED, _CONTENT = 0, 1, 2
 _SLOTS_AT = 64
 MAX_SLOTS = HEADER_NBYTES - _SLOTS_AT
 _NUMBER = slice(8, 16)
@@ -89,7 +91,7 @@ class SlabMemory:
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
-    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "_seen_retired", "address", "is_left", "was_pinned")
+    __slots__ = ("_mapped", "_num_slots", "_pid", "_pins", "address", "is_left", "was_pinned")
 
     def __init__(self, mapped: memoryview) -> None:
         self._mapped = mapped
@@ -99,7 +101,6 @@ class SlabMemory:
         self.is_left = False
         self.was_pinned = False
         self._pins: Pins | None = None  # of who has pinned it
-        self._seen_retired = False
 
     @property
     def number(self) -> int:
@@ -129,12 +130,11 @@ class SlabMemory:
 
     def is_retired(self) -> bool:
         """Whether its owner has let go of it."""
-        return self._mapped[_RETIRED] != 0
+        return self._mapped[_OWNED] != 0
 
-    def was_seen_retired(self) -> bool:
-        """Whether this was asked before. It is retired."""
-        seen, self._seen_retired = self._seen_retired, True
-        return seen
+    def is_over(self) -> bool:
+        """The same, but the last messages of an owner that shut down may be unread, and tell of it."""
+        return self._mapped[_OWNED] == _RETIRED
 
     def set_number(self, number: int) -> None:
         """Give it its number. For its owner, before anybody else sees it."""
@@ -175,9 +175,9 @@ class SlabMemory:
         self.is_left = True
         self.unpin()
 
-    def retire(self) -> None:
-        """Its owner has let go of it. For its owner."""
-        self._mapped[_RETIRED] = 1
+    def retire(self, *, at_close: bool) -> None:
+        """Its owner has let go of it, and shuts down if `at_close`. For its owner."""
+        self._mapped[_OWNED] = _CLOSED if at_close else _RETIRED
 
     def pin(self, pins: Pins) -> None:
         """Pin it, unless that was tried before. For attachments, under their lock."""
@@ -224,10 +224,6 @@ class PrivateSlab(SlabMemory):
         """This receiver holds it no more."""
         if os.getpid() == self._pid:
             self.free_slot(self._slot)
-
-    def is_free(self) -> bool:
-        """Whether this receiver does not hold it."""
-        return self._mapped[_SLOTS_AT + self._slot] == _FREE
 
     def renew(self) -> None:
         """Drop the pages that were written to here: it was filled anew."""
@@ -339,9 +335,9 @@ class Slab:
         """Its holder has given it back."""
         self.holder = NOBODY
 
-    def retire(self) -> None:
+    def retire(self, *, at_close: bool) -> None:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
-        self.memory.retire()
+        self.memory.retire(at_close=at_close)
         self.memory.unpin()
         self.file = None  # messages that wait may have it still
 

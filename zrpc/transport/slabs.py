@@ -274,7 +274,7 @@ class SlabPool:
             self._strike_off(left)
             self._shelves.clear()
             self._parting.clear()
-        _retire(left)
+        _retire(left, at_close=True)
         self._copier.close()
 
     def _part(self, slabs: Iterable[Slab], holder: Incarnation) -> list[Slab]:
@@ -342,7 +342,7 @@ class SlabPool:
                     self._nbytes -= room
                     self._count -= 1
             if slab is None and made is not None:
-                made.retire()
+                made.retire(at_close=True)
         return slab
 
     def _may_grow(self, room: int) -> bool:
@@ -395,6 +395,6 @@ class SlabPool:
             finalizers.defer(partial(log.warning, text, *args))
 
 
-def _retire(slabs: Iterable[Slab]) -> None:
+def _retire(slabs: Iterable[Slab], *, at_close: bool = False) -> None:
     for slab in slabs:
-        slab.retire()
+        slab.retire(at_close=at_close)
