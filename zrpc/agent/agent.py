@@ -94,7 +94,7 @@ class Agent:
             open_accelerator, options.pinned_pool_nbytes, self._stagers.submit, blocking,
             pin=lambda buffer: self._carrier.pin(buffer, self.staging), on_streams=self._run_on,
         )  # fmt: skip
-        self.control = ControlThread(lambda: self._client.calls.expire_due())
+        self.control = ControlThread(self._run_timers)
         self._peers = Peers(
             self._carrier, self.staging, group, connect, disconnect, self._on_gone, self.control.submit,
             lambda: self._server.hold(), self.open,
@@ -306,6 +306,11 @@ class Agent:
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
         self._peers.says_goodbye(request.source)
+
+    def _run_timers(self) -> float:
+        """Do what is due; after how many seconds more will be. Runs on the control thread."""
+        expire_s, trim_s = self._client.calls.expire_due(), self._carrier.trim()
+        return trim_s if expire_s is None else min(expire_s, trim_s)
 
     def _run_on(self, streams: Streams | None) -> None:
         """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""

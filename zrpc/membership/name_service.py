@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from zrpc import threads
+from zrpc.transport.sockets import for_lookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +59,7 @@ def prepare(host: str) -> None:
 def _ask_for_name(host: str) -> None:
     """Ask as torch does: it connects from an IPv6 socket, to which an IPv4 address is a mapped one."""
     with contextlib.suppress(OSError):  # that there is no name is an answer, too
-        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(for_lookup(host), 0, type=socket.SOCK_STREAM)[0]
         if family == socket.AF_INET:
             address = (f"::ffff:{address[0]}", 0)
         socket.getnameinfo(address, socket.NI_NUMERICSERV)

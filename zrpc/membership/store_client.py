@@ -18,7 +18,7 @@ asked for later raises. It is not made anew: another store may have the port by 
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import socket
 import struct
 import threading
@@ -78,7 +78,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
-        nonce = secrets.token_bytes(4)
+        nonce = os.urandom(4)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.send(struct.pack("=BI", Query.VALIDATE, MAGIC) + struct.pack("=B", Query.PING) + nonce, deadline)

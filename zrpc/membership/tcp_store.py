@@ -27,6 +27,7 @@ import torch.distributed as dist
 from zrpc import threads
 from zrpc.membership import name_service
 from zrpc.membership.store_client import Connection, NotAStoreError, StoreClient
+from zrpc.transport import sockets
 
 log = logging.getLogger("zrpc")
 
@@ -122,7 +123,7 @@ def _connect(host: str, port: int, deadline: float, opening: Opening | None) -> 
     while True:
         left_s = deadline - time.monotonic()
         try:
-            return socket.create_connection((host, port), timeout=max(RETRY_MIN_S, min(left_s, CONNECT_S)))
+            return sockets.open_connection(host, port, max(RETRY_MIN_S, min(left_s, CONNECT_S)))
         except OSError as error:  # also where the name is not known yet
             if opening is not None and not opening.empty():
                 raise NotAStoreError(f"nothing answers there: {error}") from error

@@ -1,4 +1,4 @@
-"""How much memory slabs may take of what the system has left.
+"""How much memory slabs may take: all those of a worker together, and of what the system has left.
 
 Too much would not be refused: a process in a full cgroup is killed while it allocates [measured: version 1,
 `posix_fallocate` of a memfd, SIGKILL]. So it is asked first, once for many slabs.
@@ -6,6 +6,7 @@ Too much would not be refused: a process in a full cgroup is killed while it all
 
 from __future__ import annotations
 
+import resource
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,14 @@ from zrpc.transport.headroom import available_nbytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+POOL_MAX_NBYTES = 2 << 30
+"""What one worker's slabs may take together; beyond it, buffers travel through sockets."""
+POOL_MAX_SHARE = 0.25
+"""Nor may they take more than this part of the memory that is available when the worker starts."""
+POOL_MAX_COUNT = 4096
+"""How many slabs one worker may have: receivers map each, and a process may have 65,530 mappings."""
+FILES_MAX_SHARE = 0.25
+"""Nor may they be more than this part of the files that the process may have open: each slab is one."""
 RESERVE_NBYTES = 64 << 20
 """What fresh slabs leave of the memory that is available, whatever happens."""
 GROWTH_MAX_SHARE = 0.5
@@ -23,6 +32,19 @@ ALLOWANCE_NBYTES = 64 << 20
 """How much is taken, at most, before it is asked again what is available."""
 REFUSALS = 64
 """So many more slabs are refused, once there was not enough memory, before it is asked again."""
+
+
+def limits() -> tuple[int, int]:
+    """What the slabs of a worker that starts now may take together, in bytes, and how many there may be.
+
+    Raises:
+        OSError: it cannot be found out how much memory there is.
+    """
+    available = available_nbytes()
+    nbytes = POOL_MAX_NBYTES if available is None else min(POOL_MAX_NBYTES, int(available * POOL_MAX_SHARE))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = POOL_MAX_COUNT if files == resource.RLIM_INFINITY else min(POOL_MAX_COUNT, int(files * FILES_MAX_SHARE))
+    return nbytes, count
 
 
 class Allowance:

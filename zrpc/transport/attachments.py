@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import reprlib
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc import interrupts
-from zrpc.errors import ProtocolError
+from zrpc.errors import LimitError, ProtocolError
+from zrpc.transport import descriptors
 from zrpc.transport.slab import (
     DESCRIPTOR_LENGTH,
     HANDED_BACK,
@@ -28,7 +31,7 @@ from zrpc.transport.slab import (
 from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.transport.filling import Unfilled
@@ -36,6 +39,10 @@ if TYPE_CHECKING:
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
+_Key = tuple[bytes, int, int]
+"""Of a slab: its owner's incarnation, number and slot."""
+_TOO_MUCH = (errno.ENOMEM, errno.EAGAIN)
+"""Of `mmap`: a limit on mappings or address space, and on memory that is locked."""
 _SHARED = b"shared"
 """In place of the owner of a shared slab: it cannot be handed back."""
 
@@ -60,25 +67,26 @@ class Attachments:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mapped: dict[tuple[Incarnation, int, int], SlabMemory] = {}  # by owner, number and slot
+        self._mapped: dict[_Key, SlabMemory] = {}
         self._loans: dict[int, _Loan] = {}  # by the address, nobody else's while it lives
 
     def fetch(
-        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile] = ()
+        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile | None] = ()
     ) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet. `files` came with the message.
+        `unfilled` gets the slab if it is not whole yet. `files` came with the message; None: one could not be opened.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller.
+            LimitError: this process may not open its file, or not map it.
         """
         if [type(part) for part in descriptor] != [int] * DESCRIPTOR_LENGTH:
             raise ProtocolError(f"{reprlib.repr(descriptor)} describes no slab")
         number, nbytes, slot, file = descriptor
         if slot != NO_SLOT and not 0 <= slot < MAX_SLOTS:
             raise ProtocolError(f"a shared slab of {source.hex()} has no slot {slot}")
-        memory = self._map(source, number, slot, files[file] if 0 <= file < len(files) else None)
+        memory = self._map(source, number, slot, files[file : file + 1] if file >= 0 else ())
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of {source.hex()} has no room for {nbytes} bytes")
         if isinstance(memory, PrivateSlab):
@@ -153,33 +161,49 @@ class Attachments:
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""
-        with self._lock:
-            self._let_go([key for key in self._mapped if key[0] == source])
+        self._let_go(lambda key, _: key[0] == source)
+
+    def trim(self) -> None:
+        """Keep nothing mapped but what is in use of slabs that their owners have let go of."""
+        self._let_go(lambda _, memory: memory.is_over())
 
     def close(self) -> None:
         """Keep nothing mapped but what is in use."""
-        with self._lock:
-            self._let_go(list(self._mapped))
+        self._let_go(lambda *_: True)
 
-    def _let_go(self, keys: Iterable[tuple[Incarnation, int, int]]) -> None:
-        """Keep these no longer. Call it under the lock."""
-        for key in keys:
-            memory = self._mapped.pop(key)
-            memory.leave()
-
-    def _map(self, source: Incarnation, number: int, slot: int, file: OwnedFile | None) -> SlabMemory:
+    def _let_go(self, is_over: Callable[[_Key, SlabMemory], bool]) -> None:
+        """Keep those no longer. They are unmapped outside the lock, which takes a while: so no thread waits for it."""
         with self._lock:
-            memory = self._mapped.get((source, number, slot))
-            if memory is not None:
-                return memory
-            self._let_go([key for key, known in self._mapped.items() if known.is_retired()])
-            if file is None:
-                raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
+            gone = [key for key, memory in self._mapped.items() if is_over(key, memory)]
+            left = [self._mapped.pop(key) for key in gone]
+            for memory in left:
+                memory.leave()
+
+    def _map(self, source: Incarnation, number: int, slot: int, files: Sequence[OwnedFile | None]) -> SlabMemory:
+        key = (source, number, slot)
+        with self._lock:
+            memory = self._mapped.get(key)
+        if memory is not None:
+            return memory
+        self.trim()
+        if not files:
+            raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
+        if files[0] is None:
+            raise LimitError(
+                f"a large buffer could not be received, as process {os.getpid()} may open no more files "
+                f"({descriptors.describe()}): raise its limit with `ulimit -n`"
+            )
+        with self._lock:
             try:
-                memory = open_slab(file, slot)
+                memory = open_slab(files[0], slot)
             except OSError as error:
+                if error.errno in _TOO_MUCH:
+                    raise LimitError(
+                        f"a large buffer could not be received, as process {os.getpid()} can map no more memory "
+                        f"({error}): raise its limit with `ulimit -v`, or vm.max_map_count with `sysctl -w`"
+                    ) from error
                 raise ProtocolError(f"a slab of {source.hex()} cannot be mapped: {error}") from error
             if memory.number != number:
                 raise ProtocolError(f"the file of another slab of {source.hex()} came")
-            self._mapped[source, number, slot] = memory
-            return memory
+            self._mapped[key] = memory
+        return memory

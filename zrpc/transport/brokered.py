@@ -25,7 +25,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from zrpc import finalizers
 from zrpc.errors import PeerLostError
@@ -280,7 +279,7 @@ class BrokeredEndpoint(LinkEndpoint):
     def _wait_sent(self, deadline: float) -> None:
         """Wait until the closed sender has sent all, up to `deadline`; see `ConnectionWatch.wait_closed`."""
         while (left_s := deadline - time.monotonic()) > 0 and self._sender_monitor.poll(int(left_s * 1000) + 1):
-            if recv_monitor_message(self._sender_monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
+            if sockets.receive_event(self._sender_monitor) == zmq.EVENT_MONITOR_STOPPED:
                 return
 
     def _watch_once(self) -> None:
@@ -289,7 +288,7 @@ class BrokeredEndpoint(LinkEndpoint):
             self._watcher_end.recv_multipart()
         for monitor in (self._sender_monitor, self._receiver_monitor):
             if monitor in ready:
-                self._on_monitor(int(recv_monitor_message(monitor)["event"]))
+                self._on_monitor(sockets.receive_event(monitor))
 
     def _on_monitor(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

@@ -7,16 +7,19 @@ its own. The two first go beside their envelope, which names them by descriptors
 from __future__ import annotations
 
 import logging
+import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zrpc import finalizers
-from zrpc.errors import PeerLostError, ProtocolError, ZrpcError
+from zrpc.errors import LimitError, PeerLostError, ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
 from zrpc.transport.chunks import Transfers, plain
 from zrpc.transport.filling import Filling
 from zrpc.transport.packets import Bundle
+from zrpc.transport.shared_memory import is_refusal, refusal
 from zrpc.transport.slab import DESCRIPTOR_LENGTH
 from zrpc.wire.envelope import Arriving, Envelope, decode, encode
 from zrpc.wire.region import Region
@@ -39,6 +42,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
+TRIM_S = 5.0
+"""Memory that is kept for use again and was not used for so long is given back, at twice that time at the latest.
+
+Fresh pages cost a second for each GB, warm ones a tenth of that: a program that sends as much only every few seconds
+keeps them."""
 _NO_ENVELOPE = b"\xc1"
 """What everything begins with that is no envelope."""
 
@@ -59,6 +67,7 @@ class Carrier:
         self._batches = Batches(endpoint.send, self.forget)
         self._on_envelope: OnEnvelope
         self._is_over = False
+        self._trim_at = time.monotonic() + TRIM_S  # of the control thread
         self.inbox = endpoint.inbox
         self.interrupt = endpoint.interrupt
 
@@ -176,6 +185,20 @@ class Carrier:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
 
+    def trim(self) -> float:
+        """Give back memory that is kept for use again and was not used lately. For the control thread.
+
+        Returns:
+            After how many seconds to call it again; earlier calls do nothing.
+        """
+        now = time.monotonic()
+        if now >= self._trim_at:
+            self._trim_at = now + TRIM_S
+            if self._shared_memory is not None:
+                self._shared_memory.trim()
+            self._transfers.buffers.trim()
+        return self._trim_at - now
+
     def wind_down(self) -> None:
         """This worker shuts down: it keeps no answers back, and waits for no memory that a peer has not filled yet."""
         self._is_over = True
@@ -272,16 +295,23 @@ class Carrier:
         elif is_batch(frames):
             works = [work for message in messages_of(frames) if (work := self._on_frames(source, [message]))]
             return partial(_do_all, works) if works else None  # answers are none
+        elif self._shared_memory is not None and is_refusal(frames):
+            self._shared_memory.take_refusal(source, frames[0])
         else:
             raise ProtocolError(f"a message of {len(frames)} frames begins with {bytes(frames[0][:2])!r}")
         return None
 
     def _fetch(
-        self, source: Incarnation, unfilled: Unfilled, files: Sequence[OwnedFile], descriptor: list[Any]
+        self, source: Incarnation, unfilled: Unfilled, files: Sequence[OwnedFile | None], descriptor: list[Any]
     ) -> Buffer:
         """The memory of a large buffer that goes beside its envelope; see `SharedMemory.fetch`."""
         if len(descriptor) >= DESCRIPTOR_LENGTH and self._shared_memory is not None:
-            return self._shared_memory.fetch(source, descriptor, unfilled, files)
+            try:
+                return self._shared_memory.fetch(source, descriptor, unfilled, files)
+            except LimitError:
+                with suppress(ZrpcError):  # one that cannot be reached takes it back when it learns of that
+                    self._endpoint.send(source, (refusal(descriptor),))
+                raise
         return self._transfers.fetch(source, descriptor)
 
 

@@ -71,7 +71,7 @@ def plain(nbytes: int) -> Bytes:
 class WarmBuffers:
     """Destination buffers, handed out and taken back when nobody sees them any more. The lock owns what is kept.
 
-    What is kept longest without use makes room for what comes back.
+    What is kept longest without use makes room for what comes back, and is given back after a while (`trim`).
 
     Args:
         kept_max_nbytes: how much is kept at most.
@@ -82,6 +82,7 @@ class WarmBuffers:
         self._make = make
         self._lock = threading.Lock()
         self._kept: list[Bytes] = []  # the one used last is the last
+        self._num_unused = 0  # so many of them, the first ones, were there at the last `trim`
         self._kept_max_nbytes = kept_max_nbytes
         self._returned: deque[Bytes] = deque()  # by a weakref callback, which may run anywhere
         self._loans: dict[int, weakref.ref[Any]] = {}
@@ -119,7 +120,7 @@ class WarmBuffers:
         if not fitting:
             return None
         found = min(fitting, key=lambda memory: memory.nbytes)
-        self._kept = [memory for memory in self._kept if memory is not found]
+        self._take_out(next(index for index, memory in enumerate(self._kept) if memory is found))
         return found
 
     def _take_back(self) -> None:
@@ -128,7 +129,19 @@ class WarmBuffers:
             self._kept.append(self._returned.popleft())
         nbytes = sum(memory.nbytes for memory in self._kept)
         while nbytes > self._kept_max_nbytes:
-            nbytes -= self._kept.pop(0).nbytes
+            nbytes -= self._take_out(0).nbytes
+
+    def _take_out(self, index: int) -> Bytes:
+        self._num_unused -= index < self._num_unused
+        return self._kept.pop(index)
+
+    def trim(self) -> None:
+        """Give back to the system what was not used since this was called before."""
+        with self._lock:
+            self._take_back()
+            unused, self._kept = self._kept[: self._num_unused], self._kept[self._num_unused :]
+            self._num_unused = len(self._kept)
+        unused.clear()  # outside of the lock: it takes a while
 
     def _settle(self) -> None:
         with self._lock:

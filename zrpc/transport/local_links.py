@@ -228,7 +228,10 @@ class LocalLinks:
             except BlockingIOError:
                 return True
             except OSError as error:
-                text = "a worker of this host that connects waits, as no file can be opened for it (%s): %s"
+                text = (
+                    "a worker of this host that connects waits, as no file can be opened for it (%s): %s. Raise the "
+                    "limit with `ulimit -n`"
+                )
                 finalizers.defer(partial(log.warning, text, descriptors.describe(), error))
                 return True
             incoming = Incoming(sock)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -48,7 +47,7 @@ def has_ended(address: str, incarnation: Incarnation, own_address: str, credenti
         if _is_loopback(host) and not _is_loopback(sockets.split_address(own_address)[0]):
             return False
         deadline = time.monotonic() + LOOK_S
-        socket.create_connection((host, port), timeout=LOOK_S).close()
+        sockets.open_connection(host, port, LOOK_S).close()
         return _is_another(address, incarnation, credentials, deadline)
     except ConnectionRefusedError:
         return True

@@ -77,11 +77,11 @@ class OwnedFile:
 
 
 class Bundle(list[Any]):
-    """The frames of a message, and the files that go with it."""
+    """The frames of a message, and the files that go with it; of one that came, None in place of those that did not."""
 
     __slots__ = ("files",)
 
-    def __init__(self, frames: Iterable[Buffer], files: Sequence[OwnedFile]) -> None:
+    def __init__(self, frames: Iterable[Buffer], files: Sequence[OwnedFile | None]) -> None:
         super().__init__(frames)
         self.files = files
 
@@ -127,7 +127,7 @@ def cut(frames: Sequence[Buffer]) -> list[Packet]:
     if is_whole(frames):
         return [Packet(frames)]
     packets: list[Packet] = []
-    files = frames.files if isinstance(frames, Bundle) else ()
+    files = [file for file in frames.files if file] if isinstance(frames, Bundle) else ()
     for start in range(0, len(files), FILES_MAX):
         packets += Packet((_FILES_FOLLOW,)), Packet((_FILES,), files[start : start + FILES_MAX])
     table = struct.pack(f"<{len(frames)}Q", *map(len, frames))
@@ -256,7 +256,7 @@ def _is_complete(packets: Sequence[Any]) -> bool:
 
 
 def _message_of(packets: Sequence[Any]) -> list[Buffer]:
-    files: list[OwnedFile] = []
+    files: list[OwnedFile | None] = []
     at = 0
     while packets[at] == _FILES_FOLLOW:
         files += _files_of(packets[at + 1])
@@ -282,18 +282,19 @@ def _message_of(packets: Sequence[Any]) -> list[Buffer]:
     return Bundle(frames, files) if files else frames
 
 
-def _files_of(received: tuple[bytes, list[tuple[int, int, bytes]], int, Any]) -> list[OwnedFile]:
-    """The files that came with a packet."""
+def _files_of(received: tuple[bytes, list[tuple[int, int, bytes]], int, Any]) -> list[OwnedFile | None]:
+    """The files that came with a packet, and None for each that may have been cut off behind them."""
     _, ancillary, flags, _ = received
-    files: list[OwnedFile] = []
+    files: list[OwnedFile | None] = []
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds = array.array("i")
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
             files += map(OwnedFile, fds)
     if flags & socket.MSG_CTRUNC:
-        text = "files of a message did not come: this process may open no more (%s)"
+        text = "files of a message did not come: this process may open no more (%s); raise the limit with `ulimit -n`"
         finalizers.defer(partial(log.warning, text, descriptors.describe()))
+        files += [None] * (FILES_MAX - len(files))
     return files
 
 

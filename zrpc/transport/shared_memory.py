@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from typing import TYPE_CHECKING, Any
 
+import msgpack
+
+from zrpc.errors import ProtocolError
+from zrpc.transport.allowance import POOL_MAX_COUNT, POOL_MAX_NBYTES, limits
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.slab import DESCRIPTOR_LENGTH, HANDED_BACK, NOBODY, SLOT, Descriptor
-from zrpc.transport.slabs import POOL_MAX_COUNT, POOL_MAX_NBYTES, SlabPool, limits
+from zrpc.transport.slabs import SlabPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +28,20 @@ if TYPE_CHECKING:
     from zrpc.wire.region import Region
 
 log = logging.getLogger("zrpc")
+
+
+_REFUSAL = b"\xc1\x04"
+
+
+def refusal(descriptor: Descriptor) -> bytes:
+    """A frame that says: the slab that `descriptor` tells of could not be opened here."""
+    packed: bytes = msgpack.packb(descriptor)
+    return _REFUSAL + packed
+
+
+def is_refusal(frames: Sequence[Buffer]) -> bool:
+    """Whether a message is such a frame."""
+    return len(frames) == 1 and frames[0][: len(_REFUSAL)] == _REFUSAL
 
 
 class SharedMemory:
@@ -83,18 +102,33 @@ class SharedMemory:
         self._attachments.take_back(peer, descriptor)
 
     def fetch(
-        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile] = ()
+        self, source: Incarnation, descriptor: Descriptor, unfilled: Unfilled, files: Sequence[OwnedFile | None] = ()
     ) -> memoryview:
         """The memory that `descriptor` of the worker `source` tells of; free again once nobody sees it any more.
 
-        `unfilled` gets the slab if it is not whole yet. `files` came with the message.
+        `unfilled` gets the slab if it is not whole yet. `files` came with the message; None: one could not be opened.
 
         Raises:
             ProtocolError: the slab is not there, or it is smaller, or `source` has handed back what it does not hold.
+            LimitError: this process may not open its file, or not map it: tell `source`, by a `refusal`.
         """
         if len(descriptor) == DESCRIPTOR_LENGTH and descriptor[SLOT] == HANDED_BACK:
             return self._attachments.lend(self._pool.take_home(source, descriptor), NOBODY, descriptor, unfilled)
         return self._attachments.fetch(source, descriptor, unfilled, files)
+
+    def take_refusal(self, source: Incarnation, frame: Buffer) -> None:
+        """`source` could not open a slab that it was told of: the slab is free.
+
+        Raises:
+            ProtocolError: it is not with `source`.
+        """
+        try:
+            descriptor = msgpack.unpackb(frame[len(_REFUSAL) :])
+        except Exception as error:
+            raise ProtocolError(f"a refusal of a slab cannot be read: {error}") from error
+        if not isinstance(descriptor, list) or [type(part) for part in descriptor] != [int] * DESCRIPTOR_LENGTH:
+            raise ProtocolError(f"a refusal of {reprlib.repr(descriptor)} describes no slab")
+        self._pool.refuse(source, descriptor)
 
     def pin(self, buffer: Buffer, pins: Pins) -> None:
         """See `Attachments.pin`."""
@@ -104,6 +138,11 @@ class SharedMemory:
         """`peer` is gone."""
         self._pool.reclaim(peer)
         self._attachments.forget(peer)
+
+    def trim(self) -> None:
+        """Let go of slabs that were not used since this was called before, and of those that others have let go of."""
+        self._pool.trim()
+        self._attachments.trim()
 
     def counts(self) -> dict[str, int]:
         """See `SlabPool.counts`."""

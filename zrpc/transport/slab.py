@@ -1,8 +1,9 @@
 """One slab: an anonymous memory file (`memfd`), a page of header and room for one buffer.
 
-The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED or
-not), 2 whether its owner is still filling it (WHOLE, FILLING, or TORN if it gave up), 8 to 15 the slab's number. The
-sender writes HELD, the receiver FREE, the owner alone the others: no byte is ever written by two at once.
+The header, by byte: 0 whether a receiver holds it (HELD or FREE), 1 whether its owner has let go of it (RETIRED, CLOSED
+if it shut down, or neither), 2 whether its owner is still filling it (WHOLE, FILLING, or TORN if it gave up), 8 to 15
+the slab's number. The sender writes HELD, the receiver FREE, the owner alone the others: no byte is ever written by two
+at once.
 
 A slab may also be *shared*: several receivers hold it, each with a slot of its own, which is a byte from 64 on. They
 map its room privately: a page that one of them writes to is its own copy from then on (copy-on-write).
@@ -16,7 +17,6 @@ import fcntl
 import mmap
 import os
 import stat
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 HEADER_NBYTES = mmap.PAGESIZE
 _FREE, _HELD = 0, 1
+_RETIRED, _CLOSED = 1, 2
 _WHOLE, _FILLING, _TORN = 0, 1, 2
-_STATE, _RETIRED, _CONTENT = 0, 1, 2
+_STATE, _OWNED, _CONTENT = 0, 1, 2
 _SLOTS_AT = 64
 MAX_SLOTS = HEADER_NBYTES - _SLOTS_AT
 _NUMBER = slice(8, 16)
@@ -44,8 +45,6 @@ _NUMBER = slice(8, 16)
 
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
 
-SWEEP = 16
-"""So many slabs are looked at in one go for such as are free again."""
 NOBODY = b""
 """In place of the worker that holds a slab, or owns it: it came home."""
 
@@ -88,7 +87,7 @@ class SlabMemory:
 
     Attributes:
         address: where its room begins.
-        is_left: this process keeps it no longer: its owner is lost, or this worker has shut down.
+        is_left: this process keeps it no longer: its owner is lost or has let go of it, or this worker has shut down.
         was_pinned: whether to pin it was tried, or will not be any more.
     """
 
@@ -131,7 +130,11 @@ class SlabMemory:
 
     def is_retired(self) -> bool:
         """Whether its owner has let go of it."""
-        return self._mapped[_RETIRED] != 0
+        return self._mapped[_OWNED] != 0
+
+    def is_over(self) -> bool:
+        """The same, but the last messages of an owner that shut down may be unread, and tell of it."""
+        return self._mapped[_OWNED] == _RETIRED
 
     def set_number(self, number: int) -> None:
         """Give it its number. For its owner, before anybody else sees it."""
@@ -172,9 +175,9 @@ class SlabMemory:
         self.is_left = True
         self.unpin()
 
-    def retire(self) -> None:
-        """Its owner has let go of it. For its owner."""
-        self._mapped[_RETIRED] = 1
+    def retire(self, *, at_close: bool) -> None:
+        """Its owner has let go of it, and shuts down if `at_close`. For its owner."""
+        self._mapped[_OWNED] = _CLOSED if at_close else _RETIRED
 
     def pin(self, pins: Pins) -> None:
         """Pin it, unless that was tried before. For attachments, under their lock."""
@@ -246,6 +249,8 @@ class Slab:
     """Of a shared slab, the same for each holder."""
     sent_to: dict[Incarnation, set[int]] = field(default_factory=dict)
     """Who has its file already, and maps it for these slots."""
+    last_use: object = None
+    """By which it was in use when `was_used` was asked before."""
 
     @classmethod
     def make(cls, room: int) -> Slab:
@@ -302,6 +307,17 @@ class Slab:
         if descriptor[FILE] != NO_FILE:
             self.sent_to.get(holder, set()).discard(descriptor[SLOT])
 
+    def refuse(self, holder: Incarnation, slot: int) -> bool:
+        """`holder` could not open it: it does not hold it, nor have its file. False: it was not told of it."""
+        if holder in self.shares and self.shares[holder][SLOT] == slot:
+            self.memory.free_slot(slot)
+        elif holder == self.holder and slot == NO_SLOT:
+            self.memory.free()
+        else:
+            return False
+        self.sent_to.get(holder, set()).discard(slot)
+        return True
+
     def part_from(self, holder: Incarnation) -> None:
         """`holder` will not say that it has let go of it. It is not to be filled again."""
         if holder in self.shares:
@@ -309,50 +325,21 @@ class Slab:
         else:
             self.shares = {}
 
+    def was_used(self) -> bool:
+        """Whether it was given to a holder since this was asked before."""
+        use = self.shares if self.descriptor is None else self.descriptor  # each time another one
+        last, self.last_use = self.last_use, use
+        return use is not last
+
     def take_back(self) -> None:
         """Its holder has given it back."""
         self.holder = NOBODY
 
-    def retire(self) -> None:
+    def retire(self, *, at_close: bool) -> None:
         """Let go of it; who maps it still may keep it. It is unmapped here once nobody copies into it any more."""
-        self.memory.retire()
+        self.memory.retire(at_close=at_close)
         self.memory.unpin()
         self.file = None  # messages that wait may have it still
-
-
-@dataclass(slots=True)
-class Shelf:
-    """The slabs of one size. Owned by the pool's lock."""
-
-    placed: deque[Slab] = field(default_factory=deque)
-    """Given to receivers, the last one last; some may be free again."""
-    free: list[Slab] = field(default_factory=list)
-    """Known to be free; the one used last is the last."""
-
-    def take(self) -> Slab | None:
-        """A free slab, the warmest there is."""
-        if self.placed and self.placed[-1].memory.is_free():
-            return self.placed.pop()
-        if not self.free:
-            self.sweep(SWEEP)
-        return self.free.pop() if self.free else None
-
-    def sweep(self, count: int) -> None:
-        """Look at `count` slabs for such as are free again, a few at a time in turn."""
-        for _ in range(min(count, len(self.placed))):
-            slab = self.placed.popleft()
-            (self.free if slab.memory.is_free() else self.placed).append(slab)
-
-    def pick(self, holder: Incarnation) -> list[Slab]:
-        """Take out what `holder` holds."""
-        picked = [
-            slab
-            for slab in self.placed
-            if (slab.holder == holder or holder in slab.shares) and not slab.memory.is_free()
-        ]
-        for slab in picked:
-            self.placed.remove(slab)
-        return picked
 
 
 def open_slab(file: OwnedFile, slot: int = NO_SLOT) -> SlabMemory:

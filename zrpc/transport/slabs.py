@@ -17,6 +17,7 @@ Invariants:
   it is about to send, and looks whether anybody sees that memory yet.
 - A slab whose holder is lost is never filled again: it is RETIRED and let go of. Should the holder live after all,
   what it maps stays as it is.
+- A slab that its receiver could not open, for want of open files or mappings, is refused by a message, and free again.
 - There are no names: a slab is gone with the last process that has it open or mapped, however that process ends.
   Nothing can be left in /dev/shm, and its size limit (64 MiB in many containers) does not apply.
 - Slabs are an optimization: where one cannot be had, buffers travel through sockets, and a warning says so, once.
@@ -25,14 +26,14 @@ Slabs are for workers that have a local link: containers that share no socket di
 
 Fresh pages are the enemy: a first touch copies at 0.7-1.6 GB/s, a warm page at up to 18. Slabs are therefore kept and
 used again, in size classes at most a quarter larger than what they hold, and the one that was used last first: it is
-the one that the processor's caches still hold.
+the one that the processor's caches still hold. Those that are free and were not used for some seconds are let go of
+(`SlabPool.trim`); receivers unmap them soon after.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import resource
 import threading
 from collections import defaultdict
 from functools import partial
@@ -43,11 +44,11 @@ import numpy as np
 
 from zrpc import finalizers
 from zrpc.errors import ProtocolError
-from zrpc.transport.allowance import Allowance
+from zrpc.transport.allowance import POOL_MAX_COUNT, POOL_MAX_NBYTES, Allowance
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES, Fill
-from zrpc.transport.headroom import available_nbytes
-from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SWEEP, Descriptor, Shelf, Slab, size_class
+from zrpc.transport.shelf import SWEEP, Shelf
+from zrpc.transport.slab import MAX_SLOTS, NO_FILE, NO_SLOT, NOBODY, SLOT, Descriptor, Slab, size_class
 from zrpc.wire.envelope import Arriving
 from zrpc.wire.region import Region
 
@@ -65,32 +66,11 @@ log = logging.getLogger("zrpc")
 
 MIN_NBYTES = 65_536
 """Smaller buffers travel as frames: below this, sockets are as fast."""
-POOL_MAX_NBYTES = 2 << 30
-"""What one worker's slabs may take together; beyond it, buffers travel through sockets."""
-POOL_MAX_SHARE = 0.25
-"""Nor may they take more than this part of the memory that is available when the worker starts."""
-POOL_MAX_COUNT = 4096
-"""How many slabs one worker may have: receivers map each, and a process may have 65,530 mappings."""
-FILES_MAX_SHARE = 0.25
-"""Nor may they be more than this part of the files that the process may have open: each slab is one."""
 
 
 def is_supported() -> bool:
     """Whether this system has anonymous memory files that other processes can open."""
     return hasattr(os, "memfd_create") and hasattr(os, "MFD_ALLOW_SEALING")
-
-
-def limits() -> tuple[int, int]:
-    """What the slabs of a worker that starts now may take together, in bytes, and how many there may be.
-
-    Raises:
-        OSError: it cannot be found out how much memory there is.
-    """
-    available = available_nbytes()
-    nbytes = POOL_MAX_NBYTES if available is None else min(POOL_MAX_NBYTES, int(available * POOL_MAX_SHARE))
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = POOL_MAX_COUNT if files == resource.RLIM_INFINITY else min(POOL_MAX_COUNT, int(files * FILES_MAX_SHARE))
-    return nbytes, count
 
 
 class SlabPool:
@@ -114,7 +94,7 @@ class SlabPool:
         self._sweeps_to_skip = 0
         self._num_placed = 0
         self._allowance = Allowance()
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._closed = False
         self._copier = Copier()
 
@@ -242,6 +222,17 @@ class SlabPool:
             slab.take_back()
             return slab.memory
 
+    def refuse(self, holder: Incarnation, descriptor: Descriptor) -> None:
+        """`holder` was told of a slab by `descriptor`, and could not open it.
+
+        Raises:
+            ProtocolError: the slab is not with `holder`.
+        """
+        with self._lock:
+            slab = self._find(descriptor)
+            if slab is None or not slab.refuse(holder, descriptor[SLOT]):
+                raise ProtocolError("a slab was refused by a worker that does not hold it")
+
     def _find(self, descriptor: Descriptor) -> Slab | None:
         """The slab here that `descriptor` tells of, if it is with somebody. Call it under the lock."""
         number, nbytes, *_ = descriptor
@@ -259,6 +250,14 @@ class SlabPool:
             gone = self._part(picked, holder)
         _retire(gone)
 
+    def trim(self) -> None:
+        """Let go of the free slabs that were not used since this was called before; those used last stay."""
+        with self._lock:
+            gone = self._part((), NOBODY)
+            unused = [slab for shelf in self._shelves.values() for slab in shelf.take_unused()]
+            self._strike_off(unused)
+        _retire([*gone, *unused])
+
     def counts(self) -> dict[str, int]:
         """How many slabs there are, how many of them are held, their bytes, and how many buffers were placed so far."""
         with self._lock:
@@ -275,7 +274,7 @@ class SlabPool:
             self._strike_off(left)
             self._shelves.clear()
             self._parting.clear()
-        _retire(left)
+        _retire(left, at_close=True)
         self._copier.close()
 
     def _part(self, slabs: Iterable[Slab], holder: Incarnation) -> list[Slab]:
@@ -306,6 +305,10 @@ class SlabPool:
         Its place is reserved under the lock; it is made outside, since its pages take up to a second to be there, and
         every slab that comes home waits for the lock.
         """
+        if room > self._max_nbytes:
+            text = "a buffer of %d MiB goes through sockets: all shared memory of this worker may be %d MiB"
+            self._warn(text, nbytes >> 20, self._max_nbytes >> 20)
+            return None
         with self._lock:
             gone = self._part((), NOBODY)
             slab = None
@@ -321,7 +324,7 @@ class SlabPool:
             is_full = slab is None and not self._closed and not is_reserved
         _retire(gone)
         if is_full:
-            self._warn(
+            self._warn_without(
                 f"{self._count} slabs of {self._nbytes >> 20} MiB in all are held, "
                 f"and there may be {self._max_count} of {self._max_nbytes >> 20} MiB"
             )
@@ -339,7 +342,7 @@ class SlabPool:
                     self._nbytes -= room
                     self._count -= 1
             if slab is None and made is not None:
-                made.retire()
+                made.retire(at_close=True)
         return slab
 
     def _may_grow(self, room: int) -> bool:
@@ -366,18 +369,14 @@ class SlabPool:
         return gone
 
     def _make(self, room: int) -> Slab | None:
-        """A fresh slab. Call it under no lock.
-
-        Too much would not be refused: a process in a full cgroup is killed while it allocates [measured: version 1,
-        `posix_fallocate` of a memfd, SIGKILL]. So it is asked first.
-        """
-        with self._allowance.taking(room, self._warn) as is_allowed:
+        """A fresh slab. Call it under no lock."""
+        with self._allowance.taking(room, self._warn_without) as is_allowed:
             if not is_allowed:
                 return None
             try:
                 return Slab.make(room)
             except OSError as error:
-                self._warn(f"no slab of {room} bytes can be made: {error}")
+                self._warn_without(f"no slab of {room} bytes can be made: {error}")
                 return None
 
     def _strike_off(self, slabs: Iterable[Slab]) -> None:
@@ -386,12 +385,16 @@ class SlabPool:
             self._nbytes -= slab.room
             self._count -= 1
 
-    def _warn(self, reason: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            finalizers.defer(partial(log.warning, "shared memory is not used for now, sockets are: %s", reason))
+    def _warn_without(self, reason: str) -> None:
+        self._warn("shared memory is not used for now, sockets are: %s", reason)
+
+    def _warn(self, text: str, *args: object) -> None:
+        """Say so, once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            finalizers.defer(partial(log.warning, text, *args))
 
 
-def _retire(slabs: Iterable[Slab]) -> None:
+def _retire(slabs: Iterable[Slab], *, at_close: bool = False) -> None:
     for slab in slabs:
-        slab.retire()
+        slab.retire(at_close=at_close)

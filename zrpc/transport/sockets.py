@@ -13,7 +13,7 @@ import itertools
 import socket as pysocket
 import struct
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -46,8 +46,8 @@ what the receiver copies has left the caches by then: large messages are 20 to 3
 
 MAX_SOCKETS = 8192
 
-_monitor_numbers = itertools.count()
 _MONITOR_EVENT = struct.Struct("=Hi")  # event, value
+_monitor_numbers = itertools.count()
 
 
 def make_context() -> Context:
@@ -153,6 +153,30 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def for_lookup(host: str) -> bytes:
+    """`host` as `getaddrinfo` is to be given it: for a `str` Python loads its tables of international names.
+
+    Raises:
+        OSError: no host can have that name.
+    """
+    if host.isascii():
+        return host.encode()
+    try:
+        return host.encode("idna")
+    except UnicodeError as error:
+        raise OSError(f"{host!r} cannot be the name of a host: {error}") from error
+
+
+def open_connection(host: str, port: int, timeout_s: float) -> pysocket.socket:
+    """A plain TCP connection, which has the same limit for what is read and written later.
+
+    Raises:
+        OSError: the name is not known, or nothing listens there.
+    """
+    address: Any = (for_lookup(host), port)
+    return pysocket.create_connection(address, timeout=timeout_s)
+
+
 def resolve(address: str) -> str:
     """The same address with its host as a number: ZeroMQ takes a name in a bind for that of a network interface.
 
@@ -163,7 +187,7 @@ def resolve(address: str) -> str:
     if host == "*":
         host = "0.0.0.0"
     try:
-        infos = pysocket.getaddrinfo(host, port, type=pysocket.SOCK_STREAM)
+        infos = pysocket.getaddrinfo(for_lookup(host), port, type=pysocket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
             f"the host of {address!r} cannot be resolved ({error}): check the name, or give a number"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
+
+from zrpc.transport.sockets import receive_event
 
 if TYPE_CHECKING:
     from zrpc.transport.credentials import Authenticator
@@ -133,7 +134,7 @@ class ConnectionWatch(Generic[K]):
         key, state = self._watched[monitor]
         with contextlib.suppress(zmq.Again):
             while True:
-                event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
+                event = receive_event(monitor, zmq.NOBLOCK)
                 if event == zmq.EVENT_MONITOR_STOPPED:  # the connection was closed on this side
                     self._drop(monitor)
                     return

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
-from zrpc.errors import ProtocolError
+from zrpc.errors import LimitError, ProtocolError, ZrpcError
 from zrpc.wire.messages import FIELD_GETTERS, PROTOCOL_VERSION, Message, make_message
 from zrpc.wire.region import MEMBER_LENGTH, TINY_MAX_NBYTES, Region, SharedBuffers, cut, gather
 
@@ -129,7 +129,7 @@ class Envelope:
     data: Buffer = b""
     table: Sequence[Any] | bytes = ()
     buffers: Sequence[Buffer | Arriving | HandedBack] = field(default_factory=list)
-    damage: ProtocolError | None = None
+    damage: ZrpcError | None = None
     is_arriving: bool = False
     is_last_use: bool = False
     pending: Pending | None = None
@@ -230,7 +230,8 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
 
     Args:
         frames: what came.
-        fetch: finds the memory that a descriptor tells of. Where it raises a `ProtocolError`, the envelope is damaged.
+        fetch: finds the memory that a descriptor tells of. Where it raises a `ProtocolError` or
+            `LimitError`, the envelope is damaged.
 
     Raises:
         ProtocolError: the frames are not an envelope of this version, with what is wrong with them.
@@ -274,7 +275,7 @@ def unpack_table(packed: bytes) -> list[Any]:
 
 def _fill_in(
     buffers: list[Any], frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
-) -> ProtocolError | None:
+) -> ZrpcError | None:
     """Put frames where `buffers` holds their lengths, and shared memory where it holds descriptors.
 
     Returns:
@@ -298,8 +299,8 @@ def _fill_in(
                 raise ProtocolError(f"buffer {index} lies in shared memory, which this worker does not use")
             try:
                 buffers[index] = fetch(entry)
-            except ProtocolError as error:
-                damage = error
+            except (ProtocolError, LimitError) as error:
+                damage = error.with_traceback(None)  # which refers to this function, and so to the other buffers
             continue
         frame = next(following, None)
         if frame is None or len(frame) != entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -134,10 +135,11 @@ def open_payload(envelope: Envelope, stager: Stager | None = None) -> Payload:
 
     Raises:
         ProtocolError: the tensor table does not fit the buffers, or some of them could not be opened.
+        LimitError: some of them could not be opened, because of a limit of the system on this process.
         DeviceError: a tensor that should arrive on a device cannot.
     """
     if envelope.damage is not None:
-        raise envelope.damage
+        raise copy(envelope.damage)  # its traceback refers to the envelope
     buffers: Any = envelope.buffers  # of a received envelope: all of them are here
     if not envelope.table:
         return Payload(envelope.data, [], buffers)

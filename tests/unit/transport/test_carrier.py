@@ -14,8 +14,9 @@ from tests.unit.transport.slab_messages import A, B, fetch
 from tests.unit.transport.test_shared_memory import pair, send
 from tests.unit.transport.test_slabs import buffer
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
+from zrpc.transport import carrier as module
 from zrpc.transport import slabs
-from zrpc.transport.carrier import Carrier
+from zrpc.transport.carrier import TRIM_S, Carrier
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Reply
 
@@ -130,3 +131,23 @@ def test_a_request_whose_work_fails_takes_none_of_its_batch_along(wire: Wire) ->
         with suppress(OSError):
             started[0](A, [b"\xc1\x03" + msgpack.packb(messages)])()
     assert done == [0, 1, 2]
+
+
+def test_unused_memory_is_given_back_now_and_then_and_not_at_each_call(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`trim` looks once in `TRIM_S`, whenever it is called between, and says when it will look again."""
+    now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    with pair() as (a, b):
+        end = carrier(wire, a)
+        fetch(b, send(a, B, buffer(100_000)))
+        for _ in range(3):
+            assert end.trim() == TRIM_S
+        now += TRIM_S / 2
+        assert end.trim() == TRIM_S / 2
+        for _ in range(2):
+            assert a.counts()["slabs"] == 1
+            now += TRIM_S
+            assert 0 < end.trim() <= TRIM_S
+        assert a.counts()["slabs"] == 0

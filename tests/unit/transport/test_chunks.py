@@ -260,3 +260,44 @@ def test_destination_buffers_are_made_as_the_worker_says() -> None:
     assert buffers.lend(100).nbytes == 100
     assert buffers.lend(100).nbytes == 100
     assert made == [100], "the second is the first one again"
+
+
+def test_what_is_not_used_between_two_looks_is_given_back() -> None:
+    """Of buffers that a burst has left those alone stay that are lent between the looks."""
+    made: list[int] = []
+    buffers = WarmBuffers(make=noting(made))
+    loans = [buffers.lend(nbytes) for nbytes in (1000, 2000, 1000, 3000)]
+    loans.clear()
+    buffers.trim()
+    assert buffers.kept_nbytes == 7000, "all were used since the last look, of which there was none"
+    for _ in range(3):
+        buffers.lend(2000)
+        buffers.trim()
+        assert buffers.kept_nbytes == 2000
+    assert made == [1000, 2000, 1000, 3000]
+    buffers.trim()
+    assert buffers.kept_nbytes == 0
+
+
+def test_memory_that_is_in_use_is_not_given_back() -> None:
+    """However often is looked; once it is free again it counts as used."""
+    buffers = WarmBuffers()
+    loan = buffers.lend(1000)
+    loan[:] = 7
+    for _ in range(3):
+        buffers.trim()
+    assert bytes(loan) == bytes([7]) * 1000
+    del loan
+    buffers.trim()
+    assert buffers.kept_nbytes == 1000
+
+
+def test_what_makes_room_is_not_given_back_twice() -> None:
+    """Buffers that the limit drives out between two looks are some of those that were there at the first."""
+    buffers = WarmBuffers(kept_max_nbytes=3000)
+    loans = [buffers.lend(1000) for _ in range(3)]
+    loans.clear()
+    buffers.trim()
+    buffers.lend(2000)
+    buffers.trim()
+    assert buffers.kept_nbytes == 2000, "the one that was lent since; it drove out two of the others"

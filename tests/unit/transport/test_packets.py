@@ -347,11 +347,12 @@ def make_files(count: int) -> list[OwnedFile]:
     return files
 
 
-def number_in(file: OwnedFile) -> int:
+def number_in(file: OwnedFile | None) -> int:
+    assert file is not None
     return int.from_bytes(os.pread(file.fd, 4, 0), "little")
 
 
-def files_of(message: list[Buffer]) -> Sequence[OwnedFile]:
+def files_of(message: list[Buffer]) -> Sequence[Any]:
     assert isinstance(message, Bundle)
     return message.files
 
@@ -438,17 +439,39 @@ def test_files_of_a_message_that_does_not_come_whole_are_closed(num_packets: int
 
 
 def test_files_that_cannot_be_opened_are_missed_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The message comes all the same, and what follows it."""
+    """The message comes all the same, with None in place of each of them, and what follows it."""
     with connected() as wire:
         wire.send(Bundle([b"x"], make_files(20)))
         wire.send([b"next"])
         with caplog.at_level(logging.WARNING, "zrpc"), few_files(5):
             wire.receive_all()
         assert as_bytes(wire.came) == [[b"x"], [b"next"]]
-        assert len(getattr(wire.came[0], "files", ())) <= 5
+        came = files_of(wire.came[0])
+        num_open = sum(file is not None for file in came)
+        assert 0 < num_open <= 5
+        assert [number_in(file) for file in came[:num_open]] == list(range(num_open))
+        assert set(came[num_open:]) == {None}
+        assert len(came) >= 20
         with caplog.at_level(logging.WARNING, "zrpc"):
             finalizers.run_pending()
     assert [record.getMessage()[:30] for record in caplog.records] == ["files of a message did not com"]
+
+
+def test_files_that_cannot_be_opened_leave_the_others_in_their_places(caplog: pytest.LogCaptureFixture) -> None:
+    """A message has more files than a packet; the first packet's come when there is room for none, the second's all."""
+    with connected() as wire, caplog.at_level(logging.ERROR, "zrpc"):
+        packets = cut(Bundle([b"x", b"y"], make_files(FILES_MAX + 3)))
+        for packet in packets[:2]:
+            packet.send(wire.near)
+        with few_files(0):
+            assert wire.incoming.receive() is None
+        for packet in packets[2:]:
+            packet.send(wire.near)
+        wire.receive_all()
+        came = files_of(wire.came[0])
+        assert came[:FILES_MAX] == [None] * FILES_MAX
+        assert [number_in(file) for file in came[FILES_MAX:]] == [FILES_MAX, FILES_MAX + 1, FILES_MAX + 2]
+        finalizers.run_pending()
 
 
 # ---- what is no message ----------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import torch
 from tests.unit.transport.slab_messages import A, B, C, Told, fetch, place, placed
 from tests.unit.transport.test_slabs import Pins, buffer
 from zrpc import finalizers
-from zrpc.errors import ProtocolError
-from zrpc.transport import slabs
-from zrpc.transport.shared_memory import SharedMemory
-from zrpc.transport.slab import FILE, HANDED_BACK, NBYTES, NO_FILE, NUMBER, SLOT
+from zrpc.errors import LimitError, ProtocolError
+from zrpc.transport import allowance, slabs
+from zrpc.transport.shared_memory import SharedMemory, is_refusal, refusal
+from zrpc.transport.slab import FILE, HANDED_BACK, NBYTES, NO_FILE, NO_SLOT, NUMBER, SLOT
 from zrpc.wire.envelope import HandedBack
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def test_a_worker_that_can_send_nothing_in_shared_memory_receives_what_others_do
 
     with pair() as (a, _):
         with monkeypatch.context() as patched:
-            patched.setattr(slabs, "available_nbytes", fail)
+            patched.setattr(allowance, "available_nbytes", fail)
             memory = SharedMemory.make()
         try:
             assert fetch(memory, send(a, B, buffer(100_000))) == buffer(100_000)
@@ -115,6 +115,34 @@ def test_a_worker_that_can_send_nothing_in_shared_memory_receives_what_others_do
     finalizers.run_pending()
     assert caplog.text.count("sockets are used: [Errno 24] Too many open files") == 1
     assert caplog.text.count("WARNING") == 1
+
+
+def test_a_slab_that_could_not_be_received_is_free_once_its_sender_is_told() -> None:
+    """By a frame, which is no other message."""
+    with pair() as (a, b):
+        told = send(a, B, buffer(100_000))
+        with pytest.raises(LimitError):
+            b.fetch(A, told.descriptor, [], [None])
+        frame = refusal(told.descriptor)
+        assert is_refusal([frame])
+        assert not is_refusal([frame, b""])
+        assert not is_refusal([frame[1:]])
+        a.take_refusal(B, frame)
+        assert a.counts()["held"] == 0
+
+
+@pytest.mark.parametrize(
+    "parts", [None, 7, [], [7, 100_000, NO_SLOT], [7, "1", NO_SLOT, 0], [7, 100_000, NO_SLOT, None]]
+)
+def test_a_refusal_that_names_no_slab_is_not_taken(parts: Any) -> None:
+    """Nor one that is cut off."""
+    with pair() as (a, _):
+        told = send(a, B, buffer(100_000))
+        with pytest.raises(ProtocolError, match="describes no slab"):
+            a.take_refusal(B, refusal(parts))
+        with pytest.raises(ProtocolError, match="cannot be read"):
+            a.take_refusal(B, refusal(told.descriptor)[:-1])
+        assert a.counts()["held"] == 1
 
 
 # ---- handed back -----------------------------------------------------------------------------------------------------
@@ -311,6 +339,19 @@ def test_a_slab_that_comes_home_and_goes_out_again_needs_no_file() -> None:
             assert told.has_file == (seed == 0)
             assert fetch(a, give_back(b, A, [fetch(b, told)]), B) == buffer(100_000, seed)
         assert a.counts()["slabs"] == 1
+
+
+def test_slabs_that_come_and_go_are_not_given_back() -> None:
+    """An echo uses one slab for as long as it goes on, however often `trim` looks; then it is let go of."""
+    with pair() as (a, b):
+        for seed in range(10):
+            told = send(a, B, buffer(100_000, seed))
+            assert told.has_file == (seed == 0)
+            assert fetch(a, give_back(b, A, [fetch(b, told)]), B) == buffer(100_000, seed)
+            a.trim()
+            b.trim()
+        a.trim()
+        assert a.counts()["slabs"] == 0
 
 
 def test_a_slab_does_not_come_back_from_who_does_not_hold_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import logging
@@ -12,6 +13,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
@@ -23,8 +25,8 @@ from hypothesis import given
 from tests.unit.transport.slab_messages import A, B, C, Told, begin, copies, fetch, place, placed, share
 from tests.unit.wire.travel import travel
 from zrpc import finalizers
-from zrpc.errors import DeviceError, ProtocolError
-from zrpc.transport import allowance, slabs
+from zrpc.errors import DeviceError, LimitError, ProtocolError
+from zrpc.transport import allowance, slab, slabs
 from zrpc.transport.attachments import Attachments
 from zrpc.transport.copying import Copier
 from zrpc.transport.filling import MAX_NBYTES
@@ -38,7 +40,6 @@ from zrpc.wire.payload import open_payload, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from zrpc.transport.filling import Fill
 
@@ -73,8 +74,7 @@ def others() -> Iterator[Attachments]:
 
 def answer(monkeypatch: pytest.MonkeyPatch, available_nbytes: Callable[[], int | None]) -> None:
     """Let the system say so of its memory."""
-    for module in (slabs, allowance):
-        monkeypatch.setattr(module, "available_nbytes", available_nbytes)
+    monkeypatch.setattr(allowance, "available_nbytes", available_nbytes)
 
 
 def buffer(nbytes: int, seed: int = 0) -> memoryview:
@@ -183,6 +183,26 @@ def test_no_more_is_taken_than_allowed(attachments: Attachments, caplog: pytest.
         assert sender.counts()["nbytes"] <= 2 * room
 
 
+def test_a_buffer_that_is_too_large_for_all_shared_memory_goes_through_sockets(
+    attachments: Attachments, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning says that, once, and not that anything is held; slabs of other buffers stay, and are used."""
+    with pool(max_nbytes=4 << 20) as sender:
+        told = place(sender, buffer(1 << 20))
+        fetch(attachments, told)
+        for _ in range(3):
+            assert placed(sender, bytes(5 << 20)) is None
+        assert place(sender, buffer(1 << 20)).number == told.number
+        finalizers.run_pending()
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "a buffer of 5 MiB goes through sockets: all shared memory of this worker may be 4 MiB"
+        )
+        assert placed(sender, bytes(4 << 20)) is None
+        finalizers.run_pending()
+        assert "1 slabs of 1 MiB in all are held, and there may be 1000 of 4 MiB" in caplog.text
+
+
 def test_without_memory_files_sockets_are_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,9 +293,13 @@ def test_no_more_files_are_open_than_allowed(attachments: Attachments, caplog: p
 
 
 def test_slabs_leave_files_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    for files, count in ((1024, 256), (1 << 20, slabs.POOL_MAX_COUNT), (resource.RLIM_INFINITY, slabs.POOL_MAX_COUNT)):
+    for files, count in (
+        (1024, 256),
+        (1 << 20, allowance.POOL_MAX_COUNT),
+        (resource.RLIM_INFINITY, allowance.POOL_MAX_COUNT),
+    ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
-        assert slabs.limits()[1] == count
+        assert allowance.limits()[1] == count
 
 
 def test_what_nobody_was_told_of_is_free_again(attachments: Attachments) -> None:
@@ -302,23 +326,12 @@ def test_a_slab_whose_filling_is_interrupted_is_not_used_again(monkeypatch: pyte
         assert place(sender, buffer(MAX_NBYTES + 1)).number != first.number
 
 
-def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
-    with pool(max_nbytes=1 << 20) as sender:
-        received = fetch(attachments, place(sender, buffer(1 << 20)))
-        kept = received[:100]
-        del received
-        sender.reclaim(B)
-        fetch(attachments, place(sender, buffer(MIN_NBYTES)))
-        assert len(attachments._mapped) == 1
-        assert kept == buffer(100)
-
-
 def test_a_slab_is_not_made_of_memory_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     available = allowance.RESERVE_NBYTES + (1 << 20)
     answer(monkeypatch, lambda: available)
-    assert slabs.limits()[0] == available // 4
+    assert allowance.limits()[0] == available // 4
     with pool() as sender:
         for _ in range(allowance.REFUSALS + 1):
             assert placed(sender, bytes(600_000)) is None
@@ -339,9 +352,163 @@ def test_slabs_leave_some_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_where_the_system_says_nothing_of_its_memory_the_pool_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, lambda: None)
-    assert slabs.limits()[0] == slabs.POOL_MAX_NBYTES
+    assert allowance.limits()[0] == allowance.POOL_MAX_NBYTES
     with pool() as sender:
         assert placed(sender, bytes(600_000)) is not None
+
+
+# ---- memory that is given back -------------------------------------------------------------------------------------
+
+
+def num_mapped() -> int:
+    """How many mappings of slabs this process has; a `PrivateSlab` is two."""
+    return sum("/memfd:zrpc-slab" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets an entry for each slab that is made."""
+    names: list[str] = []
+    make = os.memfd_create
+
+    def record(name: str, flags: int) -> int:
+        names.append(name)
+        return make(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", record)
+    return names
+
+
+def test_slabs_that_were_not_used_since_the_last_look_are_given_back(attachments: Attachments) -> None:
+    """All of them after a burst, at the receiver too, with their files."""
+    mapped, opened = num_mapped(), num_open()
+    with pool() as sender:
+        received = [fetch(attachments, place(sender, buffer(100_000 + 50_000 * (seed % 3)))) for seed in range(30)]
+        received.clear()
+        sender.trim()
+        attachments.trim()
+        assert sender.counts()["slabs"] == 30, "all were used since the last look, of which there was none"
+        sender.trim()
+        assert sender.counts() == {"slabs": 0, "held": 0, "nbytes": 0, "placed": 30}
+        assert num_open() == opened
+        assert num_mapped() == mapped + 30, "the receiver has not looked yet"
+        attachments.trim()
+        assert num_mapped() == mapped
+        assert fetch(attachments, place(sender, buffer(100_000))) == buffer(100_000)
+
+
+@pytest.mark.parametrize("nbytes", [MIN_NBYTES, 16_000_000])
+@pytest.mark.parametrize("num_held", [0, 1, 2])
+def test_what_is_used_between_looks_is_never_given_back(
+    attachments: Attachments, made: list[str], nbytes: int, num_held: int
+) -> None:
+    """Calls that follow each other make no slab but the first ones, however often is looked."""
+    raw = buffer(nbytes)
+    with pool() as sender:
+        held: list[memoryview] = []
+        for _ in range(20):
+            for _ in range(num_held + 1):
+                held.append(fetch(attachments, place(sender, raw)))
+                del held[: len(held) - num_held]
+            sender.trim()
+            attachments.trim()
+        assert len(made) == num_held + 1
+
+
+def test_what_is_shared_between_looks_is_never_given_back(
+    attachments: Attachments, others: Attachments, made: list[str]
+) -> None:
+    """The same, where each slab goes to several workers."""
+    with pool() as sender:
+        for seed in range(20):
+            told = share(sender, buffer(100_000, seed))
+            assert fetch(attachments, told[B]) == fetch(others, told[C]) == buffer(100_000, seed)
+            for one in (sender, attachments, others):
+                one.trim()
+        assert len(made) == 1
+
+
+def test_only_as_many_slabs_are_kept_as_are_in_use_at_once(attachments: Attachments) -> None:
+    """After a burst of calls at once that go on one by one."""
+    with pool() as sender:
+        received = [fetch(attachments, place(sender, buffer(100_000))) for _ in range(20)]
+        received.clear()
+        for _ in range(2):
+            sender.trim()
+            fetch(attachments, place(sender, buffer(100_000)))
+        assert sender.counts()["slabs"] == 1
+
+
+def test_what_is_held_is_given_back_when_it_is_free(attachments: Attachments) -> None:
+    """However often is looked before: what a receiver keeps stays as it is."""
+    with pool() as sender:
+        received = fetch(attachments, place(sender, buffer(100_000)))
+        unsent = place(sender, buffer(200_000))
+        for _ in range(3):
+            sender.trim()
+            attachments.trim()
+        assert received == buffer(100_000)
+        assert sender.counts()["held"] == 2
+        del received
+        sender.take_back(unsent.descriptor)
+        for _ in range(2):
+            sender.trim()
+        assert sender.counts()["slabs"] == 0
+
+
+def test_slabs_that_are_filled_later_are_not_given_back_before(attachments: Attachments) -> None:
+    """Nor is one that its receiver has let go of before it was filled."""
+    with pool() as sender:
+        told, later = begin(sender, buffer(100_000))
+        fetch(attachments, told, unfilled=[])
+        for _ in range(3):
+            sender.trim()
+        assert sender.counts()["slabs"] == 1
+        sender.fill(later)
+        for _ in range(2):
+            sender.trim()
+        assert sender.counts()["slabs"] == 0
+
+
+def test_a_receiver_lets_go_of_what_the_sender_has_let_go_of(attachments: Attachments) -> None:
+    """All that is in use of it stays: here a part of it."""
+    mapped = num_mapped()
+    with pool(max_nbytes=1 << 20) as sender:
+        received = fetch(attachments, place(sender, buffer(1 << 20)))
+        kept = received[:100]
+        del received
+        sender.reclaim(B)
+        fetch(attachments, place(sender, buffer(MIN_NBYTES)))
+        assert num_mapped() == mapped + 1 + 2, "one that is new, at either end"
+        assert kept == buffer(100)
+        del kept
+        assert num_mapped() == mapped + 2
+
+
+def test_a_message_that_waits_finds_what_its_sender_has_let_go_of(attachments: Attachments) -> None:
+    """One that shuts down lets go of all slabs, and its last messages may be unread until it is known to be gone."""
+    mapped = num_mapped()
+    with pool() as sender:
+        fetch(attachments, place(sender, buffer(100_000)))
+        told = place(sender, buffer(100_000, 1))
+        assert not told.has_file
+        sender.close()
+        for _ in range(3):
+            attachments.trim()
+        assert fetch(attachments, told) == buffer(100_000, 1)
+        attachments.forget(A)
+        assert num_mapped() == mapped
+
+
+def test_what_a_lost_worker_held_is_unmapped_by_the_others(attachments: Attachments, others: Attachments) -> None:
+    """The lost one does not say that it is free."""
+    mapped = num_mapped()
+    with pool() as sender:
+        fetch(attachments, place(sender, buffer(100_000), B))
+        place(sender, buffer(100_000, 1), C)
+        sender.reclaim(C)
+        attachments.trim()
+        assert num_mapped() == mapped
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -582,6 +749,132 @@ def test_a_file_that_is_no_slab_is_refused(
     path.write_bytes(bytes(200_000))
     with pytest.raises(ProtocolError, match=words):
         fetch(attachments, Told([12345, 100_000, slot, 0], [make(path)]))
+
+
+# ---- files that a receiver may not open --------------------------------------------------------------------------
+
+
+WITHOUT_FILE = "may open no more files .* raise its limit with `ulimit -n`"
+
+
+def test_a_file_that_could_not_be_opened_is_missed_in_words(attachments: Attachments) -> None:
+    """It says what to do, unlike one that is not there at all."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        with pytest.raises(LimitError, match=WITHOUT_FILE):
+            attachments.fetch(A, told.descriptor, [], [None])
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EAGAIN])
+def test_a_slab_that_may_not_be_mapped_is_missed_in_words(
+    attachments: Attachments, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A process may have a limited number of mappings, and of memory that is mapped or locked."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, f"100000 bytes cannot be mapped: {os.strerror(code)}")
+
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        with monkeypatch.context() as patched:
+            patched.setattr(slab, "map_file", refuse)
+            with pytest.raises(LimitError, match=r"can map no more memory .* `ulimit -v`, or vm.max_map_count"):
+                fetch(attachments, told)
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+def test_a_slab_that_is_refused_is_free_and_its_file_goes_along_again(attachments: Attachments) -> None:
+    """It may go to the same receiver, which may open files again, or to another one."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        sender.refuse(B, told.descriptor)
+        assert sender.counts()["held"] == 0
+        again = place(sender, buffer(100_000, 1))
+        assert (again.number, again.has_file) == (told.number, True)
+        assert fetch(attachments, again) == buffer(100_000, 1)
+        assert not place(sender, buffer(100_000, 2)).has_file
+
+
+def test_a_slab_that_is_refused_while_it_is_filled_is_free_after_that(attachments: Attachments) -> None:
+    """The receiver may be quicker than the sender's copy."""
+    with pool() as sender:
+        told, later = begin(sender, buffer(100_000))
+        sender.refuse(B, told.descriptor)
+        assert place(sender, buffer(100_000, 1)).number != told.number
+        sender.fill(later)
+        again = place(sender, buffer(100_000, 2))
+        assert again.number == told.number
+        assert fetch(attachments, again) == buffer(100_000, 2)
+
+
+def test_a_shared_slab_that_one_receiver_refuses_is_free_when_the_others_let_go(
+    attachments: Attachments, others: Attachments
+) -> None:
+    """For them it is there."""
+    with pool() as sender:
+        told = share(sender, buffer(100_000))
+        received = fetch(others, told[C])
+        sender.refuse(B, told[B].descriptor)
+        assert sender.counts()["held"] == 1
+        assert received == buffer(100_000)
+        del received
+        assert sender.counts()["held"] == 0
+        told = share(sender, buffer(100_000, 1))
+        assert (told[B].has_file, told[C].has_file) == (True, False)
+        assert fetch(attachments, told[B]) == fetch(others, told[C]) == buffer(100_000, 1)
+
+
+def test_who_does_not_hold_a_slab_cannot_refuse_it(attachments: Attachments) -> None:
+    """Another worker, or one that names another slot."""
+    with pool() as sender:
+        told = place(sender, buffer(100_000))
+        shared = share(sender, buffer(200_000))
+        number, nbytes, *_ = told.descriptor
+        for holder, descriptor in (
+            (C, told.descriptor),
+            (B, [number, nbytes, 0, 0]),
+            (B, [number + 1, nbytes, NO_SLOT, 0]),
+            (B, [number, -nbytes, NO_SLOT, 0]),
+            (C, shared[B].descriptor),
+            (A, shared[B].descriptor),
+        ):
+            with pytest.raises(ProtocolError, match="by a worker that does not hold it"):
+                sender.refuse(holder, descriptor)
+        assert sender.counts()["held"] == 2
+        assert fetch(attachments, told) == buffer(100_000)
+
+
+def test_a_message_that_is_received_in_part_keeps_nothing(attachments: Attachments) -> None:
+    """When its error is gone, without a garbage collection."""
+    with pool() as sender:
+        later: list[Fill] = []
+        files: list[OwnedFile] = []
+        payload = pickling.dumps([torch.ones(100_000), torch.ones(200_000), torch.ones(300_000)])
+        frames = encode(seal(Reply(), 1, payload, None), lambda raw: sender.place(B, raw, later, files))
+        sender.fill(later)
+        missing: list[Any] = []
+
+        def take(descriptor: Any) -> memoryview:
+            try:
+                return attachments.fetch(A, descriptor, [], [*copies(files[:2]), None])
+            except LimitError:
+                missing.append(descriptor)
+                raise
+
+        gc.collect()
+        gc.disable()
+        try:
+            came = decode(frames, take)
+            for _ in range(2):
+                with pytest.raises(LimitError, match=WITHOUT_FILE):
+                    open_payload(came)
+            assert sender.counts()["held"] == 3
+            del came
+            sender.refuse(B, missing[0])
+            assert sender.counts()["held"] == 0
+        finally:
+            gc.enable()
 
 
 # ---- memory that takes its time ------------------------------------------------------------------------------------

@@ -73,19 +73,38 @@ def test_hosts_become_numbers() -> None:
 
 
 def test_an_ipv4_number_is_taken_before_an_ipv6_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lookup(host: str, port: int, **_: object) -> list[Any]:
+    def lookup(host: bytes, port: int, **_: object) -> list[Any]:
         six = (pysocket.AF_INET6, pysocket.SOCK_STREAM, 6, "", ("fd00::1", port, 0, 0))
         four = (pysocket.AF_INET, pysocket.SOCK_STREAM, 6, "", ("10.0.0.1", port))
-        return [six, four] if host == "both" else [six]
+        return [six, four] if host == b"both" else [six]
 
     monkeypatch.setattr(pysocket, "getaddrinfo", lookup)
     assert sockets.resolve("tcp://both:5") == "tcp://10.0.0.1:5"
     assert sockets.resolve("tcp://six:5") == "tcp://[fd00::1]:5"
 
 
-def test_a_name_that_does_not_resolve_is_refused_in_words() -> None:
-    with pytest.raises(ConfigError, match=r"host of 'tcp://no-such-host\.invalid:5' cannot be resolved"):
-        sockets.resolve("tcp://no-such-host.invalid:5")
+@pytest.mark.parametrize(
+    "host",
+    ["no-such-host.invalid", "nö-such-host.invalid", "x" * 64 + ".invalid", "ö" * 64 + ".invalid", "a..b.invalid"],
+)
+def test_a_name_that_does_not_resolve_is_refused_in_words(host: str) -> None:
+    """One that is no possible name too, for which Python may raise another error than for one that is unknown."""
+    with pytest.raises(ConfigError, match=rf"host of 'tcp://{host}:5' cannot be resolved"):
+        sockets.resolve(f"tcp://{host}:5")
+
+
+def test_an_international_name_is_looked_up_as_dns_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ASCII (`xn--...`)."""
+    asked: list[object] = []
+
+    def lookup(host: object, port: int, **_: object) -> list[Any]:
+        asked.append(host)
+        return [(pysocket.AF_INET, pysocket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(pysocket, "getaddrinfo", lookup)
+    for host in ("bücher.example", "plain.example"):
+        assert sockets.resolve(f"tcp://{host}:5") == "tcp://10.0.0.1:5"
+    assert asked == [b"xn--bcher-kva.example", b"plain.example"]
 
 
 def test_binding_tells_the_port(make: Make) -> None:
@@ -94,6 +113,22 @@ def test_binding_tells_the_port(make: Make) -> None:
     host, port = sockets.split_address(bound)
     assert host == "127.0.0.1"
     assert port > 0
+
+
+def test_a_monitor_tells_events() -> None:
+    """The numbers are those of ZeroMQ, from the first one to the last that a connection has."""
+    with sockets.make_context() as context, ExitStack() as made:
+        listener, sender = (made.enter_context(sockets.make_socket(context, kind)) for kind in (zmq.PULL, zmq.PUSH))
+        monitor = made.enter_context(sockets.make_monitor(context, sender, zmq.EVENT_ALL))
+        with pytest.raises(zmq.Again):
+            sockets.receive_event(monitor, zmq.NOBLOCK)
+        sockets.connect(sender, sockets.bind(listener, "tcp://127.0.0.1:0"))
+        told = []
+        while zmq.EVENT_HANDSHAKE_SUCCEEDED not in told:
+            told.append(sockets.receive_event(monitor))
+        assert zmq.EVENT_CONNECTED in told
+        sender.disable_monitor()
+        assert sockets.receive_event(monitor) == zmq.EVENT_MONITOR_STOPPED
 
 
 def test_a_taken_port_is_refused_in_words(make: Make) -> None:
