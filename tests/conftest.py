@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from zrpc import finalizers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+os.environ["ZRPC_SECRET"] = "the secret of all groups in tests"  # no test touches the user's own
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,6 +28,7 @@ from zrpc.optim.turns import install as install_optim
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.serving import install as install_rrefs
+from zrpc.secret import find_secret
 from zrpc.transport import descriptors
 from zrpc.transport.look import has_ended
 from zrpc.transport.peer import PeerEndpoint
@@ -46,6 +47,8 @@ INIT_METHOD_VARIABLE = "ZRPC_INIT_METHOD"
 """Replaces the default `env://`; the launcher sets it, so that a program need not know whether there is a broker."""
 BIND_VARIABLE = "ZRPC_BIND"
 """Replaces the default `bind`, for programs that do not set it."""
+INSECURE_VARIABLE = "ZRPC_INSECURE"
+"""1: this worker has no secret, and joins groups that have none."""
 BROKER_SCHEME = "broker://"
 UNLIMITED_JOIN_S = 1800.0
 """How long to wait for the others where `rpc_timeout` is 0, no limit."""
@@ -260,12 +263,13 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
+    secret = None if os.environ.get(INSECURE_VARIABLE) == "1" else find_secret()
     endpoint = PeerEndpoint(new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s)
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
     return Agent(
         options,
         endpoint,
-        StoreGroup(store, partial(has_ended, own_address=address)),
+        StoreGroup(store, partial(has_ended, own_address=address), secret),
         address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
