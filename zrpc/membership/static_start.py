@@ -169,7 +169,7 @@ class StaticStart:
         again = f"; two workers were started with rank {' and with rank '.join(twice)}" if twice else ""
         return Failure(
             f"rank(s) {', '.join(silent) or 'none (rank 0 died at once)'} did not join within {self._timeout_s:g} s"
-            f"{again}: check that they were started, with the same init_method and world_size",
+            f"{again}: check that they were started, with the same init_method, world_size and secret",
             self._world_size - len(absent),
         )
 

@@ -151,29 +151,36 @@ class StoreGroup:
     ) -> tuple[Member, list[Member]]:
         check_kind(self._store, "dynamic")
         self._dynamic = True
-        claims = self._claims = Claims(self._store, incarnation, card.get("address") or "", self._has_ended)
-        if not claims.take(f"name/{name}"):
-            raise RefusedError(f"worker name {name} is not unique: a worker of this group has it. Choose another name")
-        if rank < 0:
-            rank = next(free for free in range(1 << 16) if claims.take(f"rank/{free}", from_ended=False))
-        elif not claims.take(f"rank/{rank}"):
-            claims.release()
-            raise RefusedError(f"rank {rank} is taken by another worker of this group. Choose another rank")
-        me = Member(WorkerInfo(name, rank), incarnation, card)
+        claims = Claims(self._store, incarnation, card.get("address") or "", self._has_ended)
         try:
-            self._index = self._count_up("members", incarnation)
-            claims.note_index(self._index)
-            self._store.set(f"member/{self._index}", Record(me, 0).pack())
-            self._unread = set(range(1, self._index))
-            self._count = self._index
-            others = self._read_newcomers()
+            me = Member(WorkerInfo(name, self._take(claims, name, rank)), incarnation, card)
+            others = self._enter(claims, me)
         except RefusedError:
             if self._index:
                 self._store.set(f"left/{self._index}", LEFT)
             claims.release()
             raise
-        self._me = me
+        self._claims, self._me = claims, me
         return me, [*others, me]
+
+    def _take(self, claims: Claims, name: str, rank: int) -> int:
+        """Claim the name and the rank, which is given out if it is -1; the rank."""
+        if not claims.take(f"name/{name}"):
+            raise RefusedError(f"worker name {name} is not unique: a worker of this group has it. Choose another name")
+        if rank < 0:
+            rank = next(free for free in range(1 << 16) if claims.take(f"rank/{free}", from_ended=False))
+        elif not claims.take(f"rank/{rank}"):
+            raise RefusedError(f"rank {rank} is taken by another worker of this group. Choose another rank")
+        return rank
+
+    def _enter(self, claims: Claims, me: Member) -> list[Member]:
+        """Write a record, and read those of the others."""
+        self._index = self._count_up("members", me.incarnation)
+        claims.note_index(self._index)
+        self._store.set(f"member/{self._index}", Record(me, 0).pack())
+        self._unread = set(range(1, self._index))
+        self._count = self._index
+        return self._read_newcomers()
 
     def _count_up(self, key: str, life: Incarnation) -> int:
         """Another number than all before. `add` of a store would do, if others could not have it say anything."""
