@@ -13,6 +13,7 @@ Failure: the first one that finds out why the group cannot be writes that in pla
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,8 @@ class StaticStart:
         self._life = me.incarnation.hex()
         self._world_size = world_size
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._began = time.monotonic()
+        self._deadline = self._began + timeout_s
         self._num_here = 0  # how many end where the group cannot be
 
     def join(self) -> list[Member]:
@@ -145,13 +147,14 @@ class StaticStart:
     def _wait_for(self, keys: list[str], pause_max_s: float = POLL_MAX_S) -> bool:
         """Wait until `keys` are there; false: the roster is there before, and says why they will not be.
 
+        One is looked for at a time, so that it costs the store no more to wait for both.
+
         The first one whose time is over writes in place of the roster why there is none: a group that lacks it cannot
         be either, and all are to say the same.
         """
-        began = time.monotonic()
-        while not self._store.check(keys):
-            if keys != ["roster"] and self._store.check(["roster"]):
-                return False
+        for looked_for in itertools.cycle((keys, ["roster"])):
+            if self._store.check(looked_for):
+                break
             now = time.monotonic()
             if now > self._deadline and self._claim("end", "failed"):
                 self._store.set("roster", self._why_incomplete().pack())
@@ -159,8 +162,8 @@ class StaticStart:
             if now > self._deadline + FAILED_LINGER_S:
                 raise RendezvousError("all workers came, but rank 0 died before it could tell the rest")
             # A Store offers no event that a FileStore and a TCPStore both have.
-            time.sleep(min(max(POLL_MIN_S, (now - began) * POLL_SHARE), pause_max_s))
-        return True
+            time.sleep(min(max(POLL_MIN_S, (now - self._began) * POLL_SHARE), pause_max_s))
+        return looked_for == keys
 
     def _why_incomplete(self) -> Failure:
         absent = self._without("rank")

@@ -222,15 +222,19 @@ class StoreGroup:
 
     @contextlib.contextmanager
     def _passing_over(self) -> Iterator[None]:
-        """A newcomer refuses to join where a record is not the group's; a member logs that, once, and does without."""
+        """A newcomer refuses to join where a record is not the group's; a member does without it. Under the lock."""
         try:
             yield
         except RefusedError as error:
             if self._me is None:
                 raise
-            if str(error) not in self._warned:
-                self._warned.add(str(error))
-                log.warning("%s. It is passed over", error)
+            self._note_foreign(str(error))
+
+    def _note_foreign(self, text: str) -> None:
+        """What others wrote is logged, once. Handlers of the log may call: they run without the lock. Under it."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._find(partial(log.warning, "%s. It is passed over", text))
 
     def _look_for_suspects(self) -> None:
         """Of those that this worker cannot reach any more, note in the store which have ended."""
@@ -238,9 +242,12 @@ class StoreGroup:
             members = [self._seen[index] for index in self._suspects if index in self._seen]
             self._suspects.clear()
         for member in members:
-            if self._claims is not None:
-                with self._passing_over():
+            try:
+                if self._claims is not None:
                     self._claims.note_ended(member.incarnation, member.card.get("address") or "")
+            except RefusedError as error:
+                with self._lock:
+                    self._note_foreign(str(error))
 
     def _find(self, tell: Callable[[], None]) -> None:
         """Something is to be told of. Under the lock."""

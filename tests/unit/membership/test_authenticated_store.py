@@ -375,6 +375,27 @@ def test_no_counter_makes_a_newcomer_read_without_end(store: Store, said: str, s
     assert "'members' in the store of this group" in refusal(Seat(store, "b", 1, secret), None)
 
 
+def test_a_handler_of_the_log_may_look_for_members_itself(store: Store) -> None:
+    """It is called where a look has found a record of others."""
+    a = Seat(store, "a", 0)
+    a.join(None)
+    looked = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            a.group.refresh()
+            looked.append(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger("zrpc").addHandler(handler)
+    try:
+        store.set("members", "of a stranger")
+        a.group.refresh()
+    finally:
+        logging.getLogger("zrpc").removeHandler(handler)
+    assert ["'members'" in text for text in looked] == [True]
+
+
 class NeverTheSame:
     """A store in which another value lies at each look."""
 
