@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 os.environ["ZRPC_SECRET"] = "a secret for these tests alone"  # no test makes one in the home of its user
 
 
+os.environ["ZRPC_SECRET"] = "the secret of all groups in tests"  # no test touches the user's own
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _frame_collector() -> None:
     leaks.start_frame_collector()

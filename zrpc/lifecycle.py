@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.membership.claims import Store
+    from zrpc.secret import Secret
 
 log = logging.getLogger("zrpc")
 
@@ -263,7 +264,8 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    credentials = _credentials(options)
+    secret = _secret(options)
+    credentials = None if secret is None else Credentials(secret)
     endpoint = PeerEndpoint(
         new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s, credentials=credentials
     )
@@ -271,7 +273,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     return Agent(
         options,
         endpoint,
-        StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials)),
+        StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials), secret),
         address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
@@ -284,9 +286,10 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
+    secret = _secret(options)
     endpoint = BrokeredEndpoint(
         address, new_incarnation(), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
-        credentials=_credentials(options),
+        credentials=None if secret is None else Credentials(secret),
     )  # fmt: skip
     return Agent(
         options,
@@ -299,14 +302,14 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     )
 
 
-def _credentials(options: RpcBackendOptions) -> Credentials | None:
-    """What this worker proves itself with, and whom it lets in; None, with a warning: anybody.
+def _secret(options: RpcBackendOptions) -> Secret | None:
+    """The secret of the group; None, with a warning: it has none, and lets anybody in.
 
     Raises:
         ConfigError: there is no secret that can be used.
     """
     if not options.insecure:
-        return Credentials(find_secret(options.secret))
+        return find_secret(options.secret)
     warnings.warn(
         "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
         stacklevel=2,

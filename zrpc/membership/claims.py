@@ -12,7 +12,10 @@ Failure: a holder of which it cannot be found out whether it has ended keeps wha
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Protocol
+
+from zrpc.errors import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     """`has_ended(address, incarnation)`: whether the worker that listened there in that life has ended for certain."""
 
 FREE = ""
+TRIES = 64
+"""Each is in vain only where another has changed the claim meanwhile; what goes on changing it is no worker."""
 LEFT = "it left the group"
 DIED = "it died without leaving the group: nothing of it is left at its address"
 
@@ -61,7 +66,7 @@ class Claims:
             from_ended: look whether the holder has ended.
         """
         expected = FREE
-        while True:
+        for _ in range(TRIES):
             holder = self._store.compare_set(key, expected, self._mine).decode()
             if holder == self._mine:
                 self._held.append(key)
@@ -71,12 +76,14 @@ class Claims:
             elif from_ended and self._is_over(holder):
                 expected = holder
             else:
-                return False
+                break
+        return False
 
     def release(self) -> None:
         """Give up all that is held and was not taken by another meanwhile."""
         while self._held:
-            self._store.compare_set(self._held.pop(), self._mine, FREE)
+            with contextlib.suppress(RefusedError):  # it was overwritten by what is no worker
+                self._store.compare_set(self._held.pop(), self._mine, FREE)
 
     def note_index(self, index: int) -> None:
         """This worker's record lies under `index`."""

@@ -1,8 +1,12 @@
 """Membership kept in a torch Store (TCPStore, FileStore, HashStore or what `torchrun` provides).
 
-Each worker writes one record. In a static group the records lie under the ranks, and whoever comes last makes one
-roster of them, which all read; in a dynamic one under a counter, so that a look at the counter tells of newcomers.
-Nobody watches the store: a newcomer is looked for when a name, rank or incarnation is not known (`refresh`).
+How a static group starts is in `StaticStart`. In a dynamic one each worker writes one record, under a counter, so that
+a look at the counter tells of newcomers. Nobody watches the store: a newcomer is looked for when a name, rank or
+incarnation is not known (`refresh`).
+
+Others may write to the store too; see `AuthenticatedStore`. A newcomer refuses to join where it finds what is not the
+group's; a member passes over that. A newcomer to a dynamic group cannot tell a run that goes on from one that is over:
+where the store was put back to an earlier one, it finds workers that do not answer.
 
 What a look finds is told of in the order in which it was found, by one thread at a time: nobody is told to have left
 before it was told to have come.
@@ -11,34 +15,36 @@ before it was told to have come.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-import time
 from collections import deque
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import msgpack
-
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
+from zrpc.membership.authenticated_store import with_secret
 from zrpc.membership.claims import LEFT, Claims
 from zrpc.membership.group import Member, OnJoined, OnLeft
+from zrpc.membership.records import Record
+from zrpc.membership.static_start import StaticStart, check_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zrpc.membership.claims import HasEnded, Store
+    from zrpc.secret import Secret
 
-POLL_MIN_S = 0.005
+log = logging.getLogger("zrpc")
+
 ANNOUNCE_WAIT_S = 1.0
 """How long a look waits, at most, for what other threads have found to be told of."""
-POLL_MAX_S = 0.5
-FAILED_LINGER_S = 2.0
-"""How long a worker of a static group that is not complete in time stays, as the others may learn of it through it."""
-POLL_SHARE = 0.1
-"""Who waits for the others looks at the store each time that it has waited a tenth longer: a hundred workers that look
-at a fixed short interval keep the store from serving those who come."""
+COUNTER_MAX = 1 << 20
+"""So many newcomers to one group are believed."""
+COUNT_TRIES = 1 << 12
+ABSENT = "-"
+"""What no record is: comparing with it reads one that may not be there, without waiting for it."""
 
 
 class StoreGroup:
@@ -47,10 +53,13 @@ class StoreGroup:
     Args:
         store: the store, shared by all workers of the group and used for nothing else under these keys.
         has_ended: looks whether another worker has ended; see `Claims`.
+        secret: that of the group; None: anybody's records are believed.
     """
 
-    def __init__(self, store: Store, has_ended: HasEnded = lambda _address, _life: False) -> None:
-        self._store = store
+    def __init__(
+        self, store: Store, has_ended: HasEnded = lambda _address, _life: False, secret: Secret | None = None
+    ) -> None:
+        self._store = with_secret(store, secret)
         self._has_ended = has_ended
         self._lock = threading.Lock()
         self._announced = threading.Condition(self._lock)
@@ -66,6 +75,8 @@ class StoreGroup:
         self._claims: Claims | None = None
         self._unread: set[int] = set()
         self._count = 0
+        self._start: StaticStart | None = None
+        self._warned: set[str] = set()
         self._me: Member | None = None
 
     def watch(self, on_joined: OnJoined, on_left: OnLeft) -> None:
@@ -84,10 +95,14 @@ class StoreGroup:
         """See `Group.join`."""
         try:
             if world_size:
-                return self._join_static(name, rank, world_size, incarnation, card, timeout_s)
+                me = Member(WorkerInfo(name, rank), incarnation, card)
+                self._start = StaticStart(self._store, me, world_size, timeout_s)
+                return me, self._start.join()
             return self._join_dynamic(name, rank, incarnation, card)
         except (RefusedError, RendezvousError):
             raise
+        except ValueError as error:  # only of a group without a secret
+            raise RefusedError(f"the store of the group holds what no zrpc wrote there: {error}") from error
         except RuntimeError as error:  # torch's DistError among them
             raise RendezvousError(f"the store failed while {name!r} joined: {error}") from error
 
@@ -112,12 +127,8 @@ class StoreGroup:
 
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The store may end with this process, and others may not have read who is here."""
-        with contextlib.suppress(RuntimeError):  # the store is gone: so are all who had a use for it
-            count = self._store.add("arrived", 0)
-            lingering, deadline = self._store.add("lingering", 1), time.monotonic() + timeout_s
-            while lingering < count and time.monotonic() < deadline:
-                time.sleep(POLL_MIN_S)  # see `_await_roster`
-                lingering = self._store.add("lingering", 0)
+        if self._start is not None:
+            self._start.linger(timeout_s)
 
     def leave(self, timeout_s: float, *, at_exit: bool = False) -> None:
         """See `Group.leave`. A static group ends as a whole: there is nothing to say.
@@ -129,141 +140,101 @@ class StoreGroup:
         if me is None or self._claims is None:
             return
         try:
-            _set_timeout(self._store, timeout_s)
+            self._store.set_timeout(timedelta(seconds=timeout_s))
             self._store.set(f"left/{self._index}", LEFT)
             self._claims.release()
         except RuntimeError:
             return  # the store's host is gone: so is the group
 
-    def _check_kind(self, mine: str) -> None:
-        """Whoever comes first says whether the group is static or dynamic."""
-        theirs = self._store.compare_set("kind", "", mine).decode()
-        if theirs != mine:
-            raise RefusedError(
-                "RPC group mixes statically and dynamically initialized members which is not supported. "
-                f"This group is {theirs}: start this worker {'with' if theirs == 'static' else 'without'} world_size, "
-                "as the others were"
-            )
-
-    # ---- static groups ----------------------------------------------------------------------------------------------
-
-    def _join_static(
-        self, name: str, rank: int, world_size: int, incarnation: Incarnation, card: dict[str, Any], timeout_s: float
-    ) -> tuple[Member, list[Member]]:
-        """Write a record; who comes last makes the roster of all. So the group costs the store a few steps a worker."""
-        self._check_kind("static")
-        me = Member(WorkerInfo(name, rank), incarnation, card)
-        record = _pack(me, world_size)
-        if self._store.compare_set("world_size", "", str(world_size)) != str(world_size).encode():
-            self._store.set("roster", msgpack.packb([record]))  # those who wait are to know at once, too
-            self._refuse_sizes([(me, world_size)], int(self._store.get("world_size")))
-        if not self._claim(f"rank/{rank}", incarnation.hex()):
-            self._store.set(f"twice/{rank}", b"1")
-            raise RefusedError(
-                f"rank {rank} is taken by another worker of this group: start each worker with a rank of its own"
-            )
-        self._store.set(f"member/{rank}", record)
-        if self._store.add("arrived", 1) == world_size and self._claim("end", "complete"):
-            everybody = [self._store.get(f"member/{other}") for other in range(world_size)]
-            self._store.set("roster", msgpack.packb(everybody))
-        else:
-            self._await_roster(world_size, timeout_s)
-        roster = msgpack.unpackb(self._store.get("roster"))
-        if isinstance(roster, str):
-            self.linger(FAILED_LINGER_S)
-            raise RendezvousError(roster)
-        records = [_unpack(raw) for raw in roster]
-        self._refuse_sizes(records, world_size)
-        members = [member for member, _ in records]
-        _check_names(members)
-        self._me = me
-        return me, members
-
-    def _refuse_sizes(self, records: list[tuple[Member, int]], world_size: int) -> None:
-        """Raise if somebody was started with another size than `world_size`."""
-        for member, size in records:
-            if size != world_size:
-                raise RefusedError(
-                    f"{member.info} was started with world_size={size} and others with world_size={world_size}: "
-                    "start all workers with the same"
-                )
-
-    def _await_roster(self, world_size: int, timeout_s: float) -> None:
-        """Wait until the worker that comes last has written the roster.
-
-        The first one whose time is over writes in its place why there is none: a group that lacks it cannot be either,
-        and all are to say the same.
-        """
-        began = time.monotonic()
-        while not self._store.check(["roster"]):
-            waited_s = time.monotonic() - began
-            if waited_s > timeout_s and self._claim("end", "failed"):
-                self._store.set("roster", msgpack.packb(self._why_incomplete(world_size, timeout_s)))
-                return
-            if waited_s > timeout_s + FAILED_LINGER_S:
-                raise RendezvousError("all workers came, but the one that came last died before it could tell the rest")
-            # A Store offers no event that a FileStore and a TCPStore both have.
-            time.sleep(min(max(POLL_MIN_S, waited_s * POLL_SHARE), POLL_MAX_S))
-
-    def _why_incomplete(self, world_size: int, timeout_s: float) -> str:
-        absent = [str(rank) for rank in range(world_size) if not self._store.check([f"member/{rank}"])]
-        twice = [str(rank) for rank in range(world_size) if self._store.check([f"twice/{rank}"])]
-        again = f"; two workers were started with rank {' and with rank '.join(twice)}" if twice else ""
-        return (
-            f"rank(s) {', '.join(absent) or 'none (who came last died at once)'} did not join within {timeout_s:g} s"
-            f"{again}: check that they were started, with the same init_method and world_size"
-        )
-
-    # ---- dynamic groups ---------------------------------------------------------------------------------------------
-
     def _join_dynamic(
         self, name: str, rank: int, incarnation: Incarnation, card: dict[str, Any]
     ) -> tuple[Member, list[Member]]:
-        self._check_kind("dynamic")
+        check_kind(self._store, "dynamic")
         self._dynamic = True
-        claims = self._claims = Claims(self._store, incarnation, card.get("address") or "", self._has_ended)
+        claims = Claims(self._store, incarnation, card.get("address") or "", self._has_ended)
+        try:
+            me = Member(WorkerInfo(name, self._take(claims, name, rank)), incarnation, card)
+            others = self._enter(claims, me)
+        except RefusedError:
+            if self._index:
+                self._store.set(f"left/{self._index}", LEFT)
+            claims.release()
+            raise
+        self._claims, self._me = claims, me
+        return me, [*others, me]
+
+    def _take(self, claims: Claims, name: str, rank: int) -> int:
+        """Claim the name and the rank, which is given out if it is -1; the rank."""
         if not claims.take(f"name/{name}"):
             raise RefusedError(f"worker name {name} is not unique: a worker of this group has it. Choose another name")
         if rank < 0:
             rank = next(free for free in range(1 << 16) if claims.take(f"rank/{free}", from_ended=False))
         elif not claims.take(f"rank/{rank}"):
-            claims.release()
             raise RefusedError(f"rank {rank} is taken by another worker of this group. Choose another rank")
-        me = Member(WorkerInfo(name, rank), incarnation, card)
-        self._index = self._store.add("members", 1)
+        return rank
+
+    def _enter(self, claims: Claims, me: Member) -> list[Member]:
+        """Write a record, and read those of the others."""
+        self._index = self._count_up("members", me.incarnation)
         claims.note_index(self._index)
-        self._store.set(f"member/{self._index}", _pack(me, 0))
+        self._store.set(f"member/{self._index}", Record(me, 0).pack())
         self._unread = set(range(1, self._index))
         self._count = self._index
-        others = self._read_newcomers()
-        self._me = me
-        return me, [*others, me]
+        return self._read_newcomers()
 
-    def _claim(self, key: str, mine: str) -> bool:
-        return self._store.compare_set(key, "", mine).decode() == mine
+    def _count_up(self, key: str, life: Incarnation) -> int:
+        """Another number than all before. `add` of a store would do, if others could not have it say anything."""
+        found = ""
+        for _ in range(COUNT_TRIES):
+            expected, number = found, _number(key, found) + 1
+            mine = f"{number} {life.hex()}"  # two that count up at once do not write the same
+            found = self._store.compare_set(key, expected, mine).decode()
+            if found == mine:
+                return number
+        raise RefusedError(f"the counter {key!r} in the store of this group never stays as it is: others write to it")
 
     def _read_newcomers(self) -> list[Member]:
         """Those that came since the last look and are still here; one that is still writing its record comes later."""
-        count = self._store.add("members", 0)
-        self._unread.update(range(self._count + 1, count + 1))
-        self._count = max(self._count, count)
+        with self._passing_over():
+            count = _number("members", self._store.compare_set("members", ABSENT, ABSENT).decode())
+            self._unread.update(range(self._count + 1, count + 1))
+            self._count = max(self._count, count)
         found = []
         for index in sorted(self._unread):
-            if self._store.check([f"left/{index}"]):
-                self._unread.remove(index)
-            elif self._store.check([f"member/{index}"]):
-                self._unread.remove(index)
-                member, _ = _unpack(self._store.get(f"member/{index}"))
-                self._seen[index] = member
-                found.append(member)
+            with self._passing_over():
+                if self._store.check([f"left/{index}"]):
+                    self._store.get(f"left/{index}")  # others cannot say so
+                    self._unread.remove(index)
+                elif self._store.check([f"member/{index}"]):
+                    member = Record.unpack(self._store.get(f"member/{index}")).member
+                    self._unread.remove(index)
+                    self._seen[index] = member
+                    found.append(member)
         return found
 
     def _read_departures(self) -> None:
         """Those that are gone since the last look. They are told of first: a newcomer may have the name of one."""
         for index in [index for index in self._seen if self._store.check([f"left/{index}"])]:
-            reason = self._store.get(f"left/{index}").decode()
-            self._suspects.discard(index)
-            self._find(partial(self._on_left, self._seen.pop(index).incarnation, reason != LEFT, reason))
+            with self._passing_over():
+                reason = self._store.get(f"left/{index}").decode()
+                self._suspects.discard(index)
+                self._find(partial(self._on_left, self._seen.pop(index).incarnation, reason != LEFT, reason))
+
+    @contextlib.contextmanager
+    def _passing_over(self) -> Iterator[None]:
+        """A newcomer refuses to join where a record is not the group's; a member does without it. Under the lock."""
+        try:
+            yield
+        except RefusedError as error:
+            if self._me is None:
+                raise
+            self._note_foreign(str(error))
+
+    def _note_foreign(self, text: str) -> None:
+        """What others wrote is logged, once. Handlers of the log may call: they run without the lock. Under it."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._find(partial(log.warning, "%s. It is passed over", text))
 
     def _look_for_suspects(self) -> None:
         """Of those that this worker cannot reach any more, note in the store which have ended."""
@@ -271,8 +242,12 @@ class StoreGroup:
             members = [self._seen[index] for index in self._suspects if index in self._seen]
             self._suspects.clear()
         for member in members:
-            if self._claims is not None:
-                self._claims.note_ended(member.incarnation, member.card.get("address") or "")
+            try:
+                if self._claims is not None:
+                    self._claims.note_ended(member.incarnation, member.card.get("address") or "")
+            except RefusedError as error:
+                with self._lock:
+                    self._note_foreign(str(error))
 
     def _find(self, tell: Callable[[], None]) -> None:
         """Something is to be told of. Under the lock."""
@@ -311,29 +286,14 @@ def _ignore(*_: object) -> None:
     """Nobody watches yet."""
 
 
-def _set_timeout(store: Store, timeout_s: float) -> None:
-    set_timeout = getattr(store, "set_timeout", None)
-    if set_timeout is not None:
-        set_timeout(timedelta(seconds=timeout_s))
-
-
-def _check_names(members: list[Member]) -> None:
-    ranks: dict[str, int] = {}
-    for member in members:
-        name, rank = member.info.name, member.info.id
-        if name in ranks:
-            raise RefusedError(
-                f"worker name {name} is not unique: ranks {ranks[name]} and {rank} both have it. "
-                "Give each worker a name of its own"
-            )
-        ranks[name] = rank
-
-
-def _pack(member: Member, world_size: int) -> bytes:
-    packed: bytes = msgpack.packb([member.info.name, member.info.id, member.incarnation, member.card, world_size])
-    return packed
-
-
-def _unpack(raw: bytes) -> tuple[Member, int]:
-    name, rank, incarnation, card, world_size = msgpack.unpackb(raw)
-    return Member(WorkerInfo(name, rank), incarnation, card), world_size
+def _number(key: str, found: str) -> int:
+    """A counter's number: 0 where there is none yet."""
+    if found in ("", ABSENT):
+        return 0
+    text = found.split(" ")[0]
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(COUNTER_MAX))) or int(text) > COUNTER_MAX:
+        raise RefusedError(
+            f"the counter {key!r} in the store of this group says {text[:32]!r}, which is no number from 0 to "
+            f"{COUNTER_MAX}: others write to it, or the group is to be started anew with a fresh store"
+        )
+    return int(text)

@@ -41,6 +41,8 @@ PREFIX = "/"
 POLL_MIN_S = 0.001
 POLL_MAX_S = 0.1
 READY = 0
+MAX_VALUE_NBYTES = 1 << 28
+"""What listens there may be no store. A roster of 100,000 workers is smaller."""
 
 
 class Query(IntEnum):
@@ -260,7 +262,10 @@ class _Answer:
         return int(value)
 
     def text(self) -> bytes:
-        return self._connection.receive(self.number(), self._deadline)
+        nbytes = self.number()
+        if not 0 <= nbytes <= MAX_VALUE_NBYTES:
+            raise ConnectionError(f"it announced a value of {nbytes} bytes, and {MAX_VALUE_NBYTES} are the most")
+        return self._connection.receive(nbytes, self._deadline)
 
 
 def _no_answer(_: _Answer) -> None:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
-from zrpc.membership import store as store_module
 from zrpc.membership.group import Member
+from zrpc.membership.records import Record
 from zrpc.membership.store import StoreGroup
 
 if TYPE_CHECKING:
@@ -145,14 +145,32 @@ def test_a_large_group_does_not_read_each_record_for_each_worker() -> None:
     store = CountingStore()
     results = join_all([Seat(store, f"w{rank}", rank) for rank in range(count)], count)
     assert [len(members) for _, members in results] == [count] * count
-    assert store.gets == 2 * count, "who came last reads all records, and everybody one roster"
+    assert store.gets == 3 * count - 1, "rank 0 reads all records, everybody one roster, and all others who is rank 0"
 
 
-def test_a_last_one_that_dies_before_it_made_the_roster_is_named(store: Store) -> None:
-    store.set("member/1", b"of a dead worker")
-    store.add("arrived", 2)
-    with pytest.raises(RendezvousError, match=r"rank\(s\) none \(who came last died at once\) did not join"):
-        Seat(store, "a", 0).join(2, timeout_s=0.05)
+def test_a_rank_0_that_dies_before_it_made_the_roster_is_named(store: Store) -> None:
+    store.compare_set("rank/0", "", new_incarnation().hex())
+    store.set("member/0", b"of a dead worker")
+    with pytest.raises(RendezvousError, match=r"rank\(s\) none \(rank 0 died at once\) did not join"):
+        Seat(store, "b", 1).join(2, timeout_s=0.05)
+
+
+def test_a_rank_0_that_does_not_come_is_named_alone(store: Store) -> None:
+    """The others have written no record yet, as they wait for it; they are not said to be missing."""
+    for error in join_all([Seat(store, "b", 1), Seat(store, "c", 2)], 3, timeout_s=0.05):
+        assert isinstance(error, RendezvousError)
+        assert "rank(s) 0 did not join within 0.05 s" in str(error)
+
+
+def test_a_rank_0_that_comes_last_completes_the_group(store: Store) -> None:
+    """The others wait for it before they write their records."""
+    first, last = Seat(store, "b", 1), Seat(store, "a", 0)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(first.join, 2)
+        while not store.check(["rank/1"]):
+            threading.Event().wait(0.001)
+        _, members = last.join(2)
+        assert joining.result(WAIT_S)[1] == members
 
 
 def test_static_and_dynamic_members_do_not_mix(store: Store) -> None:
@@ -233,20 +251,16 @@ def test_one_who_came_and_left_between_two_looks_is_not_told_of(store: Store) ->
 def test_one_who_is_still_writing_its_record_does_not_hold_anybody_up(store: Store) -> None:
     a, b = Seat(store, "a", 0), Seat(store, "b", 1)
     a.join(None)
-    slot = store.add("members", 1)  # somebody has taken a number, and no more
+    store.set("members", "2 of another")  # another worker has taken a number, and no more
     _, members = b.join(None)
     assert [member.info.name for member in members] == ["a", "b"]
     a.group.refresh()
     assert a.told == ["+b"]
     late = Seat(store, "late", 5)
-    store.set(f"member/{slot}", store_module._pack(_member(late), 0))
+    store.set("member/2", Record(Member(late.info, late.incarnation, {}), 0).pack())
     for seat in (a, b):
         seat.group.refresh()
         assert seat.told[-1] == "+late"
-
-
-def _member(seat: Seat) -> Member:
-    return Member(seat.info, seat.incarnation, {})
 
 
 def test_many_come_at_once_and_all_get_to_know_each_other(store: Store) -> None:
@@ -381,32 +395,47 @@ def test_a_look_does_not_end_before_what_another_has_found_is_told_of() -> None:
 
 
 class BrokenStore:
-    """A store whose host is gone."""
+    """A store whose host is gone, once it is broken."""
 
-    def _fail(self, *_: object) -> Any:
-        raise RuntimeError("Broken pipe")
+    def __init__(self) -> None:
+        self._store = dist.HashStore()
+        self.broken = False
 
-    set = get = add = check = compare_set = _fail
+    def __getattr__(self, name: str) -> Any:
+        def use(*arguments: object) -> Any:
+            if self.broken:
+                raise RuntimeError("Broken pipe")
+            return getattr(self._store, name)(*arguments)
+
+        return use
+
+
+def broken_store() -> BrokenStore:
+    """One that is broken already."""
+    store = BrokenStore()
+    store.broken = True
+    return store
 
 
 @pytest.mark.parametrize("world_size", [2, None])
 def test_a_store_that_fails_is_named_as_the_cause(world_size: int | None) -> None:
     with pytest.raises(RendezvousError, match=r"the store failed while 'a' joined: Broken pipe"):
-        Seat(BrokenStore(), "a", 0).join(world_size)
+        Seat(broken_store(), "a", 0).join(world_size)
 
 
 def test_a_store_that_fails_later_is_told_by_a_look_and_not_by_a_goodbye() -> None:
-    seat = Seat(cast("Store", dist.HashStore()), "a", 0)
+    store = BrokenStore()
+    seat = Seat(store, "a", 0)
     seat.join(None)
-    seat.group._store = BrokenStore()
+    store.broken = True
     with pytest.raises(RendezvousError, match="the store of the group failed: Broken pipe"):
         seat.group.refresh()
     seat.group.leave(1.0)
 
 
 def test_leaving_before_joining_is_nothing() -> None:
-    StoreGroup(BrokenStore()).leave(1.0)
-    StoreGroup(BrokenStore()).refresh()
+    StoreGroup(broken_store()).leave(1.0)
+    StoreGroup(broken_store()).refresh()
 
 
 def test_who_ends_at_once_waits_until_the_others_do() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from contextlib import contextmanager
 from datetime import timedelta
@@ -131,6 +132,28 @@ def test_a_store_that_is_gone_is_named() -> None:
         for _ in range(2):
             with pytest.raises(RuntimeError, match=f"the store at 127.0.0.1:{port} "):
                 client.add("key", 1)
+
+
+@pytest.mark.parametrize("announced", [-1, 1 << 60])
+def test_a_value_of_a_size_that_none_has_is_not_waited_for(announced: int) -> None:
+    """What listens has answered as a store does up to there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                request = connection.recv(10, socket.MSG_WAITALL)
+                connection.sendall(request[-4:])
+                connection.recv(1)
+                connection.sendall(announced.to_bytes(8, sys.byteorder, signed=True))
+                connection.recv(1 << 10)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = open_tcp_store("127.0.0.1", listener.getsockname()[1], is_host=False, timeout_s=LIMIT_S)
+        with pytest.raises(RuntimeError, match=f"it announced a value of {announced} bytes"):
+            client.compare_set("key", "", "value")
+        thread.join()
 
 
 def test_something_else_that_listens_is_an_error() -> None:
