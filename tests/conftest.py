@@ -15,8 +15,6 @@ from zrpc import finalizers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-os.environ["ZRPC_SECRET"] = "a secret for these tests alone"  # no test makes one in the home of its user
-
 
 os.environ["ZRPC_SECRET"] = "the secret of all groups in tests"  # no test touches the user's own
 

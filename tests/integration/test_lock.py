@@ -52,7 +52,7 @@ def join(rank: int, method: str, world_size: int | None, options: dict[int, dict
     (folder / "begun").touch()
     if rank == 0 and world_size is None:
         until((folder / "refused").exists, "rank 1 was refused", within_s=LIMIT_S)
-    rpc.shutdown(graceful=False)
+    rpc.shutdown(graceful=world_size is not None)
     return ""
 
 
