@@ -17,6 +17,7 @@ import torch
 from zrpc import api, gather, interrupts
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
+from zrpc.agent.execution import forget_operators
 from zrpc.autograd import install as install_autograd
 from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
@@ -34,11 +35,15 @@ from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
 from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
+from zrpc.wire import loading, pickling
+from zrpc.wire.listed import ListedRules
+from zrpc.wire.registered import RegisteredRules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from zrpc.membership.claims import Store
+    from zrpc.wire.loading import Rules
 
 log = logging.getLogger("zrpc")
 
@@ -210,7 +215,23 @@ def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
     agent.extensions[RRefContext].destroy(ignore_rref_leak)
 
 
+def _allow(allow: str | Sequence[str], worker: str) -> None:
+    """What other workers may name in this process from now on; see `RpcBackendOptions`."""
+    rules: Rules | None = None
+    codec = pickling.PICKLE
+    if allow == "registered":
+        rules = registered = RegisteredRules(worker)
+        codec = registered.codec()
+    elif allow != "any":
+        rules = ListedRules(worker, allow)
+        codec = codec._replace(load_named_call=pickling.load_checked_call)
+    loading.use(rules)
+    api.use_codec(codec)
+    forget_operators()
+
+
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
+    _allow(agent.options.allow, name)
     gather.install(agent)
     install_rrefs(agent, api, partial(_backward, agent))  # proxies of RRefs call as programs do, seen by profiles
     for install in (install_autograd, install_profiling, install_optim):
