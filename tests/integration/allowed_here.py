@@ -53,11 +53,21 @@ class Thing:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.callback = getpid
 
     def twice(self) -> int:
         """Its number twice."""
         return 2 * self.number
+
+    def _private(self) -> int:
+        return 1
+
+    def __special__(self) -> int:
+        return 1
+
+    @property
+    def attribute(self) -> Any:
+        """Not a method."""
+        return getpid
 
     def __reduce__(self) -> Any:
         return Thing, (self.number,)
@@ -154,7 +164,6 @@ class Counter(Base):
 
     def __init__(self, start: int) -> None:
         self.number = start
-        self.attribute = getpid
 
     def add(self, number: int) -> int:
         """The sum so far."""
@@ -165,6 +174,14 @@ class Counter(Base):
     def add_later(self, number: int) -> torch.futures.Future[int]:
         """The same by a future."""
         return exposed_later(self.add(number))
+
+    @property
+    def attribute(self) -> Any:
+        """Not a method."""
+        return self.add
+
+    def __special__(self) -> int:
+        return 1
 
     def share(self) -> rpc.RRef[int]:
         """A reference to the number."""

@@ -18,11 +18,20 @@ Threads: any; nothing changes after construction. Failure: `NotAllowedError`.
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import pickle
 import sys
 from enum import Enum
-from types import BuiltinMethodType, FunctionType, MethodType, MethodWrapperType, ModuleType
+from functools import cache
+from types import (
+    ClassMethodDescriptorType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -40,8 +49,11 @@ _Base: Any = _Pickle._Unpickler  # the implementation in Python
 
 _PLAIN_VALUES = (torch.Tensor, torch.nn.Parameter, bool, bytes, complex, dict, float, frozenset, int, list, set, tuple)
 """Classes of values of RRefs whose methods, but private ones, may be called: none opens a file, or runs what it has."""
-_METHODS = (MethodType, FunctionType, BuiltinMethodType, MethodWrapperType)
-_OPERATORS = frozenset({"__call__", "__contains__", "__delitem__", "__getitem__", "__len__", "__setitem__"})
+_METHODS = (
+    FunctionType, staticmethod, classmethod, MethodDescriptorType, WrapperDescriptorType, ClassMethodDescriptorType,
+    type(cache(int)),
+)  # fmt: skip
+_SPECIAL = frozenset({"__call__", "__contains__", "__delitem__", "__getitem__", "__len__", "__setitem__"})
 """Methods with such names that may be called all the same."""
 
 
@@ -107,17 +119,15 @@ class ListedRules:
     def method(self, value: Any, name: str) -> Any:
         """See `loading.method`: methods of plain values, and of objects of classes of listed modules."""
         cls = type(value)
-        is_public = isinstance(name, str) and (not name.startswith("_") or name in _OPERATORS)
+        is_public = isinstance(name, str) and (not name.startswith("_") or name in _SPECIAL)
         if not is_public or not (cls in _PLAIN_VALUES or self._is_listed(_home(cls))):
             self._refuse(_home(cls), f"{cls.__qualname__}.{name}")
-        if not hasattr(cls, name):  # what an object holds is anything: it is no method
-            if hasattr(value, name):
-                self._refuse(_home(cls), f"{cls.__qualname__}.{name}")
+        static = inspect.getattr_static(cls, name, None)
+        if static is None and not hasattr(value, name):
             raise AttributeError(f"{cls.__qualname__!r} object has no attribute {name!r}")
-        found = getattr(value, name)
-        if not isinstance(found, _METHODS):
+        if not isinstance(static, _METHODS):  # what objects hold, and what properties compute, is anything
             self._refuse(_home(cls), f"{cls.__qualname__}.{name}")
-        return found
+        return getattr(value, name)
 
     def type_of(self, value: Any) -> Any:
         """See `loading.type_of`."""

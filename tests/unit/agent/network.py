@@ -59,9 +59,7 @@ class ReadElsewhere:
     def is_read_here(self) -> bool:
         return threading.current_thread().name == READER
 
-    def wait_for(
-        self, wanted: Any, deadline: float | None, is_serving: Callable[[], bool] = lambda: False
-    ) -> None:
+    def wait_for(self, wanted: Any, deadline: float | None, is_serving: Callable[[], bool] = lambda: False) -> None:
         wanted.block(deadline)
 
     def wake(self, wanted: Any) -> None:
