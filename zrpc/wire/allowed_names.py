@@ -22,8 +22,6 @@ _BUILTINS = (
 
 _TORCH = (
     ("torch", "Size"), ("torch", "Tensor"), ("torch", "device"), ("torch.serialization", "_get_layout"),
-    ("torch._utils", "torch.channels_last"), ("torch._utils", "torch.channels_last_3d"),
-    ("torch._utils", "torch.contiguous_format"), ("torch._utils", "torch.preserve_format"),
     ("torch.nn.parameter", "Buffer"), ("torch.nn.parameter", "Parameter"),
     ("torch.nn.parameter", "UninitializedBuffer"), ("torch.nn.parameter", "UninitializedParameter"),
 )  # fmt: skip
@@ -37,8 +35,6 @@ _NUMPY = (
     ("numpy", "dtype"), ("numpy", "ndarray"),
     ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
     ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
 )  # fmt: skip
 
 _COLLECTIONS = ("Counter", "OrderedDict", "defaultdict", "deque")
@@ -47,7 +43,7 @@ _ZRPC = (
     ("zrpc.wire.reducers", "_set_attributes"), ("zrpc.wire.reducers", "_tensor_at"),
     ("zrpc.wire.reducers", "exception_of"), ("zrpc.wire.exception_fields", "Unsent"),
     ("zrpc.wire.arrays", "_make"), ("zrpc.wire.storages", "_storage_of"), ("zrpc.wire.storages", "_typed"),
-    ("zrpc.wire.subclasses", "_make"), ("zrpc.wire.subclasses", "set_state"),
+    ("zrpc.wire.values", "torch_constant"), ("zrpc.wire.subclasses", "_make"), ("zrpc.wire.subclasses", "set_state"),
     ("zrpc.wire.scripting", "_load_module"), ("zrpc.wire.scripting", "_received_function"),
     ("zrpc.ids", "WorkerInfo"), ("zrpc.ids", "GlobalId"),
     ("zrpc.rref.travel", "_rebuild"), ("zrpc.rref.rref", "RRef"), ("zrpc.rref.rref", "_rref_typeof_on_owner"),

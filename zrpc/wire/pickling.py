@@ -57,6 +57,14 @@ _NUMBERS_OR_TENSOR = _NUMBERS | {torch.Tensor}
 _PLAIN_OR_TENSOR = _PLAIN | {torch.Tensor}
 
 
+def _reduce_memory_format(memory_format: torch.memory_format) -> tuple[Any, ...]:
+    """By its name. torch's own way names whichever module pickle finds first that has imported torch."""
+    return values.torch_constant, (str(memory_format).removeprefix("torch."),)
+
+
+register_reducer(torch.memory_format, _reduce_memory_format)
+
+
 def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachments: bool = True) -> Payload:
     """Take `obj` apart. Tensors and buffers are not copied.
 

@@ -196,11 +196,16 @@ class Unpacking:
         if code == _DEVICE:
             return torch.device(raw.decode())
         if code in (_DTYPE, _LAYOUT, _MEMORY_FORMAT):
-            return _torch_constant(raw.decode())
+            return torch_constant(raw.decode())
         raise ProtocolError(f"packed values have an unknown type code {code}")
 
 
-def _torch_constant(name: str) -> Any:
+def torch_constant(name: str) -> Any:
+    """The dtype, layout or memory format `torch.NAME`.
+
+    Raises:
+        ProtocolError: there is none.
+    """
     value = getattr(torch, name, None)
     if not isinstance(value, torch.dtype | torch.layout | torch.memory_format):
         raise ProtocolError(f"torch.{name} is not a dtype, layout or memory format")
