@@ -224,7 +224,7 @@ def _allow(allow: str | Sequence[str], worker: str) -> None:
         codec = registered.codec()
     elif allow != "any":
         rules = ListedRules(worker, allow)
-        codec = codec._replace(load_named_call=pickling.load_checked_call)
+        codec = pickling.CHECKED
     loading.use(rules)
     api.use_codec(codec)
     forget_operators()

@@ -108,9 +108,8 @@ def _list_allows(rank: int) -> None:
         assert str(caught.value) == str(error)
     dictionary = rpc.remote("worker1", allowed_here.same, args=({"a": 1},))
     assert dictionary.rpc_sync().get("a") == 1
-    _refused(lambda: held.rpc_sync().__special__())
-    _refused(lambda: held.rpc_sync()._private())
-    _refused(lambda: held.rpc_sync().attribute())
+    for name in ("_private", "attribute", "__special__"):
+        _refused(lambda name=name: getattr(held.rpc_sync(), name)(), "worker1", f"Thing.{name}")
     nothing = rpc.remote("worker1", allowed_here.same, args=(None,))
     assert nothing.to_here() is None
     _optimize()

@@ -268,6 +268,8 @@ loads_call = loads
 
 PICKLE = Codec(dumps, dumps_call, dumps_exception, loads, loads_call, load_named_call)
 """Calls, values and exceptions of any kind: what this module does of itself."""
+CHECKED = PICKLE._replace(load_named_call=load_checked_call)
+"""The same, and calls by name are resolved by `loading.find`, as all other names are anyway."""
 
 
 def use(codec: Codec) -> None:
