@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -220,6 +221,8 @@ def _allow(allow: str | Sequence[str], worker: str) -> None:
     rules: Rules | None = None
     codec = pickling.PICKLE
     if allow == "registered":
+        for module in ("zrpc.nn.remote_module", "zrpc.optim.distributed_optimizer"):
+            importlib.import_module(module)  # what others may call of them is registered then
         rules = registered = RegisteredRules(worker)
         codec = registered.codec()
     elif allow != "any":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import torch
 import zrpc as rpc
 import zrpc.autograd as dist_autograd
 from tests.integration import allowed_here
+from tests.integration.harness import free_port
 from zrpc.errors import NotAllowedError, SerializationError
 from zrpc.nn import RemoteModule
 from zrpc.optim import DistributedOptimizer
@@ -272,3 +275,50 @@ def test_registered_workers_refuse_what_is_not_exposed(cluster_in_each_mode: Clu
 def test_registered_workers_train(cluster_in_each_mode: Cluster) -> None:
     """Distributed autograd, optimizers and modules of exposed classes need no pickle."""
     cluster_in_each_mode.run(_registered_optimizes, allow="registered")
+
+
+# ---- programs that are not changed -----------------------------------------------------------------------------
+
+PROGRAM = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.rpc as rpc
+from allowed_by_name import allowed
+
+assert rpc.__name__.startswith("zrpc")
+rank = int(os.environ["RANK"])
+rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
+if rank == 0:
+    assert rpc.rpc_sync("worker1", allowed, args=(torch.ones(2), 1)).tolist() == [2, 2]
+    held = rpc.remote("worker1", allowed, args=([1], [2]))
+    assert held.to_here() == [1, 2]
+    try:
+        rpc.rpc_sync("worker1", Path.touch, args=(Path(sys.argv[1]),))
+    except RuntimeError as error:
+        assert "worker1 refuses pathlib." in str(error), error
+        assert "ZRPC_ALLOW" in str(error), error
+        print("was refused")
+rpc.shutdown()
+"""
+
+
+def test_a_program_for_torch_is_told_by_its_environment_what_may_be_called(tmp_path: Path) -> None:
+    """ZRPC_ALLOW holds for unchanged programs that run by `zrpc run`."""
+    trace = tmp_path / "trace"
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "allowed_by_name.py").write_text("def allowed(a, b):\n    return a + b\n")
+    port = str(free_port())
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ZRPC_ALLOW": "allowed_by_name"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "zrpc", "run", str(tmp_path / "program.py"), str(trace)]
+    running = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert "was refused" in printed[0]
+    assert not trace.exists()

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
 _NONE = b""
-_ONE_TENSOR = bytes([values.MAGIC, 0])
+ONE_TENSOR = bytes([values.MAGIC, 0])
 CALL = bytes([values.MAGIC, 2])
 """What a call by name begins with: module, name, arguments and keyword arguments follow."""
 _IN_PIECES = bytes([values.MAGIC, 3])
@@ -83,7 +83,7 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
         if obj is None:
             return Payload(_NONE)
         if cls is torch.Tensor and not obj.__dict__:
-            return Payload(_ONE_TENSOR, [obj])
+            return Payload(ONE_TENSOR, [obj])
         if _is_plain(cls) and not (cls in _TEXTS and len(obj) >= streams.PIECE_MIN_NBYTES):
             with suppress(values.UnpackableError):
                 return values.pack(obj)
@@ -196,7 +196,7 @@ def loads(payload: Payload) -> Any:
     data = payload.data
     if len(data) == 0:
         return None
-    if data == _ONE_TENSOR and len(payload.tensors) == 1:
+    if data == ONE_TENSOR and len(payload.tensors) == 1:
         return payload.tensors[0]
     received = None
     if data[: len(_WITH_EXCEPTIONS)] in (_WITH_EXCEPTIONS, _EXCEPTIONS_BESIDE):

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from zrpc.errors import NotAllowedError, SerializationError
 from zrpc.exception_text import repr_of, text_of
 from zrpc.exposed import CALL, registry
@@ -60,6 +62,8 @@ class RegisteredRules:
         del keep_graph, attachments
         if whole:
             raise self._refusal("to make a pickle stream")
+        if type(obj) is torch.Tensor:
+            return Payload(pickling.ONE_TENSOR, [obj])
         return Payload() if obj is None else self._pack(obj, obj, values.VALUES)
 
     def dumps_call(self, call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, keep_graph: bool = False) -> Payload:
@@ -96,7 +100,11 @@ class RegisteredRules:
             NotAllowedError: it is a pickle, or names what is not exposed here.
             ProtocolError: it is damaged.
         """
-        return carried.unpack(payload, values.VALUES, self._refusal) if len(payload.data) else None
+        if len(payload.data) == 0:
+            return None
+        if payload.data == pickling.ONE_TENSOR and len(payload.tensors) == 1:
+            return payload.tensors[0]
+        return carried.unpack(payload, values.VALUES, self._refusal)
 
     def loads_call(self, payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """See `pickling.loads_call`: for what `dumps_call` made. Raises as `loads_value`."""
