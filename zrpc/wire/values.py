@@ -206,7 +206,7 @@ def torch_constant(name: str) -> Any:
     Raises:
         ProtocolError: there is none.
     """
-    value = getattr(torch, name, None)
+    value = vars(torch).get(name)  # `getattr` would import what torch loads when it is asked for
     if not isinstance(value, torch.dtype | torch.layout | torch.memory_format):
         raise ProtocolError(f"torch.{name} is not a dtype, layout or memory format")
     return value
