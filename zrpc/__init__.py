@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zrpc.api import rpc_sync as rpc_sync
     from zrpc.config import RpcBackendOptions as RpcBackendOptions
     from zrpc.errors import ZrpcError as ZrpcError
+    from zrpc.exposed import expose as expose
     from zrpc.ids import WorkerInfo as WorkerInfo
     from zrpc.lifecycle import init_rpc as init_rpc
     from zrpc.lifecycle import shutdown as shutdown
@@ -31,6 +32,7 @@ _HOMES = {
     "WorkerInfo": "zrpc.ids",
     "ZrpcError": "zrpc.errors",
     "broadcast": "zrpc.api",
+    "expose": "zrpc.exposed",
     "get_worker_info": "zrpc.api",
     "init_rpc": "zrpc.lifecycle",
     "remote": "zrpc.api",
@@ -47,6 +49,7 @@ __all__ = [
     "WorkerInfo",
     "ZrpcError",
     "broadcast",
+    "expose",
     "functions",
     "get_worker_info",
     "init_rpc",

@@ -44,6 +44,14 @@ def set_call_pickler(dumps: Callable[[tuple[Any, ...]], Payload] | None) -> None
     _pickle_call = dumps or pickling.dumps_call
 
 
+def use_codec(codec: pickling.Codec) -> None:
+    """See `pickling.use`; a pickler that `set_call_pickler` set stays."""
+    is_own = _pickle_call == pickling.dumps_call
+    pickling.use(codec)
+    if is_own:
+        set_call_pickler(None)
+
+
 def rpc_sync(
     to: Worker,
     func: Callable[..., T],

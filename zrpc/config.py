@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,12 @@ DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
 """An unanswered small call takes 1.3 to 2 KB of its caller (`benchmarks.memory flight`), so this is up to 0.5 GB."""
 DEFAULT_PINNED_POOL_NBYTES = 1 << 30
+ALLOW_VARIABLE = "ZRPC_ALLOW"
+"""What `allow` is where it is not given: `any`, `registered`, or names of modules with commas between them."""
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
+ALLOW_MODES = ("any", "registered")
 INIT_SCHEMES = ("env", "tcp", "file", "broker")
 
 
@@ -68,6 +72,11 @@ class RpcBackendOptions:
             same, as in torch.
         secret: what all workers of the group know, and nobody else, at least 16 characters; None: see `zrpc.secret`.
         insecure: let whoever reaches a port be a member, and run code here. For groups that are alone on their network.
+        allow: what calls, arguments and results that come to this worker may name. `"any"`: whatever can be imported,
+            as in torch. A list of modules: what these and their submodules define, beside what tensors and zrpc itself
+            need. `"registered"`: functions and classes marked with `zrpc.expose`, and nothing is unpickled; all workers
+            of a group then say so. None: what the environment variable ZRPC_ALLOW says, or `"any"`. See
+            docs/security.md.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -92,6 +101,7 @@ class RpcBackendOptions:
         propagate_grad_mode: bool = True,
         secret: str | bytes | None = None,
         insecure: bool | None = None,
+        allow: str | Sequence[str] | None = None,
     ) -> None:
         insecure = says_insecure() if insecure is None else insecure
         switches = {"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode, "insecure": insecure}
@@ -110,6 +120,7 @@ class RpcBackendOptions:
         self.shared_memory = shared_memory
         self.propagate_grad_mode = propagate_grad_mode
         self.bind = bind
+        self.allow = allow
         if not isinstance(device_maps, Mapping | None):
             raise ConfigError(f"device_maps must be a dict, worker name -> {{device: device}}, not {device_maps!r}")
         for worker, device_map in (device_maps or {}).items():
@@ -138,6 +149,15 @@ class RpcBackendOptions:
                 f"init_method must be env://, tcp://host:port, file:///path or broker://host:port, not {value!r}"
             )
         self._init_method = value
+
+    @property
+    def allow(self) -> str | tuple[str, ...]:
+        """What may be named here: `"any"`, `"registered"`, or modules."""
+        return self._allow
+
+    @allow.setter
+    def allow(self, value: str | Sequence[str] | None) -> None:
+        self._allow = _allowed_of_environment() if value is None else _as_allowed(value, "allow")
 
     def set_device_map(self, to: str, device_map: Mapping[Device, Device]) -> None:
         """Say on which device of the worker `to` a tensor of each device here arrives. Adds to what was said before.
@@ -190,6 +210,25 @@ def _checked_secret(value: Any) -> str | bytes | None:
     if not isinstance(value, str | bytes | None):
         raise ConfigError(f"secret must be a str or bytes, not {type(value).__name__}")
     return value
+
+
+def _allowed_of_environment() -> str | tuple[str, ...]:
+    given = os.environ.get(ALLOW_VARIABLE, "").strip() or "any"
+    if given not in ALLOW_MODES:
+        return _as_allowed([part.strip() for part in given.split(",")], f"the environment variable {ALLOW_VARIABLE}")
+    return given
+
+
+def _as_allowed(value: Any, what: str) -> str | tuple[str, ...]:
+    """`value` as the mode that it names, or as modules."""
+    if isinstance(value, str) and value in ALLOW_MODES:
+        return value
+    if isinstance(value, list | tuple):
+        bad = [name for name in value if not (isinstance(name, str) and all(map(str.isidentifier, name.split("."))))]
+        if not bad:
+            return tuple(value)
+        raise ConfigError(f"{what} has {bad[0]!r} in it, which is no name of a module such as 'mypackage.models'")
+    raise ConfigError(f"{what} must be 'any', 'registered' or a list of modules such as ['mypackage'], not {value!r}")
 
 
 def _check_kinds(switches: dict[str, Any], bind: Any) -> None:

@@ -61,6 +61,13 @@ class SerializationError(ZrpcError):
     """An argument or a result that cannot be sent: it cannot be pickled, or its device is not mapped."""
 
 
+class NotAllowedError(ZrpcError):
+    """A worker refused something that a call or a value named: `allow` of its `RpcBackendOptions` does not cover it.
+
+    The message says which worker refused what, and what to write there to allow it. Nothing of it was imported or run.
+    """
+
+
 class DeviceError(ZrpcError):
     """A tensor cannot be brought to a device or from it: no such device, no room on it, or it has failed."""
 

@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+ASYNC_ATTRIBUTE = "_wrapped_async_rpc_function"
+"""What `async_execution` leaves on a function; the name is torch's, whose decorator works here too."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -30,8 +30,9 @@ from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RendezvousError, RpcTimeoutError
+from zrpc.exposed import expose
 from zrpc.gathering import Gathering, GatheringTable, Key, Lost
-from zrpc.wire import pickling
+from zrpc.wire import carried, pickling
 from zrpc.wire.messages import PythonCall
 
 if TYPE_CHECKING:
@@ -355,21 +356,25 @@ def barrier(worker_names: Iterable[str] | None = None) -> None:
 
 def _payload(call: RemoteCall) -> Payload:
     func, args = call
-    return pickling.dumps((func, args, {}))
+    return pickling.dumps_call((func, args, {}))
 
 
+@expose
 def _contribute(key: Key, name: str, obj: Any) -> None:
     current_agent().extensions[Gatherings].contribute(key, name, obj)
 
 
+@expose
 def _conclude(key: Key, objects: dict[str, Any], error: str | None) -> None:
     current_agent().extensions[Gatherings].conclude(key, objects, error)
 
 
+@expose
 def _missing(key: Key) -> list[str]:
     return current_agent().extensions[Gatherings].missing(key)  # type: ignore[no-any-return]
 
 
+@expose
 def _give_up(key: Key, missing: list[str]) -> None:
     current_agent().extensions[Gatherings].give_up(key, missing)
 
@@ -385,3 +390,7 @@ def _outcome(call: Call) -> Payload | None:
 def _left_s(deadline: float | None) -> float | None:
     """Seconds until `deadline`, more than 0: that would be no limit."""
     return None if deadline is None else max(0.001, deadline - time.monotonic())
+
+
+carried.register_parts(Key, carried.KEY, tuple, Key)
+carried.register_parts(Lost, carried.LOST, lambda lost: (lost.reason,), Lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from zrpc import api, gather, interrupts
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
+from zrpc.agent.execution import forget_operators
 from zrpc.autograd import install as install_autograd
 from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
@@ -37,12 +39,19 @@ from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
 from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
+from zrpc.wire import loading, pickling
+from zrpc.wire.listed import ListedRules
+from zrpc.wire.registered import RegisteredRules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from zrpc.membership.claims import Store
+<<<<<<< HEAD
     from zrpc.secret import Secret
+=======
+    from zrpc.wire.loading import Rules
+>>>>>>> allow
 
 log = logging.getLogger("zrpc")
 
@@ -214,7 +223,25 @@ def _end_extensions(agent: Agent, ignore_rref_leak: bool) -> None:
     agent.extensions[RRefContext].destroy(ignore_rref_leak)
 
 
+def _allow(allow: str | Sequence[str], worker: str) -> None:
+    """What other workers may name in this process from now on; see `RpcBackendOptions`."""
+    rules: Rules | None = None
+    codec = pickling.PICKLE
+    if allow == "registered":
+        for module in ("zrpc.nn.remote_module", "zrpc.optim.distributed_optimizer"):
+            importlib.import_module(module)  # what others may call of them is registered then
+        rules = registered = RegisteredRules(worker)
+        codec = registered.codec()
+    elif allow != "any":
+        rules = ListedRules(worker, allow)
+        codec = pickling.CHECKED
+    loading.use(rules)
+    api.use_codec(codec)
+    forget_operators()
+
+
 def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
+    _allow(agent.options.allow, name)
     gather.install(agent)
     install_rrefs(agent, api, partial(_backward, agent))  # proxies of RRefs call as programs do, seen by profiles
     for install in (install_autograd, install_profiling, install_optim):

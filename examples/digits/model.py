@@ -45,6 +45,7 @@ class DigitNet(nn.Sequential):
         )
 
 
+@rpc.expose
 class ParameterServer:
     """Holds the model; trainers call its methods from their own processes."""
 

@@ -5,6 +5,9 @@ distributed autograd carries the gradients through the call to the weights, wher
 
 Run it with `make demo`, or with a launcher of your own that sets RANK and WORLD_SIZE (and ZRPC_INIT_METHOD, or
 MASTER_ADDR and MASTER_PORT).
+
+Its workers run in the strictest mode, `allow="registered"`: they call what is marked with `rpc.expose` alone, and
+unpickle nothing. So what travels is made of numbers, lists, dicts, tensors and RRefs.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from model import SEED, ParameterServer, load_data
@@ -44,8 +48,22 @@ class Plan:
     learning_rate: float
 
 
-def train(server: rpc.RRef[ParameterServer], trainer: int, trainers: int, plan: Plan) -> History:
-    """One trainer's work, on its own share of the training set; the first trainer also shows progress."""
+@rpc.expose
+def train(
+    server: rpc.RRef[ParameterServer], trainer: int, trainers: int, plan_fields: dict[str, Any]
+) -> dict[str, Any]:
+    """One trainer's work, on its own share of the training set; the first trainer also shows progress.
+
+    Args:
+        server: the parameter server.
+        trainer: which trainer this is.
+        trainers: how many there are.
+        plan_fields: the fields of a `Plan`.
+
+    Returns:
+        The fields of a `History`.
+    """
+    plan = Plan(**plan_fields)
     images, labels, _, _ = load_data()
     images, labels = images[trainer::trainers], labels[trainer::trainers]
     optimizer = DistributedOptimizer(torch.optim.Adam, server.rpc_sync().parameter_rrefs(), lr=plan.learning_rate)
@@ -67,7 +85,7 @@ def train(server: rpc.RRef[ParameterServer], trainer: int, trainers: int, plan: 
             if trainer == 0:
                 history.accuracy.append(server.rpc_sync().accuracy())
                 progress.set_postfix(loss=f"{history.loss[-1]:.3f}", accuracy=f"{history.accuracy[-1]:.1%}")
-    return history
+    return asdict(history)
 
 
 def serve(trainers: int, plan: Plan, picture: Path) -> float:
@@ -79,10 +97,10 @@ def serve(trainers: int, plan: Plan, picture: Path) -> float:
     server = ParameterServer()
     server_rref = rpc.RRef(server)
     futures = [
-        rpc.rpc_async(f"trainer{trainer}", train, args=(server_rref, trainer, trainers, plan), timeout=0)
+        rpc.rpc_async(f"trainer{trainer}", train, args=(server_rref, trainer, trainers, asdict(plan)), timeout=0)
         for trainer in range(trainers)
     ]
-    draw([future.wait() for future in futures], picture)
+    draw([History(**future.wait()) for future in futures], picture)
     return server.accuracy()
 
 
@@ -115,6 +133,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--picture", type=Path, default=Path("out/digits.png"), help="where the curves are saved")
+    parser.add_argument("--allow", choices=("registered", "any"), default="registered", help="what may be called")
     args = parser.parse_args()
     rank, world_size = int(os.environ.get("RANK", -1)), int(os.environ.get("WORLD_SIZE", -1))
     if rank < 0:
@@ -123,7 +142,8 @@ def main() -> int:
         parser.error("there must be a server and a trainer or more: start at least 2 workers")
     torch.set_num_threads(1)  # the workers share this machine's cores
 
-    options = rpc.RpcBackendOptions(init_method=os.environ.get("ZRPC_INIT_METHOD", "env://"))
+    init_method = os.environ.get("ZRPC_INIT_METHOD", "env://")
+    options = rpc.RpcBackendOptions(init_method=init_method, allow=args.allow)
     name = "server" if rank == 0 else f"trainer{rank - 1}"
     rpc.init_rpc(name, rank=rank, world_size=world_size, rpc_backend_options=options)
     accuracy = None

@@ -32,8 +32,11 @@ def test_it_reaches_the_accuracy_and_draws_the_curves(script: str, workers: int,
     assert "100%" in done.stdout + done.stderr  # the progress bar came to its end
 
 
-def test_too_little_training_is_a_failure(tmp_path: Path) -> None:
-    done = train("zrpc-peers", 2, "--epochs", "1", "--batch-size", "720", "--picture", str(tmp_path / "curves.png"))
+@pytest.mark.parametrize("allow", ["registered", "any"])
+def test_too_little_training_is_a_failure(allow: str, tmp_path: Path) -> None:
+    """In either mode: where nothing is pickled, and as with torch."""
+    few = ("--epochs", "1", "--batch-size", "720", "--picture", str(tmp_path / "curves.png"))
+    done = train("zrpc-peers", 2, "--allow", allow, *few)
     assert done.returncode == 1
     assert "should reach 95%" in done.stdout + done.stderr
 

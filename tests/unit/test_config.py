@@ -136,3 +136,47 @@ def test_switches_are_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be True or False, not "):
         RpcBackendOptions(**{name: value})
     assert getattr(RpcBackendOptions(**{name: True}), name) is True  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("any", "any"),
+        ("registered", "registered"),
+        (["a", "b.c"], ("a", "b.c")),
+        (("__main__",), ("__main__",)),
+        ([], ()),
+    ],
+)
+def test_what_may_be_named(given: Any, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode, or modules; the environment says it where the program does not."""
+    monkeypatch.setenv("ZRPC_ALLOW", "elsewhere")
+    options = RpcBackendOptions(allow=given)
+    assert options.allow == expected
+    assert RpcBackendOptions().allow == ("elsewhere",)
+    options.allow = "any"
+    assert options.allow == "any"
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [("", "any"), ("any", "any"), ("registered", "registered"), (" a , b.c", ("a", "b.c"))],
+)
+def test_the_environment_names_modes_and_modules(variable: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With commas between modules."""
+    monkeypatch.setenv("ZRPC_ALLOW", variable)
+    assert RpcBackendOptions().allow == expected
+
+
+@pytest.mark.parametrize("given", ["some", "a,b", 1, {"a"}, [1], ["a b"], [""], ["a..b"], ["registered", "x/y"], True])
+def test_what_names_no_modules_is_refused(given: Any) -> None:
+    """The error says what to write."""
+    with pytest.raises(ConfigError, match="module"):
+        RpcBackendOptions(allow=given)
+
+
+def test_an_environment_that_names_no_modules_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the variable."""
+    monkeypatch.setenv("ZRPC_ALLOW", "a,,b")
+    with pytest.raises(ConfigError, match="ZRPC_ALLOW"):
+        RpcBackendOptions()

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zrpc.finalizers",
         "zrpc.control",
         "zrpc.config",
+        "zrpc.exposed",
         "zrpc.ids",
         "zrpc.functions",
         "zrpc.gathering",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from types import CoroutineType
+from types import BuiltinFunctionType, CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from zrpc.agent.scripted import call_and_keep
 from zrpc.errors import ProtocolError
 from zrpc.exception_text import log_error, text_of
-from zrpc.wire import pickling, values
+from zrpc.functions import ASYNC_ATTRIBUTE as ASYNC_ATTRIBUTE
+from zrpc.wire import loading, pickling, values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
-ASYNC_ATTRIBUTE = "_wrapped_async_rpc_function"
-"""What `functions.async_execution` leaves on a function; the name is torch's, whose decorator works here too."""
-
+_ops: Any = torch._ops  # parts of it are untyped
+_Namespace, _Packet, _Overload = _ops._OpNamespace, _ops.OpOverloadPacket, _ops.OpOverload
 
 _observer: Observer | None = None
 
@@ -65,7 +65,7 @@ def execute_python(payload: Payload, *, keep: bool = False) -> Any:
         RuntimeError: the function is TorchScript and raised anything.
         Exception: whatever the function raises.
     """
-    func, args, kwargs = pickling.loads(payload)
+    func, args, kwargs = pickling.loads_call(payload)
     payload.let_go()
     if not isinstance(func, torch.jit.ScriptFunction):
         return _refuse_coroutine(_run(func, args, kwargs))
@@ -90,10 +90,11 @@ def execute_builtin(op: str, payload: Payload) -> Any:
     """Run the torch operator `op` (such as `aten::add` or `aten::add.Tensor`) on the packed arguments.
 
     Raises:
-        ProtocolError: this torch has no such operator.
+        ProtocolError: this torch has no such operator, or the arguments are not packed values.
+        NotAllowedError: it may not be called here.
         RuntimeError: the arguments fit none of its schemas, or what it raises itself.
     """
-    args, kwargs = pickling.loads(payload)
+    args, kwargs = values.unpack(payload)
     payload.let_go()
     function = _function(op)
     if function is not None:
@@ -110,11 +111,11 @@ def _function(op: str) -> Callable[..., Any] | None:
 
     It takes a third of the time to choose an overload. Several tensors it would return as another type.
     """
+    packet: Any = _operator(op)
     namespace, _, name = op.partition("::")
     found: Callable[..., Any] | None = getattr(torch._C._VariableFunctions, name, None)
-    if namespace != "aten" or found is None:
+    if namespace != "aten" or not isinstance(found, BuiltinFunctionType) or not isinstance(packet, _Packet):
         return None
-    packet: Any = _operator(op)
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     on_tensors = [schema for schema in schemas if any("Tensor" in str(one.type) for one in schema.arguments)]
     one_tensor = all([str(one.type) for one in schema.returns] == ["Tensor"] for schema in on_tensors)
@@ -123,15 +124,34 @@ def _function(op: str) -> Callable[..., Any] | None:
 
 @cache
 def _operator(op: str) -> Callable[..., Any]:
+    """The operator of that name, or the overload; nothing else of `torch.ops` is one.
+
+    Raises:
+        ProtocolError: this torch has no such operator.
+        NotAllowedError: it may not be called here.
+    """
     namespace, _, name = op.partition("::")
     packet, _, overload = name.partition(".")
+    loading.check_operator(namespace, packet)
+    found: Any = None
+    reason = "that is no operator"
     try:
-        found: Callable[..., Any] = getattr(getattr(torch.ops, namespace), packet)
-        if overload:
+        if namespace.isidentifier() and isinstance(among := getattr(torch.ops, namespace), _Namespace):
+            found = getattr(among, packet)
+        if overload and isinstance(found, _Packet):
             found = getattr(found, overload)
     except (AttributeError, RuntimeError) as error:
-        raise ProtocolError(f"the torch of this worker has no operator {op}: {error}") from error
-    return found
+        reason = text_of(error)
+    if not isinstance(found, _Packet | _Overload) or (isinstance(found, _Packet) and overload):
+        raise ProtocolError(f"the torch of this worker has no operator {op}: {reason}")
+    operator: Callable[..., Any] = found
+    return operator
+
+
+def forget_operators() -> None:
+    """Look at names of operators again: another rule holds for them (`zrpc.wire.loading.use`)."""
+    _function.cache_clear()
+    _operator.cache_clear()
 
 
 def when_done(

@@ -21,8 +21,10 @@ from torch.jit import RecursiveScriptModule
 
 from zrpc.agent.current import current_agent
 from zrpc.api import remote, rpc_async, rpc_sync
+from zrpc.exposed import expose
 from zrpc.nn import scripting
 from zrpc.rref.rref import RRef
+from zrpc.wire import carried, loading
 from zrpc.wire.reducers import register_reducer
 
 if TYPE_CHECKING:
@@ -242,6 +244,7 @@ _RemoteModule = RemoteModule
 # ---- on the owner ----------------------------------------------------------------------------------------------
 
 
+@expose
 def _create_module(
     module_cls: Callable[..., nn.Module],
     args: tuple[Any, ...],
@@ -259,28 +262,40 @@ def _create_module(
     return torch.jit.script(module) if scripted else module
 
 
+@expose
 def _parameter_rrefs(module_rref: RRef[Any], recurse: bool) -> list[RRef[nn.Parameter]]:
-    return [RRef(parameter) for parameter in module_rref.local_value().parameters(recurse)]
+    return [RRef(parameter) for parameter in _method(module_rref, "parameters")(recurse)]
 
 
+def _method(module_rref: RRef[Any], name: str) -> Any:
+    """The method `name` of the module, if others may have it called."""
+    module = module_rref.local_value()
+    loading.check_module(module)
+    return getattr(module, name)
+
+
+@expose
 def _create_module_with_interface(
     module_cls: Callable[..., nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], device: str, interface: Any
 ) -> RRef[nn.Module]:
     return RRef(_create_module(module_cls, args, kwargs, device, interface is not None), interface)
 
 
+@expose
 def _param_rrefs(module_rref: RRef[Any], recurse: bool) -> list[RRef[nn.Parameter]]:
     return _parameter_rrefs(module_rref, recurse)
 
 
+@expose
 def _set_training(module_rref: RRef[Any], mode: bool) -> None:
-    module_rref.local_value().train(mode)
+    _method(module_rref, "train")(mode)
 
 
+@expose
 def _run_forward(
     module_rref: RRef[Any], device: str, is_device_map_set: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    module = module_rref.local_value()
+    module = _method(module_rref, "__call__")
     target = torch.device(device)
     if target.type == "cpu":
         return module(*args, **kwargs)
@@ -330,8 +345,14 @@ def _reduce_script_module(module: RecursiveScriptModule) -> tuple[Callable[..., 
 
 
 def _rebuild_script_module(saved: bytes) -> Any:
+    loading.check("torch.jit", "load")  # what is saved has code in it
     return torch.jit.load(io.BytesIO(saved))  # type: ignore[no-untyped-call]
 
 
+def _parts(module: RemoteModule) -> tuple[Any, ...]:
+    return _reduce_remote_module(module)[1]
+
+
 register_reducer(RemoteModule, _reduce_remote_module)
+carried.register_parts(RemoteModule, carried.REMOTE_MODULE, _parts, _rebuild_remote_module)
 register_reducer(RecursiveScriptModule, _reduce_script_module)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.api import rpc_async
 from zrpc.autograd.interface import get_gradients
+from zrpc.exposed import expose
 from zrpc.functions import async_execution
 from zrpc.optim.turns import Turns
 from zrpc.rref.rref import RRef
@@ -137,11 +138,13 @@ class _FunctionalOptimizer(LocalOptimizer):
         self.optim.step([gradients.get(param) for param in self._params])
 
 
+@expose
 def _make(optimizer_class: Callable[..., Any], params: list[RRef[Any]], args: Any, kwargs: Any) -> RRef[LocalOptimizer]:
     """On the owner: a reference to a new local optimizer."""
     return RRef(LocalOptimizer(optimizer_class, [param.local_value() for param in params], args, kwargs))
 
 
+@expose
 def _make_functional(
     optimizer_class: Callable[..., Any], params: list[RRef[Any]], args: Any, kwargs: Any
 ) -> RRef[LocalOptimizer]:
@@ -149,6 +152,7 @@ def _make_functional(
     return RRef(_FunctionalOptimizer(optimizer_class, [param.local_value() for param in params], args, kwargs))
 
 
+@expose
 @async_execution
 def _step(optimizer: RRef[LocalOptimizer], context_id: int) -> torch.futures.Future[None]:
     """On the owner: a step, which waits for those before it on no thread."""

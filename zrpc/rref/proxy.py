@@ -9,7 +9,9 @@ import torch
 
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, settle
+from zrpc.exposed import expose
 from zrpc.functions import async_execution
+from zrpc.wire import loading
 
 if TYPE_CHECKING:
     from zrpc.ids import WorkerInfo
@@ -51,13 +53,15 @@ class RRefProxy:
         return partial(_call_method, self.rref, self.rpc_api, name, self.rpc_timeout)
 
 
+@expose
 def _local_invoke(rref: Reference, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return getattr(rref.local_value(), name)(*args, **kwargs)
+    return loading.method(rref.local_value(), name)(*args, **kwargs)
 
 
+@expose
 @async_execution
 def _local_invoke_async_execution(rref: Reference, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return getattr(rref.local_value(), name)(*args, **kwargs)
+    return loading.method(rref.local_value(), name)(*args, **kwargs)
 
 
 def _call_method(rref: Reference, rpc_api: str, name: str, timeout: float, /, *args: Any, **kwargs: Any) -> Any:

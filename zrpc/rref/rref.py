@@ -12,12 +12,13 @@ from zrpc.agent.future import Future, future_of, settle
 from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
 from zrpc.errors import RpcTimeoutError, RRefError
 from zrpc.exception_text import describe, text_of
+from zrpc.exposed import expose
 from zrpc.rref.cell import Cell
 from zrpc.rref.context import RRefContext
 from zrpc.rref.forkdata import ForkData
 from zrpc.rref.proxy import RRefProxy
 from zrpc.rref.states import UserState
-from zrpc.wire import pickling
+from zrpc.wire import loading, pickling
 from zrpc.wire.messages import RRefBackward, RRefFetch
 
 if TYPE_CHECKING:
@@ -341,8 +342,9 @@ def backward_from(context: RRefContext, value: object, context_id: int, retain_g
         context.backward(context_id, [value], retain_graph)
 
 
+@expose
 def _rref_typeof_on_owner(rref: RRef[Any]) -> type:
-    return type(rref.local_value())
+    return loading.type_of(rref.local_value())  # type: ignore[no-any-return]
 
 
 def _limit_s(timeout: float) -> float | None:

@@ -23,7 +23,7 @@ from zrpc.errors import ProtocolError
 from zrpc.rref.context import RRefContext
 from zrpc.rref.forkdata import ForkData
 from zrpc.rref.rref import RRef, receive
-from zrpc.wire import pickling
+from zrpc.wire import carried, pickling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,4 +124,23 @@ def reduce(rref: RRef[Any]) -> tuple[Any, tuple[bytes]]:
     return _rebuild, (packed,)
 
 
+def _pack(rref: RRef[Any], packing: carried.Packing) -> bytes:
+    """The same where nothing is pickled."""
+    payload = packing.payload
+    with interrupts.held:
+        fork = rref._fork()
+        packed = fork.pack()
+        if payload.passengers is None:
+            payload.passengers = {}
+        payload.passengers[packed] = Departure(rref._context, fork)
+    return packed
+
+
+def _unpack(packed: bytes, unpacking: carried.Unpacking) -> RRef[Any]:
+    passengers = unpacking.payload.passengers
+    rref = passengers.pop(packed, None) if passengers else None
+    return rref if isinstance(rref, RRef) else receive(current_agent().extensions[RRefContext], ForkData.unpack(packed))
+
+
 pickling.register_reducer(RRef, reduce)
+carried.register(RRef, carried.RREF, _pack, _unpack)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import RemoteError
 from zrpc.exception_text import is_interrupt, set_cause, set_context, set_suppresses_context, text_of
-from zrpc.wire import reducers
+from zrpc.wire import loading, reducers
 from zrpc.wire.exception_fields import ExceptionState, Part, Unsent, dict_of, new, slots_of
 from zrpc.wire.stand_in import stand_in
 
@@ -136,7 +133,7 @@ def _set_state(error: Any, state: Any) -> None:
 def _import(module: str, name: str) -> type[BaseException] | None:
     """The class of exceptions of that name; None if there is none here."""
     try:
-        found = attrgetter(name)(sys.modules.get(module) or importlib.import_module(module))
+        found = loading.find(module, name)
         return found if issubclass(found, BaseException) else None
     except BaseException as failure:
         if is_interrupt(failure):

@@ -11,12 +11,11 @@ Threads: any. Failure: see `zrpc.exception_text`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import RemoteError, ZrpcError
 from zrpc.exception_text import cause_of, class_name, format_exception, is_interrupt, set_cause, text_of
-from zrpc.wire import exception_rebuild, pickling
-from zrpc.wire.exception_state import Named
+from zrpc.wire import exception_rebuild, pickling, plain_exceptions
 from zrpc.wire.messages import Failure
 from zrpc.wire.payload import Payload
 from zrpc.wire.reducers import make_exceptions_with
@@ -57,7 +56,7 @@ def dump_exception(error: BaseException, *, attachments: bool = True) -> tuple[F
     is left out."""
     failure = Failure(class_name(type(error)), text_of(error), format_exception(error))
     try:
-        return failure, pickling.dumps(Named(error), attachments=attachments)
+        return failure, pickling.dumps_exception(error, attachments=attachments)
     except BaseException as unsendable:
         if is_interrupt(unsendable):
             raise
@@ -67,7 +66,8 @@ def dump_exception(error: BaseException, *, attachments: bool = True) -> tuple[F
 def load_exception(worker: WorkerInfo, failure: Failure, payload: Payload) -> BaseException:
     """The exception that `worker` answered with, ready to be raised."""
     try:
-        received = pickling.loads(payload)
+        is_plain = payload.data[: len(plain_exceptions.PREFIX)] == plain_exceptions.PREFIX
+        received: Any = plain_exceptions.load(payload) if is_plain else pickling.loads(payload)
     except ZrpcError:
         received = None
     remote = RemoteTraceback(worker, failure.traceback)

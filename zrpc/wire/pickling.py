@@ -16,15 +16,22 @@ import struct
 import sys
 from contextlib import suppress
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from zrpc.errors import ProtocolError, SerializationError
+from zrpc.errors import NotAllowedError, ProtocolError, SerializationError
 from zrpc.exception_text import describe, is_interrupt, repr_of, text_of
-from zrpc.wire import arrays, storages, streams, subclasses, values  # noqa: F401  # three of them: for their reducers
+from zrpc.wire import (  # noqa: F401  # three of them: for their reducers
+    arrays,
+    loading,
+    storages,
+    streams,
+    subclasses,
+    values,
+)
 from zrpc.wire.envelope import Buffer
-from zrpc.wire.exception_state import take_all_apart
+from zrpc.wire.exception_state import Named, take_all_apart
 from zrpc.wire.payload import Payload
 from zrpc.wire.reducers import PROTOCOL, ReceivedExceptions, dispatch_table, exception_of, under_way
 from zrpc.wire.reducers import alight as alight
@@ -32,11 +39,12 @@ from zrpc.wire.reducers import board as board
 from zrpc.wire.reducers import register_reducer as register_reducer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 _NONE = b""
-_ONE_TENSOR = bytes([values.MAGIC, 0])
-_CALL = bytes([values.MAGIC, 2])
+ONE_TENSOR = bytes([values.MAGIC, 0])
+CALL = bytes([values.MAGIC, 2])
+"""What a call by name begins with: module, name, arguments and keyword arguments follow."""
 _IN_PIECES = bytes([values.MAGIC, 3])
 _WITH_EXCEPTIONS = bytes([values.MAGIC, 4])
 _EXCEPTIONS_BESIDE = bytes([values.MAGIC, 5])
@@ -47,6 +55,14 @@ _PLAIN = _NUMBERS | _TEXTS
 """What is equal to its copy, has no parts, and may be packed, within msgpack's bounds."""
 _NUMBERS_OR_TENSOR = _NUMBERS | {torch.Tensor}
 _PLAIN_OR_TENSOR = _PLAIN | {torch.Tensor}
+
+
+def _reduce_memory_format(memory_format: torch.memory_format) -> tuple[Any, ...]:
+    """By its name. torch's own way names whichever module pickle finds first that has imported torch."""
+    return values.torch_constant, (str(memory_format).removeprefix("torch."),)
+
+
+register_reducer(torch.memory_format, _reduce_memory_format)
 
 
 def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachments: bool = True) -> Payload:
@@ -67,7 +83,7 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
         if obj is None:
             return Payload(_NONE)
         if cls is torch.Tensor and not obj.__dict__:
-            return Payload(_ONE_TENSOR, [obj])
+            return Payload(ONE_TENSOR, [obj])
         if _is_plain(cls) and not (cls in _TEXTS and len(obj) >= streams.PIECE_MIN_NBYTES):
             with suppress(values.UnpackableError):
                 return values.pack(obj)
@@ -125,7 +141,7 @@ def dumps_call(call: tuple[Any, tuple[Any, ...], Mapping[str, Any]], *, keep_gra
     function, args, kwargs = call
     if type(function) is FunctionType and _are_plain(args) and _are_plain(kwargs.values()) and _has_a_name(function):
         try:
-            return values.pack([function.__module__, function.__name__, list(args), kwargs], _CALL, bare=True)
+            return values.pack([function.__module__, function.__name__, list(args), kwargs], CALL, bare=True)
         except values.UnpackableError:
             pass
     return dumps(call, keep_graph=keep_graph)
@@ -152,9 +168,21 @@ def _has_a_name(function: FunctionType) -> bool:
     return function.__qualname__ == name and getattr(sys.modules.get(function.__module__), name, None) is function
 
 
-def _load_call(payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    module, name, args, kwargs = values.unpack(payload, _CALL)
+def dumps_exception(error: BaseException, *, attachments: bool = True) -> Payload:
+    """Take an exception apart, the outcome of a call, as `dumps`."""
+    return dumps(Named(error), attachments=attachments)
+
+
+def load_named_call(payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The call that `dumps_call` named, and did not pickle. For `loads`."""
+    module, name, args, kwargs = values.unpack(payload, CALL)
     return getattr(sys.modules.get(module) or importlib.import_module(module), name), tuple(args), kwargs
+
+
+def load_checked_call(payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The same where not every module may be named."""
+    module, name, args, kwargs = values.unpack(payload, CALL)
+    return loading.find(module, name), tuple(args), kwargs
 
 
 def loads(payload: Payload) -> Any:
@@ -168,12 +196,12 @@ def loads(payload: Payload) -> Any:
     data = payload.data
     if len(data) == 0:
         return None
-    if data == _ONE_TENSOR and len(payload.tensors) == 1:
+    if data == ONE_TENSOR and len(payload.tensors) == 1:
         return payload.tensors[0]
     received = None
     if data[: len(_WITH_EXCEPTIONS)] in (_WITH_EXCEPTIONS, _EXCEPTIONS_BESIDE):
         received, data = _take_exceptions(data, payload.buffers)
-    is_call = data[: len(_CALL)] == _CALL
+    is_call = data[: len(CALL)] == CALL
     if data[0] == values.MAGIC and not is_call and data[: len(_IN_PIECES)] != _IN_PIECES:
         return values.unpack(payload)
     outer, under_way.receiving = under_way.receiving, payload
@@ -181,7 +209,7 @@ def loads(payload: Payload) -> Any:
     if outer is not None and payload.passengers is None:  # this stream came in that one
         payload.passengers = outer.passengers
     try:
-        value = _load_call(payload) if is_call else _unpickle(data, payload)
+        value = load_named_call(payload) if is_call else _unpickle(data, payload)
         while received is not None and received.links:
             set_link, number = received.links.pop()
             set_link(exception_of(number))
@@ -191,7 +219,7 @@ def loads(payload: Payload) -> Any:
             f"{text_of(error)}. The default RPC pickler does not serialize function code: define the function or class "
             "in a module that caller and callee both import"
         ) from error
-    except (SerializationError, ProtocolError):
+    except (SerializationError, ProtocolError, NotAllowedError):
         raise
     except BaseException as error:
         if is_interrupt(error):
@@ -208,15 +236,42 @@ def _take_exceptions(data: Buffer, buffers: Sequence[Buffer]) -> tuple[ReceivedE
     try:
         (number,) = _LENGTH.unpack(data[len(_WITH_EXCEPTIONS) : begin])
         if data[: len(_EXCEPTIONS_BESIDE)] == _EXCEPTIONS_BESIDE:
-            return ReceivedExceptions(pickle.loads(buffers[number])), data[begin:]
-        return ReceivedExceptions(pickle.loads(data[begin : begin + number])), data[begin + number :]
+            return ReceivedExceptions(loading.loads(buffers[number])), data[begin:]
+        return ReceivedExceptions(loading.loads(data[begin : begin + number])), data[begin + number :]
+    except NotAllowedError:
+        raise
     except Exception as error:
         raise ProtocolError(f"a table of exceptions cannot be read: {describe(error)}") from error
 
 
 def _unpickle(data: Buffer, payload: Payload) -> Any:
     if data[: len(_IN_PIECES)] != _IN_PIECES:
-        return pickle.loads(data)
+        return loading.loads(data)
     pieces = streams.placed(data[len(_IN_PIECES) :], payload.buffers)
     reader: Any = streams.Reader(pieces)  # pickle takes any buffers
-    return pickle.Unpickler(reader).load()
+    return loading.load_from(reader)
+
+
+class Codec(NamedTuple):
+    """How this process takes values apart and puts them together: what the functions of these names do here."""
+
+    dumps: Callable[..., Payload]
+    dumps_call: Callable[..., Payload]
+    dumps_exception: Callable[..., Payload]
+    loads: Callable[[Payload], Any]
+    loads_call: Callable[[Payload], Any]
+    load_named_call: Callable[[Payload], Any]
+
+
+loads_call = loads
+"""As `loads`, for a payload that is to be run."""
+
+PICKLE = Codec(dumps, dumps_call, dumps_exception, loads, loads_call, load_named_call)
+"""Calls, values and exceptions of any kind: what this module does of itself."""
+CHECKED = PICKLE._replace(load_named_call=load_checked_call)
+"""The same, and calls by name are resolved by `loading.find`, as all other names are anyway."""
+
+
+def use(codec: Codec) -> None:
+    """From now on the functions of this module are those of `codec`. For `init_rpc`, which so decides once."""
+    globals().update(codec._asdict())

@@ -18,6 +18,7 @@ import torch
 
 from zrpc.errors import RemoteError, SerializationError
 from zrpc.exception_text import is_interrupt, text_of
+from zrpc.wire import loading
 from zrpc.wire.payload import Passenger, Payload
 from zrpc.wire.streams import Writer
 
@@ -145,6 +146,8 @@ def _is_picklable(attribute: object) -> bool:
 
 
 def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise pickle.UnpicklingError(f"attributes came for a {type(tensor).__name__} instead of a tensor")
     tensor.__dict__.update(attributes)
 
 
@@ -241,7 +244,7 @@ def load_part(stream: bytes) -> Any:
     Raises:
         BaseException: whatever unpickling raises.
     """
-    return pickle.loads(stream)
+    return loading.loads(stream)
 
 
 def sent_exceptions() -> SentExceptions:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zrpc.errors import SerializationError
+from zrpc.wire import loading
 from zrpc.wire.compilations import compilations
 from zrpc.wire.reducers import Reduced, note_cut_off, register_reducer
 
@@ -64,8 +65,14 @@ def _compile(name: str, *args: Any) -> Any:
         return _compile_of_torch(name, *args)
 
 
+def _received_function(name: str) -> Any:
+    module, _, attribute = str(name).removeprefix(_ROOT).rpartition(".")
+    loading.check(module, attribute)
+    return find_function(name)
+
+
 def _reduce_function(function: Any) -> Reduced:
-    return find_function, (qualified_name(function),)
+    return _received_function, (qualified_name(function),)
 
 
 def _reduce_module(module: Any) -> Reduced:
@@ -82,6 +89,7 @@ def _reduce_bare_module(module: Any) -> Reduced:
 
 
 def _load_module(saved: bytes) -> Any:
+    loading.check("torch.jit", "load")  # what is saved has code in it
     return _jit.load(io.BytesIO(saved))
 
 

@@ -72,6 +72,8 @@ def _make(cls: type[torch.Tensor], memory: torch.Tensor, requires_grad: bool) ->
 
 def set_state(tensor: torch.Tensor, state: Any) -> None:
     """Give `tensor` the attributes that `__getstate__` gave."""
+    if not isinstance(tensor, torch.Tensor):
+        raise SerializationError(f"the state of a tensor came for a {type(tensor).__name__}")
     set_own: Any = type(tensor).__setstate__
     if set_own is torch.Tensor.__setstate__:
         _torch._utils._set_obj_state(tensor, state)

@@ -107,7 +107,7 @@ def pack(value: Any, prefix: bytes = VALUES, *, bare: bool = False) -> Payload:
     Raises:
         UnpackableError: something in it is none of the types above.
     """
-    packing = _Packing(bare)
+    packing = Packing(bare)
     try:
         return Payload(prefix + packing.encode(value), packing.tensors)
     except (OverflowError, ValueError, RecursionError) as error:
@@ -123,28 +123,30 @@ def unpack(payload: Payload, prefix: bytes = VALUES) -> Any:
     try:
         if payload.data[: len(prefix)] != prefix:
             raise ProtocolError(f"packed values begin with {bytes(payload.data[:2])!r}")
-        return _Unpacking(payload.tensors).decode(memoryview(payload.data)[len(prefix) :])
+        return Unpacking(payload.tensors).decode(memoryview(payload.data)[len(prefix) :])
     except ProtocolError:
         raise
     except Exception as error:
         raise ProtocolError(f"packed values cannot be read: {error}") from error
 
 
-class _Packing:
+class Packing:
     """What becomes of one value. No closures: two that call each other are a cycle, and would keep the tensors."""
 
     __slots__ = ("_bare", "_places", "tensors")
 
-    def __init__(self, bare: bool) -> None:
+    def __init__(self, bare: bool = False) -> None:
         self._bare = bare
         self.tensors: list[torch.Tensor] = []
         self._places: dict[int, int] = {}  # a tensor that is there twice travels once, and arrives as one
 
     def encode(self, obj: Any) -> bytes:
-        packed: bytes = msgpack.packb(obj, default=self._extend, strict_types=True)
+        """`obj` as bytes; its tensors are in `tensors` then."""
+        packed: bytes = msgpack.packb(obj, default=self.extend, strict_types=True)
         return packed
 
-    def _extend(self, obj: Any) -> msgpack.ExtType:
+    def extend(self, obj: Any) -> msgpack.ExtType:
+        """What stands for `obj`, which msgpack does not know."""
         cls = type(obj)
         if cls is torch.Tensor and not (self._bare and obj.__dict__):
             place = self._places.setdefault(id(obj), len(self.tensors))
@@ -169,7 +171,7 @@ class _Packing:
         raise UnpackableError(f"a {cls.__module__}.{cls.__qualname__} is not an operator's argument")
 
 
-class _Unpacking:
+class Unpacking:
     """The way back."""
 
     __slots__ = ("_tensors",)
@@ -178,9 +180,11 @@ class _Unpacking:
         self._tensors = tensors
 
     def decode(self, raw: bytes | memoryview) -> Any:
-        return msgpack.unpackb(raw, ext_hook=self._restore, strict_map_key=False)
+        """What `Packing.encode` made bytes of."""
+        return msgpack.unpackb(raw, ext_hook=self.restore, strict_map_key=False)
 
-    def _restore(self, code: int, raw: bytes) -> Any:
+    def restore(self, code: int, raw: bytes) -> Any:
+        """What `Packing.extend` took apart."""
         if code == _TENSOR:
             return self._tensors[int.from_bytes(raw, "little")]
         if code == _TUPLE:
@@ -192,12 +196,17 @@ class _Unpacking:
         if code == _DEVICE:
             return torch.device(raw.decode())
         if code in (_DTYPE, _LAYOUT, _MEMORY_FORMAT):
-            return _torch_constant(raw.decode())
+            return torch_constant(raw.decode())
         raise ProtocolError(f"packed values have an unknown type code {code}")
 
 
-def _torch_constant(name: str) -> Any:
-    value = getattr(torch, name, None)
+def torch_constant(name: str) -> Any:
+    """The dtype, layout or memory format `torch.NAME`.
+
+    Raises:
+        ProtocolError: there is none.
+    """
+    value = vars(torch).get(name)  # `getattr` would import what torch loads when it is asked for
     if not isinstance(value, torch.dtype | torch.layout | torch.memory_format):
         raise ProtocolError(f"torch.{name} is not a dtype, layout or memory format")
     return value

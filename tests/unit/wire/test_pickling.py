@@ -483,3 +483,11 @@ def test_passengers_of_a_nested_pickling_travel_in_the_outer_payload() -> None:
     nested, outer = pickling.loads(there)
     assert (nested.inner, outer) == ([1], 2)
     assert not there.passengers
+
+
+def test_memory_formats_are_named_by_torch() -> None:
+    """Not by whichever module has imported it, which the other side may lack."""
+    for memory_format in (torch.channels_last, torch.contiguous_format, torch.preserve_format):
+        payload = pickling.dumps([memory_format])
+        assert b"torch_constant" in payload.data
+        assert pickling.loads(payload) == [memory_format]

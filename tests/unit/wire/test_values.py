@@ -83,6 +83,13 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("value", SAMPLES, ids=repr)
+@pytest.mark.parametrize("name", ["_dynamo", "onnx", "load", "ops", "nothing"])
+def test_the_name_of_a_constant_imports_nothing(name: str) -> None:
+    """torch imports some of its modules when they are first asked for."""
+    with pytest.raises(ProtocolError):
+        values.torch_constant(name)
+
+
 def test_values_come_back_with_their_types(value: Any) -> None:
     assert _same(roundtrip(value), value)
     assert _same(roundtrip(([value], {"k": value})), ([value], {"k": value}))

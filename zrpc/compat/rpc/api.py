@@ -37,6 +37,7 @@ from zrpc.compat.rpc.stand_ins import method as method
 from zrpc.compat.rpc.stand_ins import method_factory as method_factory
 from zrpc.compat.rpc.stand_ins import method_name as method_name
 from zrpc.compat.rpc.stand_ins import new_method as new_method
+from zrpc.exposed import expose
 from zrpc.ids import WorkerInfo
 from zrpc.rref.context import RRefContext
 from zrpc.rref.rref import RRef
@@ -192,11 +193,13 @@ class _Functions(gather.RemoteFunctions):
         return _broadcast_to_followers, (key, objects)
 
 
+@expose
 def _gather_to_leader(sequence_id: Key, worker_name: str, obj: Any, worker_names: object = None) -> None:
     del worker_names  # the sequence id says
     _gatherings().contribute(sequence_id, worker_name, obj)
 
 
+@expose
 def _broadcast_to_followers(sequence_id: Key, objects_map: dict[str, Any]) -> None:
     _gatherings().conclude(sequence_id, objects_map, None)
 
