@@ -47,11 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zrpc.membership.claims import Store
-<<<<<<< HEAD
     from zrpc.secret import Secret
-=======
     from zrpc.wire.loading import Rules
->>>>>>> allow
 
 log = logging.getLogger("zrpc")
 
