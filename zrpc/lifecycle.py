@@ -25,6 +25,7 @@ from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
+from zrpc.membership import agreement
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
 from zrpc.optim.turns import install as install_optim
@@ -278,6 +279,7 @@ def _card(agent: Agent) -> dict[str, Any]:
     }
     return {
         "address": agent.address,
+        agreement.REGISTERED: options.allow == "registered",
         "device_maps": maps,
         "devices": [str(device) for device in options.devices],
         "device_count": torch.cuda.device_count(),  # it makes no CUDA context

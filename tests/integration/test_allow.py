@@ -17,7 +17,7 @@ import zrpc as rpc
 import zrpc.autograd as dist_autograd
 from tests.integration import allowed_here
 from tests.integration.harness import free_port
-from zrpc.errors import NotAllowedError, SerializationError
+from zrpc.errors import ConfigError, NotAllowedError, SerializationError
 from zrpc.nn import RemoteModule
 from zrpc.optim import DistributedOptimizer
 
@@ -275,6 +275,20 @@ def test_registered_workers_refuse_what_is_not_exposed(cluster_in_each_mode: Clu
 def test_registered_workers_train(cluster_in_each_mode: Cluster) -> None:
     """Distributed autograd, optimizers and modules of exposed classes need no pickle."""
     cluster_in_each_mode.run(_registered_optimizes, allow="registered")
+
+
+def _disagrees(rank: int, init_method: str) -> str:
+    options = rpc.RpcBackendOptions(init_method=init_method, allow="registered" if rank else "any")
+    with pytest.raises(ConfigError) as caught:
+        rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
+    return str(caught.value)
+
+
+def test_workers_that_differ_in_whether_they_unpickle_say_so_at_the_start(cluster_in_each_mode: Cluster) -> None:
+    """They could exchange little. Each worker is told which ones differ."""
+    method = cluster_in_each_mode.new_init_method()
+    for said in cluster_in_each_mode.run(_disagrees, args=(method,), init=False):
+        assert "worker1 have allow='registered', and worker0 have not" in said
 
 
 # ---- programs that are not changed -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zrpc.errors import ConfigError, PeerLostError, UnknownWorkerError
+from zrpc.membership.agreement import check_agreement
 from zrpc.membership.device_maps import Placement, Routes, check, devices_of, routes
 from zrpc.membership.registry import Registry
 from zrpc.wire.route import Route
@@ -97,6 +98,7 @@ class Peers:
         self._group.watch(self._on_joined, self._on_left)
         self._me, members = self._group.join(name, rank, world_size, self._carrier.incarnation, card, timeout_s)
         try:
+            check_agreement(members)
             check([Placement.of(member) for member in _by_rank(members)], is_complete=self.is_static)
         except ConfigError:
             if self.is_static:

@@ -108,8 +108,6 @@ class RegisteredRules:
 
     def loads_call(self, payload: Payload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """See `pickling.loads_call`: for what `dumps_call` made. Raises as `loads_value`."""
-        if payload.data[: len(pickling.CALL)] != pickling.CALL:
-            raise self._refusal("a pickled call")
         module, name, args, kwargs = carried.unpack(payload, pickling.CALL, self._refusal)
         found = registry.find(module, name)
         if found is None:
