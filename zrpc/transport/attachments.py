@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from zrpc.transport.slab import Pins
     from zrpc.wire.envelope import Buffer
 
+MAPPED_MAX = 8192
+"""Of one owner: twice as many slabs as it may have, as shared ones are mapped once a slot."""
 _SHARED = b"shared"
 """In place of the owner of a shared slab: it cannot be handed back."""
 
@@ -71,7 +73,7 @@ class Attachments:
         `unfilled` gets the slab if it is not whole yet. `files` came with the message.
 
         Raises:
-            ProtocolError: the slab is not there, or it is smaller.
+            ProtocolError: the slab is not there, it is smaller, or in use here already.
         """
         if [type(part) for part in descriptor] != [int] * DESCRIPTOR_LENGTH:
             raise ProtocolError(f"{reprlib.repr(descriptor)} describes no slab")
@@ -81,6 +83,9 @@ class Attachments:
         memory = self._map(source, number, slot, files[file] if 0 <= file < len(files) else None)
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of {source.hex()} has no room for {nbytes} bytes")
+        known = self._loans.get(memory.address)
+        if known is not None and known.reference() is not None:  # two tensors would be one, and freed with the first
+            raise ProtocolError(f"a slab of {source.hex()} came twice, and is in use")
         if isinstance(memory, PrivateSlab):
             memory.renew()
             return self.lend(memory, _SHARED, descriptor, unfilled)
@@ -173,6 +178,8 @@ class Attachments:
             if memory is not None:
                 return memory
             self._let_go([key for key, known in self._mapped.items() if known.is_retired()])
+            if sum([owner == source for owner, _, _ in self._mapped]) >= MAPPED_MAX:
+                raise ProtocolError(f"{MAPPED_MAX} slabs of {source.hex()} are mapped, and it has let go of none")
             if file is None:
                 raise ProtocolError(f"the file of a slab of {source.hex()} did not come with it")
             try:

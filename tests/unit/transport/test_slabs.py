@@ -532,10 +532,14 @@ def test_the_file_of_another_slab_is_not_taken_for_it(attachments: Attachments) 
         assert fetch(attachments, other) == buffer(100_000, 1)
 
 
-def memory_file(nbytes: int, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW) -> OwnedFile:
+def memory_file(
+    nbytes: int, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, *, has_pages: bool = True
+) -> OwnedFile:
     """A memory file that is no slab."""
     file = OwnedFile(os.memfd_create("other", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     os.truncate(file.fd, nbytes)
+    if nbytes and has_pages:
+        os.posix_fallocate(file.fd, 0, nbytes)
     fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, seals)
     return file
 
@@ -554,6 +558,7 @@ def read_only(file: OwnedFile) -> OwnedFile:
         (lambda _: memory_file(200_000, fcntl.F_SEAL_GROW), "is no sealed memory file"),
         (lambda _: memory_file(mmap.PAGESIZE), "is no slab"),
         (lambda _: memory_file(0), "is no slab"),
+        (lambda _: memory_file(200_000, has_pages=False), "its memory is not there"),
         (lambda _: read_only(memory_file(200_000)), "Permission denied"),
         (lambda path: OwnedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC)), "cannot be mapped"),
         (lambda path: OwnedFile(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)), "is no sealed memory file"),
@@ -567,6 +572,7 @@ def read_only(file: OwnedFile) -> OwnedFile:
         "may shrink",
         "a header alone",
         "empty",
+        "without pages",
         "read-only",
         "a file on a disk",
         "a folder",
