@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from zrpc.membership import records
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -62,7 +64,7 @@ class Claims:
         """
         expected = FREE
         while True:
-            holder = self._store.compare_set(key, expected, self._mine).decode()
+            holder = self._store.compare_set(key, expected, self._mine).decode(errors="replace")
             if holder == self._mine:
                 self._held.append(key)
                 return True
@@ -88,9 +90,9 @@ class Claims:
 
     def _is_over(self, holder: str) -> bool:
         life, _, address = holder.partition(" ")
-        if not self._has_ended(address, bytes.fromhex(life)):
+        if not self._has_ended(address, records.incarnation_of(life)):
             return False
         index_key = f"index/{life}"
         if self._store.check([index_key]):  # else it died before anybody could read of it
-            self._store.set(f"left/{int(self._store.get(index_key))}", DIED)
+            self._store.set(f"left/{records.number(self._store.get(index_key), 'place of a worker')}", DIED)
         return True

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from zrpc.errors import RefusedError, RendezvousError
+from zrpc import remote_text
+from zrpc.errors import ProtocolError, RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
+from zrpc.membership import records
 from zrpc.membership.claims import LEFT, Claims
 from zrpc.membership.group import Member, OnJoined, OnLeft
 
@@ -137,7 +139,7 @@ class StoreGroup:
 
     def _check_kind(self, mine: str) -> None:
         """Whoever comes first says whether the group is static or dynamic."""
-        theirs = self._store.compare_set("kind", "", mine).decode()
+        theirs = remote_text.line(self._store.compare_set("kind", "", mine).decode(errors="replace"))
         if theirs != mine:
             raise RefusedError(
                 "RPC group mixes statically and dynamically initialized members which is not supported. "
@@ -153,10 +155,10 @@ class StoreGroup:
         """Write a record; who comes last makes the roster of all. So the group costs the store a few steps a worker."""
         self._check_kind("static")
         me = Member(WorkerInfo(name, rank), incarnation, card)
-        record = _pack(me, world_size)
+        record = records.pack(me, world_size)
         if self._store.compare_set("world_size", "", str(world_size)) != str(world_size).encode():
             self._store.set("roster", msgpack.packb([record]))  # those who wait are to know at once, too
-            self._refuse_sizes([(me, world_size)], int(self._store.get("world_size")))
+            self._refuse_sizes([(me, world_size)], records.number(self._store.get("world_size"), "world_size"))
         if not self._claim(f"rank/{rank}", incarnation.hex()):
             self._store.set(f"twice/{rank}", b"1")
             raise RefusedError(
@@ -168,13 +170,12 @@ class StoreGroup:
             self._store.set("roster", msgpack.packb(everybody))
         else:
             self._await_roster(world_size, timeout_s)
-        roster = msgpack.unpackb(self._store.get("roster"))
+        roster = records.unpack_roster(self._store.get("roster"))
         if isinstance(roster, str):
             self.linger(FAILED_LINGER_S)
             raise RendezvousError(roster)
-        records = [_unpack(raw) for raw in roster]
-        self._refuse_sizes(records, world_size)
-        members = [member for member, _ in records]
+        self._refuse_sizes(roster, world_size)
+        members = [member for member, _ in roster]
         _check_names(members)
         self._me = me
         return me, members
@@ -230,9 +231,9 @@ class StoreGroup:
             claims.release()
             raise RefusedError(f"rank {rank} is taken by another worker of this group. Choose another rank")
         me = Member(WorkerInfo(name, rank), incarnation, card)
-        self._index = self._store.add("members", 1)
+        self._index = self._count_members(1)
         claims.note_index(self._index)
-        self._store.set(f"member/{self._index}", _pack(me, 0))
+        self._store.set(f"member/{self._index}", records.pack(me, 0))
         self._unread = set(range(1, self._index))
         self._count = self._index
         others = self._read_newcomers()
@@ -240,11 +241,17 @@ class StoreGroup:
         return me, [*others, me]
 
     def _claim(self, key: str, mine: str) -> bool:
-        return self._store.compare_set(key, "", mine).decode() == mine
+        return self._store.compare_set(key, "", mine) == mine.encode()
+
+    def _count_members(self, more: int) -> int:
+        count = self._store.add("members", more)
+        if count - self._count > records.MEMBERS_MAX:
+            raise ProtocolError(f"the store of the group says that {count} workers have come")
+        return count
 
     def _read_newcomers(self) -> list[Member]:
         """Those that came since the last look and are still here; one that is still writing its record comes later."""
-        count = self._store.add("members", 0)
+        count = self._count_members(0)
         self._unread.update(range(self._count + 1, count + 1))
         self._count = max(self._count, count)
         found = []
@@ -253,7 +260,7 @@ class StoreGroup:
                 self._unread.remove(index)
             elif self._store.check([f"member/{index}"]):
                 self._unread.remove(index)
-                member, _ = _unpack(self._store.get(f"member/{index}"))
+                member, _ = records.unpack(self._store.get(f"member/{index}"))
                 self._seen[index] = member
                 found.append(member)
         return found
@@ -261,7 +268,7 @@ class StoreGroup:
     def _read_departures(self) -> None:
         """Those that are gone since the last look. They are told of first: a newcomer may have the name of one."""
         for index in [index for index in self._seen if self._store.check([f"left/{index}"])]:
-            reason = self._store.get(f"left/{index}").decode()
+            reason = remote_text.line(self._store.get(f"left/{index}").decode(errors="replace"))
             self._suspects.discard(index)
             self._find(partial(self._on_left, self._seen.pop(index).incarnation, reason != LEFT, reason))
 
@@ -327,13 +334,3 @@ def _check_names(members: list[Member]) -> None:
                 "Give each worker a name of its own"
             )
         ranks[name] = rank
-
-
-def _pack(member: Member, world_size: int) -> bytes:
-    packed: bytes = msgpack.packb([member.info.name, member.info.id, member.incarnation, member.card, world_size])
-    return packed
-
-
-def _unpack(raw: bytes) -> tuple[Member, int]:
-    name, rank, incarnation, card, world_size = msgpack.unpackb(raw)
-    return Member(WorkerInfo(name, rank), incarnation, card), world_size

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
-from zrpc.membership import store as store_module
+from zrpc.membership import records
 from zrpc.membership.group import Member
 from zrpc.membership.store import StoreGroup
 
@@ -239,7 +239,7 @@ def test_one_who_is_still_writing_its_record_does_not_hold_anybody_up(store: Sto
     a.group.refresh()
     assert a.told == ["+b"]
     late = Seat(store, "late", 5)
-    store.set(f"member/{slot}", store_module._pack(_member(late), 0))
+    store.set(f"member/{slot}", records.pack(_member(late), 0))
     for seat in (a, b):
         seat.group.refresh()
         assert seat.told[-1] == "+late"
