@@ -53,13 +53,14 @@ class Tally:
         with self._lock:
             return dict(self._counts)
 
-    def note(self, kind: str, source: str, error: BaseException | str) -> None:
+    def note(self, kind: str, source: str, error: BaseException | str, *, at_once: bool = False) -> None:
         """`source` sent what cannot be read.
 
         Args:
             kind: one of a few words.
             source: who, for people.
             error: why it cannot be read; it may hold words of `source`.
+            at_once: log it on this thread, which may: the broker's.
         """
         with self._lock:
             count = self._counts[kind] = self._counts.get(kind, 0) + 1
@@ -70,7 +71,11 @@ class Tally:
             self._next_at[kind] = now + INTERVAL_S
             left_out = self._left_out.pop(kind, 0)
         text = remote_text.line(error if isinstance(error, str) else text_of(error))
-        self._defer(partial(_log, kind, remote_text.line(source), text, left_out))
+        write = partial(_log, kind, remote_text.line(source), text, left_out)
+        if at_once:
+            write()
+        else:
+            self._defer(write)
 
 
 def _log(kind: str, source: str, text: str, left_out: int) -> None:

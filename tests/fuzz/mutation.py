@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
+
+if TYPE_CHECKING:
+    import random
 
 Frames = list[bytes]
 
@@ -17,11 +19,13 @@ NUMBERS = [
 ]  # fmt: skip
 """What counters, sizes and offsets go wrong at."""
 OTHERS: list[Any] = [
-    None, True, False, 0.0, -1.5, float("nan"), float("inf"), 1e300, "", "cpu", "cuda:0", "float32", "quint4x2", "x" * 300,
-    "\x1b[2J", "\ud800".encode("utf-8", "surrogatepass"), b"", b"\xc1", b"\x00" * 8, b"x" * 4097, [], [[]], {}, {"a": 1},
+    None, True, False, 0.0, -1.5, float("nan"), float("inf"), 1e300, "", "cpu", "cuda:0", "float32", "quint4x2",
+    "x" * 300, "\x1b[2J",
+    "\ud800".encode("utf-8", "surrogatepass"), b"", b"\xc1", b"\x00" * 8, b"x" * 4097, [], [[]], {},
+    {"a": 1},
 ]  # fmt: skip
-MAX_NBYTES = 1 << 16
-"""Of a frame that grows."""
+MAX_NBYTES = 12 << 10
+"""Of a frame that grows: Python's objects take up to 64 bytes for each byte of msgpack, and that may come to 1 MiB."""
 
 
 def mutate(rng: random.Random, frames: Frames, others: list[Frames]) -> Frames:
@@ -72,14 +76,14 @@ def _scrambled(rng: random.Random, frame: bytes, others: list[Frames]) -> bytes:
         raw[place:place] = rng.choice((b"\xdd\x00\x00\x10\x00", b"\xdc\x0f\xff", b"\xdf\x00\x00\x10\x00", b"\x91")) * (
             rng.choice((1, 2, 40, 700, 1100))
         )
-    return bytes(raw[:MAX_NBYTES])
+    return bytes(raw[: max(MAX_NBYTES, len(frame))])
 
 
 def _restructured(rng: random.Random, frame: bytes, others: list[Frames]) -> bytes:
     """`frame` with some of its msgpack values changed; scrambled if it has none."""
     try:
         value = msgpack.unpackb(frame, strict_map_key=False)
-        return bytes(msgpack.packb(_changed(rng, value), default=str))[:MAX_NBYTES]
+        return bytes(msgpack.packb(_changed(rng, value), default=str))[: max(MAX_NBYTES, len(frame))]
     except Exception:
         return _scrambled(rng, frame, others)
 

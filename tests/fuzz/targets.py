@@ -7,21 +7,25 @@ else; what it makes may not take more than twice what came and 1 MiB.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
-import mmap
-import os
 import pickle
-import socket
 import struct
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgpack
-import numpy as np
 import torch
 
+from tests.fuzz.transport_targets import (
+    Slabs,
+    chunk,
+    descriptor_of,
+    packet_seeds,
+    slab_seeds,
+    use_batch,
+    use_chunks,
+    use_packets,
+)  # fmt: skip
 from zrpc.autograd import gradients, hook
 from zrpc.errors import ProtocolError, RendezvousError, SerializationError
 from zrpc.ids import GlobalId, WorkerInfo
@@ -29,9 +33,6 @@ from zrpc.membership import records
 from zrpc.membership.device_maps import Placement
 from zrpc.membership.group import Member
 from zrpc.rref.forkdata import ForkData
-from zrpc.transport import batches, credit, packets
-from zrpc.transport.chunks import CLAIMS_FREE_NBYTES, Transfers
-from zrpc.transport.shared_memory import SharedMemory
 from zrpc.wire import exceptions, packed_bytes, pickling, values
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import (
@@ -196,7 +197,7 @@ _PREFIX = struct.Struct("<2sQ")
 def _use_exceptions(frames: Frames) -> int:
     """The first frame is the table of exceptions. Pickles themselves stay as they are: a pickle runs what it says."""
     try:
-        states = _with_pickles(_descriptor(frames[0] if frames else b""))
+        states = _with_pickles(descriptor_of(frames[0] if frames else b""))
         repr(states)
     except RecursionError as error:  # of this target, or of pickle
         raise ProtocolError("not for this target") from error
@@ -260,145 +261,6 @@ def _use_autograd(frames: Frames) -> int:
             raise ProtocolError("not for this target") from error
         repr(hook.parse(meta))
     return 0
-
-
-# ---- the transport ---------------------------------------------------------------------------------------------------
-
-
-def _ignore(*_: object) -> None:
-    """Nothing is sent."""
-
-
-class _Pages:
-    """Makes memory, and counts which of its pages are there: what is claimed takes none."""
-
-    def __init__(self) -> None:
-        self._made: list[Any] = []
-        self._libc = ctypes.CDLL(None)
-
-    def make(self, nbytes: int) -> Any:
-        memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
-        self._made.append(memory)
-        return memory
-
-    def take_nbytes(self) -> int:
-        """How many bytes have pages; what was made until now is let go of."""
-        pages = 0
-        for memory in self._made:
-            found = np.zeros(-(-memory.nbytes // mmap.PAGESIZE) + 1, np.uint8)
-            self._libc.mincore(
-                ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), ctypes.c_void_p(found.ctypes.data)
-            )
-            pages += int(np.count_nonzero(found & 1))
-        self._made.clear()
-        return pages * mmap.PAGESIZE
-
-
-_pages = _Pages()
-_transfers = Transfers(_ignore, _pages.make, available_nbytes=lambda: CLAIMS_FREE_NBYTES)
-
-
-def _use_chunks(frames: Frames) -> int:
-    transfers = _transfers
-    failure = None
-    for index in range(0, len(frames) - 1, 2):
-        pair = frames[index : index + 2]
-        try:
-            if transfers.is_chunk(pair):
-                transfers.receive(A, pair)
-            else:
-                bytes(transfers.fetch(A, _descriptor(pair[0])))
-        except ProtocolError as error:
-            failure = error
-    transfers.forget(A)
-    nbytes = _pages.take_nbytes()
-    if failure is not None and nbytes < 1 << 20:
-        raise failure
-    return nbytes
-
-
-def _descriptor(raw: bytes) -> list[Any]:
-    """A list, as `decode` hands it on."""
-    try:
-        descriptor = packed_bytes.unpack(raw)
-    except Exception as error:
-        raise ProtocolError("not for this target") from error
-    if type(descriptor) is not list:
-        raise ProtocolError("not for this target")
-    return descriptor
-
-
-def _chunk(number: int, offset: int, nbytes: int, raw: bytes) -> Frames:
-    return [struct.pack("<BQQQ", 0xC1, number, offset, nbytes), raw]
-
-
-def _use_packets(frames: Frames) -> int:
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    incoming = packets.Incoming(far)
-    try:
-        near.setblocking(False)
-        far.setblocking(False)
-        for frame in frames:
-            if 0 < len(frame) <= packets.MAX_NBYTES:
-                with contextlib.suppress(BlockingIOError):
-                    near.send(frame)
-        while incoming.receive():
-            pass
-    finally:
-        near.close()
-        incoming.close()
-    return 0
-
-
-def _packets() -> list[Frames]:
-    messages: list[list[bytes]] = [[b"\x98abc"], [b"\x98abc", b"y" * 5000], [b"x" * 70_000, b"", b"z"]]
-    return [[b"".join(map(bytes, packet.pieces)) for packet in packets.cut(message)] for message in messages]
-
-
-def _use_batch(frames: Frames) -> int:
-    if batches.is_batch(frames[:1]):
-        batches.messages_of(frames[:1])
-    if credit.is_mark(frames[:1]):
-        credit.answer_of(frames[:1])
-        confirmed: credit.Credit[int] = credit.Credit(1 << 20)
-        confirmed.send(1, 100)
-        confirmed.confirm(credit.total_of(frames[:1]))
-    return 0
-
-
-class _Slabs:
-    """Slabs of one worker, and another one that receives them."""
-
-    def __init__(self) -> None:
-        self.receiver = SharedMemory()
-
-    def run(self, frames: Frames) -> int:
-        """The first frame is a descriptor, the second the beginning of a memory file."""
-        descriptor = _descriptor(frames[0] if frames else b"")
-        if len(descriptor) < 4:
-            raise ProtocolError("that is a descriptor of something else")  # see `Carrier`
-        header = frames[1] if len(frames) > 1 else b""
-        file = packets.OwnedFile(os.memfd_create("fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.write(file.fd, header)
-        if len(frames) > 2 and len(frames[2]) >= 5:
-            nbytes, seals = struct.unpack("<IB", frames[2][:5])
-            os.posix_fallocate(file.fd, 0, min(max(nbytes, 1), 1 << 20))
-            fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, seals & 0x0F)
-        try:
-            memory = self.receiver.fetch(A, descriptor, [], [file])
-            bytes(memory[:100])
-            del memory
-        finally:
-            self.receiver.forget(A)
-        return 0
-
-
-def _slabs() -> list[Frames]:
-    header = bytes(8) + (1234).to_bytes(8, "little") + bytes(100)
-    seeds = []
-    for slot in (-1, 0, 3, -2):
-        seeds.append([msgpack.packb([1234, 5000, slot, 0]), header, struct.pack("<IB", 4096 + 8192, 7)])
-    return seeds
 
 
 # ---- membership and the broker ---------------------------------------------------------------------------------------
@@ -484,12 +346,12 @@ def _targets() -> list[Target]:
         Target("forks", [[ForkData(1, A, _ID, _ID).pack()]], _use_rref),
         Target("autograd", [[msgpack.packb(meta)] for meta in ([1, [1, 2, A]], [1, None, 1], [1, [1, 2, A], 2, B])],
                _use_autograd),
-        Target("chunks", [[*_chunk(1, 0, 8, b"1234"), *_chunk(1, 4, 8, b"5678"), msgpack.packb([1, 8]), b""],
-                          [*_chunk(9, 0, 1 << 20, b"x" * 500), *_chunk(9, 0, 0, b"")]], _use_chunks),
-        Target("packets", _packets(), _use_packets),
+        Target("chunks", [[*chunk(1, 0, 8, b"1234"), *chunk(1, 4, 8, b"5678"), msgpack.packb([1, 8]), b""],
+                          [*chunk(9, 0, 1 << 20, b"x" * 500), *chunk(9, 0, 0, b"")]], use_chunks),
+        Target("packets", packet_seeds(), use_packets),
         Target("batches", [[b"\xc1\x03" + msgpack.packb([b"\x98abc"] * 3)], [struct.pack("<BBQ", 0xC1, 1, 5)],
-                           [struct.pack("<BBQ", 0xC1, 2, 100)]], _use_batch),
-        Target("slabs", _slabs(), _Slabs().run),
+                           [struct.pack("<BBQ", 0xC1, 2, 100)]], use_batch),
+        Target("slabs", slab_seeds(), Slabs().run),
         Target("records", [[msgpack.packb([record, record])], [msgpack.packb("not complete")]], _use_records,
                (ProtocolError, RendezvousError)),
         Target("claims", [[b"5"], [A.hex().encode()]], _use_claims),

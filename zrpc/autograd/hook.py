@@ -15,7 +15,6 @@ from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
 from zrpc.autograd.grad_mode import GradMode
 from zrpc.autograd.operators import OperatorSend
 from zrpc.errors import ProtocolError
-from zrpc.ids import GlobalId, Incarnation, WorkerInfo
 from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Failure, Message, global_id
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from zrpc.autograd.container import ContextContainer
     from zrpc.autograd.dist_context import DistAutogradContext
+    from zrpc.ids import GlobalId, Incarnation, WorkerInfo
     from zrpc.wire.payload import Payload
 
 _nothing = nullcontext()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import reprlib
 import select
 import socket
 import sys
@@ -28,9 +29,10 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from zrpc import finalizers
-from zrpc.errors import ZrpcError
+from zrpc import finalizers, protocol_errors
+from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
+from zrpc.ids import INCARNATION_NBYTES
 from zrpc.transport import descriptors, local_socket
 from zrpc.transport.local_link import LocalLink
 from zrpc.transport.packets import Incoming
@@ -254,6 +256,9 @@ class LocalLinks:
                 return message
             if not message or not self._greet(incoming, message):
                 self._drop(incoming)
+        except ProtocolError as error:
+            protocol_errors.received.note("packet", incoming.source.hex() or "a process of this host", error)
+            self._drop(incoming)
         except (OSError, ZrpcError) as error:
             finalizers.defer(partial(log_error, log, "the link of %s is closed", incoming.source.hex(), error=error))
             self._drop(incoming)
@@ -262,8 +267,8 @@ class LocalLinks:
     def _greet(self, incoming: Incoming, message: list[Buffer]) -> bool:
         """The first message of a connection came, which says whose it is."""
         hello = bytes(message[0])
-        if not hello.startswith(_HELLO):
-            return False
+        if not hello.startswith(_HELLO) or len(hello) != len(_HELLO) + INCARNATION_NBYTES:
+            raise ProtocolError(f"a link begins with {reprlib.repr(hello)}")
         incoming.say_source(hello.removeprefix(_HELLO))
         self._by_source[incoming.source] = incoming
         return True
