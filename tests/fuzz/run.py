@@ -79,7 +79,7 @@ def _work(name: str, first: int, count: int, number: Any, results: Any) -> None:
         input_of(target, warm_up)
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
-    spare = ADDRESS_SPACE_NBYTES * (8 if name == "chunks" else 1)
+    spare = ADDRESS_SPACE_NBYTES * (24 if name == "chunks" else 1)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + spare, resource.RLIM_INFINITY))
     tracemalloc.start()
     outcomes: dict[str, int] = {}

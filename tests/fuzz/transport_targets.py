@@ -49,7 +49,10 @@ class _Pages:
         self._libc = ctypes.CDLL(None)
 
     def make(self, nbytes: int) -> Any:
-        memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
+        try:
+            memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
+        except OSError as error:
+            raise MemoryError from error
         self._made.append(memory)
         return memory
 

@@ -232,7 +232,11 @@ class Transfers:
         transfer = self._incoming.get((source, number))
         if transfer is None:
             self._check_room(nbytes)
-            transfer = self._incoming[source, number] = _Incoming(self.buffers.lend(nbytes), nbytes)
+            try:
+                loan = self.buffers.lend(nbytes)
+            except MemoryError:
+                raise ProtocolError(f"a transfer of {nbytes} bytes is said to come, and there is no memory") from None
+            transfer = self._incoming[source, number] = _Incoming(loan, nbytes)
         if nbytes != transfer.loan.nbytes:
             raise ProtocolError(f"a chunk of transfer {number} says {nbytes} bytes, another {transfer.loan.nbytes}")
         if offset < transfer.next_at:

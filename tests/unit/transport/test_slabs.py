@@ -963,3 +963,13 @@ def test_a_shared_slab_is_not_handed_back(attachments: Attachments) -> None:
         attachments.hand_back(A, buffers, handed)
         assert not handed
         assert buffers[0] == buffer(100_000)
+
+
+def test_a_slab_that_is_in_use_does_not_come_again(attachments: Attachments) -> None:
+    """Two tensors would see the same memory, and its owner would fill it anew once the first of them is gone."""
+    with pool() as sender:
+        told = place(sender, bytes(100_000))
+        first = fetch(attachments, told)
+        with pytest.raises(ProtocolError, match="came twice, and is in use"):
+            fetch(attachments, told)
+        assert first == bytes(100_000)
