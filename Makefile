@@ -6,10 +6,11 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 TEST_PROCESSES ?= 3
 ROUNDS ?= 3
+COUNT ?= 1000000
 RESULTS := benchmarks/results
 CONFORMANCE := ../shared/conformance/run.py
 
-.PHONY: setup demo demo-brokerless test lint format types audit conformance gpu clean
+.PHONY: setup demo demo-brokerless test fuzz lint format types audit conformance gpu clean
 .PHONY: bench bench-calls bench-broadcast bench-memory bench-scaling bench-pages
 
 setup: $(READY)
@@ -30,6 +31,11 @@ demo-brokerless: $(READY)
 # In several processes, since tests with workers mostly wait: for example make test TEST_PROCESSES=1 ARGS='-x -k barrier'
 test: $(READY)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal tests $(ARGS)
+
+# Mutated messages for every decoder (about 25 minutes), for example: make fuzz COUNT=10000 ARGS='--target tensors'
+# With atheris (pip install atheris), which looks for new paths: make fuzz ARGS='--target tensors --atheris 600'
+fuzz: $(READY)
+	PYTHONWARNINGS=ignore $(BIN)/python -m tests.fuzz.run --count $(COUNT) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

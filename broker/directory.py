@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from zrpc.ids import Incarnation
 
 UNGIVEN = -1
+GROUP_MAX_LENGTH = 256
 
 _OWN_GROUP = "or give this run a group of its own with ZRPC_GROUP"
 _STRANGER = "the broker does not know this worker: it took it for lost, or was restarted. Start the run again"
@@ -208,6 +209,10 @@ def _malformed(wanted: Register) -> str | None:
     values: list[object] = [wanted.name, wanted.rank, wanted.world_size, wanted.card, wanted.group]
     if [type(value) for value in values] != [str, int, int, dict, str]:
         return f"{reprlib.repr(wanted)} is malformed: install the same zrpc on workers and broker"
+    if len(wanted.group) > GROUP_MAX_LENGTH:
+        return (
+            f"the name of a group has {len(wanted.group)} characters, and may have {GROUP_MAX_LENGTH}: choose another"
+        )
     try:
         WorkerInfo(wanted.name, wanted.rank)
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from zrpc import protocol_errors
 from zrpc.errors import ProtocolError
 from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
@@ -106,6 +107,7 @@ class Broker:
         try:
             envelope = decode(event.frames)
         except ProtocolError as error:
+            protocol_errors.received.note("message", source.hex(), error, at_once=True)
             self._tell(source, Refused(str(error)))
             return
         message = envelope.message

@@ -29,6 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zrpc.functions",
         "zrpc.gathering",
         "zrpc.interrupts",
+        "zrpc.protocol_errors",
+        "zrpc.remote_text",
         "zrpc.secret",
         "zrpc.threads",
         "zrpc.wakeups",
@@ -51,7 +53,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
 
-BROKER_MAY_IMPORT = ("zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.secret")
+BROKER_MAY_IMPORT = (
+    "zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.protocol_errors", "zrpc.remote_text", "zrpc.secret",
+)  # fmt: skip
 
 ONLY_IN = {
     "zmq": ("zrpc.transport",),

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
-from zrpc import finalizers
+from zrpc import finalizers, protocol_errors
 from zrpc.agent.client import Client
 from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.gate import Gates
@@ -281,12 +281,13 @@ class Agent:
         self._group.refresh()
 
     def counts(self) -> dict[str, int]:
-        """Calls under way, requests being served, handler threads and idle ones."""
+        """Calls under way, requests being served, handler threads and idle ones, and messages that were damaged."""
         threads, idle = self._server.pool.counts()
         return {
             "client_active_calls": len(self._client.calls), "server_active_calls": self._server.num_serving,
             "server_active_async_calls": self._server.async_calls.num,
             "thread_pool_size": threads, "num_idle_threads": idle,
+            "protocol_errors": sum(protocol_errors.received.counts().values()),
         }  # fmt: skip
 
     def end_sharing(self, shared: SharedBuffers) -> None:

@@ -11,6 +11,7 @@ import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
+from zrpc import protocol_errors
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
@@ -235,8 +236,12 @@ class Client:
 
     def open_answer(self, call: Call, envelope: Envelope) -> Payload:
         """See `CallOwner.open_answer`."""
-        payload = open_payload(envelope, self._staging)
-        self._hooks.receive_answer(call.peer, envelope.extras, payload)
+        try:
+            payload = open_payload(envelope, self._staging)
+            self._hooks.receive_answer(call.peer, envelope.extras, payload)
+        except ProtocolError as error:
+            protocol_errors.received.note("answer", str(call.peer), error)
+            raise
         if isinstance(envelope.message, Failure):
             raise load_exception(call.peer, envelope.message, payload)
         return payload

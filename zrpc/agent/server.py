@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zrpc import finalizers
+from zrpc import finalizers, protocol_errors
 from zrpc.agent.gate import payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
@@ -22,7 +22,7 @@ from zrpc.agent.request import AsyncCalls, Request
 from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.transport.credit import COUNTED_MIN_NBYTES
-from zrpc.wire.exceptions import dump_exception
+from zrpc.wire.exceptions import dump_exception, remote_traceback
 from zrpc.wire.messages import Message, Reply
 from zrpc.wire.payload import Payload, seal
 
@@ -188,6 +188,8 @@ class Server:
             if request.answered:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
+        if type(error) is ProtocolError and remote_traceback(error) is None:  # else it was another worker's
+            protocol_errors.received.note("request", str(request.source), error)
         sent = True
         try:
             sent = self._send(request, payload, error)

@@ -6,6 +6,7 @@ context in which the call is then served. Threads: torch keeps the mode for each
 
 from __future__ import annotations
 
+import reprlib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,9 @@ def received(number: Any) -> GradMode:
     try:
         return GradMode(number)
     except ValueError as error:
-        raise ProtocolError(f"a call came with the grad mode {number!r}, which this version does not know") from error
+        raise ProtocolError(
+            f"a call came with the grad mode {reprlib.repr(number)}, which this version does not know"
+        ) from error
 
 
 class Entered:

@@ -13,6 +13,7 @@ import msgpack
 import torch
 
 from zrpc.errors import ProtocolError
+from zrpc.wire import packed_bytes
 from zrpc.wire.envelope import INLINE_MAX_NBYTES
 from zrpc.wire.messages import global_id
 from zrpc.wire.payload import Payload
@@ -59,7 +60,7 @@ def unpack_several(payload: Payload) -> list[tuple[GlobalId, Gradients]]:
     if len(payload.data) == 0:
         return []
     try:
-        entries = msgpack.unpackb(payload.data)
+        entries = packed_bytes.unpack(payload.data)
         several = [(global_id(message_id), present) for *message_id, present in entries]
     except Exception as error:
         raise ProtocolError(f"{reprlib.repr(bytes(payload.data))} does not say which gradients came") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -13,14 +14,15 @@ from zrpc.autograd import grad_mode
 from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
 from zrpc.autograd.grad_mode import GradMode
 from zrpc.autograd.operators import OperatorSend
-from zrpc.ids import GlobalId, Incarnation, WorkerInfo
-from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Failure, Message
+from zrpc.errors import ProtocolError
+from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Failure, Message, global_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.autograd.container import ContextContainer
     from zrpc.autograd.dist_context import DistAutogradContext
+    from zrpc.ids import GlobalId, Incarnation, WorkerInfo
     from zrpc.wire.payload import Payload
 
 _nothing = nullcontext()
@@ -79,7 +81,7 @@ class AutogradHook:
         self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
     ) -> AbstractContextManager[None]:
         """See `CallHook.receive`. What comes for a released context is served without one."""
-        context_id, message_id, mode, creator = _parse(meta)
+        context_id, message_id, mode, creator = parse(meta)
         container = self._container
         if context_id is None:
             context = None
@@ -101,7 +103,7 @@ class AutogradHook:
         return active if mode is GradMode.ENABLED else grad_mode.Entered(mode, active)
 
     def _send_answer(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object) -> object | None:
-        context_id, _, mode, _ = _parse(request_meta)
+        context_id, _, mode, _ = parse(request_meta)
         if mode is not GradMode.ENABLED or isinstance(message, Failure):  # an error is no result to be differentiated
             payload.tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in payload.tensors]
             return None
@@ -170,9 +172,23 @@ def _receive_tensors(context: DistAutogradContext, info: RecvInfo, payload: Payl
         payload.tensors[place] = output
 
 
-def _parse(meta: object) -> tuple[int | None, GlobalId | None, GradMode, Incarnation | None]:
-    fields: Any = meta
-    context_id, message_id, *rest = fields
+_ID_TYPES, _LIFE_TYPES = (int, type(None)), (bytes, type(None))
+
+
+def parse(meta: object) -> tuple[int | None, GlobalId | None, GradMode, Incarnation | None]:
+    """What came with a call: its context, the message of it, the grad mode, and the context's creator.
+
+    Raises:
+        ProtocolError: it is something else.
+    """
+    try:
+        fields: Any = meta
+        context_id, message_id, *rest = fields
+        creator = rest[1] if len(rest) > 1 else None
+        is_right = type(context_id) in _ID_TYPES and type(creator) in _LIFE_TYPES
+    except (TypeError, ValueError):
+        is_right = False
+    if not is_right:
+        raise ProtocolError(f"{reprlib.repr(meta)} says nothing of an autograd context")
     mode = grad_mode.received(rest[0]) if rest else GradMode.ENABLED
-    creator = rest[1] if len(rest) > 1 else None
-    return context_id, None if message_id is None else GlobalId(*message_id), mode, creator
+    return context_id, None if message_id is None else global_id(message_id), mode, creator

@@ -15,10 +15,9 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from zrpc import threads
+from zrpc import protocol_errors, remote_text, threads
 from zrpc.errors import PeerLostError, ProtocolError, RefusedError, RendezvousError, ZrpcError
-from zrpc.ids import Incarnation, WorkerInfo
-from zrpc.membership.group import Member, OnJoined, OnLeft
+from zrpc.membership import members as told
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
 from zrpc.wire.messages import (
     Forming,
@@ -33,6 +32,8 @@ from zrpc.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
+    from zrpc.membership.group import Member, OnJoined, OnLeft
     from zrpc.transport.brokered import BrokeredEndpoint
 
 log = logging.getLogger("zrpc")
@@ -170,20 +171,33 @@ class BrokerGroup:
         try:
             envelope = decode(frames)
         except ProtocolError as error:
+            protocol_errors.received.note("message", "the broker", error)
             self._end(error)
             return
-        message = envelope.message
+        try:
+            self._carry_out(envelope.message, envelope.call_id)
+        except ProtocolError as error:
+            protocol_errors.received.note("message", "the broker", error)
+            self._end(error)
+
+    def _carry_out(self, message: Message, call_id: int) -> None:
+        """Do what a message of the broker's asks for.
+
+        Raises:
+            ProtocolError: it says what cannot be.
+        """
         if isinstance(message, Heartbeat):
-            self._on_answer(envelope.call_id)
+            self._on_answer(call_id)
         elif isinstance(message, Left):
             self._on_gone(message)
         elif isinstance(message, Joined):
             self._on_newcomer(message)
         elif isinstance(message, Forming):
+            interval_s = told.interval_s(message.heartbeat_interval_s)
             with self._changed:
                 self._forming = message
-                self._came |= dict.fromkeys(message.names)
-                self._interval_s = message.heartbeat_interval_s
+                self._came |= dict.fromkeys(map(remote_text.line, message.names))
+                self._interval_s = interval_s
                 self._changed.notify_all()
         elif isinstance(message, Welcome):
             self._on_welcome(message)
@@ -198,20 +212,21 @@ class BrokerGroup:
             self._changed.notify_all()
 
     def _on_welcome(self, message: Welcome) -> None:
-        members = [
-            Member(WorkerInfo(name, rank), incarnation, card) for incarnation, name, rank, card in message.members
-        ]
+        members = told.members_of(message.members)
+        interval_s = told.interval_s(message.heartbeat_interval_s)
+        if self._endpoint.incarnation not in {member.incarnation for member in members}:
+            raise ProtocolError("the broker welcomed others, and not this worker")
         for member in members:
             self._endpoint.add_peer(member.incarnation)
         with self._changed:
-            self._interval_s = message.heartbeat_interval_s
+            self._interval_s = interval_s
             if self._state is _State.JOINING:
                 self._members = {member.incarnation: member for member in members}
                 self._welcomed = members
                 self._set_state(_State.JOINED)
 
     def _on_newcomer(self, message: Joined) -> None:
-        member = Member(WorkerInfo(message.name, message.rank), message.incarnation, message.card)
+        member = told.member_of(message.name, message.rank, message.incarnation, message.card)
         self._endpoint.add_peer(member.incarnation)
         with self._changed:
             self._members[member.incarnation] = member

@@ -9,12 +9,17 @@ Failure: what cannot be read raises `RefusedError`, whatever it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgpack
 
-from zrpc.errors import RefusedError
-from zrpc.ids import INCARNATION_NBYTES, WorkerInfo
-from zrpc.membership.group import Member
+from zrpc import remote_text
+from zrpc.errors import ProtocolError, RefusedError
+from zrpc.membership.members import member_of
+from zrpc.wire import packed_bytes
+
+if TYPE_CHECKING:
+    from zrpc.membership.group import Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +51,13 @@ class Record:
             RefusedError: it did not.
         """
         fields = _unpack(raw)
-        if not isinstance(fields, list) or len(fields) != len(_KINDS):
+        if not isinstance(fields, list) or len(fields) != 6 or type(fields[4]) is not int or type(fields[5]) is not str:
             raise _unreadable("it has other fields")
-        for field, kind in zip(fields, _KINDS, strict=True):
-            if type(field) is not kind:
-                raise _unreadable(f"a field is a {type(field).__name__}, not a {kind.__name__}")
-        name, rank, incarnation, card, world_size, leader = fields
-        if len(incarnation) != INCARNATION_NBYTES or rank < 0:
-            raise _unreadable("its life or rank cannot be one")
         try:
-            info = WorkerInfo(name, rank)
-        except RuntimeError as error:
+            member = member_of(*fields[:4])
+        except ProtocolError as error:
             raise _unreadable(str(error)) from error
-        return cls(Member(info, incarnation, card), world_size, leader)
-
-
-_KINDS = (str, int, bytes, dict, int, str)
+        return cls(member, fields[4], fields[5])
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +93,7 @@ def unpack_roster(raw: bytes) -> list[bytes] | Failure:
     read = _unpack(raw)
     match read:
         case {"why": str(why), "here": int(here)}:
-            return Failure(why, here)
+            return Failure(remote_text.lines(why), here)
         case list() if all(isinstance(record, bytes) for record in read):
             return read
     raise _unreadable("it is no roster")
@@ -105,9 +101,9 @@ def unpack_roster(raw: bytes) -> list[bytes] | Failure:
 
 def _unpack(raw: bytes) -> object:
     try:
-        return msgpack.unpackb(raw)
-    except Exception as error:  # msgpack has classes for some faults only
-        raise _unreadable(str(error) or type(error).__name__) from error
+        return packed_bytes.unpack(raw)
+    except Exception as error:
+        raise _unreadable(remote_text.line(str(error)) or type(error).__name__) from error
 
 
 def _unreadable(why: str) -> RefusedError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from zrpc.errors import ProtocolError
 from zrpc.profiling.events import Event
 from zrpc.profiling.legacy import Settings
 from zrpc.profiling.session import Recording, Session, profiling_into, stop
@@ -69,13 +71,17 @@ class ProfilingHook:
 
     def receive(self, source: WorkerInfo, meta: Any, payload: Payload, is_reply: bool) -> AbstractContextManager[None]:
         """See `CallHook.receive`."""
-        number, content = meta
-        if not is_reply:
-            session = self._serving[id(meta)] = Session(Settings(*content))
-            return profiling_into(session)
-        recording = self._open.pop(number, None)
+        try:
+            number, content = meta
+            if not is_reply:
+                session = self._serving[id(meta)] = Session(Settings(*content))
+                return profiling_into(session)
+            recording = self._open.pop(number, None)
+            events = [Event(*fields) for fields in content]
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"{reprlib.repr(meta)} says nothing of a profile") from error
         if recording is not None:
-            recording.add_remote([Event(*fields) for fields in content])
+            recording.add_remote(events)
         return nullcontext()
 
     def carry_over(self) -> None:

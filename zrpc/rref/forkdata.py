@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class ForkData(NamedTuple):
             ProtocolError: `packed` is something else.
         """
         if not isinstance(packed, bytes) or len(packed) != _PACKED.size:
-            raise ProtocolError(f"{packed!r} is not a pickled RRef")
+            raise ProtocolError(f"{reprlib.repr(packed)} is not a pickled RRef")
         owner, owner_life, *ids = _PACKED.unpack(packed)
         return cls(owner, owner_life, GlobalId(*ids[:3]), GlobalId(*ids[3:]))
 
@@ -62,5 +63,5 @@ class ForkData(NamedTuple):
             ProtocolError: `fields` is something else.
         """
         if not isinstance(fields, tuple | list) or len(fields) != _NUM_FIELDS:
-            raise ProtocolError(f"{fields!r} is not a serialized RRef")
+            raise ProtocolError(f"{reprlib.repr(fields)} is not a serialized RRef")
         return cls.unpack(fields[-1])

@@ -14,6 +14,7 @@ say) are given up with it; so are those of an answer that comes too late for any
 
 from __future__ import annotations
 
+import reprlib
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ class ForkHook:
 
     def _receive(self, source: WorkerInfo | None, meta: object) -> dict[bytes, RRef[Any]]:
         if not isinstance(meta, list):
-            raise ProtocolError(f"{source} announced the RRefs {meta!r}")
+            raise ProtocolError(f"{source} announced the RRefs {reprlib.repr(meta)}")
         return {raw: receive(self._context, ForkData.unpack(raw), announced=True) for raw in meta}
 
 

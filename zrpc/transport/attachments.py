@@ -43,6 +43,8 @@ _Key = tuple[bytes, int, int]
 """Of a slab: its owner's incarnation, number and slot."""
 _TOO_MUCH = (errno.ENOMEM, errno.EAGAIN)
 """Of `mmap`: a limit on mappings or address space, and on memory that is locked."""
+MAPPED_MAX = 8192
+"""Of one owner: twice as many slabs as it may have, as shared ones are mapped once a slot."""
 _SHARED = b"shared"
 """In place of the owner of a shared slab: it cannot be handed back."""
 
@@ -78,7 +80,7 @@ class Attachments:
         `unfilled` gets the slab if it is not whole yet. `files` came with the message; None: one could not be opened.
 
         Raises:
-            ProtocolError: the slab is not there, or it is smaller.
+            ProtocolError: the slab is not there, it is smaller, or in use here already.
             LimitError: this process may not open its file, or not map it.
         """
         if [type(part) for part in descriptor] != [int] * DESCRIPTOR_LENGTH:
@@ -89,6 +91,9 @@ class Attachments:
         memory = self._map(source, number, slot, files[file : file + 1] if file >= 0 else ())
         if not 0 < nbytes <= memory.room:
             raise ProtocolError(f"a slab of {source.hex()} has no room for {nbytes} bytes")
+        known = self._loans.get(memory.address)
+        if known is not None and known.reference() is not None:  # two tensors would be one, and freed with the first
+            raise ProtocolError(f"a slab of {source.hex()} came twice, and is in use")
         if isinstance(memory, PrivateSlab):
             memory.renew()
             return self.lend(memory, _SHARED, descriptor, unfilled)
@@ -194,6 +199,8 @@ class Attachments:
                 f"({descriptors.describe()}): raise its limit with `ulimit -n`"
             )
         with self._lock:
+            if sum([owner == source for owner, _, _ in self._mapped]) >= MAPPED_MAX:
+                raise ProtocolError(f"{MAPPED_MAX} slabs of {source.hex()} are mapped, and it has let go of none")
             try:
                 memory = open_slab(files[0], slot)
             except OSError as error:

@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from zrpc import finalizers
+from zrpc import finalizers, remote_text
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
+from zrpc.wire import packed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -124,9 +125,11 @@ def messages_of(frames: Sequence[Buffer]) -> list[bytes]:
         ProtocolError: it is damaged.
     """
     try:
-        messages: Any = msgpack.unpackb(frames[0][len(_PREFIX) :])
+        messages: Any = packed_bytes.unpack(frames[0][len(_PREFIX) :], max_length=MAX_COUNT)
     except Exception as error:
-        raise ProtocolError(f"a batch of messages cannot be read: {error}") from error
+        raise ProtocolError(f"a batch of messages cannot be read: {remote_text.line(str(error))}") from error
     if type(messages) is not list or not all([type(message) is bytes for message in messages]):
         raise ProtocolError(f"a batch holds {reprlib.repr(messages)} instead of messages")
+    if any([message[:1] == _PREFIX[:1] for message in messages]):  # they would be read within each other
+        raise ProtocolError("a batch holds another, or what is no message")
     return messages

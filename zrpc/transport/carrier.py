@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from zrpc import finalizers
+from zrpc import finalizers, protocol_errors
 from zrpc.errors import LimitError, PeerLostError, ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport.batches import MAX_NBYTES, Batches, is_batch, messages_of
@@ -280,6 +280,9 @@ class Carrier:
             if unfilled:
                 envelope.pending = Filling(unfilled, lambda: self._is_over)
             return self._on_envelope(source, envelope)
+        except ProtocolError as error:
+            protocol_errors.received.note("message", source.hex(), error)
+            return None
         except Exception as error:  # whatever one message does, the next one is read
             finalizers.defer(partial(log_error, log, "a message of %s was dropped", source.hex(), error=error))
             return None

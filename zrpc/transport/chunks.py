@@ -9,6 +9,9 @@ quarter to a half faster.
 A chunk is a message of two frames: a header that begins with `MAGIC` (no envelope does) and names the transfer, and
 the bytes. The envelope follows the last chunk on the same connection, which keeps their order, and names its
 transfers by descriptors `[number, nbytes]`. A chunk of a transfer of 0 bytes takes back what came of it.
+
+What a transfer says of its size is a claim. Its memory is made at once, as it must be one piece, but the system gives
+it pages only as chunks are copied into it. What is claimed and has not come may not be more than the machine has left.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import numpy.typing as npt
 from zrpc import finalizers, interrupts
 from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.ids import Incarnation
+from zrpc.transport.headroom import available_nbytes
 from zrpc.wire.envelope import Arriving, Buffer
 
 MAGIC = 0xC1
@@ -40,6 +44,10 @@ MAX_RATIO = 1.25
 """A kept buffer serves for one that is up to so many times smaller: batches of varying length use it again."""
 KEPT_MAX_NBYTES = 1 << 30
 """Destination buffers kept for use again; more than that are given back to the system."""
+CLAIMS_FREE_NBYTES = 256 << 20
+"""So much may be on its way in before it is asked how much memory is left, which takes up to 0.5 ms."""
+INCOMING_MAX = 4096
+"""Transfers that no envelope has named yet."""
 _FIRST_BYTE = bytes([MAGIC])
 _HEADER = struct.Struct("<BQQQ")  # magic, transfer, offset, total
 
@@ -150,10 +158,15 @@ class WarmBuffers:
 
 @dataclass(slots=True)
 class _Incoming:
-    """A transfer on its way in: where it goes, and how many bytes are missing yet."""
+    """A transfer on its way in: where it goes, how many bytes are missing yet, and where the next chunk may begin.
+
+    Chunks come in order. What is lost with a connection leaves a gap; none is written to twice. So where nothing is
+    missing, all of the memory is the sender's: it may hold what others sent before.
+    """
 
     loan: Bytes
     missing: int
+    next_at: int = 0
 
 
 class Transfers:
@@ -161,16 +174,21 @@ class Transfers:
 
     Args:
         send: sends a message to a peer, as `Endpoint.send`.
+        make: makes memory for what comes in.
+        available_nbytes: how much memory is left; None: it is not known.
 
     Attributes:
         num_placed: how many buffers were sent in chunks so far.
         buffers: where what comes in is put together.
     """
 
-    def __init__(self, send: Send, make: MakeMemory = plain) -> None:
+    def __init__(
+        self, send: Send, make: MakeMemory = plain, available_nbytes: Callable[[], int | None] = available_nbytes
+    ) -> None:
         keep_freed_memory()
         self.num_placed = 0
         self._send = send
+        self._available_nbytes = available_nbytes
         self._numbers = itertools.count(1)
         self.buffers = WarmBuffers(make=make)
         self._incoming: dict[tuple[Incarnation, int], _Incoming] = {}
@@ -226,11 +244,32 @@ class Transfers:
             return
         transfer = self._incoming.get((source, number))
         if transfer is None:
-            transfer = self._incoming[source, number] = _Incoming(self.buffers.lend(nbytes), nbytes)
+            self._check_room(nbytes)
+            try:
+                loan = self.buffers.lend(nbytes)
+            except MemoryError:
+                raise ProtocolError(f"a transfer of {nbytes} bytes is said to come, and there is no memory") from None
+            transfer = self._incoming[source, number] = _Incoming(loan, nbytes)
         if nbytes != transfer.loan.nbytes:
             raise ProtocolError(f"a chunk of transfer {number} says {nbytes} bytes, another {transfer.loan.nbytes}")
+        if offset < transfer.next_at:
+            raise ProtocolError(f"a chunk begins at byte {offset} of transfer {number}, of which more has come")
         np.copyto(transfer.loan[offset : offset + chunk.nbytes], chunk)
         transfer.missing -= chunk.nbytes
+        transfer.next_at = offset + chunk.nbytes
+
+    def _check_room(self, nbytes: int) -> None:
+        """See whether a transfer of so many bytes may begin."""
+        if len(self._incoming) >= INCOMING_MAX:
+            raise ProtocolError(f"{INCOMING_MAX} transfers have begun, and no message has named them")
+        claimed = nbytes + sum([transfer.missing for transfer in list(self._incoming.values())])
+        if claimed > CLAIMS_FREE_NBYTES:
+            available = self._available_nbytes()
+            if available is not None and claimed > available:
+                raise ProtocolError(
+                    f"transfers of {claimed} bytes are said to come, and there is memory for {available}: send less at "
+                    "once, or receive on a machine with more memory"
+                )
 
     def fetch(self, source: Incarnation, descriptor: Descriptor) -> memoryview:
         """The buffer that `descriptor` tells of, which has come.

@@ -38,6 +38,7 @@ COUNTED_MIN_NBYTES = 16_384
 _MAGIC = 0xC1
 _HEADER = struct.Struct("<BBQ")  # magic, kind, bytes sent so far
 _MARK, _CONFIRMED = 1, 2
+_STARTS = (bytes([_MAGIC, _MARK]), bytes([_MAGIC, _CONFIRMED]))
 
 T = TypeVar("T")
 
@@ -207,7 +208,7 @@ class CreditLink:
 
 def is_mark(frames: Sequence[Buffer]) -> bool:
     """Whether `frames` are no message, but a mark."""
-    return len(frames) == 1 and len(frames[0]) == _HEADER.size and frames[0][0] == _MAGIC
+    return len(frames) == 1 and len(frames[0]) == _HEADER.size and frames[0][:2] in _STARTS
 
 
 def answer_of(frames: Sequence[Buffer]) -> bytes | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import reprlib
 import socket as pysocket
 from collections import deque
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from zrpc import protocol_errors
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
 from zrpc.transport.credentials import Authenticator
@@ -43,6 +45,8 @@ BROKER = b""
 """Stands for the broker as a source or a destination."""
 
 BACKLOG_MAX_NBYTES = 256 << 20
+CONTROL_MAX_NBYTES = 1 << 20
+"""Of a message to the broker: the broker keeps what a worker says of itself, and sends it to all others."""
 BATCH = 256
 """Messages taken in one `pump`: the broker looks at its clock at least this often."""
 RETRY_MS = 2
@@ -235,8 +239,9 @@ class Hub:
         while frame.more:
             frame = recv(_NOW, copy=False)
             parts.append(frame)
-        if len(origin) != 1 + INCARNATION_NBYTES or not parts:
-            _log.warning("a message of %d frames from %r is not from a zrpc worker: dropped", len(parts), origin)
+        if len(origin) != 1 + INCARNATION_NBYTES or origin[:1] not in (SENDER, RECEIVER) or not parts:
+            text = f"{len(parts)} frames came, and not from a zrpc worker"
+            protocol_errors.received.note("message", reprlib.repr(origin), text, at_once=True)
             return True
         source = origin[1:]
         if origin[:1] == SENDER:
@@ -260,13 +265,19 @@ class Hub:
     def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
         destination = parts.pop(0).bytes
         if destination == BROKER:
+            if sum(map(len, parts)) > CONTROL_MAX_NBYTES:
+                protocol_errors.received.note(
+                    "message", source.hex(), "it is for the broker, and too large for that", at_once=True
+                )
+                return
             frames: list[Buffer] = [part.bytes for part in parts]
             if any(
                 frames
             ):  # else it is what an interrupted sender leaves behind (`zrpc.transport.socket_link.send_frames`)
                 self._events.append(Control(source, frames))
             return
-        room = self._peer(source).room
+        known = self._peers.get(source)
+        room = None if known is None else known.room
         peer = None if room is None else room.get(destination)
         if peer is None:
             self._events.append(Undelivered(source, destination))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import hmac
 import logging
+import reprlib
 import select
 import socket
 import sys
@@ -29,8 +30,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from zrpc import finalizers
-from zrpc.errors import ZrpcError
+from zrpc import finalizers, protocol_errors
+from zrpc.errors import ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.ids import INCARNATION_NBYTES
 from zrpc.transport import descriptors, local_socket
@@ -264,6 +265,9 @@ class LocalLinks:
                 return message
             if not message or not self._greet(incoming, message):
                 self._drop(incoming)
+        except ProtocolError as error:
+            protocol_errors.received.note("packet", incoming.source.hex() or "a process of this host", error)
+            self._drop(incoming)
         except (OSError, ZrpcError) as error:
             finalizers.defer(partial(log_error, log, "the link of %s is closed", incoming.source.hex(), error=error))
             self._drop(incoming)
@@ -273,6 +277,8 @@ class LocalLinks:
         """The first message of a connection came, which says whose it is."""
         hello = bytes(message[0])
         source = hello[len(_HELLO) : len(_HELLO) + INCARNATION_NBYTES]
+        if len(source) != INCARNATION_NBYTES or not hello.startswith(_HELLO):
+            raise ProtocolError(f"a link begins with {reprlib.repr(hello)}")
         if not hmac.compare_digest(hello, _HELLO + source + self._proof(source, self._me)):
             finalizers.defer(partial(log.warning, "a process of this user that is no member of this group was refused"))
             return False

@@ -43,6 +43,11 @@ PIECES_MAX = 1024
 FILES_MAX = 250
 """In a packet; the kernel takes 253."""
 MESSAGE_MAX_NBYTES = 1 << 40
+FILES_MESSAGE_MAX = 4096 + FILES_MAX
+"""In a message: one for each slab that a worker may have, and what fills the last packet."""
+MIN_NBYTES = 4096
+"""Of a packet of a message of frames, unless it is the last one: 1024 pieces, of which every other has 16 bytes or is
+followed by what makes it 16, come to twice that. Smaller ones would take many times their size here."""
 ALIGNMENT = 16
 """Of frames where they arrive: tensors lie there."""
 _FIRST_BYTE, _OWN_KIND = b"\xc1", b"\xc1\x10"
@@ -244,15 +249,21 @@ def _is_complete(packets: Sequence[Any]) -> bool:
     at = 0
     while packets[at] == _FILES_FOLLOW:
         at += 2
+        if at * FILES_MAX > 2 * FILES_MESSAGE_MAX:
+            raise ProtocolError(f"a message with files in {at // 2} packets")
         if at >= len(packets):
             return False
     first = packets[at]
     if first[:2] != _FRAMES or len(first) < _HEADER.size:
         raise ProtocolError(f"a packet begins with {first[:2]!r}")
     _, count, nbytes = _HEADER.unpack_from(first)
-    if not count * 8 <= nbytes <= MESSAGE_MAX_NBYTES:
+    if not 0 < count * 8 <= nbytes <= MESSAGE_MAX_NBYTES:
         raise ProtocolError(f"a message of {count} frames and {nbytes} bytes")
-    return bool(sum(map(len, packets[at:])) - _HEADER.size >= nbytes)
+    if sum(map(len, packets[at:])) - _HEADER.size >= nbytes:
+        return True
+    if len(packets[-1]) < MIN_NBYTES:
+        raise ProtocolError(f"a packet of {len(packets[-1])} bytes is not the last of a message of {nbytes}")
+    return False
 
 
 def _message_of(packets: Sequence[Any]) -> list[Buffer]:

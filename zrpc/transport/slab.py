@@ -45,6 +45,8 @@ _NUMBER = slice(8, 16)
 
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_GROW", 0)
 
+_BLOCK_NBYTES = 512
+"""What `st_blocks` counts, whatever the file system."""
 NOBODY = b""
 """In place of the worker that holds a slab, or owns it: it came home."""
 
@@ -346,7 +348,8 @@ def open_slab(file: OwnedFile, slot: int = NO_SLOT) -> SlabMemory:
     """The slab in a file that came with a message; with a `slot`, for the receiver that has that one of a shared slab.
 
     Raises:
-        OSError: it cannot be mapped, or it is no slab: no memory file, or smaller than a header, or it may shrink.
+        OSError: it cannot be mapped, or it is no slab: no memory file, smaller than a header, without memory of
+            its own, or it may shrink.
     """
     found = os.fstat(file.fd)
     if not stat.S_ISREG(found.st_mode) or fcntl.fcntl(file.fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
@@ -354,6 +357,8 @@ def open_slab(file: OwnedFile, slot: int = NO_SLOT) -> SlabMemory:
     nbytes = found.st_size
     if nbytes <= HEADER_NBYTES:
         raise OSError(errno.EINVAL, "it is no slab")
+    if found.st_blocks * _BLOCK_NBYTES < nbytes:
+        raise OSError(errno.EINVAL, "its memory is not there: who reads it would have to pay for it")
     if slot == NO_SLOT:
         return SlabMemory(map_file(file.fd, nbytes))
     header = map_file(file.fd, HEADER_NBYTES)

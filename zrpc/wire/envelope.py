@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgpack
 
+from zrpc import remote_text
 from zrpc.errors import LimitError, ProtocolError, ZrpcError
+from zrpc.wire import packed_bytes
 from zrpc.wire.messages import FIELD_GETTERS, PROTOCOL_VERSION, Message, make_message
 from zrpc.wire.region import MEMBER_LENGTH, TINY_MAX_NBYTES, Region, SharedBuffers, cut, gather
 
@@ -237,10 +239,11 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
         ProtocolError: the frames are not an envelope of this version, with what is wrong with them.
     """
     try:
-        header = msgpack.unpackb(frames[0], use_list=True, strict_map_key=False)
+        header = packed_bytes.unpack(frames[0])
     except Exception as error:
+        text = remote_text.line(str(error))
         raise ProtocolError(
-            f"a message of {len(frames)} frames does not begin with a msgpack header: {error}"
+            f"a message of {len(frames)} frames does not begin with a msgpack header: {text}"
         ) from error
     if not isinstance(header, list) or not header or header[0] != PROTOCOL_VERSION:
         version = header[0] if isinstance(header, list) and header else header
@@ -254,7 +257,12 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
     if (type(call_id), type(table), type(buffers), type(data), type(extras)) not in _HEADER_TYPES:
         raise ProtocolError(f"a header {reprlib.repr(header)} has a part of a wrong type")
     message = make_message(code, fields)
-    damage = _fill_in(buffers, frames, fetch) if buffers or len(frames) > 1 else None
+    try:
+        damage = _fill_in(buffers, frames, fetch) if buffers or len(frames) > 1 else None
+    except ZrpcError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"the buffers of a message do not fit: {remote_text.line(str(error))}") from error
     return Envelope(message, call_id, extras, data, table, buffers, damage)
 
 
@@ -265,9 +273,9 @@ def unpack_table(packed: bytes) -> list[Any]:
         ProtocolError: it is damaged.
     """
     try:
-        table = msgpack.unpackb(packed)
+        table = packed_bytes.unpack(packed)
     except Exception as error:
-        raise ProtocolError(f"a table of tensors cannot be read: {error}") from error
+        raise ProtocolError(f"a table of tensors cannot be read: {remote_text.line(str(error))}") from error
     if not isinstance(table, list):
         raise ProtocolError(f"a table of tensors is {reprlib.repr(table)}")
     return table
@@ -305,7 +313,7 @@ def _fill_in(
         frame = next(following, None)
         if frame is None or len(frame) != entry:
             got = "no frame" if frame is None else f"{len(frame)} bytes"
-            raise ProtocolError(f"buffer {index} should have {entry} bytes, and {got} came")
+            raise ProtocolError(f"buffer {index} should have {reprlib.repr(entry)} bytes, and {got} came")
         buffers[index] = frame
     if next(following, None) is not None:
         surplus = 1 + sum(1 for _ in following)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass, fields
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from zrpc import remote_text
 from zrpc.errors import ProtocolError
 from zrpc.ids import ForkId, GlobalId, RRefId
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PROTOCOL_VERSION = 1
+
+Line = str
+"""Text for people, as it arrives: see `remote_text.line`."""
+Lines = str
+"""The same: see `remote_text.lines`."""
 
 
 class Message:
@@ -40,6 +47,8 @@ _ARRIVES_AS: dict[str, type] = {
     "int": int,
     "float": float,
     "str": str,
+    "Line": str,
+    "Lines": str,
     "bytes": bytes,
     "list[Any]": list,
     "list[int]": list,
@@ -69,13 +78,23 @@ def _ids(values: list[Any]) -> list[GlobalId]:
     return [global_id(value) for value in values]
 
 
+def _all_of(kind: type, values: list[Any]) -> list[Any]:
+    if not all([type(value) is kind for value in values]):
+        raise ProtocolError(f"{reprlib.repr(values)} is no list of {kind.__name__}")
+    return values
+
+
 _RESTORED_BY: dict[str, Callable[[Any], Any]] = {
     "GlobalId": global_id,
     "RRefId": global_id,
     "ForkId": global_id,
     "list[GlobalId]": _ids,
+    "list[int]": partial(_all_of, int),
+    "list[str]": partial(_all_of, str),
+    "Line": remote_text.line,
+    "Lines": remote_text.lines,
 }
-"""msgpack hands tuples back as lists: what makes ids of them again."""
+"""msgpack hands tuples back as lists: what makes ids of them again, and what checks and cleans others."""
 
 _RESTORERS: dict[type[Message], list[tuple[int, Callable[[Any], Any]]]] = {}
 """Which fields those are, by their places."""
@@ -187,9 +206,9 @@ class Reply(Message):
 class Failure(Message):
     """The request raised. `type_name` and `text` are for people; the pickled exception, if it could be, rides along."""
 
-    type_name: str
-    text: str
-    traceback: str
+    type_name: Line
+    text: Lines
+    traceback: Lines
 
 
 # ---- remote references -----------------------------------------------------------------------------------------
@@ -270,7 +289,7 @@ class AbortBackward(Message):
 
     context_id: int
     pass_id: GlobalId
-    reason: str
+    reason: Line
 
 
 @_message(34)
@@ -332,7 +351,7 @@ class Welcome(Message):
 class Refused(Message):
     """The broker does not let the worker in; `reason` says why and what to do."""
 
-    reason: str
+    reason: Line
 
 
 @_message(43)
@@ -353,7 +372,7 @@ class Left(Message):
 
     incarnation: bytes
     lost: bool
-    reason: str
+    reason: Line
 
 
 @_message(45)

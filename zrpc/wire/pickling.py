@@ -201,6 +201,8 @@ def loads(payload: Payload) -> Any:
     received = None
     if data[: len(_WITH_EXCEPTIONS)] in (_WITH_EXCEPTIONS, _EXCEPTIONS_BESIDE):
         received, data = _take_exceptions(data, payload.buffers)
+        if len(data) == 0:
+            raise ProtocolError("a table of exceptions came, and nothing with it")
     is_call = data[: len(CALL)] == CALL
     if data[0] == values.MAGIC and not is_call and data[: len(_IN_PIECES)] != _IN_PIECES:
         return values.unpack(payload)

@@ -12,7 +12,7 @@ arrive: who reads them makes a copy.
 
 Threads: none of it is shared.
 
-Failure: members that do not lie within their region are a `ProtocolError`.
+Failure: members that do not lie within their region, one behind the other, are a `ProtocolError`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,10 @@ def cut(buffers: list[Any], members: Sequence[int], packed: Sequence[int], are_a
     if packed:
         _cut_packed(buffers, packed, are_all_here)
     end = len(buffers)
+    filled = (0, 0)  # the region of the last member, and where that ends
     for index in members:
+        if index >= end:
+            raise ProtocolError(f"buffer {index} should lie in a region, and is one")
         entry = buffers[index]
         region, offset, nbytes = entry
         if not (type(region) is type(offset) is type(nbytes) is int and members[-1] < region < len(buffers)):
@@ -175,6 +178,9 @@ def cut(buffers: list[Any], members: Sequence[int], packed: Sequence[int], are_a
             continue
         if not 0 <= offset <= offset + nbytes <= len(memory):
             raise ProtocolError(f"a member {reprlib.repr(entry)} does not lie in its region of {len(memory)} bytes")
+        if (region, offset) < filled:  # else many of them could be made of little that came
+            raise ProtocolError(f"a member {reprlib.repr(entry)} does not lie behind the one before")
+        filled = (region, offset + nbytes)
         buffers[index] = memoryview(memory)[offset : offset + nbytes]
     del buffers[end:]
 

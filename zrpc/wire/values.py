@@ -6,6 +6,7 @@ tuples and dicts of those. A stream begins with `MAGIC`, a byte with which neith
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import msgpack
 import torch
 
+from zrpc import remote_text
 from zrpc.errors import ProtocolError
+from zrpc.wire import packed_bytes
 from zrpc.wire.payload import Payload
 
 _torch: Any = torch  # parts of it are untyped
@@ -25,6 +28,14 @@ VALUES = bytes([MAGIC, 1])
 
 _TENSOR, _TUPLE, _COMPLEX, _DTYPE, _DEVICE, _LAYOUT, _MEMORY_FORMAT, _SIZE = range(8)
 _NAMED: dict[type, int] = {torch.dtype: _DTYPE, torch.layout: _LAYOUT, torch.memory_format: _MEMORY_FORMAT}
+_CONSTANTS: dict[str, Any] = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype | torch.layout | torch.memory_format)
+}
+"""Those, by their names."""
+MAX_DEPTH = 16
+"""Tuples within tuples: each is a msgpack stream of its own, and to read one takes some 45 KB of the thread's stack."""
 _PLAIN = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.layout
 
 
@@ -127,16 +138,17 @@ def unpack(payload: Payload, prefix: bytes = VALUES) -> Any:
     except ProtocolError:
         raise
     except Exception as error:
-        raise ProtocolError(f"packed values cannot be read: {error}") from error
+        raise ProtocolError(f"packed values cannot be read: {remote_text.line(str(error))}") from error
 
 
 class Packing:
     """What becomes of one value. No closures: two that call each other are a cycle, and would keep the tensors."""
 
-    __slots__ = ("_bare", "_places", "tensors")
+    __slots__ = ("_bare", "_depth", "_places", "tensors")
 
     def __init__(self, bare: bool = False) -> None:
         self._bare = bare
+        self._depth = 0
         self.tensors: list[torch.Tensor] = []
         self._places: dict[int, int] = {}  # a tensor that is there twice travels once, and arrives as one
 
@@ -154,7 +166,12 @@ class Packing:
                 self.tensors.append(obj)
             return _NAMES[place] if place < len(_NAMES) else _name(place)
         if cls is tuple or cls is torch.Size:
-            return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, self.encode(list(obj)))
+            if self._depth == MAX_DEPTH:
+                raise UnpackableError(f"tuples lie in each other {MAX_DEPTH} deep")
+            self._depth += 1
+            packed = self.encode(list(obj))
+            self._depth -= 1
+            return msgpack.ExtType(_TUPLE if cls is tuple else _SIZE, packed)
         if cls is complex:
             return msgpack.ExtType(_COMPLEX, struct.pack("<dd", obj.real, obj.imag))
         if cls is torch.device:
@@ -174,23 +191,24 @@ class Packing:
 class Unpacking:
     """The way back."""
 
-    __slots__ = ("_tensors",)
+    __slots__ = ("_depth", "_tensors")
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
+        self._depth = 0
 
     def decode(self, raw: bytes | memoryview) -> Any:
         """What `Packing.encode` made bytes of."""
-        return msgpack.unpackb(raw, ext_hook=self.restore, strict_map_key=False)
+        return packed_bytes.unpack_values(raw, self.restore)
 
     def restore(self, code: int, raw: bytes) -> Any:
         """What `Packing.extend` took apart."""
         if code == _TENSOR:
             return self._tensors[int.from_bytes(raw, "little")]
         if code == _TUPLE:
-            return tuple(self.decode(raw))
+            return tuple(self._items(raw))
         if code == _SIZE:
-            return torch.Size(self.decode(raw))
+            return torch.Size(self._items(raw))
         if code == _COMPLEX:
             return complex(*struct.unpack("<dd", raw))
         if code == _DEVICE:
@@ -198,6 +216,17 @@ class Unpacking:
         if code in (_DTYPE, _LAYOUT, _MEMORY_FORMAT):
             return torch_constant(raw.decode())
         raise ProtocolError(f"packed values have an unknown type code {code}")
+
+    def _items(self, raw: bytes) -> list[Any]:
+        """What is in a tuple."""
+        if self._depth == MAX_DEPTH:
+            raise ProtocolError(f"tuples lie in each other more than {MAX_DEPTH} deep")
+        self._depth += 1
+        items = self.decode(raw)
+        self._depth -= 1
+        if type(items) is not list:
+            raise ProtocolError(f"a tuple holds {reprlib.repr(items)}")
+        return items
 
 
 def torch_constant(name: str) -> Any:
@@ -208,5 +237,5 @@ def torch_constant(name: str) -> Any:
     """
     value = vars(torch).get(name)  # `getattr` would import what torch loads when it is asked for
     if not isinstance(value, torch.dtype | torch.layout | torch.memory_format):
-        raise ProtocolError(f"torch.{name} is not a dtype, layout or memory format")
+        raise ProtocolError(f"torch.{reprlib.repr(name)} is not a dtype, layout or memory format")
     return value

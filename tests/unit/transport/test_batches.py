@@ -257,3 +257,10 @@ def test_what_is_neither_an_envelope_nor_anything_else_is_dropped(wire: Wire, ca
     finalizers.run_pending()
     assert "begins with b'\\xc1w'" in caplog.text
     assert not ends.came
+
+
+@pytest.mark.parametrize("messages", [[b"\xc1\x03\x90"], [b"\xc1\x01" + bytes(8)], [b"\x90"] * 17])
+def test_a_batch_holds_a_few_envelopes_and_nothing_else(messages: list[bytes]) -> None:
+    """No batch, which would be read within this one, and no more than a sender puts into one."""
+    with pytest.raises(ProtocolError, match="batch"):
+        messages_of([b"\xc1\x03" + msgpack.packb(messages)])

@@ -301,3 +301,43 @@ def test_what_makes_room_is_not_given_back_twice() -> None:
     buffers.lend(2000)
     buffers.trim()
     assert buffers.kept_nbytes == 2000, "the one that was lent since; it drove out two of the others"
+
+
+@pytest.mark.parametrize("second", [0, 3])
+def test_a_chunk_does_not_come_twice(second: int) -> None:
+    """Else a transfer would seem whole, part of which is what others sent into that memory before."""
+    receiver = Transfers(Wire().send)
+    receiver.receive(A, _chunk(1, 0, 8, b"1234"))
+    with pytest.raises(ProtocolError, match="of which more has come"):
+        receiver.receive(A, _chunk(1, second, 8, b"5678"))
+    with pytest.raises(ProtocolError, match="4 of the 8 bytes"):
+        receiver.fetch(A, [1, 8])
+
+
+def test_a_transfer_that_says_more_than_there_is_memory_for_is_refused() -> None:
+    """What is claimed and has not come counts for all transfers together; what has come does not."""
+    made: list[int] = []
+
+    def make(nbytes: int) -> chunks.Bytes:
+        made.append(nbytes)
+        return np.empty(nbytes, np.uint8)
+
+    receiver = Transfers(Wire().send, make, lambda: chunks.CLAIMS_FREE_NBYTES)
+    for nbytes in (chunks.CLAIMS_FREE_NBYTES + 1, 1 << 50, (1 << 64) - 1):
+        with pytest.raises(ProtocolError, match="are said to come, and there is memory for"):
+            receiver.receive(A, _chunk(1, 0, nbytes, b"x"))
+    assert not made
+    receiver.receive(A, _chunk(2, 0, 100, b"x"))
+    with pytest.raises(ProtocolError, match="are said to come"):
+        receiver.receive(B, _chunk(2, 0, chunks.CLAIMS_FREE_NBYTES - 50, b"x"))
+
+
+def test_only_so_many_transfers_wait_for_their_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "INCOMING_MAX", 3)
+    receiver = Transfers(Wire().send)
+    for number in range(3):
+        receiver.receive(A, _chunk(number, 0, 8, bytes(8)))
+    with pytest.raises(ProtocolError, match="3 transfers have begun"):
+        receiver.receive(A, _chunk(3, 0, 8, bytes(8)))
+    receiver.fetch(A, [0, 8])
+    receiver.receive(A, _chunk(3, 0, 8, bytes(8)))

@@ -269,3 +269,11 @@ def test_a_mark_of_a_worker_that_is_not_known_yet_goes_back_when_it_is() -> None
     finally:
         for end in ends:
             end.close(0.0)
+
+
+@pytest.mark.parametrize(
+    ("start", "is_one"), [(b"\xc1\x01", True), (b"\xc1\x02", True), (b"\xc1\x00", False), (b"\xc1\x03", False)]
+)
+def test_marks_are_of_two_kinds(start: bytes, is_one: bool) -> None:
+    """Other frames of their length are something else, a short batch for example."""
+    assert is_mark([start + bytes(8)]) is is_one

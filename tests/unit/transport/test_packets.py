@@ -534,3 +534,22 @@ def test_a_file_packet_that_carries_none_does_no_harm() -> None:
         wire.receive_all()
         assert wire.came == [[b"a", b"b"]]
         assert type(wire.came[0]) is list
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        ([struct.pack("<2s2xIQ", b"\xc1\x12", 0, 0)], "a message of 0 frames"),
+        ([struct.pack("<2s2xIQ", b"\xc1\x12", 1, 1 << 30)], "is not the last"),
+        ([struct.pack("<2s2xIQ", b"\xc1\x12", 1, 1 << 30) + bytes(65_520), b"x"], "is not the last"),
+        ([struct.pack("<2s2xIQ", b"\xc1\x12", 1 << 20, 16)], "a message of 1048576 frames"),
+    ],
+)
+def test_a_message_in_packets_that_none_would_send_is_refused(sent: list[bytes], words: str) -> None:
+    """Of no frames, or in many small packets, which take many times their size until it is whole."""
+    with connected() as wire:
+        for packet in sent:
+            wire.near.send(packet)
+        with pytest.raises(ProtocolError, match=words):
+            wire.incoming.receive()
+        wire.incoming.close()

@@ -699,10 +699,14 @@ def test_the_file_of_another_slab_is_not_taken_for_it(attachments: Attachments) 
         assert fetch(attachments, other) == buffer(100_000, 1)
 
 
-def memory_file(nbytes: int, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW) -> OwnedFile:
+def memory_file(
+    nbytes: int, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, *, has_pages: bool = True
+) -> OwnedFile:
     """A memory file that is no slab."""
     file = OwnedFile(os.memfd_create("other", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     os.truncate(file.fd, nbytes)
+    if nbytes and has_pages:
+        os.posix_fallocate(file.fd, 0, nbytes)
     fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, seals)
     return file
 
@@ -721,6 +725,7 @@ def read_only(file: OwnedFile) -> OwnedFile:
         (lambda _: memory_file(200_000, fcntl.F_SEAL_GROW), "is no sealed memory file"),
         (lambda _: memory_file(mmap.PAGESIZE), "is no slab"),
         (lambda _: memory_file(0), "is no slab"),
+        (lambda _: memory_file(200_000, has_pages=False), "its memory is not there"),
         (lambda _: read_only(memory_file(200_000)), "Permission denied"),
         (lambda path: OwnedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC)), "cannot be mapped"),
         (lambda path: OwnedFile(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)), "is no sealed memory file"),
@@ -734,6 +739,7 @@ def read_only(file: OwnedFile) -> OwnedFile:
         "may shrink",
         "a header alone",
         "empty",
+        "without pages",
         "read-only",
         "a file on a disk",
         "a folder",
@@ -1250,3 +1256,13 @@ def test_a_shared_slab_is_not_handed_back(attachments: Attachments) -> None:
         attachments.hand_back(A, buffers, handed)
         assert not handed
         assert buffers[0] == buffer(100_000)
+
+
+def test_a_slab_that_is_in_use_does_not_come_again(attachments: Attachments) -> None:
+    """Two tensors would see the same memory, and its owner would fill it anew once the first of them is gone."""
+    with pool() as sender:
+        told = place(sender, bytes(100_000))
+        first = fetch(attachments, told)
+        with pytest.raises(ProtocolError, match="came twice, and is in use"):
+            fetch(attachments, told)
+        assert first == bytes(100_000)
