@@ -80,7 +80,7 @@ class Tally:
 
 def _log(kind: str, source: str, text: str, left_out: int) -> None:
     since = f" (and {left_out} more of this kind since the last line)" if left_out else ""
-    log.error("a %s of %s was dropped: %s%s", kind, source, text, since)
+    log.error("a %s of %s could not be read: %s%s", kind, source, text, since)
 
 
 received = Tally()

@@ -654,7 +654,7 @@ def test_one_that_sends_what_is_no_packet_is_turned_away_and_logged(caplog: pyte
         b.look()
         with pytest.raises(PeerLostError):
             link.send([b"after"])
-        assert [text for text in logged(caplog) if a.id.hex() in text and "is closed" in text]
+        assert [text for text in logged(caplog) if a.id.hex() in text and "could not be read" in text]
 
 
 def test_many_that_connect_at_once_do_not_keep_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:

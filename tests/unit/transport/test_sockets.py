@@ -122,7 +122,7 @@ def test_a_monitor_tells_events() -> None:
         monitor = made.enter_context(sockets.make_monitor(context, sender, zmq.EVENT_ALL))
         with pytest.raises(zmq.Again):
             sockets.receive_event(monitor, zmq.NOBLOCK)
-        sockets.connect(sender, sockets.bind(listener, "tcp://127.0.0.1:0"))
+        sockets.connect(sender, sockets.bind(listener, "tcp://127.0.0.1:0", None), None)
         told = []
         while zmq.EVENT_HANDSHAKE_SUCCEEDED not in told:
             told.append(sockets.receive_event(monitor))
