@@ -729,7 +729,9 @@ def test_quiescence_is_waited_for() -> None:
         waiter.join()
         assert a.agent.quiesce(WAIT_S)
         assert b.agent.quiesce(WAIT_S)
-        assert b.agent.counts() == {
+        counts = b.agent.counts()
+        del counts["protocol_errors"]  # of this process, of all tests before
+        assert counts == {
             "client_active_calls": 0,
             "server_active_calls": 0,
             "server_active_async_calls": 0,
