@@ -255,7 +255,7 @@ def test_a_late_message_does_not_bring_a_context_back(cluster: Cluster) -> None:
     hook = second.agent.hooks["autograd"]
     tensor = ones()
     payload = Payload(tensors=[tensor])
-    with hook.receive(first.agent.info, [context_id, [0, 7]], payload, False):
+    with hook.receive(first.agent.info, [context_id, [0, 7, first.agent.info.incarnation]], payload, False):
         assert second.service.contexts.find_current() is None
     assert payload.tensors[0] is tensor
     assert second.service.debug_info()["num_autograd_contexts"] == 0
