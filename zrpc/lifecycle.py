@@ -23,6 +23,8 @@ from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
+from zrpc.keyring import INSECURE_KEYS, check_pair, find_keyring, find_private_key
+from zrpc.membership.permitted import PermittedGroup
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
 from zrpc.optim.turns import install as install_optim
@@ -41,7 +43,9 @@ from zrpc.transport.sockets import reachable_address
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zrpc.ids import Incarnation
     from zrpc.membership.claims import Store
+    from zrpc.membership.group import Group
 
 log = logging.getLogger("zrpc")
 
@@ -265,17 +269,21 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     )
     credentials = _credentials(options)
     endpoint = PeerEndpoint(
-        new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s, credentials=credentials
-    )
+        _new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        credentials=credentials,
+    )  # fmt: skip
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
+    group: Group = StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials))
+    keyring = None if credentials is None else credentials.keyring
     return Agent(
         options,
         endpoint,
-        StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials)),
+        group if keyring is None else PermittedGroup(group, keyring),
         address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
         shared_memory=_shared_memory(options),
+        checks_answers=keyring is not None,
     )
 
 
@@ -284,9 +292,10 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
+    credentials = _credentials(options)
     endpoint = BrokeredEndpoint(
-        address, new_incarnation(), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
-        credentials=_credentials(options),
+        address, _new_life(credentials), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        credentials=credentials,
     )  # fmt: skip
     return Agent(
         options,
@@ -296,6 +305,7 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
         connect=_nothing,
         disconnect=_nothing,
         shared_memory=_shared_memory(options),
+        checks_answers=credentials is not None and credentials.keyring is not None,
     )
 
 
@@ -303,15 +313,26 @@ def _credentials(options: RpcBackendOptions) -> Credentials | None:
     """What this worker proves itself with, and whom it lets in; None, with a warning: anybody.
 
     Raises:
-        ConfigError: there is no secret that can be used.
+        ConfigError: there is no secret that can be used, or the worker's own key cannot.
     """
+    keyring, private = find_keyring(), find_private_key()
     if not options.insecure:
-        return Credentials(find_secret(options.secret))
+        check_pair(keyring, private)
+        credentials = Credentials(find_secret(options.secret), keyring, private)
+        if (reason := credentials.why_not(credentials.new_life())) is not None:
+            raise ConfigError(f"this worker cannot be a member: {reason}")
+        return credentials
+    if keyring is not None or private is not None:
+        raise ConfigError(INSECURE_KEYS)
     warnings.warn(
         "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
         stacklevel=2,
     )
     return None
+
+
+def _new_life(credentials: Credentials | None) -> Incarnation:
+    return new_incarnation() if credentials is None else credentials.new_life()
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:

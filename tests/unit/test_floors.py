@@ -28,6 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zrpc.functions",
         "zrpc.gathering",
         "zrpc.interrupts",
+        "zrpc.keyring",
+        "zrpc.keyring_file",
         "zrpc.secret",
         "zrpc.threads",
         "zrpc.wakeups",
@@ -50,7 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
 
-BROKER_MAY_IMPORT = ("zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.secret")
+BROKER_MAY_IMPORT = ("zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.keyring", "zrpc.secret")
 
 ONLY_IN = {
     "zmq": ("zrpc.transport",),
