@@ -62,11 +62,7 @@ class Entry:
     revoked: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.label, str) or not _LABEL.fullmatch(self.label):
-            raise ConfigError(
-                f"{self.label!r} cannot be the label of a key: take letters, digits, dots, dashes, colons and "
-                "underscores, at most 64"
-            )
+        check_label(self.label)
         if not is_key(self.public):
             raise ConfigError(f"the public key of {self.label!r} is none: it has {_KEY_LENGTH} characters of Z85")
         if not self.workers or not all(isinstance(pattern, str) and pattern for pattern in self.workers):
@@ -118,6 +114,19 @@ class Table:
         return table
 
 
+def check_label(label: object) -> None:
+    """Whether a key can be called that. It is part of a file's name, too.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
+        raise ConfigError(
+            f"{label!r} cannot be the label of a key: take letters, digits, dots, dashes, colons and underscores, at "
+            "most 64"
+        )
+
+
 def fingerprint(public: str) -> bytes:
     """What the incarnations of the worker that has that key end with."""
     return sha256(public.encode()).digest()[:FINGERPRINT_NBYTES]
@@ -137,7 +146,6 @@ def add(path: Path, label: str, make: Callable[[Callable[[str], bool]], Entry]) 
     Raises:
         ConfigError: the label is taken, or the file cannot be changed.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def change(entries: list[Entry]) -> tuple[list[Entry], Entry]:
         if any(entry.label == label for entry in entries):
@@ -171,6 +179,7 @@ def revoke(path: Path, label: str) -> Entry:
 
 def _change(path: Path, change: Callable[[list[Entry]], tuple[list[Entry], T]]) -> T:
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.parent):
             entries, result = change(read(path) if path.exists() else [])
             Table.of(entries)
@@ -235,7 +244,9 @@ def read(path: Path) -> list[Entry]:
         told: Any = json.loads(content)
         if told["version"] != _VERSION:
             raise ConfigError(f"its version is {told['version']!r}, and this zrpc reads {_VERSION}")
-        return [_entry(one) for one in told["keys"]]
+        entries = [_entry(one) for one in told["keys"]]
+        Table.of(entries)
+        return entries
     except (ConfigError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no keyring as `zrpc keys new` writes it: {error!s}") from error
 
