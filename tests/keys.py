@@ -52,3 +52,15 @@ class Keys:
 
     def revoke(self, label: str) -> None:
         keyring_file.revoke(self.path, label)
+
+    def copy_to(self, other: Keys) -> None:
+        """Another folder has the same keys, and keeps them."""
+        other.folder.mkdir(mode=0o700)
+        for file in (self.path, *self.folder.glob("*.key")):
+            copy = other.folder / file.name
+            copy.touch(mode=0o600)
+            copy.write_bytes(file.read_bytes())
+
+    def credentials_of(self, label: str) -> Credentials:
+        """What the holder of that key proves itself with."""
+        return Credentials(find_secret(), Keyring(self.path), self.key_file(label).read_text())

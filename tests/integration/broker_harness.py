@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from zrpc.ids import Incarnation, new_incarnation
 from zrpc.membership.broker import BrokerGroup
 from zrpc.secret import find_secret
 from zrpc.transport.brokered import BrokeredEndpoint
@@ -20,6 +19,7 @@ from zrpc.transport.credentials import Credentials
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from zrpc.ids import Incarnation
     from zrpc.membership.group import Member
     from zrpc.wire.envelope import Buffer
 
@@ -100,10 +100,11 @@ class Seen:
 class Worker:
     """A worker as far as transport and membership go."""
 
-    def __init__(self, address: str, group: str | None = None, *, local: bool = True) -> None:
-        self.endpoint = BrokeredEndpoint(
-            address, new_incarnation(), local=local, credentials=Credentials(find_secret())
-        )
+    def __init__(
+        self, address: str, group: str | None = None, *, local: bool = True, credentials: Credentials | None = None
+    ) -> None:
+        credentials = credentials or Credentials(find_secret())
+        self.endpoint = BrokeredEndpoint(address, credentials.new_life(), local=local, credentials=credentials)
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()

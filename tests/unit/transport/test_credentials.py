@@ -33,10 +33,13 @@ REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROT
 class Stranger:
     """A DEALER that has said something to an address, and what became of its connection."""
 
-    def __init__(self, context: sockets.Context, address: str, credentials: Credentials | None) -> None:
-        self.sock = sockets.make_socket(context, zmq.DEALER, identity=new_incarnation())
+    def __init__(
+        self, context: sockets.Context, address: str, credentials: Credentials | None, identity: bytes = b"",
+        listener: Incarnation | None = None,
+    ) -> None:  # fmt: skip
+        self.sock = sockets.make_socket(context, zmq.DEALER, identity=identity or new_incarnation())
         self.monitor = sockets.make_monitor(context, self.sock, CONNECTED | REFUSED)
-        sockets.connect(self.sock, address, credentials)
+        sockets.connect(self.sock, address, credentials, listener)
         self.sock.send(b"said by a stranger")
 
     def outcome(self) -> int:
