@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -50,11 +51,13 @@ sys.stdin.read()
 
 
 class Broker:
-    """A broker process on a free port."""
+    """A broker process on a free port, with `environment` besides that of this process."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, **environment: str) -> None:
         command = [sys.executable, "-m", "zrpc_broker", "--bind", "tcp://127.0.0.1:0", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().split()[-1]
 
@@ -69,8 +72,8 @@ class Broker:
 
 
 @contextmanager
-def running_broker(*options: str) -> Iterator[Broker]:
-    broker = Broker(*options)
+def running_broker(*options: str, **environment: str) -> Iterator[Broker]:
+    broker = Broker(*options, **environment)
     try:
         yield broker
     finally:

@@ -38,10 +38,9 @@ def keys(tmp_path: Path) -> Keys:
 
 
 @pytest.fixture
-def broker(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
+def broker(keys: Keys) -> Iterator[Broker]:
     keys.new("first", ranks="0")
-    monkeypatch.setenv("ZRPC_KEYS", str(keys.path))
-    with running_broker() as started:
+    with running_broker(ZRPC_KEYS=str(keys.path)) as started:
         yield started
 
 
@@ -185,9 +184,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
 
 @pytest.mark.parametrize("cluster", MODES, indirect=True)
 @pytest.mark.parametrize("shared", [False, True], ids=["a key each", "one key"])
-def test_workers_with_keys_call_each_other(
-    cluster: Cluster, keys: Keys, monkeypatch: pytest.MonkeyPatch, shared: bool
-) -> None:
+def test_workers_with_keys_call_each_other(cluster: Cluster, keys: Keys, shared: bool) -> None:
     """In each mode; a key may be of several workers."""
     labels = ["all"] * 3 if shared else ["a", "b", "c"]
     if shared:
@@ -195,8 +192,7 @@ def test_workers_with_keys_call_each_other(
     else:
         for rank, label in enumerate(labels):
             keys.new(label, ranks=str(rank))
-    monkeypatch.setenv("ZRPC_KEYS", str(keys.path))
-    method = cluster.new_init_method()
+    method = cluster.new_init_method(ZRPC_KEYS=str(keys.path))
     tolds = [Told(name, keys.environment(label), method, 3) for name, label in zip("abc", labels, strict=True)]
     assert cluster.run(call_all, 3, args=(tolds,), init=False) == [[0, 0, 0], [2, 2, 2], [4, 4, 4]]
 
@@ -224,20 +220,17 @@ def test_a_static_group_with_a_stolen_name_is_refused_by_the_others(cluster: Clu
     """The thief has the rank and name of a worker that has not come yet. The store believes it; the workers do not."""
     keys.new("a", ranks="0")
     keys.new("b", ranks="1")
-    method = cluster.new_init_method()
+    method = cluster.new_init_method(ZRPC_KEYS=str(keys.path))
     tolds = [Told("a", keys.environment("a"), method, 2), Told("b", attacker(keys), method, 2)]
     honest, _ = cluster.run(try_to_start, 2, args=(tolds,), init=False)
     assert re.match(r"RefusedError: 'b', rank 1, is refused: its key 'thief' may claim the name thief", honest)
 
 
 @pytest.mark.parametrize("cluster", MODES, indirect=True)
-def test_a_worker_that_has_the_wrong_key_is_told_so_at_once(
-    cluster: Cluster, keys: Keys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_has_the_wrong_key_is_told_so_at_once(cluster: Cluster, keys: Keys) -> None:
     """By itself, or by the broker: before it waits for the others."""
     keys.new("a", ranks="0")
-    monkeypatch.setenv("ZRPC_KEYS", str(keys.path))
-    method = cluster.new_init_method()
+    method = cluster.new_init_method(ZRPC_KEYS=str(keys.path))
     tolds = [Told("other", keys.environment("a"), method, 2)]
     (outcome,) = cluster.run(try_to_start, 1, args=(tolds,), init=False)
     assert "RefusedError: 'other', rank 0, is refused: its key 'a' may claim the name a and rank 0" in outcome
@@ -247,7 +240,7 @@ def test_half_of_what_a_worker_needs_is_an_error_in_words(cluster: Cluster, keys
     keys.new("a")
     keys.new("revoked")
     keys.revoke("revoked")
-    method = cluster.new_init_method()
+    method = cluster.new_init_method(ZRPC_KEYS=str(keys.path))
     both = keys.environment("a")
     cases = {
         "ZRPC_KEY is not": {"ZRPC_KEYS": both["ZRPC_KEYS"]},
@@ -311,7 +304,7 @@ def test_a_newcomer_with_a_name_that_it_may_not_have_is_no_member(
     """And is not served; with a key of its own for that name the same is."""
     keys.new("a")
     keys.new("b")
-    method = cluster.new_init_method()
+    method = cluster.new_init_method(ZRPC_KEYS=str(keys.path))
     environment = attacker(keys) if is_thief else keys.environment("b")
     tolds = [Told("a", keys.environment("a"), method, None), Told("b", environment, method, None)]
     honest, other = cluster.run(serve_and_report, 2, args=(tolds, str(tmp_path)), init=False)
@@ -345,12 +338,11 @@ def lose_and_report(rank: int, tolds: list[Told], folder: str) -> dict[str, Any]
 @pytest.mark.parametrize("cluster", MODES, indirect=True)
 @pytest.mark.parametrize("world_size", [2, None], ids=["static", "grows"])
 def test_calls_to_a_worker_whose_key_is_revoked_end(
-    cluster: Cluster, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int | None
+    cluster: Cluster, keys: Keys, tmp_path: Path, world_size: int | None
 ) -> None:
     keys.new("a")
     keys.new("b")
-    monkeypatch.setenv("ZRPC_KEYS", str(keys.path))
-    method = cluster.new_init_method()
+    method = cluster.new_init_method(ZRPC_KEYS=str(keys.path))
     tolds = [Told(name, keys.environment(name), method, world_size) for name in "ab"]
     running = cluster.start(lose_and_report, 2, args=(tolds, str(tmp_path)), init=False)
     wait_for_file(f"{tmp_path}/calling")
