@@ -104,10 +104,11 @@ class Worker:
     """A worker as far as transport and membership go."""
 
     def __init__(
-        self, address: str, group: str | None = None, *, local: bool = True, credentials: Credentials | None = None
-    ) -> None:
+        self, address: str, group: str | None = None, *, local: bool = True, credentials: Credentials | None = None,
+        life: Incarnation | None = None,
+    ) -> None:  # fmt: skip
         credentials = credentials or Credentials(find_secret())
-        self.endpoint = BrokeredEndpoint(address, credentials.new_life(), local=local, credentials=credentials)
+        self.endpoint = BrokeredEndpoint(address, life or credentials.new_life(), local=local, credentials=credentials)
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()
