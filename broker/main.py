@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from zrpc.errors import ConfigError
+from zrpc.keyring import INSECURE_KEYS, find_keyring
 from zrpc.secret import find_secret, says_insecure
 from zrpc.transport import descriptors
 from zrpc.transport.credentials import Credentials
@@ -53,9 +54,16 @@ def serve(
 
 
 def _credentials(insecure: bool | None) -> Credentials | None:
-    """Whom it lets in; None, with a warning: anybody."""
+    """Whom it lets in; None, with a warning: anybody.
+
+    Raises:
+        ConfigError: what the environment names cannot be used.
+    """
+    keyring = find_keyring()
     if not (says_insecure() if insecure is None else insecure):
-        return Credentials(find_secret())
+        return Credentials(find_secret(), keyring)
+    if keyring is not None:
+        raise ConfigError(INSECURE_KEYS)
     warnings.warn(
         "without authentication (insecure): whoever reaches this port can run code in the workers that meet here",
         stacklevel=2,

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zrpc.ids import Incarnation
+    from zrpc.keyring import Keyring
     from zrpc.transport.credentials import Credentials
+
+KEYS_INTERVAL_S = 1.0
+"""How often the keyring is looked at."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ class Broker:
         address: where to listen, `tcp://host:port`; port 0 takes any free one.
         heartbeat_interval_s: how often workers must say that they are alive.
         missed_max: how many intervals of silence make a worker lost.
-        credentials: who may connect; None: anybody.
+        credentials: who may connect, and under which names where workers have keys of their own; None: anybody.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -53,6 +57,9 @@ class Broker:
         self.address = self._hub.address
         self._directory = Directory(heartbeat_interval_s)
         self._liveness = Liveness(heartbeat_interval_s, missed_max, time.monotonic())
+        self._keyring = None if credentials is None else credentials.keyring
+        self._complaint: str | None = None  # of the keyring, that was logged
+        self._keys_due = 0.0
         self._unanswerable: dict[Incarnation, tuple[int, Register]] = {}
         self._stopped = False
 
@@ -70,8 +77,12 @@ class Broker:
         self._hub.wake()
 
     def _serve_once(self) -> None:
-        events = self._hub.pump(int(self._liveness.wait_s(time.monotonic()) * 1000) + 1)
+        wait_s = self._liveness.wait_s(time.monotonic())
+        events = self._hub.pump(int(min(wait_s, KEYS_INTERVAL_S) * 1000) + 1)
         now = time.monotonic()
+        if self._keyring is not None and now >= self._keys_due:
+            self._keys_due = now + KEYS_INTERVAL_S
+            self._look_at_keys(self._keyring)
         for source in self._hub.take_active():
             self._liveness.heard(source, now)
         for event in events:
@@ -127,7 +138,30 @@ class Broker:
             name = type(message).__name__
             self._tell(source, Refused(f"a {name} is not for the broker: install the same zrpc on both"))
 
+    def _look_at_keys(self, keyring: Keyring) -> None:
+        """Read the keyring again if it has changed; members that it does not let in any more are lost."""
+        keyring.reload()
+        if keyring.complaint != self._complaint and keyring.complaint is not None:
+            _log.warning("the keyring has changed, and what it said before holds: %s", keyring.complaint)
+        self._complaint = keyring.complaint
+        for member in self._liveness.members():
+            reason = keyring.why_not(member)
+            if reason is not None:
+                self._tell(member, Refused(f"the broker lets this worker in no more: {reason}"))
+                self._lose(member, reason)
+
+    def _why_not(self, source: Incarnation, wanted: Register) -> str | None:
+        """Why a worker may not have the name and rank that it wants, by its key."""
+        if self._keyring is None:
+            return None
+        self._keyring.reload()
+        return self._keyring.refusal(source, str(wanted.name), wanted.rank if isinstance(wanted.rank, int) else -1)
+
     def _register(self, source: Incarnation, call_id: int, message: Register) -> None:
+        reason = self._why_not(source, message)
+        if reason is not None:
+            self._perform([Tell(source, Refused(reason))], source, call_id)
+            return
         self._perform(self._directory.register(source, message), source, call_id)
         if source in self._directory:
             _log.info("%s came", self._describe(source))

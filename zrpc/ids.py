@@ -11,14 +11,19 @@ MAX_NAME_LENGTH = 128
 _NAME = re.compile(r"^[A-Za-z0-9\-_:]+$")
 
 Incarnation = bytes
-"""One life of one worker: `INCARNATION_NBYTES` random bytes, fresh at every `init_rpc`; also its socket identity."""
+"""One life of one worker: `INCARNATION_NBYTES` bytes, fresh at every `init_rpc`; also its socket identity. They are
+random, but for the last ones of a worker with a key of its own: those are the key's fingerprint (`zrpc.keyring`)."""
 
 INCARNATION_NBYTES = 8
 
 
-def new_incarnation() -> Incarnation:
-    """A fresh incarnation. The first byte is never zero: ZeroMQ keeps identities that begin with one to itself."""
-    raw = os.urandom(INCARNATION_NBYTES)
+def new_incarnation(end: bytes = b"") -> Incarnation:
+    """A fresh incarnation. The first byte is never zero: ZeroMQ keeps identities that begin with one to itself.
+
+    Args:
+        end: its last bytes; the others are random.
+    """
+    raw = os.urandom(INCARNATION_NBYTES - len(end)) + end
     return raw if raw[0] else b"\x01" + raw[1:]
 
 

@@ -25,7 +25,9 @@ from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo, new_incarnation
+from zrpc.keyring import INSECURE_KEYS, check_pair, find_keyring, find_private_key
 from zrpc.membership import agreement
+from zrpc.membership.permitted import PermittedGroup
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
 from zrpc.optim.turns import install as install_optim
@@ -47,8 +49,9 @@ from zrpc.wire.registered import RegisteredRules
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from zrpc.ids import Incarnation
     from zrpc.membership.claims import Store
-    from zrpc.secret import Secret
+    from zrpc.membership.group import Group
     from zrpc.wire.loading import Rules
 
 log = logging.getLogger("zrpc")
@@ -290,20 +293,24 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    secret = _secret(options)
-    credentials = None if secret is None else Credentials(secret)
+    credentials = _credentials(options)
     endpoint = PeerEndpoint(
-        new_incarnation(), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s, credentials=credentials
-    )
+        _new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        credentials=credentials,
+    )  # fmt: skip
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
+    looks = partial(has_ended, own_address=address, credentials=credentials)
+    group: Group = StoreGroup(store, looks, None if credentials is None else credentials.secret)
+    keyring = None if credentials is None else credentials.keyring
     return Agent(
         options,
         endpoint,
-        StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials), secret),
+        group if keyring is None else PermittedGroup(group, keyring),
         address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
         shared_memory=_shared_memory(options),
+        checks_answers=keyring is not None,
     )
 
 
@@ -312,10 +319,10 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
-    secret = _secret(options)
+    credentials = _credentials(options)
     endpoint = BrokeredEndpoint(
-        address, new_incarnation(), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
-        credentials=None if secret is None else Credentials(secret),
+        address, _new_life(credentials), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        credentials=credentials,
     )  # fmt: skip
     return Agent(
         options,
@@ -325,22 +332,34 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
         connect=_nothing,
         disconnect=_nothing,
         shared_memory=_shared_memory(options),
+        checks_answers=credentials is not None and credentials.keyring is not None,
     )
 
 
-def _secret(options: RpcBackendOptions) -> Secret | None:
-    """The secret of the group; None, with a warning: it has none, and lets anybody in.
+def _credentials(options: RpcBackendOptions) -> Credentials | None:
+    """What this worker proves itself with, and whom it lets in; None, with a warning: anybody.
 
     Raises:
-        ConfigError: there is no secret that can be used.
+        ConfigError: there is no secret that can be used, or the worker's own key cannot.
     """
+    keyring, private = find_keyring(), find_private_key()
     if not options.insecure:
-        return find_secret(options.secret)
+        check_pair(keyring, private)
+        credentials = Credentials(find_secret(options.secret), keyring, private)
+        if (reason := credentials.why_not(credentials.new_life())) is not None:
+            raise ConfigError(f"this worker cannot be a member: {reason}")
+        return credentials
+    if keyring is not None or private is not None:
+        raise ConfigError(INSECURE_KEYS)
     warnings.warn(
         "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
         stacklevel=2,
     )
     return None
+
+
+def _new_life(credentials: Credentials | None) -> Incarnation:
+    return new_incarnation() if credentials is None else credentials.new_life()
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:

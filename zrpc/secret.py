@@ -127,20 +127,34 @@ def user_file() -> Path:
     return Path(folder) / "zrpc" / "secret"
 
 
-def _read(path: Path, source: str) -> Secret:
+def read_private(path: Path, what: str, source: str) -> bytes:
+    """The content of a file that this user alone can read.
+
+    Args:
+        path: the file.
+        what: what it holds, for errors.
+        source: where it was named, likewise.
+
+    Raises:
+        ConfigError: it cannot be read, or others can read it or have written it.
+    """
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
             if stat.S_IMODE(found.st_mode) & 0o077:
                 raise ConfigError(
                     f"{source} can be read by other users (mode {stat.S_IMODE(found.st_mode):o}): chmod 600 {path}, "
-                    "and make a new secret if they may have"
+                    f"and make {what} anew if they may have"
                 )
             if found.st_uid not in (os.geteuid(), 0):
                 raise ConfigError(f"{source} belongs to another user (id {found.st_uid}): make one of your own")
-            return Secret(file.read(1 << 16), source)
+            return file.read(1 << 16)
     except OSError as error:
-        raise ConfigError(f"the secret cannot be read from {source}: {error.strerror}") from error
+        raise ConfigError(f"{what} cannot be read from {source}: {error.strerror}") from error
+
+
+def _read(path: Path, source: str) -> Secret:
+    return Secret(read_private(path, "the secret", source), source)
 
 
 def _make(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from zrpc.ids import Incarnation, new_incarnation
 from zrpc.membership.broker import BrokerGroup
 from zrpc.secret import find_secret
 from zrpc.transport.brokered import BrokeredEndpoint
@@ -20,6 +20,7 @@ from zrpc.transport.credentials import Credentials
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from zrpc.ids import Incarnation
     from zrpc.membership.group import Member
     from zrpc.wire.envelope import Buffer
 
@@ -50,11 +51,13 @@ sys.stdin.read()
 
 
 class Broker:
-    """A broker process on a free port."""
+    """A broker process on a free port, with `environment` besides that of this process."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, **environment: str) -> None:
         command = [sys.executable, "-m", "zrpc_broker", "--bind", "tcp://127.0.0.1:0", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().split()[-1]
 
@@ -69,8 +72,8 @@ class Broker:
 
 
 @contextmanager
-def running_broker(*options: str) -> Iterator[Broker]:
-    broker = Broker(*options)
+def running_broker(*options: str, **environment: str) -> Iterator[Broker]:
+    broker = Broker(*options, **environment)
     try:
         yield broker
     finally:
@@ -100,10 +103,12 @@ class Seen:
 class Worker:
     """A worker as far as transport and membership go."""
 
-    def __init__(self, address: str, group: str | None = None, *, local: bool = True) -> None:
-        self.endpoint = BrokeredEndpoint(
-            address, new_incarnation(), local=local, credentials=Credentials(find_secret())
-        )
+    def __init__(
+        self, address: str, group: str | None = None, *, local: bool = True, credentials: Credentials | None = None,
+        life: Incarnation | None = None,
+    ) -> None:  # fmt: skip
+        credentials = credentials or Credentials(find_secret())
+        self.endpoint = BrokeredEndpoint(address, life or credentials.new_life(), local=local, credentials=credentials)
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()

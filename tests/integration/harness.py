@@ -231,15 +231,15 @@ class Cluster:
             running.pipes.append(reader)
         return running
 
-    def new_init_method(self) -> str:
-        """A meeting point for one group; with a broker, one of its own is started."""
+    def new_init_method(self, **environment: str) -> str:
+        """A meeting point for one group; with a broker, one of its own is started, with `environment` besides."""
         if self.mode == "file":
             return f"file://{self._directory}/store{next(self._stores)}"
         port = free_port()
         if self.mode == "tcp":
             return f"tcp://127.0.0.1:{port}"
         command = [sys.executable, "-m", "zrpc_broker", "--bind", f"tcp://127.0.0.1:{port}"]
-        self._brokers.append(subprocess.Popen(command))
+        self._brokers.append(subprocess.Popen(command, env={**os.environ, **environment}))
         return f"broker://127.0.0.1:{port}"
 
     def broker_pid(self) -> int:

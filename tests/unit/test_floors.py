@@ -31,6 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zrpc.interrupts",
         "zrpc.protocol_errors",
         "zrpc.remote_text",
+        "zrpc.keyring",
+        "zrpc.keyring_file",
         "zrpc.secret",
         "zrpc.threads",
         "zrpc.wakeups",
@@ -54,7 +56,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """From the ground up. Rooms on one floor do not import each other, but for the leaves at the very bottom."""
 
 BROKER_MAY_IMPORT = (
-    "zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.protocol_errors", "zrpc.remote_text", "zrpc.secret",
+    "zrpc.wire", "zrpc.transport", "zrpc.errors", "zrpc.ids", "zrpc.keyring", "zrpc.protocol_errors",
+    "zrpc.remote_text", "zrpc.secret",
 )  # fmt: skip
 
 ONLY_IN = {

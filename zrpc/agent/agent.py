@@ -62,6 +62,8 @@ class Agent:
         disconnect: tells the transport that a member is gone for good.
         shared_memory: for large buffers between workers of one host; None: they go through the endpoint.
         open_accelerator: opens the devices, if any are used.
+        checks_answers: an answer ends a call only if it is of the worker that was called: members are not trusted
+            with being any of them.
 
     Attributes:
         request: see `Client.request`: it is this very method, as each call takes it.
@@ -82,8 +84,11 @@ class Agent:
         disconnect: Callable[[Incarnation], None],
         shared_memory: SharedMemory | None = None,
         open_accelerator: Callable[[], Accelerator] = CudaAccelerator,
+        *,
+        checks_answers: bool = False,
     ) -> None:
         self.options = options
+        self._checks_answers = checks_answers
         self.address = address
         self.extensions: dict[type, Any] = {}
         self.hooks = Hooks()
@@ -134,7 +139,8 @@ class Agent:
     def join(self, name: str, rank: int, world_size: int | None, card: dict[str, Any], timeout_s: float) -> None:
         """Come into the group, as `Group.join`; requests are kept back until `open`."""
         self.control.start()
-        self._carrier.start(self._client.on_envelope, self._peers.lose, self.completions.catch_up)
+        on_envelope = self._client.on_checked_envelope if self._checks_answers else self._client.on_envelope
+        self._carrier.start(on_envelope, self._peers.lose, self.completions.catch_up)
         me = self._peers.join(name, rank, world_size, card, timeout_s)
         self.info = me.info
         self.ids = IdGenerator(me.info.id, me.incarnation)

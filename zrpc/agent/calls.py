@@ -46,6 +46,11 @@ class Calls:
     def __len__(self) -> int:
         return len(self._under_way)
 
+    def is_of_another(self, source: Incarnation, call_id: int) -> bool:
+        """Whether that call is under way, and to another worker than `source`."""
+        call = self._under_way.get(call_id)
+        return call is not None and call.peer.incarnation != source
+
     def add(self, call: Call) -> None:
         """A call begins."""
         self._under_way[call.call_id] = call

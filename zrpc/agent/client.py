@@ -8,10 +8,11 @@ what users hang on them.
 from __future__ import annotations
 
 import itertools
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from zrpc import protocol_errors
+from zrpc import finalizers, protocol_errors
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from zrpc.wire.envelope import Envelope
 
     Submit = Callable[[Callable[[], None]], None]
+
+log = logging.getLogger("zrpc")
 
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
@@ -257,6 +260,16 @@ class Client:
             self.completions.submit(work)
             return None
         return self._on_request(source, envelope)
+
+    def on_checked_envelope(self, source: Incarnation, envelope: Envelope) -> Work | None:
+        """The same where an answer may be of another worker than the one that was called: it is dropped then."""
+        if isinstance(envelope.message, Reply | Failure) and (
+            self.calls.is_of_another(source, envelope.call_id) or not self._peers.is_here(source)
+        ):
+            text = "an answer of %s to a call of another worker was dropped"
+            finalizers.defer(partial(log.warning, text, source.hex()))
+            return None
+        return self.on_envelope(source, envelope)
 
     def _standing(self) -> Standing:
         """How this thread stands to waiting for room."""

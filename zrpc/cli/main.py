@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from zrpc.cli import keys
 from zrpc.cli.plan import Launch, Program
 from zrpc.errors import ConfigError
 from zrpc_broker import defaults
@@ -33,6 +34,7 @@ MasterPort = Annotated[int | None, typer.Option(help="without a broker: port tha
 Grace = Annotated[float, typer.Option(help="seconds that workers may take to end when told to")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(keys.app, name="keys")
 
 
 def _show_version(wanted: bool) -> None:

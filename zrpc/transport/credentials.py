@@ -6,6 +6,10 @@ listen, one for those that connect. Who does not know the secret knows neither p
 Those that listen also ask `Authenticator` about each connection (ZAP, https://rfc.zeromq.org/spec/27): it lets in the
 keys of the group alone.
 
+With a keyring (`zrpc.keyring`) each worker connects and listens with a key of its own instead; a broker listens with
+the group's. Who listens where a worker is looked for must hold that worker's key, and all that comes over a connection
+is of the worker whose key it has (`zrpc.transport.senders`).
+
 On a local link the kernel says whose process it is (`zrpc.transport.local_socket`), and the first message has an
 authentication code for these two lives.
 
@@ -20,8 +24,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import zmq
 from zmq.utils import z85
 
+from zrpc.errors import ConfigError
+from zrpc.ids import new_incarnation
+from zrpc.keyring_file import fingerprint
+
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
+    from zrpc.keyring import Keyring
     from zrpc.secret import Secret
 
     Context = zmq.Context[zmq.Socket[bytes]]
@@ -48,17 +57,35 @@ class Credentials:
 
     Args:
         secret: the group's.
+        keyring: the keys of single workers; None: the secret makes a member.
+        private: this worker's own key, in Z85, with a keyring; None: a broker's, which has none.
+
+    Attributes:
+        keyring: as given.
     """
 
-    def __init__(self, secret: Secret) -> None:
+    def __init__(self, secret: Secret, keyring: Keyring | None = None, private: str | None = None) -> None:
         self._secret = secret
-        self._listening = _pair(secret.derive("curve, who listens"))
-        self._connecting = _pair(secret.derive("curve, who connects"))
+        self.keyring = keyring
+        self._group_listens = _pair(secret.derive("curve, who listens"))
+        group_connects = _pair(secret.derive("curve, who connects"))
+        own = None if private is None else KeyPair(zmq.curve_public(private.encode()), private.encode())
+        self._listening, self._connecting = own or self._group_listens, own or group_connects
+        self._group_public = z85.decode(group_connects.public)
+
+    @property
+    def secret(self) -> Secret:
+        """The group's."""
+        return self._secret
 
     @property
     def source(self) -> str:
         """Where the secret came from, for errors."""
         return self._secret.source
+
+    def new_life(self) -> Incarnation:
+        """A fresh incarnation of this worker."""
+        return new_incarnation(fingerprint(self._connecting.public.decode()) if self.keyring is not None else b"")
 
     def set_listening(self, sock: Socket) -> None:
         """`sock` will listen: only members can connect to it."""
@@ -66,19 +93,59 @@ class Credentials:
         sock.setsockopt(zmq.CURVE_SECRETKEY, self._listening.private)
         sock.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
 
-    def set_connecting(self, sock: Socket) -> None:
-        """`sock` will connect: only to members."""
-        sock.setsockopt(zmq.CURVE_SERVERKEY, self._listening.public)
+    def set_connecting(self, sock: Socket, listener: Incarnation | None = None) -> None:
+        """`sock` will connect: only to members.
+
+        Args:
+            sock: the socket.
+            listener: to this worker alone, where workers have keys of their own; None: to the broker.
+
+        Raises:
+            ConfigError: it has no key that is valid.
+        """
+        sock.setsockopt(zmq.CURVE_SERVERKEY, self._key_of(listener))
         sock.setsockopt(zmq.CURVE_PUBLICKEY, self._connecting.public)
         sock.setsockopt(zmq.CURVE_SECRETKEY, self._connecting.private)
 
     def is_member(self, public: bytes) -> bool:
         """Whether that key, of 32 bytes, is a member's."""
-        return public == z85.decode(self._connecting.public)
+        if self.keyring is None:
+            return public == self._group_public
+        self.keyring.reload()
+        return self.keyring.is_valid(z85.encode(public).decode())
+
+    def why_not(self, life: Incarnation) -> str | None:
+        """Why a worker is not let in, in that life, as far as the keyring says now; None: it is."""
+        if self.keyring is None:
+            return None
+        self.keyring.reload()
+        return self.keyring.why_not(life)
+
+    def is_revoked(self, life: Incarnation) -> bool:
+        """Whether the key of a worker was, as far as the keyring says now."""
+        if self.keyring is None:
+            return False
+        self.keyring.reload()
+        entry = self.keyring.entry_of(life)
+        return entry is not None and entry.revoked is not None
 
     def local_proof(self, sender: Incarnation, receiver: Incarnation) -> bytes:
         """What `sender` says on a local link to `receiver`, of `LOCAL_PROOF_NBYTES`."""
         return self._secret.derive("local link", sender, receiver)
+
+    def _key_of(self, listener: Incarnation | None) -> bytes:
+        if self.keyring is None or listener is None:
+            return self._group_listens.public
+        reason = self.why_not(listener)
+        entry = self.keyring.entry_of(listener)
+        if reason is not None or entry is None:
+            raise ConfigError(str(reason))
+        return entry.public.encode()
+
+
+def make_pair() -> KeyPair:
+    """A new key."""
+    return KeyPair(*zmq.curve_keypair())
 
 
 class Authenticator:
@@ -115,8 +182,9 @@ class Authenticator:
         origin, empty, version, number, domain, _, _, mechanism, key = request
         is_member = domain == DOMAIN and mechanism == b"CURVE" and self._credentials.is_member(key)
         verdict = (b"200", b"OK") if is_member else (b"400", b"not a member of this group")
+        user = z85.encode(key) if is_member else b""  # goes with all that comes over the connection
         with suppress(zmq.Again):
-            self.sock.send_multipart([origin, empty, version, number, *verdict, b"", b""], zmq.NOBLOCK)
+            self.sock.send_multipart([origin, empty, version, number, *verdict, user, b""], zmq.NOBLOCK)
 
 
 def _pair(private: bytes) -> KeyPair:

@@ -12,6 +12,8 @@ and the worker needs no port of its own.
 - `ROUTER_MANDATORY` makes both kinds of trouble visible: EHOSTUNREACH means that the receiver's connection is gone,
   and with it the worker; EAGAIN that it is at its high-water mark, and then messages wait in a backlog that is counted
   in bytes. A worker whose backlog passes its limit is given up (`Unreachable`): nothing is dropped without word of it.
+- Where workers have keys of their own, each message is one of the worker whose key its connection has proved, or is
+  dropped (`zrpc.transport.senders`).
 - A ROUTER does not say who went away. Its monitor says that somebody did (`Hint`), and the broker then probes.
 
 One thread owns a `Hub`; only `wake` may be called from others, and from a signal handler.
@@ -34,6 +36,7 @@ from zrpc import protocol_errors
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
 from zrpc.transport.credentials import Authenticator
+from zrpc.transport.senders import Senders
 
 if TYPE_CHECKING:
     from zrpc.transport.credentials import Credentials
@@ -125,6 +128,8 @@ class Hub:
     ) -> None:
         self._context = sockets.make_context()
         self._authenticator = None if credentials is None else Authenticator(self._context, credentials)
+        keyring = None if credentials is None else credentials.keyring
+        self._senders = None if keyring is None else Senders(keyring, _log.warning)
         self._router = sockets.make_socket(self._context, zmq.ROUTER)
         try:
             self.address = sockets.bind(self._router, address, credentials)
@@ -244,6 +249,8 @@ class Hub:
             protocol_errors.received.note("message", reprlib.repr(origin), text, at_once=True)
             return True
         source = origin[1:]
+        if self._senders is not None and not self._senders.is_from(source, frame):
+            return True
         if origin[:1] == SENDER:
             self._active.add(source)
             self._route(source, parts)

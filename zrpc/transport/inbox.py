@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zrpc.transport.local_links import LocalLinks
+    from zrpc.transport.multipart import Check
     from zrpc.transport.sockets import Socket
     from zrpc.transport.turns import Awaited
 
@@ -67,6 +68,7 @@ class Inbox:
         interrupt: sends the socket a message that says nothing.
         links: where messages come too, if it is not None; the inbox closes it.
         busy_poll_s: see `Polling`.
+        check: see `Messages`.
 
     Attributes:
         on_queue_empty: called by a reader before it waits or stays away, and every few ms by the one that keeps watch.
@@ -83,6 +85,7 @@ class Inbox:
         interrupt: Callable[[], None],
         links: LocalLinks | None = None,
         busy_poll_s: float = 0.0,
+        check: Check | None = None,
     ) -> None:
         self.tell(_nothing, _nothing)
         self.polling = Polling(sock, links, busy_poll_s)
@@ -96,7 +99,7 @@ class Inbox:
         self._turns = Turns()
         self._wakes: dict[int, WakeUp] = {}  # of the readers; each adds its own
         self._serves_queue = 0  # the reader at work that had not to wait for it
-        self._messages = Messages(sock)
+        self._messages = Messages(sock, check)
         self._local_run = 0
         self._takes_several = False
         self._handed_on: deque[Work] = deque()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from zrpc.transport.credentials import Credentials
     from zrpc.transport.inbox import Work
     from zrpc.transport.link import Link
+    from zrpc.transport.multipart import Check
     from zrpc.transport.socket_link import SocketLink
     from zrpc.wire.envelope import Buffer
 
@@ -53,11 +54,13 @@ class LinkEndpoint(ABC):
         busy_poll_s: see `Polling`.
         wake: a message to itself that says nothing.
         credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
+        check: see `Messages`; None where all members may say that they are any of them.
     """
 
     def __init__(
         self, incarnation: Incarnation, make_inbound: Callable[[sockets.Context], sockets.Socket], *, local: bool,
         is_thrifty: bool, busy_poll_s: float, wake: Sequence[bytes], credentials: Credentials | None,
+        check: Check | None = None,
     ) -> None:  # fmt: skip
         self.incarnation = incarnation
         self._credentials = credentials
@@ -70,7 +73,10 @@ class LinkEndpoint(ABC):
             raise
         inbound.bind(_WAKE_READER)
         self._local_links = LocalLinks.make(incarnation, credentials, is_thrifty=is_thrifty) if local else None
-        self.inbox = Inbox(inbound, self._take, self._is_over, self.interrupt, self._local_links, busy_poll_s)
+        self.inbox = Inbox(
+            inbound, self._take if check is None else self._take_unless_revoked, self._is_over, self.interrupt,
+            self._local_links, busy_poll_s, check,
+        )  # fmt: skip
         self._watcher_end = self._context.socket(zmq.PAIR)
         self._watcher_end.bind(_WAKE_WATCHER)
         self._reader_wake = self._wake_socket(_WAKE_READER, zmq.DEALER)
@@ -79,6 +85,7 @@ class LinkEndpoint(ABC):
         self._links: dict[Incarnation, Link] = {}
         self._owed: dict[Incarnation, bytes] = {}  # to workers that cannot be sent to yet; of the thread that reads
         self._gone = EndedLives()
+        self._revoked: set[Incarnation] = set()  # their keys were
         self._clogged: set[SocketLink] = set()
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -193,6 +200,10 @@ class LinkEndpoint(ABC):
         self._context.term()
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _take_unless_revoked(self, source: bytes, frames: list[Buffer]) -> Work | None:
+        """Take what comes of others: what a local link still brings of one whose key was revoked is dropped."""
+        return None if source in self._revoked else self._take(source, frames)
 
     def _is_mark(self, source: Incarnation, frames: list[Buffer]) -> bool:
         """Whether a message is a mark (`zrpc.transport.credit`); then it is seen to."""

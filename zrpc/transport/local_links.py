@@ -282,6 +282,9 @@ class LocalLinks:
         if not hmac.compare_digest(hello, _HELLO + source + self._proof(source, self._me)):
             finalizers.defer(partial(log.warning, "a process of this user that is no member of this group was refused"))
             return False
+        if self._credentials is not None and (reason := self._credentials.why_not(source)) is not None:
+            finalizers.defer(partial(log.warning, "a process of this user was refused: %s", reason))
+            return False
         incoming.say_source(source)
         self._by_source[incoming.source] = incoming
         return True

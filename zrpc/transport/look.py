@@ -30,7 +30,8 @@ KNOWN_S = 0.2
 def has_ended(address: str, incarnation: Incarnation, own_address: str, credentials: Credentials | None) -> bool:
     """Whether the worker that listened at `address` in that life has ended for certain.
 
-    False as well where that cannot be found out: it does not answer, say, or its address means another host here.
+    One whose key was revoked has: it is a member no more. False as well where that cannot be found out: it does not
+    answer, say, or its address means another host here.
 
     Args:
         address: the worker's, `tcp://host:port`.
@@ -38,6 +39,8 @@ def has_ended(address: str, incarnation: Incarnation, own_address: str, credenti
         own_address: where this worker listens: what it holds itself, nobody else does.
         credentials: those of the group.
     """
+    if credentials is not None and credentials.is_revoked(incarnation):
+        return True
     if local_socket.is_listening(incarnation):
         return False
     try:
@@ -66,7 +69,7 @@ def _is_another(address: str, incarnation: Incarnation, credentials: Credentials
     with sockets.make_context() as context, sockets.make_socket(context, zmq.ROUTER) as sock:
         monitor = sockets.make_monitor(context, sock, EVENTS)
         try:
-            sockets.connect(sock, address, credentials)
+            sockets.connect(sock, address, credentials, incarnation)
             while monitor.poll(max(0, int((deadline - time.monotonic()) * 1000))):
                 event = sockets.receive_event(monitor)
                 if event in HANDSHAKE_FAILED or event == zmq.EVENT_DISCONNECTED:

@@ -21,8 +21,12 @@ import zmq
 from zrpc.wire.envelope import INLINE_MAX_NBYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zrpc.transport.sockets import Socket
     from zrpc.wire.envelope import Buffer
+
+    Check = Callable[[list[Buffer | zmq.Frame]], list[Buffer | zmq.Frame]]
 
 _NOBLOCK = (int(zmq.NOBLOCK),)
 _Frame = zmq.Frame
@@ -33,11 +37,15 @@ class Messages:
 
     Args:
         sock: where they come.
+        check: gives what is to be handed on for the parts of a message that came; None: those.
         is_collected_between: destructors may run between any two bytecodes; else only where a call makes memory.
     """
 
-    def __init__(self, sock: Socket, *, is_collected_between: bool = sys.version_info >= (3, 12)) -> None:
+    def __init__(
+        self, sock: Socket, check: Check | None = None, *, is_collected_between: bool = sys.version_info >= (3, 12)
+    ) -> None:
         self._sock = sock
+        self._check = check
         self._is_collected_between = is_collected_between
         self._begun: list[Buffer | zmq.Frame] = []  # of the message that is being received
 
@@ -61,6 +69,8 @@ class Messages:
             if type(part) is _Frame and not part.more:  # the source, which is a copy, is never alone
                 break
         self._begun = rest
+        if self._check is not None:
+            begun = self._check(begun)
         for index, part in enumerate(begun):
             if type(part) is _Frame:
                 begun[index] = part.bytes if len(part) <= INLINE_MAX_NBYTES else part.buffer

@@ -5,27 +5,38 @@ its lock. An answer travels on the answerer's own DEALER. So a call needs no hop
 and no socket is ever polled for both.
 
 A DEALER's routing id is its worker's incarnation: the ROUTER's source frame says who sent, and two lives of one worker
-are never mistaken for each other. Connections are made when the first message is sent. Workers of one host have local
+are never mistaken for each other. Where workers have keys of their own, bytes that only the receiver sees follow it,
+so that no other member can take the connection over (ROUTER_HANDOVER), and the key says whether the incarnation is the
+sender's (`zrpc.transport.senders`). Once a second the keyring is looked at, and peers whose keys were revoked are lost.
+
+Connections are made when the first message is sent. Workers of one host have local
 links instead, where both may have them.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import zmq
 
+from zrpc import finalizers
 from zrpc.errors import ConfigError, PeerLostError
 from zrpc.transport import descriptors, sockets
 from zrpc.transport.credentials import Authenticator
 from zrpc.transport.credit import CreditLink
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.local_links import FILES_PER_PEER
+from zrpc.transport.senders import Senders
 from zrpc.transport.socket_link import SocketLink
 from zrpc.transport.watch import EVENTS, ConnectionWatch
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
+    from zrpc.keyring import Keyring
     from zrpc.transport.credentials import Credentials
     from zrpc.transport.endpoint import OnFrames, OnLost
     from zrpc.transport.inbox import Work
@@ -36,6 +47,11 @@ if TYPE_CHECKING:
 CREDIT_NBYTES = 512 << 20
 """What may be on the way to one peer that has not read it. ZeroMQ holds references to memory that the message's sender
 holds as well: this only bounds answers."""
+HIDDEN_NBYTES = 8
+KEYS_INTERVAL_MS = 1_000
+"""How often the keyring is looked at."""
+
+log = logging.getLogger("zrpc")
 
 
 class PeerEndpoint(LinkEndpoint):
@@ -60,9 +76,14 @@ class PeerEndpoint(LinkEndpoint):
         self._authenticator: Authenticator | None = None
         self._on_frames: OnFrames
         self._on_lost: OnLost
+        keyring = None if credentials is None else credentials.keyring
+        self._keyring = keyring
+        senders = None if keyring is None else Senders(keyring, _warn)
+        self._complaint: str | None = None  # of the keyring, that was logged
+        self._keys_due = 0.0
         super().__init__(
             incarnation, self._make_router, local=local, is_thrifty=False, busy_poll_s=busy_poll_s, wake=[b""],
-            credentials=credentials,
+            credentials=credentials, check=None if senders is None else senders.checked,
         )  # fmt: skip
         if self._local_links is not None:
             self._local_links.tell(self._declare_lost)
@@ -137,14 +158,15 @@ class PeerEndpoint(LinkEndpoint):
 
     def _open_socket(self, peer: Incarnation, address: str) -> Link:
         """A DEALER that is connected to `peer`. Call it under the lock."""
-        sock = sockets.make_socket(self._context, zmq.DEALER, identity=self.incarnation, heartbeats=False)
+        identity = self.incarnation if self._keyring is None else self.incarnation + os.urandom(HIDDEN_NBYTES)
+        sock = sockets.make_socket(self._context, zmq.DEALER, identity=identity, heartbeats=False)
         try:
             monitor = sockets.make_monitor(self._context, sock, EVENTS)
         except zmq.ZMQError:
             sock.close()
             raise
         try:
-            sockets.connect(sock, address, self._credentials)
+            sockets.connect(sock, address, self._credentials, peer)
         except ConfigError as error:
             self._gone.note(peer, f"its address cannot be used: {error}")
             sock.disable_monitor()  # its last word must be sent while somebody is there to read it
@@ -163,8 +185,39 @@ class PeerEndpoint(LinkEndpoint):
         return self._on_frames(source, frames)
 
     def _watch_once(self) -> None:
-        self._watch.poll(self._drain_interval_ms, self._declare_lost)
+        timeout_ms = self._drain_interval_ms
+        if self._keyring is not None and timeout_ms is None:
+            timeout_ms = KEYS_INTERVAL_MS
+        self._watch.poll(timeout_ms, self._declare_lost)
         self._watch_new()
+        if self._keyring is not None and time.monotonic() >= self._keys_due:
+            self._keys_due = time.monotonic() + KEYS_INTERVAL_MS / 1000
+            self._look_at_keys(self._keyring)
+
+    def _look_at_keys(self, keyring: Keyring) -> None:
+        """Read the keyring again if it has changed; those that it does not let in any more are lost."""
+        keyring.reload()
+        if keyring.complaint != self._complaint and keyring.complaint is not None:
+            _warn(f"the keyring has changed, and what it said before holds: {keyring.complaint}")
+        self._complaint = keyring.complaint
+        own = keyring.why_not(self.incarnation)
+        for peer in [one for one in list(self._addresses) if one != self.incarnation]:
+            reason = keyring.why_not(peer) or (own and f"this worker is a member no more, as {own}")
+            if reason:
+                self._lose_revoked(peer, reason)
+
+    def _lose_revoked(self, peer: Incarnation, reason: str) -> None:
+        """Nothing that `peer` sends is taken from now on."""
+        self._revoked.add(peer)
+        with self._lock:
+            was_known = self._addresses.pop(peer, None) is not None and peer not in self._gone
+            self._gone.note(peer, reason)
+            self._owed.pop(peer, None)
+            link = self._links.pop(peer, None)
+        if link is not None:
+            link.close(linger_s=0.0)
+        if was_known:
+            self._on_lost(peer, reason)
 
     def _watch_new(self) -> None:
         with self._lock:
@@ -192,3 +245,8 @@ class PeerEndpoint(LinkEndpoint):
             self._owed.pop(peer, None)
         link.close(linger_s=0.0)
         self._on_lost(peer, reason)
+
+
+def _warn(text: str) -> None:
+    """Log what the thread that reads has found."""
+    finalizers.defer(partial(log.warning, "%s", text))

@@ -21,6 +21,7 @@ from zrpc.errors import ConfigError
 from zrpc.transport import descriptors
 
 if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
     from zrpc.transport.credentials import Credentials
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -245,16 +246,17 @@ def bind(sock: Socket, address: str, credentials: Credentials | None) -> str:
     return bound
 
 
-def connect(sock: Socket, address: str, credentials: Credentials | None) -> None:
+def connect(sock: Socket, address: str, credentials: Credentials | None, listener: Incarnation | None = None) -> None:
     """Connect to `address`; ZeroMQ goes on trying in the background until the socket is closed.
 
     Args:
         sock: what connects.
         address: where to.
         credentials: what it proves there, and who must listen; None: nothing, and anybody.
+        listener: the worker that must; None: a broker. See `Credentials.set_connecting`.
 
     Raises:
-        ConfigError: the address cannot be resolved or is not one.
+        ConfigError: the address cannot be resolved or is not one, or the worker has no key that is valid.
     """
     numeric = resolve(address)
     host, _ = split_address(numeric)
@@ -263,7 +265,7 @@ def connect(sock: Socket, address: str, credentials: Credentials | None) -> None
     if ipaddress.ip_address(host.split("%")[0]).is_loopback:
         sock.setsockopt(zmq.SNDBUF, LOOPBACK_BUFFER_NBYTES)
     if credentials is not None:
-        credentials.set_connecting(sock)
+        credentials.set_connecting(sock, listener)
     sock.connect(numeric)
 
 

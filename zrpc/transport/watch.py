@@ -67,7 +67,8 @@ class ConnectionState:
             if self.denials >= DENIALS or event in _DENIED:
                 return (
                     "what listens at its address has another secret than this process, or none (insecure), or is no "
-                    "zrpc of this version: give all workers, and the broker, the same ZRPC_SECRET"
+                    "zrpc of this version: give all workers, and the broker, the same ZRPC_SECRET. Where workers have "
+                    "keys (ZRPC_KEYS): or its keyring does not list this worker's key, or has it revoked"
                 )
         elif event == zmq.EVENT_CLOSED:
             self.refusals += 1

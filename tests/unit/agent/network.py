@@ -202,7 +202,10 @@ class MemoryGroup:
 class Worker:
     """An agent with its fake transport and membership."""
 
-    def __init__(self, network: Network, name: str, rank: int, options: RpcBackendOptions | None = None) -> None:
+    def __init__(
+        self, network: Network, name: str, rank: int, options: RpcBackendOptions | None = None,
+        *, checks_answers: bool = False,
+    ) -> None:  # fmt: skip
         self.options = options or RpcBackendOptions(num_worker_threads=4)
         self.endpoint = MemoryEndpoint(network)
         self.group = MemoryGroup([])
@@ -212,7 +215,7 @@ class Worker:
         self.accelerator = FakeAccelerator(rank)
         self.agent = Agent(
             self.options, self.endpoint, self.group, None, self.connected.append, self.disconnected.append,
-            open_accelerator=lambda: self.open_accelerator(),
+            open_accelerator=lambda: self.open_accelerator(), checks_answers=checks_answers,
         )  # fmt: skip
 
     def open_accelerator(self) -> FakeAccelerator:
@@ -229,11 +232,17 @@ class Worker:
 
 @contextmanager
 def workers(
-    *names: str, threads: int = 4, dynamic: bool = False, open_them: bool = True, network: Network | None = None
+    *names: str,
+    threads: int = 4,
+    dynamic: bool = False,
+    open_them: bool = True,
+    network: Network | None = None,
+    checks_answers: bool = False,
 ) -> Iterator[list[Worker]]:
     """Workers that know each other, closed in the end."""
     net = network or Network()
-    made = [Worker(net, name, rank, RpcBackendOptions(num_worker_threads=threads)) for rank, name in enumerate(names)]
+    options = [RpcBackendOptions(num_worker_threads=threads) for _ in names]
+    made = [Worker(net, name, rank, options[rank], checks_answers=checks_answers) for rank, name in enumerate(names)]
     members = [worker.member() for worker in made]
     try:
         for worker in made:

@@ -13,6 +13,7 @@ import torch
 from tests.logs import handled_by
 from tests.unit.agent.network import WAIT_S, Network, Worker, workers
 from tests.waiting import until
+from zrpc import finalizers
 from zrpc.agent import client
 from zrpc.config import RpcBackendOptions
 from zrpc.errors import (
@@ -32,6 +33,7 @@ from zrpc.wire import pickling
 from zrpc.wire.envelope import Envelope, encode
 from zrpc.wire.exceptions import RemoteTraceback
 from zrpc.wire.messages import (
+    Failure,
     Heartbeat,
     Message,
     PythonCall,
@@ -240,6 +242,30 @@ def test_damaged_messages_are_dropped_and_the_next_one_is_read(caplog: pytest.Lo
         assert pickling.loads(a.agent.request(b.info, FETCH, pickling.dumps(5)).wait()) == 5
     assert caplog.text.count("was dropped") == 1, "the one without frames"
     assert caplog.text.count("could not be read") == 4, "one of them a request, which is answered"
+
+
+@pytest.mark.parametrize("forger", ["a member", "a stranger"])
+def test_where_members_have_keys_of_their_own_a_call_is_answered_by_its_callee_alone(
+    caplog: pytest.LogCaptureFixture, forger: str
+) -> None:
+    """Whoever is let in could guess the number of a call. A late answer of the callee is no forged one."""
+    gate = Gate()
+    with workers("a", "b", "c", checks_answers=True) as (a, b, c):
+        b.agent.handle(RRefFetch, gate, inline=True)
+        call = a.agent.request(b.info, FETCH, pickling.dumps(5))
+        late = a.agent.request(b.info, FETCH, pickling.dumps(5), timeout_s=0.05)
+        gate.wait(2)
+        with pytest.raises(RpcTimeoutError):
+            late.wait()
+        source = c.endpoint.incarnation if forger == "a member" else new_incarnation()
+        for message in (Reply(), Failure("E", "forged", "")):
+            a.endpoint.deliver(source, list(encode(Envelope(message, call.call_id))))
+        until(lambda: a.endpoint.num_read >= 2, "what is forged was read")
+        for request in gate.requests:
+            request.reply(pickling.dumps(7))
+        assert pickling.loads(call.wait()) == 7
+    finalizers.run_pending()
+    assert caplog.text.count("to a call of another worker was dropped") == 2
 
 
 def test_while_a_damaged_message_is_logged_the_next_ones_are_read() -> None:

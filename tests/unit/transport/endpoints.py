@@ -6,15 +6,15 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from zrpc.ids import Incarnation, new_incarnation
 from zrpc.secret import Secret
 from zrpc.transport.credentials import Credentials
 from zrpc.transport.peer import PeerEndpoint
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Buffer
 
 WAIT_S = 20.0
@@ -83,9 +83,9 @@ class Peer:
 
     local = False
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Credentials = CREDENTIALS) -> None:
         self.arrivals = Arrivals()
-        self.endpoint = PeerEndpoint(new_incarnation(), LOOPBACK, local=self.local, credentials=CREDENTIALS)
+        self.endpoint = PeerEndpoint(credentials.new_life(), LOOPBACK, local=self.local, credentials=credentials)
         self.id = self.endpoint.incarnation
 
     def start(self) -> None:
@@ -96,11 +96,11 @@ class Peer:
 
 
 @contextmanager
-def peers(count: int = 2, start: bool = True) -> Iterator[list[Peer]]:
-    """Endpoints that all know each other, closed in the end."""
+def peers(count: int = 2, start: bool = True, credentials: Sequence[Credentials] = ()) -> Iterator[list[Peer]]:
+    """Endpoints that all know each other, closed in the end; `credentials`: of the first ones."""
     made: list[Peer] = []
     try:
-        made += [Peer() for _ in range(count)]
+        made += [Peer(credentials[number] if number < len(credentials) else CREDENTIALS) for number in range(count)]
         for one in made:
             for other in made:
                 one.knows(other)

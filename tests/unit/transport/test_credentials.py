@@ -23,6 +23,8 @@ from zrpc.transport.peer import PeerEndpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from zrpc.ids import Incarnation
+
 OTHER = Credentials(Secret("the secret of another group"))
 CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -31,10 +33,13 @@ REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROT
 class Stranger:
     """A DEALER that has said something to an address, and what became of its connection."""
 
-    def __init__(self, context: sockets.Context, address: str, credentials: Credentials | None) -> None:
-        self.sock = sockets.make_socket(context, zmq.DEALER, identity=new_incarnation())
+    def __init__(
+        self, context: sockets.Context, address: str, credentials: Credentials | None, identity: bytes = b"",
+        listener: Incarnation | None = None,
+    ) -> None:  # fmt: skip
+        self.sock = sockets.make_socket(context, zmq.DEALER, identity=identity or new_incarnation())
         self.monitor = sockets.make_monitor(context, self.sock, CONNECTED | REFUSED)
-        sockets.connect(self.sock, address, credentials)
+        sockets.connect(self.sock, address, credentials, listener)
         self.sock.send(b"said by a stranger")
 
     def outcome(self) -> int:
@@ -66,8 +71,8 @@ def heard(peer: Peer) -> list[bytes]:
 class KnowsOneKey(Credentials):
     """Of somebody who has seen the public key of those that listen, and has a key of his own."""
 
-    def set_connecting(self, sock: sockets.Socket) -> None:
-        CREDENTIALS.set_connecting(sock)
+    def set_connecting(self, sock: sockets.Socket, listener: Incarnation | None = None) -> None:
+        CREDENTIALS.set_connecting(sock, listener)
         public, private = zmq.curve_keypair()
         sock.setsockopt(zmq.CURVE_PUBLICKEY, public)
         sock.setsockopt(zmq.CURVE_SECRETKEY, private)
