@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from zrpc.keyring import Keyring
     from zrpc.wire.envelope import Buffer
 
-    Part = Buffer | zmq.Frame
 
 USER_ID = "User-Id"
 """What `Authenticator` has said of a connection: its key."""
@@ -57,7 +56,7 @@ class Senders:
             return False
         return self._passed.get(life) == public or self._judge(life, public)
 
-    def checked(self, parts: list[Part]) -> list[Part]:
+    def checked(self, parts: list[Buffer | zmq.Frame]) -> list[Buffer | zmq.Frame]:
         """The parts of a message, with the incarnation as its source, or of one that says nothing in its place.
 
         Args:
