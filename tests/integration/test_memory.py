@@ -96,7 +96,7 @@ def test_an_idle_worker_takes_little_more_than_torch(cluster_in_each_mode: Clust
         assert own - bare_own < IDLE_MAX
 
 
-UNUSED = ("encodings.idna", "stringprep", "zmq.asyncio", "hmac")
+UNUSED = ("encodings.idna", "stringprep", "zmq.asyncio")
 ALONE = f"""
 import sys, torch, zrpc as rpc
 options = rpc.RpcBackendOptions(init_method=sys.argv[1])
