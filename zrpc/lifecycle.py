@@ -24,10 +24,9 @@ from zrpc.autograd import install as install_autograd
 from zrpc.autograd.service import AutogradService
 from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
 from zrpc.errors import AlreadyInitializedError, ConfigError
-from zrpc.ids import WorkerInfo, new_incarnation
-from zrpc.keyring import INSECURE_KEYS, check_pair, find_keyring, find_private_key
+from zrpc.ids import WorkerInfo
 from zrpc.membership import agreement
-from zrpc.membership.permitted import PermittedGroup
+from zrpc.membership.permitted import permitted
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
 from zrpc.optim.turns import install as install_optim
@@ -36,7 +35,7 @@ from zrpc.rref.context import RRefContext
 from zrpc.rref.serving import install as install_rrefs
 from zrpc.secret import find_secret
 from zrpc.transport import descriptors
-from zrpc.transport.credentials import Credentials
+from zrpc.transport.credentials import keyring_of, new_life, worker_credentials
 from zrpc.transport.look import has_ended
 from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
@@ -49,9 +48,8 @@ from zrpc.wire.registered import RegisteredRules
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from zrpc.ids import Incarnation
     from zrpc.membership.claims import Store
-    from zrpc.membership.group import Group
+    from zrpc.secret import Secret
     from zrpc.wire.loading import Rules
 
 log = logging.getLogger("zrpc")
@@ -293,24 +291,23 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    credentials = _credentials(options)
+    secret = _secret(options)
+    credentials = worker_credentials(secret)
     endpoint = PeerEndpoint(
-        _new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
         credentials=credentials,
     )  # fmt: skip
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
-    looks = partial(has_ended, own_address=address, credentials=credentials)
-    group: Group = StoreGroup(store, looks, None if credentials is None else credentials.secret)
-    keyring = None if credentials is None else credentials.keyring
+    group = StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials), secret)
     return Agent(
         options,
         endpoint,
-        group if keyring is None else PermittedGroup(group, keyring),
+        permitted(group, keyring_of(credentials)),
         address=address,
         connect=lambda member: endpoint.connect(member.incarnation, member.card["address"]),
         disconnect=endpoint.disconnect,
         shared_memory=_shared_memory(options),
-        checks_answers=keyring is not None,
+        checks_answers=keyring_of(credentials) is not None,
     )
 
 
@@ -319,9 +316,9 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
-    credentials = _credentials(options)
+    credentials = worker_credentials(_secret(options))
     endpoint = BrokeredEndpoint(
-        address, _new_life(credentials), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
+        address, new_life(credentials), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
         credentials=credentials,
     )  # fmt: skip
     return Agent(
@@ -332,34 +329,23 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
         connect=_nothing,
         disconnect=_nothing,
         shared_memory=_shared_memory(options),
-        checks_answers=credentials is not None and credentials.keyring is not None,
+        checks_answers=keyring_of(credentials) is not None,
     )
 
 
-def _credentials(options: RpcBackendOptions) -> Credentials | None:
-    """What this worker proves itself with, and whom it lets in; None, with a warning: anybody.
+def _secret(options: RpcBackendOptions) -> Secret | None:
+    """The secret of the group; None, with a warning: it has none, and lets anybody in.
 
     Raises:
-        ConfigError: there is no secret that can be used, or the worker's own key cannot.
+        ConfigError: there is no secret that can be used.
     """
-    keyring, private = find_keyring(), find_private_key()
     if not options.insecure:
-        check_pair(keyring, private)
-        credentials = Credentials(find_secret(options.secret), keyring, private)
-        if (reason := credentials.why_not(credentials.new_life())) is not None:
-            raise ConfigError(f"this worker cannot be a member: {reason}")
-        return credentials
-    if keyring is not None or private is not None:
-        raise ConfigError(INSECURE_KEYS)
+        return find_secret(options.secret)
     warnings.warn(
         "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
         stacklevel=2,
     )
     return None
-
-
-def _new_life(credentials: Credentials | None) -> Incarnation:
-    return new_incarnation() if credentials is None else credentials.new_life()
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:

@@ -23,6 +23,11 @@ LINGER_S = 2.0
 """How long a worker that refuses a group stays, as the others may learn of its members through it."""
 
 
+def permitted(group: Group, keyring: Keyring | None) -> Group:
+    """`group` as `keyring` lets it be; itself, where there is none."""
+    return group if keyring is None else PermittedGroup(group, keyring)
+
+
 class PermittedGroup:
     """A group, seen through a keyring.
 

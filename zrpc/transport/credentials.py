@@ -74,11 +74,6 @@ class Credentials:
         self._group_public = z85.decode(group_connects.public)
 
     @property
-    def secret(self) -> Secret:
-        """The group's."""
-        return self._secret
-
-    @property
     def source(self) -> str:
         """Where the secret came from, for errors."""
         return self._secret.source
@@ -141,6 +136,37 @@ class Credentials:
         if reason is not None or entry is None:
             raise ConfigError(str(reason))
         return entry.public.encode()
+
+
+def worker_credentials(secret: Secret | None) -> Credentials | None:
+    """What a worker proves itself with: the group's secret and, where the environment names them, keys of workers.
+
+    Args:
+        secret: None where the group has none (insecure).
+
+    Raises:
+        ConfigError: the keyring or this worker's own key cannot be used.
+    """
+    keyring, private = find_keyring(), find_private_key()
+    if secret is None:
+        if keyring is not None or private is not None:
+            raise ConfigError(INSECURE_KEYS)
+        return None
+    check_pair(keyring, private)
+    credentials = Credentials(secret, keyring, private)
+    if (reason := credentials.why_not(credentials.new_life())) is not None:
+        raise ConfigError(f"this worker cannot be a member: {reason}")
+    return credentials
+
+
+def new_life(credentials: Credentials | None) -> Incarnation:
+    """A fresh incarnation of a worker that has these, or none."""
+    return new_incarnation() if credentials is None else credentials.new_life()
+
+
+def keyring_of(credentials: Credentials | None) -> Keyring | None:
+    """The keys of single workers; None where members are trusted with being any of them."""
+    return None if credentials is None else credentials.keyring
 
 
 def make_pair() -> KeyPair:

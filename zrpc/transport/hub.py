@@ -35,7 +35,7 @@ import zmq
 from zrpc import protocol_errors
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
-from zrpc.transport.credentials import Authenticator
+from zrpc.transport.credentials import Authenticator, keyring_of
 from zrpc.transport.senders import Senders
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Hub:
     ) -> None:
         self._context = sockets.make_context()
         self._authenticator = None if credentials is None else Authenticator(self._context, credentials)
-        keyring = None if credentials is None else credentials.keyring
+        keyring = keyring_of(credentials)
         self._senders = None if keyring is None else Senders(keyring, _log.warning)
         self._router = sockets.make_socket(self._context, zmq.ROUTER)
         try:

@@ -26,7 +26,7 @@ import zmq
 from zrpc import finalizers
 from zrpc.errors import ConfigError, PeerLostError
 from zrpc.transport import descriptors, sockets
-from zrpc.transport.credentials import Authenticator
+from zrpc.transport.credentials import Authenticator, keyring_of
 from zrpc.transport.credit import CreditLink
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.local_links import FILES_PER_PEER
@@ -76,7 +76,7 @@ class PeerEndpoint(LinkEndpoint):
         self._authenticator: Authenticator | None = None
         self._on_frames: OnFrames
         self._on_lost: OnLost
-        keyring = None if credentials is None else credentials.keyring
+        keyring = keyring_of(credentials)
         self._keyring = keyring
         senders = None if keyring is None else Senders(keyring, _warn)
         self._complaint: str | None = None  # of the keyring, that was logged
