@@ -111,15 +111,12 @@ class BrokerGroup:
         try:
             self._endpoint.open()
             self._heartbeats = threads.start(self._heartbeat_loop, "zrpc-heartbeat")  # they wait for an interval first
-            self._tell(Register(name, rank, world_size or 0, card, self._group))
-        except BaseException as failure:
+            with contextlib.suppress(PeerLostError):  # the broker is lost, or refuses this worker: `_end` says why
+                self._tell(Register(name, rank, world_size or 0, card, self._group))
+        except BaseException:
             with self._changed:
                 self._set_state(_State.ENDED)
             self._join_heartbeats()
-            if (
-                isinstance(failure, PeerLostError) and self._ended_by is not None
-            ):  # the broker refused this worker at once
-                raise self._ended_by from None
             raise
         with self._changed:
             self._changed.wait_for(lambda: self._state is not _State.JOINING, timeout_s)
