@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from zrpc.optim.turns import install as install_optim
 from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.serving import install as install_rrefs
-from zrpc.secret import find_secret
+from zrpc.secret import group_secret
 from zrpc.transport import descriptors
 from zrpc.transport.credentials import keyring_of, new_life, worker_credentials
 from zrpc.transport.look import has_ended
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zrpc.membership.claims import Store
-    from zrpc.secret import Secret
     from zrpc.wire.loading import Rules
 
 log = logging.getLogger("zrpc")
@@ -291,7 +289,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     bind = (
         options.bind if options.bind != RpcBackendOptions.DEFAULT_BIND else os.environ.get(BIND_VARIABLE, options.bind)
     )
-    secret = _secret(options)
+    secret = group_secret(options.secret, insecure=options.insecure)
     credentials = worker_credentials(secret)
     endpoint = PeerEndpoint(
         new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
@@ -316,7 +314,7 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.transport.brokered import BrokeredEndpoint
 
     address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
-    credentials = worker_credentials(_secret(options))
+    credentials = worker_credentials(group_secret(options.secret, insecure=options.insecure))
     endpoint = BrokeredEndpoint(
         address, new_life(credentials), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
         credentials=credentials,
@@ -331,21 +329,6 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
         shared_memory=_shared_memory(options),
         checks_answers=keyring_of(credentials) is not None,
     )
-
-
-def _secret(options: RpcBackendOptions) -> Secret | None:
-    """The secret of the group; None, with a warning: it has none, and lets anybody in.
-
-    Raises:
-        ConfigError: there is no secret that can be used.
-    """
-    if not options.insecure:
-        return find_secret(options.secret)
-    warnings.warn(
-        "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
-        stacklevel=2,
-    )
-    return None
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:

@@ -20,6 +20,7 @@ import hmac
 import os
 import secrets
 import stat
+import warnings
 from pathlib import Path
 
 from zrpc.errors import ConfigError
@@ -107,6 +108,25 @@ def find_secret(value: str | bytes | None = None) -> Secret:
     if not path.exists():
         _make(path)
     return _read(path, str(path))
+
+
+def group_secret(value: str | bytes | None, *, insecure: bool) -> Secret | None:
+    """The secret of a worker's group; None, with a warning, where it has none and lets anybody in.
+
+    Args:
+        value: what the option `secret` says.
+        insecure: what the option `insecure` says.
+
+    Raises:
+        ConfigError: see `find_secret`.
+    """
+    if not insecure:
+        return find_secret(value)
+    warnings.warn(
+        "zrpc runs without authentication (insecure): whoever reaches a port of this group can run code in its workers",
+        stacklevel=2,
+    )
+    return None
 
 
 def says_insecure() -> bool:

@@ -26,6 +26,7 @@ from zmq.utils import z85
 
 from zrpc.errors import ConfigError
 from zrpc.ids import new_incarnation
+from zrpc.keyring import INSECURE_KEYS, check_pair, find_keyring, find_private_key
 from zrpc.keyring_file import fingerprint
 
 if TYPE_CHECKING:

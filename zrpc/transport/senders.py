@@ -11,7 +11,7 @@ Threads: belongs to the thread that reads the socket.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import zmq
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zrpc.keyring import Keyring
     from zrpc.wire.envelope import Buffer
 
+    Part: TypeAlias = Buffer | zmq.Frame
 
 USER_ID = "User-Id"
 """What `Authenticator` has said of a connection: its key."""
@@ -56,7 +57,7 @@ class Senders:
             return False
         return self._passed.get(life) == public or self._judge(life, public)
 
-    def checked(self, parts: list[Buffer | zmq.Frame]) -> list[Buffer | zmq.Frame]:
+    def checked(self, parts: list[Part]) -> list[Part]:
         """The parts of a message, with the incarnation as its source, or of one that says nothing in its place.
 
         Args:
