@@ -125,7 +125,7 @@ def assert_took(path: str, name: str, taken: list[tuple[int, str]]) -> None:
 def exchange_all(rank: int, paths: list[str]) -> list[str]:
     """Exchange every case over each of `paths`; what went wrong."""
     warnings.simplefilter("ignore")
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
+    chunks.ENCRYPTED_MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
     region.MEMBER_MAX_NBYTES = CHUNK_MIN_NBYTES - 1  # larger ones would go by neither path
     other = record_and_meet(rank)
     all_gather(None)
@@ -161,7 +161,8 @@ def exchange_real_sizes(rank: int, path: str) -> None:
     if rank == 0:
         large = FRAME if path == CHUNKS else SLAB
         limits = {INLINE_MAX_NBYTES: INLINE, slabs.MIN_NBYTES - 4: FRAME, slabs.MIN_NBYTES: large}
-        for nbytes, way in {**limits, chunks.MIN_NBYTES - 4: large, chunks.MIN_NBYTES + 4: path}.items():
+        least = chunks.ENCRYPTED_MIN_NBYTES
+        for nbytes, way in {**limits, least - 4: large, least + 4: path}.items():
             _recorder.take()
             sent = torch.arange(nbytes // 4, dtype=torch.int32)
             assert torch.equal(rpc.rpc_sync(other, torch.neg, args=(sent,)), -sent)

@@ -63,7 +63,7 @@ class Carrier:
     def __init__(self, endpoint: Endpoint, shared_memory: SharedMemory | None, make: MakeMemory = plain) -> None:
         self._endpoint = endpoint
         self._shared_memory = shared_memory
-        self._transfers = Transfers(endpoint.send, make)
+        self._transfers = Transfers(endpoint.send, make, is_encrypted=endpoint.is_encrypted)
         self._batches = Batches(endpoint.send, self.forget)
         self._on_envelope: OnEnvelope
         self._is_over = False

@@ -22,10 +22,12 @@ class Endpoint(Protocol):
     Attributes:
         incarnation: this life of the worker.
         inbox: what is read.
+        is_encrypted: whether connections to other hosts are.
     """
 
     incarnation: Incarnation
     inbox: Inbox
+    is_encrypted: bool
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to read. Nothing is delivered before; nothing that came earlier is lost."""

@@ -64,6 +64,7 @@ class LinkEndpoint(ABC):
     ) -> None:  # fmt: skip
         self.incarnation = incarnation
         self._credentials = credentials
+        self.is_encrypted = credentials is not None
         self._wake_frames = wake
         self._context = sockets.make_context()
         try:

@@ -79,6 +79,7 @@ class MemoryEndpoint:
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
+        self.is_encrypted = False
         self.watched: list[Incarnation] = []
         self.watched_on: list[str] = []
         self.num_refused = 0

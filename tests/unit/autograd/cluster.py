@@ -52,6 +52,7 @@ class QueueEndpoint:
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
+        self.is_encrypted = False
         self._network = network
         self._queues: defaultdict[Incarnation, deque[list[Buffer]]] = defaultdict(deque)
         self._changed = threading.Condition()

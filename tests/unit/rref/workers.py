@@ -158,6 +158,7 @@ class FakeEndpoint:
     def __init__(self, network: Network) -> None:
         self.incarnation = new_incarnation()
         self.inbox = ReadElsewhere()
+        self.is_encrypted = False
         self.is_open = False
         self._network = network
         network.endpoints[self.incarnation] = self

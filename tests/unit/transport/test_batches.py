@@ -187,7 +187,7 @@ class Ends:
         self.came: list[Envelope] = []
         self.receive: Callable[[bytes, list[Buffer]], Any]
         endpoint: Any = SimpleNamespace(
-            send=wire.send, start=self._start, inbox=self.inbox, interrupt=None, incarnation=B
+            send=wire.send, start=self._start, inbox=self.inbox, interrupt=None, incarnation=B, is_encrypted=False
         )
         self.carrier = Carrier(endpoint, None)
         self.carrier.start(lambda _, envelope: self._take(envelope), lambda *_: None, lambda: None)

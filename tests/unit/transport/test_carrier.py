@@ -53,6 +53,7 @@ def carrier(wire: Wire, memory: SharedMemory, **methods: Any) -> Carrier:
     endpoint: Any = SimpleNamespace(
         send=wire.send,
         queued_nbytes=lambda _: 0,
+        is_encrypted=False,
         inbox=SimpleNamespace(tell=lambda *_: None, serves_queue_here=False),
         interrupt=None,
         incarnation=B,

@@ -10,7 +10,7 @@ import pytest
 
 from zrpc.errors import DeviceError, OverloadedError, ProtocolError
 from zrpc.transport import chunks
-from zrpc.transport.chunks import CHUNK_NBYTES, MIN_NBYTES, Transfers, WarmBuffers
+from zrpc.transport.chunks import CHUNK_NBYTES, ENCRYPTED_MIN_NBYTES, MIN_NBYTES, Transfers, WarmBuffers
 from zrpc.wire.envelope import Arriving
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def test_a_large_buffer_comes_together_again(nbytes: int) -> None:
 def test_smaller_buffers_are_left_to_travel_as_one_frame() -> None:
     wire = Wire()
     assert Transfers(wire.send).place(B, bytes(MIN_NBYTES - 1)) is None
+    encrypted = Transfers(wire.send, is_encrypted=True)
+    assert encrypted.place(B, bytes(ENCRYPTED_MIN_NBYTES - 1)) is None
     assert not wire.messages
+    assert encrypted.place(B, bytes(ENCRYPTED_MIN_NBYTES)) is not None
 
 
 class InPieces(Arriving):
