@@ -158,7 +158,7 @@ def talk(to: str, path: str, thread: int) -> None:
 
 
 def keep_and_drop(rank: int, path: str) -> dict[str, int]:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, socket_link.SEND_COPY_MAX_NBYTES = (
+    chunks.ENCRYPTED_MIN_NBYTES, chunks.CHUNK_NBYTES, socket_link.SEND_COPY_MAX_NBYTES = (
         CHUNK_MIN_NBYTES,
         CHUNK_NBYTES,
         COPY_MAX_NBYTES,
@@ -255,7 +255,7 @@ def is_untouched(kind: str, nbytes: int) -> bool:
 
 
 def write_to_all(rank: int, path: str) -> None:
-    chunks.MIN_NBYTES, chunks.CHUNK_NBYTES, socket_link.SEND_COPY_MAX_NBYTES = (
+    chunks.ENCRYPTED_MIN_NBYTES, chunks.CHUNK_NBYTES, socket_link.SEND_COPY_MAX_NBYTES = (
         CHUNK_MIN_NBYTES,
         CHUNK_NBYTES,
         COPY_MAX_NBYTES,

@@ -156,7 +156,7 @@ SENDERS: list[Callable[[str, int], None]] = [
 
 def write_again(rank: int, path: str, nbytes: int) -> None:
     if path == CHUNKS:
-        chunks.MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
+        chunks.ENCRYPTED_MIN_NBYTES, chunks.CHUNK_NBYTES = CHUNK_MIN_NBYTES, CHUNK_NBYTES
         socket_link.SEND_COPY_MAX_NBYTES = local_link.SEND_COPY_MAX_NBYTES = COPY_MAX_NBYTES
     meet(rank, path)
     failed: list[str] = []
