@@ -6,7 +6,7 @@ of `zrpc.wire.allowed_names`.
 
 Pickle calls more than what it is told by name, so streams are read by its implementation in Python: the one in C lets a
 stream change what it has named (a function, a class) as if it had made it, and takes names out of `copyreg`'s cache
-without asking. It takes about ten times as long on streams of many small objects; tensors, arrays and large buffers are
+without asking. It takes longer on streams of many small objects; tensors, arrays and large buffers are
 beside the stream and are not affected.
 
 Bound methods and members of enumerations travel as `getattr(object, name)`. In place of that function stands one that
