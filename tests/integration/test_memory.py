@@ -274,6 +274,7 @@ def num_blocks() -> int:
 def drop_many(rank: int) -> None:
     rref_context.RRefTable = partial(RRefTable, remembered_max=1000)  # type: ignore[misc]  # filled soon, and bounded
     deadlines.SWEEP_MIN_COUNT = 64  # the same
+    all_gather(rank)  # the other one's first call would otherwise make a table here that remembers 16 times as many
 
     def make_and_drop_until_owners_know(count: int) -> None:
         if rank == 0:
