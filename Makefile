@@ -11,7 +11,7 @@ RESULTS := benchmarks/results
 CONFORMANCE := ../shared/conformance/run.py
 
 .PHONY: setup demo demo-brokerless test fuzz lint format types audit conformance gpu clean
-.PHONY: bench bench-calls bench-broadcast bench-memory bench-scaling bench-pages
+.PHONY: bench bench-calls bench-broadcast bench-relay bench-memory bench-scaling bench-pages
 
 setup: $(READY)
 
@@ -70,13 +70,16 @@ gpu:
 .NOTPARALLEL: bench # one at a time, also with -j
 # The tables of docs/performance.md, and of other frameworks in docs/scaling.md: measured, written and included in the
 # pages (about 35 minutes on 2 cores that do nothing else). For a look, which writes nothing: see benchmarks/README.md.
-bench: bench-calls bench-broadcast bench-memory bench-pages
+bench: bench-calls bench-broadcast bench-relay bench-memory bench-pages
 
 bench-calls: $(BENCH_READY)
 	$(BIN)/python -m benchmarks --rounds $(ROUNDS) --out $(RESULTS)
 
 bench-broadcast: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.broadcast --rounds $(ROUNDS) --out $(RESULTS)
+
+bench-relay: $(BENCH_READY)
+	$(BIN)/python -m benchmarks.relay --out $(RESULTS)
 
 bench-memory: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.memory --out $(RESULTS)

@@ -20,11 +20,12 @@ from zrpc_broker.directory import UNGIVEN, Directory
 from zrpc_broker.liveness import Liveness
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.keyring import Keyring
     from zrpc.transport.credentials import Credentials
+    from zrpc.wire.envelope import Buffer
 
 KEYS_INTERVAL_S = 1.0
 """How often the keyring is looked at."""
@@ -182,12 +183,22 @@ class Broker:
         self._perform(actions, member, 0)
 
     def _perform(self, actions: Iterable[Action], source: Incarnation, call_id: int) -> None:
-        """Carry out `actions`; what is told to `source` answers its message `call_id`."""
+        """Carry out `actions`; what is told to `source` answers its message `call_id`.
+
+        A message that many are told is encoded once.
+        """
+        last: Message | None = None
+        frames: Sequence[Buffer] = ()
         for action in actions:
             if isinstance(action, Tell):
                 if isinstance(action.message, Refused):
                     _log.warning("%s is refused: %s", action.to.hex(), action.message.reason)
-                self._tell(action.to, action.message, call_id if action.to == source else 0)
+                if action.to == source:
+                    self._tell(source, action.message, call_id)
+                    continue
+                if action.message is not last:
+                    last, frames = action.message, encode(Envelope(action.message, 0))
+                self._hub.send(action.to, frames)
             elif isinstance(action, Admit):
                 self._hub.admit(action.incarnation, action.room)
             elif isinstance(action, Dismiss):
