@@ -1,6 +1,6 @@
 """`RRefContext`: the reference counts of one worker at work. It has the table, the values it keeps, and sends messages.
 
-Every event goes the same way (`_decide`): the table decides under the lock, values that nobody uses are taken out under
+Every event goes the same way (`decide`): the table decides under the lock, values that nobody uses are taken out under
 the same lock (so that a value shared again in that moment is not lost), and messages are sent after it. What `__del__`
 of RRefs sees is left to the control thread. Values are let go of on a thread of their own (`Agent.drop`): their
 `__del__` is user code.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
 from zrpc.errors import PeerLostError, RRefError
-from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
+from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell, Unmade
 from zrpc.rref.cell import Cell
 from zrpc.rref.forkdata import ForkData
 from zrpc.rref.owners import Availability
@@ -96,7 +96,7 @@ class RRefContext:
 
     def answered(self, fork_id: ForkId, failed: bool) -> None:
         """The owner has answered what `begin_remote` announced, or asking it failed."""
-        self._decide(lambda table: table.failed(fork_id) if failed else table.acknowledged(fork_id))
+        self.decide(lambda table: table.failed(fork_id) if failed else table.acknowledged(fork_id))
 
     def begin_here(self, rref_id: RRefId, cell: Cell) -> None:
         """remote() to this worker itself: the RRef is kept until `finish_here` at least."""
@@ -107,7 +107,7 @@ class RRefContext:
 
     def finish_here(self, rref_id: RRefId) -> None:
         """The call that `begin_here` announced is over."""
-        self._decide(lambda table: table.finish_here(rref_id))
+        self.decide(lambda table: table.finish_here(rref_id))
 
     def creation_arrived(self, rref_id: RRefId, fork_id: ForkId, creator: WorkerInfo) -> Cell:
         """A creation came; the cell for its value. The RRef's life here begins, unless it is over already."""
@@ -120,7 +120,7 @@ class RRefContext:
                 return []
             return table.creation_arrived(rref_id, fork_id, creator.incarnation)
 
-        self._decide(arrive)
+        self.decide(arrive)
         return found[0] if found else Cell()
 
     def wanted(self, rref_id: RRefId, fork_id: ForkId, asker: WorkerInfo) -> Cell:
@@ -136,26 +136,18 @@ class RRefContext:
             if self._table.value_wanted(rref_id, fork_id, asker.incarnation) is not Availability.REFUSED:
                 return self._cells.setdefault(rref_id, Cell())
         raise RRefError(
-            f"The value of {rref_id} is gone: its user {fork_id} was deleted before, or who handed it on died before "
-            "the owner counted it"
+            f"The value of {rref_id} is gone, or was never made: its user {fork_id} was deleted before, or who handed "
+            "it on died before the owner counted it, or the call to make it did not come"
         )
 
     def fork_requested(self, rref_id: RRefId, fork_id: ForkId, holder: WorkerInfo) -> None:
         """Count a new user."""
         self._watch(holder.incarnation, rref_id.life)
-        self._decide(lambda table: table.fork_requested(rref_id, fork_id, holder.incarnation))
-
-    def child_accepted(self, fork_id: ForkId) -> None:
-        """A child of a fork here is counted."""
-        self._decide(lambda table: table.child_accepted(fork_id))
-
-    def user_deleted(self, rref_id: RRefId, fork_id: ForkId) -> None:
-        """A user is gone."""
-        self._decide(lambda table: table.user_deleted(rref_id, fork_id))
+        self.decide(lambda table: table.fork_requested(rref_id, fork_id, holder.incarnation))
 
     def on_peer_lost(self, peer: WorkerInfo, _reason: str) -> None:
         """Everything that `peer` held or owned is gone."""
-        self._decide(lambda table: table.peer_lost(peer.incarnation))
+        self.decide(lambda table: table.peer_lost(peer.incarnation))
 
     # ---- RRefs come and go
 
@@ -183,12 +175,12 @@ class RRefContext:
     def sent(self, fork: ForkData, holder: WorkerInfo) -> None:
         """`fork` leaves for `holder`: if `holder` is lost, so is the fork."""
         self._watch(holder.incarnation)
-        self._decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.incarnation))
+        self.decide(lambda table: table.sent(fork.rref_id, fork.fork_id, holder.incarnation))
 
     def receive_used(self, fork: ForkData, announced: bool) -> None:
         """A fork of another worker's RRef came."""
         self._watch(fork.owner_life)
-        self._decide(
+        self.decide(
             lambda table: table.receive(fork.rref_id, fork.fork_id, fork.owner_life, fork.parent, announced=announced)
         )
 
@@ -212,7 +204,7 @@ class RRefContext:
             found.append((availability, cell))
             return actions
 
-        self._decide(arrive)
+        self.decide(arrive)
         availability, cell = found[0]
         if availability is Availability.REFUSED or cell is None:
             raise RRefError(
@@ -270,11 +262,11 @@ class RRefContext:
         deadline = time.monotonic() + timeout_s
         self._wait_until(lambda table: not table.num_unconfirmed_users and not table.num_sent_children, deadline)
         self._wait_until(lambda table: not table.num_children, min(deadline, time.monotonic() + UNSENT_GRACE_S))
-        self._decide(lambda table: table.drop_all_users())
-        self._decide(lambda table: table.drop_unforked_owners())
+        self.decide(lambda table: table.drop_all_users())
+        self.decide(lambda table: table.drop_unforked_owners())
         self._wait_until(lambda table: not table.num_sent_owned, deadline)
         self._wait_until(lambda table: not table.num_owned, min(deadline, time.monotonic() + UNSENT_GRACE_S))
-        self._decide(lambda table: table.drop_unsent())
+        self.decide(lambda table: table.drop_unsent())
         self._wait_until(lambda table: not table.num_owned and not self._num_sending, deadline)
 
     def destroy(self, ignore_leak: bool) -> None:
@@ -318,7 +310,7 @@ class RRefContext:
             self._table_made = RRefTable(self.agent.info.incarnation)
         return self._table_made
 
-    def _decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
+    def decide(self, event: Callable[[RRefTable], list[Action]]) -> None:
         """Let the table decide on `event`, and carry out what it asks for."""
         with interrupts.held:
             with self._lock:
@@ -326,20 +318,20 @@ class RRefContext:
                     return
                 actions = event(self._table)
                 garbage: list[Any] = []
-                orphans: list[tuple[Orphan, Cell]] = []
+                unmade: list[tuple[Cell, RRefError | PeerLostError]] = []
                 for action in actions:
                     if isinstance(action, Release):
                         garbage.append(self._cells.pop(action.rref_id, None))
+                    elif isinstance(action, Unmade):
+                        unmade.append((self._cells.pop(action.rref_id, Cell()), action.error()))
                     elif isinstance(action, Orphan):
-                        orphans.append((action, self._cells.setdefault(action.rref_id, Cell())))
+                        unmade.append((self._cells.setdefault(action.rref_id, Cell()), action.error()))
                 self._num_sending += sum(isinstance(action, Tell | AskOwner) for action in actions)
                 self._changed.notify_all()
             if garbage:
                 self.agent.drop(garbage)
-            for orphan, cell in orphans:
-                cell.set_error(
-                    PeerLostError(f"The worker {orphan.rref_id.created_on} died before it created {orphan.rref_id}")
-                )
+            for cell, error in unmade:
+                cell.set_error(error)
             for action in actions:
                 if isinstance(action, Tell | AskOwner):
                     self._send(action)
@@ -351,7 +343,7 @@ class RRefContext:
                 self._changed.notify_all()
             if isinstance(action, AskOwner):
                 fork_id = action.message.fork_id
-                self._decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
+                self.decide(lambda table: table.failed(fork_id) if error else table.acknowledged(fork_id))
 
         member = self.agent.members.by_incarnation(action.to)
         if member is None:
@@ -365,13 +357,13 @@ class RRefContext:
 
     def _on_note(self, note: Note) -> None:
         if isinstance(note, ForkData):
-            self._decide(lambda table: table.unsent(note.rref_id, note.fork_id))
+            self.decide(lambda table: table.unsent(note.rref_id, note.fork_id))
             return
         owner_awaited, fork_id = note
         if owner_awaited is not None:
-            self._decide(lambda table: table.home_dropped(owner_awaited, fork_id))
+            self.decide(lambda table: table.home_dropped(owner_awaited, fork_id))
         else:
-            self._decide(lambda table: table.user_dropped(fork_id))
+            self.decide(lambda table: table.user_dropped(fork_id))
 
     def _wait_until(self, condition: Callable[[RRefTable], bool], deadline: float) -> bool:
         with blocking(), self._lock:

@@ -15,7 +15,7 @@ from enum import Enum
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from zrpc.rref.actions import Action, Orphan, Release
+from zrpc.rref.actions import Action, Orphan, Release, Unmade
 from zrpc.rref.states import OWNER_TRANSITIONS, OwnerEvent, OwnerState, step
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class OwnerTable:
         self._owned: dict[RRefId, Owned] = {}
         self._ended = Remembered(remembered_max)
         self._unused = Remembered(remembered_max)
+        self._failed = Remembered(remembered_max)
 
     def __len__(self) -> int:
         return len(self._owned)
@@ -134,11 +135,23 @@ class OwnerTable:
 
     def created(self, rref_id: RRefId, fork_id: ForkId, holder: Incarnation, alive: bool = True) -> list[Action]:
         """The creation of `rref_id` came; its creator's own fork is `fork_id`, unless that ended already."""
+        self._failed.discard(rref_id)
         owned = self._enter(rref_id, OwnerEvent.CREATED)
         owned.waiting.clear()
         if alive and fork_id not in self._ended:
             owned.forks[fork_id] = holder
         return self._settle(rref_id)
+
+    def failed(self, rref_id: RRefId) -> list[Action]:
+        """The creator has given up. Its call may still come: then all is as if it had not."""
+        if self.state(rref_id) not in (OwnerState.UNKNOWN, OwnerState.AWAITED):
+            return []
+        self._failed.add(rref_id)
+        owned = self._owned.get(rref_id)
+        if owned is None:
+            return []
+        owned.waiting.clear()
+        return [Unmade(rref_id), *(self._settle(rref_id) if not owned.forks else ())]
 
     def shared(self, rref_id: RRefId, fork_id: ForkId) -> None:
         """This worker pickled its own RRef: `fork_id` counts from now on."""
@@ -163,7 +176,7 @@ class OwnerTable:
         if fork_id in self._ended:
             return Availability.REFUSED
         state = step(OWNER_TRANSITIONS, rref_id, self.state(rref_id), OwnerEvent.USED)
-        if state is OwnerState.UNUSED:
+        if state is OwnerState.UNUSED or (state is OwnerState.AWAITED and rref_id in self._failed):
             return Availability.REFUSED
         if state is OwnerState.AWAITED:
             self._enter(rref_id, OwnerEvent.USED).waiting[fork_id] = holder
@@ -235,4 +248,5 @@ class OwnerTable:
         del self._owned[rref_id]
         if state is OwnerState.UNUSED:
             self._unused.add(rref_id)
-        return [Release(rref_id)]
+            return [Release(rref_id)]
+        return [Unmade(rref_id), Release(rref_id)]

@@ -16,6 +16,7 @@ from zrpc.wire.messages import (
     PythonRemote,
     RRefBackward,
     RRefChildAccept,
+    RRefCreationFailed,
     RRefFetch,
     RRefForkRequest,
     RRefUserDelete,
@@ -124,12 +125,18 @@ class RRefServer:
 
     def serve_child_accept(self, request: Request[RRefChildAccept]) -> None:
         """A child of a fork here is counted."""
-        self._context.child_accepted(request.message.fork_id)
+        self._context.decide(lambda table: table.child_accepted(request.message.fork_id))
+        request.reply()
+
+    def serve_creation_failed(self, request: Request[RRefCreationFailed]) -> None:
+        """A creator has given up."""
+        self._context.decide(lambda table: table.creation_failed(request.message.rref_id))
         request.reply()
 
     def serve_user_delete(self, request: Request[RRefUserDelete]) -> None:
         """A user is gone."""
-        self._context.user_deleted(request.message.rref_id, request.message.fork_id)
+        message = request.message
+        self._context.decide(lambda table: table.user_deleted(message.rref_id, message.fork_id))
         request.reply()
 
 
@@ -145,5 +152,6 @@ def install(agent: Agent, invoke: Invoker, backward: Backward) -> None:
     agent.handle(RRefBackward, server.serve_backward, inline=True)
     agent.handle(RRefForkRequest, server.serve_fork_request, inline=True)
     agent.handle(RRefChildAccept, server.serve_child_accept, inline=True)
+    agent.handle(RRefCreationFailed, server.serve_creation_failed, inline=True)
     agent.handle(RRefUserDelete, server.serve_user_delete, inline=True)
     agent.on_peer_lost(context.on_peer_lost)

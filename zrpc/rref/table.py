@@ -62,6 +62,10 @@ class RRefTable:
             self._owners.forked(rref_id, fork_id, holder)
         return []
 
+    def creation_failed(self, rref_id: RRefId) -> list[Action]:
+        """`RRefCreationFailed` came: first, again, or after the creation."""
+        return self._owners.failed(rref_id)
+
     def user_deleted(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
         """`RRefUserDelete` came: first, again, or before the creation."""
         return self._owners.ended(rref_id, fork_id)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from zrpc.rref.actions import Action, AskOwner, Tell
 from zrpc.rref.owners import UNSENT
 from zrpc.rref.states import USER_TRANSITIONS, UserEvent, UserState, step
-from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from zrpc.wire.messages import RRefChildAccept, RRefCreationFailed, RRefForkRequest, RRefUserDelete
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,7 @@ class Fork:
         owner: the owner's life.
         parent: the user that handed it out and waits to hear that the owner counts it; None if nobody waits.
         children: forks of this one that were handed out and not accepted yet, each with the life it went to.
+        is_creation: remote() made it.
     """
 
     rref_id: RRefId
@@ -42,6 +43,7 @@ class Fork:
     state: UserState
     parent: Incarnation | None = None
     children: dict[ForkId, Incarnation] = field(default_factory=dict)
+    is_creation: bool = False
 
     def __str__(self) -> str:
         return f"fork {self.fork_id} of {self.rref_id}"
@@ -83,7 +85,9 @@ class UserTable:
 
     def create(self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation) -> None:
         """remote() is about to ask `owner` for a new RRef."""
-        self._step(self._fork(rref_id, fork_id, owner), UserEvent.CREATED)
+        fork = self._fork(rref_id, fork_id, owner)
+        fork.is_creation = True
+        self._step(fork, UserEvent.CREATED)
 
     def receive(
         self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation, parent: Incarnation, owner_lost: bool = False
@@ -127,7 +131,11 @@ class UserTable:
 
     def failed(self, fork_id: ForkId) -> list[Action]:
         """Asking the owner for `fork_id` failed: it may have been heard or not."""
-        return self._answered(fork_id, UserEvent.FAILED)
+        fork = self._forks.get(fork_id)
+        told: list[Action] = []
+        if fork is not None and fork.is_creation and fork.state in _UNCONFIRMED:
+            told = [Tell(fork.owner, RRefCreationFailed(fork.rref_id))]
+        return told + self._answered(fork_id, UserEvent.FAILED)
 
     def child_accepted(self, child: ForkId) -> list[Action]:
         """`child` is counted by the owner, or will never be. A repetition changes nothing."""

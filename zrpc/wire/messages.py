@@ -249,6 +249,14 @@ class RRefUserDelete(Message):
     fork_id: ForkId
 
 
+@_message(24, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class RRefCreationFailed(Message):
+    """The call that was to create `rref_id` failed at its creator, and may never come. Creator to owner."""
+
+    rref_id: RRefId
+
+
 # ---- distributed autograd --------------------------------------------------------------------------------------
 
 

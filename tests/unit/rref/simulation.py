@@ -13,13 +13,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from zrpc.ids import ForkId, GlobalId, IdGenerator, Incarnation, RRefId
-from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell
+from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell, Unmade
 from zrpc.rref.owners import Availability
 from zrpc.rref.states import OwnerState, UserState
 from zrpc.rref.table import RRefTable
-from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from zrpc.wire.messages import RRefChildAccept, RRefCreationFailed, RRefForkRequest, RRefUserDelete
 
-Control = RRefChildAccept | RRefForkRequest | RRefUserDelete
+Control = RRefChildAccept | RRefCreationFailed | RRefForkRequest | RRefUserDelete
 
 
 def life_of(number: int) -> Incarnation:
@@ -137,6 +137,7 @@ class World:
         self.late: list[Packet] = []
         self.next_number = 0
         self.undeliverable: set[RRefId] = set()
+        self.given_up: set[RRefId] = set()
         """RRefs whose creation was lost for good: their users exist and their value never will."""
 
     def _add(self, rank: int) -> None:
@@ -325,6 +326,9 @@ class World:
                     self.act(rank, worker.table.failed(action.message.fork_id))
             elif isinstance(action, Release):
                 worker.values.discard(action.rref_id)
+                unanswered = worker.waiters.pop(action.rref_id, None)
+                assert not unanswered, f"nobody answers {unanswered}"
+            elif isinstance(action, Unmade):
                 worker.waiters.pop(action.rref_id, None)
             elif isinstance(action, Orphan):
                 assert maker_of(action.rref_id) in self.told[rank]
@@ -380,11 +384,13 @@ class World:
             return
         owner = self.workers[handle.owner]
         availability = owner.table.value_wanted(handle.rref_id, handle.fork_id, life_of(worker.rank))
+        is_unmade = handle.rref_id in self.given_up and handle.rref_id not in owner.values
         if availability is Availability.AWAITED:
             assert maker_of(handle.rref_id) not in self.dead, handle
+            assert not is_unmade, f"{handle} waits for what its creator has given up"
             assert handle.rref_id in self.undeliverable or self._creation_under_way(handle.rref_id), handle
         if not handle.lineage & self.dead and maker_of(handle.rref_id) not in self.dead:
-            assert availability is not Availability.REFUSED, handle
+            assert is_unmade or availability is not Availability.REFUSED, handle
 
     def check_empty(self) -> None:
         """No leak: no living worker's table holds anything."""
@@ -462,6 +468,9 @@ class World:
         message, table = packet.message, worker.table
         if isinstance(message, RRefForkRequest):
             table.fork_requested(message.rref_id, message.fork_id, life_of(packet.source))
+        elif isinstance(message, RRefCreationFailed):
+            self.given_up.add(message.rref_id)
+            self.act(worker.rank, table.creation_failed(message.rref_id))
         elif isinstance(message, RRefChildAccept):
             self.act(worker.rank, table.child_accepted(message.fork_id))
         else:
@@ -489,7 +498,8 @@ class World:
             worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage, waits))
         else:
             alive = not packet.lineage & self.dead and maker_of(packet.rref_id) not in self.dead
-            assert not alive or any(h.rref_id == packet.rref_id for h in worker.handles), "the owner lost its own RRef"
+            is_known = any(h.rref_id == packet.rref_id for h in worker.handles) or packet.rref_id in self.given_up
+            assert not alive or is_known, "the owner lost its own RRef"
 
     def _creation(self, worker: Worker, packet: Creation) -> None:
         if packet.source == packet.to:
@@ -507,6 +517,7 @@ class World:
         availability = worker.table.value_wanted(handle.rref_id, handle.fork_id, life_of(packet.source))
         interested = handle in holder.handles and not (handle.lineage | {packet.source}) & self.dead
         if availability is Availability.REFUSED and interested:
-            assert maker_of(handle.rref_id) in self.dead, f"{handle} was refused"
+            is_unmade = handle.rref_id in self.given_up and handle.rref_id not in worker.values
+            assert maker_of(handle.rref_id) in self.dead or is_unmade, f"{handle} was refused"
         if availability is Availability.AWAITED:
             worker.waiters[handle.rref_id].append(handle)

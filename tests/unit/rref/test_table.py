@@ -6,7 +6,7 @@ import pytest
 
 from zrpc.errors import ProtocolError
 from zrpc.ids import GlobalId
-from zrpc.rref.actions import AskOwner, Orphan, Release, Tell
+from zrpc.rref.actions import AskOwner, Orphan, Release, Tell, Unmade
 from zrpc.rref.owners import UNSENT, Availability, OwnerTable, Remembered
 from zrpc.rref.states import (
     OWNER_TRANSITIONS,
@@ -18,7 +18,7 @@ from zrpc.rref.states import (
     step,
 )
 from zrpc.rref.table import RRefTable
-from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from zrpc.wire.messages import RRefChildAccept, RRefCreationFailed, RRefForkRequest, RRefUserDelete
 
 OWNER, CREATOR, USER = b"owner", b"creator", b"user"
 R, F = GlobalId(1, 0, CREATOR), GlobalId(1, 1, CREATOR)
@@ -135,14 +135,14 @@ def test_users_known_before_the_creation_keep_it(owner: RRefTable) -> None:
 def test_a_fetch_before_the_creation_waits_and_one_after_the_delete_is_refused(owner: RRefTable) -> None:
     assert owner.value_wanted(R, F, CREATOR) is Availability.AWAITED
     assert owner.num_owned == 1
-    assert owner.user_deleted(R, F) == [Release(R)]
+    assert owner.user_deleted(R, F) == [Unmade(R), Release(R)]
     assert owner.value_wanted(R, F, CREATOR) is Availability.REFUSED
     assert owner.num_owned == 0
 
 
 def test_a_waiting_peer_that_dies_leaves_nothing(owner: RRefTable) -> None:
     assert owner.value_wanted(R, G, USER) is Availability.AWAITED
-    assert owner.peer_lost(USER) == [Release(R)]
+    assert owner.peer_lost(USER) == [Unmade(R), Release(R)]
     assert owner.num_owned == 0
     assert owner.value_wanted(R, G, USER) is Availability.REFUSED
 
@@ -246,11 +246,37 @@ def test_a_fork_that_came_twice_is_impossible() -> None:
 
 
 def test_failed_creations_are_deleted_all_the_same(creator: RRefTable) -> None:
-    assert creator.failed(F) == []
+    assert creator.failed(F) == [Tell(OWNER, RRefCreationFailed(R))]
     assert creator.user_state(F) is UserState.DOUBTFUL
     with pytest.raises(ProtocolError, match="DOUBTFUL"):
         creator.share_used(F, G)
     assert creator.user_dropped(F) == [Tell(OWNER, RRefUserDelete(R, F))]
+
+
+def test_who_waits_for_a_creation_that_failed_is_told(owner: RRefTable) -> None:
+    """Its call may have been lost, or dropped with its time limit over: then nothing would ever come."""
+    owner.fork_requested(R, G, USER)
+    assert owner.value_wanted(R, G, USER) is Availability.AWAITED
+    assert owner.creation_failed(R) == [Unmade(R)]
+    assert owner.creation_failed(R) == [Unmade(R)]
+    assert owner.value_wanted(R, G, USER) is Availability.REFUSED
+    assert owner.owned_forks() == {R: {G: USER}}, "they count all the same: the call may still come"
+    assert owner.user_deleted(R, G) == [Unmade(R), Release(R)]
+
+
+def test_who_asks_after_a_failed_creation_is_refused(owner: RRefTable) -> None:
+    assert owner.creation_failed(R) == []
+    assert owner.value_wanted(R, G, USER) is Availability.REFUSED
+    assert owner.num_owned == 0
+
+
+def test_a_creation_that_failed_and_comes_late_is_as_good_as_any(owner: RRefTable) -> None:
+    owner.fork_requested(R, G, USER)
+    owner.creation_failed(R)
+    assert owner.creation_arrived(R, F, CREATOR) == []
+    assert owner.value_wanted(R, G, USER) is Availability.HERE
+    assert owner.creation_failed(R) == [], "a repetition"
+    assert owner.owned_forks() == {R: {F: CREATOR, G: USER}}
 
 
 def test_shutdown(owner: RRefTable, creator: RRefTable) -> None:
@@ -258,7 +284,7 @@ def test_shutdown(owner: RRefTable, creator: RRefTable) -> None:
     assert creator.drop_all_users() == [Tell(OWNER, RRefUserDelete(R, F))]
     assert creator.drop_all_users() == []
     owner.value_wanted(R, F, CREATOR)
-    assert owner.drop_unforked_owners() == [Release(R)]
+    assert owner.drop_unforked_owners() == [Unmade(R), Release(R)]
 
 
 def test_memory_of_ended_forks_is_bounded() -> None:
