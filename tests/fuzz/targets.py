@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import struct
+import tracemalloc
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -211,6 +212,9 @@ def _use_exceptions(frames: Frames) -> int:
     stream = pickling.dumps(ValueError("x")).data
     _, length = _PREFIX.unpack(stream[: _PREFIX.size])
     data = _PREFIX.pack(b"\xc1\x04", len(table)) + table + bytes(stream[_PREFIX.size + length :])
+    del states, table  # what was made of the input for the decoder is not the decoder's
+    if tracemalloc.is_tracing():
+        tracemalloc.reset_peak()
     repr(pickling.loads(Payload(data)))
     return 0
 
