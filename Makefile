@@ -7,10 +7,12 @@ BENCH_READY := $(VENV)/.bench-ready
 TEST_PROCESSES ?= 3
 ROUNDS ?= 3
 COUNT ?= 1000000
+SECONDS ?= 600
+SEED ?= 0
 RESULTS := benchmarks/results
 CONFORMANCE := ../shared/conformance/run.py
 
-.PHONY: setup demo demo-brokerless test fuzz lint format types audit conformance gpu clean
+.PHONY: setup demo demo-brokerless test fuzz chaos lint format types audit conformance gpu clean
 .PHONY: bench bench-calls bench-broadcast bench-relay bench-memory bench-scaling bench-pages
 
 setup: $(READY)
@@ -36,6 +38,10 @@ test: $(READY)
 # With atheris (pip install atheris), which looks for new paths: make fuzz ARGS='--target tensors --atheris 600'
 fuzz: $(READY)
 	PYTHONWARNINGS=ignore $(BIN)/python -m tests.fuzz.run --count $(COUNT) $(ARGS)
+
+# Workers, their broker and their network fail while they work (10 minutes), for example: make chaos SECONDS=60 SEED=7
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
