@@ -242,9 +242,9 @@ def _exceptions() -> list[Frames]:
 
 
 def _use_streams(frames: Frames) -> int:
-    """The first frame says where the pieces of a stream are, or a table of exceptions is."""
+    """The first frame says where the pieces of a stream are, or a table of exceptions is; anything else is a pickle."""
     data = frames[0] if frames else b""
-    if len(data) != _PREFIX.size:
+    if len(data) != _PREFIX.size or data[:1] != b"\xc1":
         raise ProtocolError("not for this target")
     buffers = [_PICKLED[:5], _PICKLED[5:], pickle.dumps([], 5)]
     repr(pickling.loads(Payload(data if data[1:2] == b"\x03" else data + _PICKLED, [], buffers)))
