@@ -42,22 +42,12 @@ FIELD_GETTERS: dict[type[Message], Callable[[Any], list[Any]]] = {}
 FIELD_TYPES: dict[type[Message], list[type]] = {}
 """As what each field arrives."""
 
+_LISTS = ("list[Any]", "list[int]", "list[str]", "list[GlobalId]", "GlobalId", "RRefId", "ForkId")
 _ARRIVES_AS: dict[str, type] = {
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
-    "Line": str,
-    "Lines": str,
-    "bytes": bytes,
-    "list[Any]": list,
-    "list[int]": list,
-    "list[str]": list,
-    "list[GlobalId]": list,
+    **{kind.__name__: kind for kind in (bool, int, float, str, bytes)},
+    **dict.fromkeys(("Line", "Lines"), str),
+    **dict.fromkeys(_LISTS, list),
     "dict[str, Any]": dict,
-    "GlobalId": list,
-    "RRefId": list,
-    "ForkId": list,
 }
 
 
@@ -209,6 +199,14 @@ class Failure(Message):
     type_name: Line
     text: Lines
     traceback: Lines
+
+
+@_message(12, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """The sender waits no longer for the answer to its request `call_id`: do not begin it, or stop. Not answered."""
+
+    call_id: int
 
 
 # ---- remote references -----------------------------------------------------------------------------------------
