@@ -16,10 +16,6 @@ from zrpc.agent.current import current_agent
 
 WAIT_S = 100.0
 THREADS = 2
-_OCCUPYING = THREADS + 4
-"""One may be served by a reader. These at least wait then: the rest of them."""
-AHEAD = _OCCUPYING - THREADS - 1
-
 _released = threading.Event()
 
 
@@ -61,10 +57,19 @@ def await_queued(folder: str, num: int) -> None:
 
 
 def occupied(to: str, folder: str) -> list[Any]:
-    """Calls that keep all threads of `to`, and how many calls wait there then: their futures."""
-    futures = [rpc.rpc_async(to, occupy, timeout=0) for _ in range(_OCCUPYING)]
-    until(lambda: counts(folder)["server_active_calls"] == _OCCUPYING, "the callee has them")
-    until(lambda: queued(folder) in (AHEAD, AHEAD + 1), "its threads are at work", lambda: counts(folder))
+    """Calls that keep all threads of `to` that serve calls, the reader that serves quick ones included: their futures.
+
+    The last of them may wait there.
+    """
+    futures: list[Any] = []
+
+    def are_at_work() -> bool:
+        there = counts(folder)
+        return there["server_active_calls"] - there["server_queued_calls"] == THREADS + 1
+
+    while not futures or not are_at_work():
+        futures.append(rpc.rpc_async(to, occupy, timeout=0))
+        until(lambda: counts(folder)["server_active_calls"] == len(futures), "the callee has them")
     return futures
 
 

@@ -31,7 +31,8 @@ class ServedCall:
 
     Attributes:
         deadline: when its caller gives up (`time.monotonic`); None: never.
-        is_cancelled: its caller waits no longer, and has said so.
+        is_cancelled: its caller waits no longer, and has said so, or code that serves it was told that its time is
+            over. What comes of it is no result any more.
     """
 
     __slots__ = ("_listeners", "_nested", "_prune_at", "deadline", "is_cancelled")
@@ -48,11 +49,17 @@ class ServedCall:
 
     def over(self) -> ZrpcError | None:
         """Why nothing more need be done for it, as what a call made for it now raises; None: it goes on."""
-        if self.is_cancelled:
-            return CallCancelledError("the call that is served here was cancelled by its caller")
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return RpcTimeoutError("the time limit of the call that is served here is over")
+        if self.is_cancelled:
+            return CallCancelledError("the call that is served here was cancelled by its caller")
         return None
+
+    def is_over(self) -> bool:
+        """Whether nothing waits for it any more. If so, what it answers with is an error from now on."""
+        if not self.is_cancelled and self.over() is not None:
+            self.is_cancelled = True
+        return self.is_cancelled
 
     def limit_s(self, own_s: float) -> float:
         """The time limit of a nested call, in seconds, whose own one is `own_s`; 0: none."""
@@ -117,7 +124,7 @@ def is_cancelled() -> bool:
     A long function asks now and then, and returns early. False outside of a served call.
     """
     call = serving.get()
-    return call is not None and (call.is_cancelled or call.over() is not None)
+    return call is not None and call.is_over()
 
 
 def time_remaining() -> float | None:

@@ -247,7 +247,7 @@ class Server:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
         if request.is_cancelled:  # nothing waits for what came of it
-            payload, error = None, error or CallCancelledError("the call was cancelled while it ran")
+            payload, error = None, error or request.over()
         if type(error) is ProtocolError and remote_traceback(error) is None:  # else it was another worker's
             protocol_errors.received.note("request", str(request.source), error)
         sent = True
