@@ -123,9 +123,13 @@ def rpc_async(
         check_policy(retry)
         if not callable(func):
             raise _not_callable(func)
-        limit_s, loop, what = _whole_limit_s(timeout), current_agent().event_loop, f"a call with retry to {to}"
+        agent, what = current_agent(), f"a call with retry to {to}"
         return begin_again(
-            retry, limit_s, lambda left_s: begin(ExecMode.ASYNC, to, func, args, kwargs, left_s), loop, what
+            retry,
+            _whole_limit_s(timeout),
+            lambda left_s: begin(ExecMode.ASYNC, to, func, args, kwargs, left_s),
+            agent,
+            what,
         )
     return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout)
 

@@ -164,6 +164,23 @@ def test_each_goes_on_in_the_autograd_context_of_its_call(cluster_in_each_mode: 
     cluster_in_each_mode.run(differentiate, 2)
 
 
+@rpc.expose
+async def exposed(x: int) -> int:
+    await asyncio.sleep(0)
+    return x + 1
+
+
+def call_exposed(rank: int) -> None:
+    assert rpc.rpc_sync(other(rank), exposed, args=(1,)) == 2
+    assert rpc.remote(other(rank), exposed, args=(1,)).to_here() == 2
+    with pytest.raises(errors.NotAllowedError):
+        rpc.rpc_sync(other(rank), double, args=(1,))
+
+
+def test_those_that_are_exposed_may_be_called_where_nothing_else_may(cluster: Cluster) -> None:
+    cluster.run(call_exposed, 2, allow="registered")
+
+
 _seen: list[str] = []
 
 

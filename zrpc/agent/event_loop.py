@@ -165,10 +165,15 @@ class _Run:
         if task.cancelled():  # before its first step
             self._coroutine.close()
             self._on_error(self._cancelled())
+        self._on_value = self._on_error = _forget  # they refer to the call, which may refer to this
 
     def _cancelled(self) -> ZrpcError:
         over = None if self._call is None else self._call.over()
         return over or CallCancelledError("the function was cancelled at its worker, while it ran or before it began")
+
+
+def _forget(_: object) -> None:
+    """It is over."""
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

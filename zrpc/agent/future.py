@@ -120,7 +120,7 @@ class Future(torch.futures.Future[T]):
         failure, token = self._failure, self._token
         if failure is None or token is None or sys.is_finalizing():
             return
-        if not failure.seen and not self._has_callback:
+        if not failure.seen and not self._has_callback and not isinstance(failure.error, CallCancelledError):
             finalizers.defer(partial(_warn, self.origin, failure.error))
         failure.raisable.drop_traceback()
         token.take(failure.error)

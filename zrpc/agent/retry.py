@@ -19,7 +19,7 @@ from zrpc.errors import CallCancelledError, ConfigError, OverloadedError, PeerLo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zrpc.agent.event_loop import EventLoop
+    from zrpc.agent.agent import Agent
 
 T = TypeVar("T")
 
@@ -90,9 +90,9 @@ def call(policy: RetryPolicy, limit_s: float, attempt: Callable[[float], T]) -> 
 
 
 def call_async(
-    policy: RetryPolicy, limit_s: float, attempt: Callable[[float], Future[T]], loop: EventLoop, what: str
+    policy: RetryPolicy, limit_s: float, attempt: Callable[[float], Future[T]], agent: Agent, what: str
 ) -> Future[T]:
-    """The same on the event loop of this worker: a future, at once. `attempt` begins the call; `what` is its name."""
+    """The same on the event loop of `agent`: a future, at once. `attempt` begins the call; `what` is its name."""
     limits = _Limits(policy, limit_s)
     result: Future[T] = Future()
     result.set_origin(what)
@@ -103,13 +103,16 @@ def call_async(
     async def all_attempts() -> T:
         return await limits.retrying(_tenacity().AsyncRetrying, asyncio.sleep)(once)  # type: ignore[no-any-return]
 
+    def end(make: Callable[[], T]) -> None:
+        agent.completions.submit(lambda: settle(result, make))  # its callbacks may wait for others
+
     def fail(error: BaseException) -> None:
         def outcome() -> T:
             raise CallCancelledError(f"{what} was cancelled") if isinstance(error, CallCancelledError) else error
 
-        settle(result, outcome)
+        end(outcome)
 
-    cancel = loop.run(all_attempts(), serving.get(), lambda value: settle(result, lambda: value), fail)
+    cancel = agent.event_loop.run(all_attempts(), serving.get(), lambda value: end(lambda: value), fail)
 
     def cancelled() -> bool:
         cancel()
