@@ -18,6 +18,7 @@ from tests.integration import busy
 from tests.waiting import until
 from zrpc import autograd, errors
 from zrpc.agent.current import current_agent
+from zrpc.autograd import _get_debug_info as debug_info
 from zrpc.rref.context import RRefContext
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def cancel_with_references(rank: int, folder: str) -> None:
 
 
 def num_contexts() -> int:
-    return int(autograd._get_debug_info()["num_autograd_contexts"])
+    return int(debug_info()["num_autograd_contexts"])
 
 
 def test_what_a_cancelled_call_carried_is_given_up(cluster_in_each_mode: Cluster, tmp_path: Path) -> None:
