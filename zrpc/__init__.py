@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zrpc import functions as functions
     from zrpc.agent.future import Future as Future
+    from zrpc.agent.retry import RetryPolicy as RetryPolicy
+    from zrpc.agent.served import is_cancelled as is_cancelled
+    from zrpc.agent.served import time_remaining as time_remaining
     from zrpc.api import broadcast as broadcast
     from zrpc.api import get_worker_info as get_worker_info
     from zrpc.api import remote as remote
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Future": "zrpc.agent.collection",  # which lets torch.futures see failures of its futures
     "RRef": "zrpc.rref.rref",
+    "RetryPolicy": "zrpc.agent.retry",
     "RpcBackendOptions": "zrpc.config",
     "WorkerInfo": "zrpc.ids",
     "ZrpcError": "zrpc.errors",
@@ -35,16 +39,19 @@ _HOMES = {
     "expose": "zrpc.exposed",
     "get_worker_info": "zrpc.api",
     "init_rpc": "zrpc.lifecycle",
+    "is_cancelled": "zrpc.agent.served",
     "remote": "zrpc.api",
     "rpc_async": "zrpc.api",
     "rpc_sync": "zrpc.api",
     "shutdown": "zrpc.lifecycle",
+    "time_remaining": "zrpc.agent.served",
 }
 _MODULES = ("autograd", "errors", "functions", "nn", "optim")
 
 __all__ = [
     "Future",
     "RRef",
+    "RetryPolicy",
     "RpcBackendOptions",
     "WorkerInfo",
     "ZrpcError",
@@ -54,10 +61,12 @@ __all__ = [
     "get_worker_info",
     "init_rpc",
     "is_available",
+    "is_cancelled",
     "remote",
     "rpc_async",
     "rpc_sync",
     "shutdown",
+    "time_remaining",
 ]
 
 

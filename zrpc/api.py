@@ -12,8 +12,11 @@ from zrpc.agent.broadcast import call_all
 from zrpc.agent.current import current_agent
 from zrpc.agent.execution import ASYNC_ATTRIBUTE
 from zrpc.agent.future import Future, future_of
+from zrpc.agent.retry import RetryPolicy, check_policy
+from zrpc.agent.retry import call as call_again
+from zrpc.agent.retry import call_async as begin_again
 from zrpc.agent.scripted import check_arguments
-from zrpc.config import UNSET_RPC_TIMEOUT_S
+from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
 from zrpc.rref.making import remote_builtin, remote_python
@@ -58,6 +61,8 @@ def rpc_sync(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = UNSET_RPC_TIMEOUT_S,
+    *,
+    retry: RetryPolicy | None = None,
 ) -> T:
     """Call `func(*args, **kwargs)` on the worker `to` and wait for its result.
 
@@ -67,7 +72,9 @@ def rpc_sync(
         args: positional arguments, a tuple or a list; tensors in them are sent without a copy and may be written to
             again on return.
         kwargs: keyword arguments, a dict.
-        timeout: seconds; 0: no limit; by default `rpc_timeout` of the options.
+        timeout: seconds; 0: no limit; by default `rpc_timeout` of the options. In a function that serves a call it is
+            no more than what is left of that one's (`time_remaining`), 0 included.
+        retry: make the call again after some errors; only for functions that may run more than once.
 
     Returns:
         What `func` returned; its tensors are copies that belong to the caller.
@@ -80,13 +87,19 @@ def rpc_sync(
         ConfigError: `timeout` is no number of seconds.
         SerializationError: an argument or the result cannot be sent.
         DeviceError: a tensor cannot be brought to the device where it should arrive.
-        OverloadedError: too much is on the way to that worker already, for as long as the time limit.
+        OverloadedError: too much is on the way to that worker already, for as long as the time limit, or too many calls
+            wait there (`max_queued_calls` of its options). `func` did not run.
+        CallCancelledError: the call that this thread serves was cancelled meanwhile.
         LimitError: this process may open no more files.
         AgentClosedError: this worker shut down meanwhile.
         RpcTimeoutError: the time ran out; it is not known whether `func` ran.
         PeerLostError: the callee died or left; it is not known whether `func` ran.
         Exception: whatever `func` raised there, with the remote traceback as its cause.
     """
+    if retry is not None:
+        check_policy(retry)
+        limit_s = _whole_limit_s(timeout)
+        return call_again(retry, limit_s, lambda left_s: rpc_sync(to, func, args, kwargs, left_s))
     with interrupts.deferred:
         agent = current_agent()
         return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout).wait())  # type: ignore[no-any-return]
@@ -98,12 +111,26 @@ def rpc_async(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = UNSET_RPC_TIMEOUT_S,
+    *,
+    retry: RetryPolicy | None = None,
 ) -> Future[T]:
     """Call `func(*args, **kwargs)` on the worker `to` and return a future for its result at once.
 
     Arguments, timeout and errors are those of `rpc_sync`; errors of the call are raised by the future. Tensors in the
-    arguments must not be written to until the future is done.
+    arguments must not be written to until the future is done. `Future.cancel` calls it off; to drop it does not.
     """
+    if retry is not None:
+        check_policy(retry)
+        if not callable(func):
+            raise _not_callable(func)
+        agent, what = current_agent(), f"a call with retry to {to}"
+        return begin_again(
+            retry,
+            _whole_limit_s(timeout),
+            lambda left_s: begin(ExecMode.ASYNC, to, func, args, kwargs, left_s),
+            agent,
+            what,
+        )
     return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout)
 
 
@@ -245,6 +272,11 @@ def _bare(func: Callable[..., Any]) -> Callable[..., Any]:
     while (deeper := getattr(inner, ASYNC_ATTRIBUTE, None)) is not None:
         inner = deeper
     return inner if isinstance(inner, torch.jit.ScriptFunction) else func
+
+
+def _whole_limit_s(timeout: float) -> float:
+    """The time limit of a call and of what repeats it, in seconds; 0: none."""
+    return current_agent().rpc_timeout_s if timeout == UNSET_RPC_TIMEOUT_S else check_timeout(timeout, "timeout")
 
 
 def _limit_s(timeout: float) -> float | None:

@@ -30,11 +30,14 @@ DEFAULT_MAX_IN_FLIGHT_NBYTES = 1 << 30
 DEFAULT_MAX_IN_FLIGHT_CALLS = 1 << 18
 """An unanswered small call takes 1.3 to 2 KB of its caller (`benchmarks.memory flight`), so this is up to 0.5 GB."""
 DEFAULT_PINNED_POOL_NBYTES = 1 << 30
+DEFAULT_MAX_QUEUED_CALLS = 1 << 20
+"""A small call that waits takes about 2 KB of its callee, so this is about 2 GB. Programs that work stay far below."""
 ALLOW_VARIABLE = "ZRPC_ALLOW"
 """What `allow` is where it is not given: `any`, `registered`, or names of modules with commas between them."""
 UNSET_RPC_TIMEOUT_S = -1.0
 """A call with this timeout takes the worker's default."""
 
+OVERLOAD_MODES = ("refuse", "wait")
 ALLOW_MODES = ("any", "registered")
 INIT_SCHEMES = ("env", "tcp", "file", "broker")
 
@@ -77,6 +80,12 @@ class RpcBackendOptions:
             need. `"registered"`: functions and classes marked with `zrpc.expose`, and nothing is unpickled; all workers
             of a group then say so. None: what the environment variable ZRPC_ALLOW says, or `"any"`. See
             docs/security.md.
+        max_queued_calls: how many calls of others may wait here for a handler thread; 0: no limit.
+        overload: what is done about calls that come while more wait. `"refuse"`: they fail at once with
+            `OverloadedError`, and did not run. `"wait"`: they wait too, and callers are slowed by their windows alone
+            (`max_in_flight_calls`).
+        propagate_deadlines: tell callees how much time is left of each call, and when it is over. Calls made in a
+            function that serves a call then have no more time than is left of that. False: as in torch.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -102,10 +111,15 @@ class RpcBackendOptions:
         secret: str | bytes | None = None,
         insecure: bool | None = None,
         allow: str | Sequence[str] | None = None,
+        max_queued_calls: int = DEFAULT_MAX_QUEUED_CALLS,
+        overload: str = "refuse",
+        propagate_deadlines: bool = True,
     ) -> None:
         insecure = says_insecure() if insecure is None else insecure
         switches = {"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode, "insecure": insecure}
-        _check_kinds(switches, bind)
+        _check_kinds({**switches, "propagate_deadlines": propagate_deadlines}, bind)
+        if overload not in OVERLOAD_MODES:
+            raise ConfigError(f"overload must be 'refuse' or 'wait', not {overload!r}")
         self.secret = _checked_secret(secret)
         self.insecure = insecure
         self.num_worker_threads = _whole(num_worker_threads, "num_worker_threads", 1)
@@ -121,6 +135,9 @@ class RpcBackendOptions:
         self.propagate_grad_mode = propagate_grad_mode
         self.bind = bind
         self.allow = allow
+        self.max_queued_calls = _whole(max_queued_calls, "max_queued_calls (0: no limit)", 0)
+        self.overload = overload
+        self.propagate_deadlines = propagate_deadlines
         if not isinstance(device_maps, Mapping | None):
             raise ConfigError(f"device_maps must be a dict, worker name -> {{device: device}}, not {device_maps!r}")
         for worker, device_map in (device_maps or {}).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 
 class ZrpcError(RuntimeError):
     """Root of the errors that zrpc itself raises."""
@@ -49,6 +51,13 @@ class RpcTimeoutError(ZrpcError):
     """The call's time ran out. It is not known whether the call ran, or still runs, on the peer."""
 
 
+class CallCancelledError(ZrpcError, CancelledError):
+    """The call was cancelled: its caller called `cancel` on its future, or a call that it was made for was cancelled.
+
+    It is also a `concurrent.futures.CancelledError`. It is not known whether the call ran, or still runs, on the peer.
+    """
+
+
 class AgentClosedError(ZrpcError):
     """This worker shut down while the call was under way."""
 
@@ -93,4 +102,4 @@ class LimitError(ZrpcError):
 
 
 class OverloadedError(ZrpcError):
-    """Too many messages wait to be sent to a peer; nothing of this one was sent."""
+    """Too much waits: to be sent to a peer, or at the peer to be run. The call certainly did not run."""

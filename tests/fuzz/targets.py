@@ -45,6 +45,7 @@ from zrpc.wire.messages import (
     FIELD_GETTERS,
     AbortBackward,
     BackwardRequest,
+    Cancel,
     Failure,
     Forming,
     Heartbeat,
@@ -334,7 +335,7 @@ def _targets() -> list[Target]:
     calls = [
         PythonCall(), PythonRemote(_ID, _ID), RRefFetch(_ID, _ID), Failure("ValueError", "text", "Traceback\n"),
         BackwardRequest(5, _ID, _ID, False), ReleaseContexts([1, 2]), AbortBackward(1, _ID, "why"),
-        MarkSends(1, _ID, True, [_ID, _ID]), Heartbeat(), Left(A, True, "gone"),
+        MarkSends(1, _ID, True, [_ID, _ID]), Heartbeat(), Left(A, True, "gone"), Cancel(7),
     ]  # fmt: skip
     register = Register("worker-1", -1, 2, _CARD)
     welcome = Welcome(0, [[A, "worker-1", 0, _CARD], [B, "worker-2", 1, _CARD]], 1.0)
@@ -347,7 +348,10 @@ def _targets() -> list[Target]:
         [torch.device("cpu"), 3 + 4j, torch.Size([2, 3]), torch.strided, torch.channels_last, list(range(150))],
     ]
     return [
-        Target("messages", [_frames_of(Envelope(one, 7, dict(_EXTRAS), b"data")) for one in calls], _use_message),
+        Target("messages", [
+            *(_frames_of(Envelope(one, 7, dict(_EXTRAS), b"data")) for one in calls),
+            _frames_of(Envelope(PythonCall(), 7, time_left_ms=60_000)),
+        ], _use_message),
         Target("tensors", tensors, _use_tensors),
         Target("fields", [[msgpack.packb([one.CODE, FIELD_GETTERS[type(one)](one)])] for one in calls], _use_fields),
         Target("values", [[bytes(values.pack(one).data)] for one in operands], _use_values),

@@ -109,10 +109,6 @@ def return_errors(*errors: BaseException) -> Any:
     return [*errors, kinds.Refused(403), kinds.local(KeyError, code=5)]
 
 
-async def coroutine_function(x: int) -> int:
-    return x + 1
-
-
 def raise_misbehaving(methods: dict[str, Any], base: type[BaseException], is_importable: bool) -> None:
     raise kinds.misbehaving(methods, base, is_importable)
 
@@ -193,18 +189,6 @@ def misbehave(rank: int, num_classes: int) -> int:
 def test_whatever_a_class_of_errors_does_each_call_ends(cluster_in_each_mode: Cluster, num_classes: int) -> None:
     done = cluster_in_each_mode.run(misbehave, 2, args=(num_classes,), timeout_s=110)
     assert done == [num_classes, num_classes]
-
-
-def refuse_coroutines(rank: int) -> int:
-    for way in (by_sync, by_async, by_reference):
-        error = outcome(way, other(rank), coroutine_function, 1)
-        assert isinstance(error, TypeError)
-        assert "coroutine_function is an `async def` function" in str(error)
-    return 1
-
-
-def test_an_async_def_function_is_refused_in_words(cluster: Cluster) -> None:
-    assert cluster.run(refuse_coroutines, 2) == [1, 1]
 
 
 def slow() -> None:

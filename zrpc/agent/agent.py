@@ -17,6 +17,7 @@ from zrpc.agent.gate import Gates
 from zrpc.agent.hooks import CallHook, Hooks
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
+from zrpc.agent.queue import Queue
 from zrpc.agent.server import Server
 from zrpc.control import ControlThread
 from zrpc.errors import ZrpcError
@@ -69,6 +70,7 @@ class Agent:
         request: see `Client.request`: it is this very method, as each call takes it.
         notify: see `Client.notify`.
         completions: see `Client`.
+        event_loop: where `async def` functions run.
     """
 
     info: WorkerInfo
@@ -109,7 +111,8 @@ class Agent:
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
             options.num_worker_threads, self.hooks, self._peers, endpoint.inbox, self._gates, lambda: self.refresh(),
-            self.staging, self._stagers.submit,
+            self.staging, self._stagers.submit, lambda call_ids: self._client.cancel(call_ids),
+            Queue(options.max_queued_calls, refuses=options.overload == "refuse"),
         )  # fmt: skip
         self._dropped = HandlerPool(1, "zrpc-finalizer")
         self._garbage: deque[list[Any]] = deque()
@@ -118,8 +121,10 @@ class Agent:
         self._client = Client(
             options.rpc_timeout, self.hooks, self._peers, endpoint.inbox, self._gates, self.staging, self.control,
             self._stagers.submit, self._server.pool.submit, self._server.pool.is_here, self._server.serve,
+            self._server.event_loop.is_here, propagates=options.propagate_deadlines,
         )  # fmt: skip
         self.completions = self._client.completions
+        self.event_loop = self._server.event_loop
         self.request = self._client.request
         self.notify = self._client.notify
         self._lock = threading.Lock()  # owns what follows
@@ -185,6 +190,7 @@ class Agent:
         self._client.wind_down()
         self._carrier.wind_down()
         self._server.pool.close(flush_s)
+        self._server.event_loop.close(flush_s)
         self._stagers.close(flush_s)
         self._carrier.flush()
         self._group.leave(flush_s, at_exit=at_exit)  # after the last answers: a broker relays nothing for the gone
@@ -200,7 +206,10 @@ class Agent:
 
     # ---- for the floors above --------------------------------------------------------------------------------------
 
-    def handle(self, message_type: type[M], handler: Callable[[Request[M]], Work | None], *, inline: bool) -> None:
+    def handle(
+        self, message_type: type[M], handler: Callable[[Request[M]], Work | None], *, inline: bool,
+        refuse: Callable[[Request[M], ZrpcError], None] | None = None,
+    ) -> None:  # fmt: skip
         """Serve requests of `message_type` with `handler`.
 
         Args:
@@ -209,8 +218,10 @@ class Agent:
             inline: run it on the reader that takes the message, in the order in which messages came (a caller that
                 reads hands it on to one): it must not block. Else it runs as what it may return does: on a reader
                 outside of the lock, or on a handler thread.
+            refuse: called instead, with the reason, for a call that is not begun because it was cancelled, its time is
+                over or too many wait. It answers, and must not block. None: the reason is the answer.
         """
-        self._server.handle(message_type, handler, inline)
+        self._server.handle(message_type, handler, inline, refuse)
 
     def add_hook(self, hook: CallHook) -> None:
         """Let `hook` ride on every hooked call."""
@@ -289,9 +300,13 @@ class Agent:
     def counts(self) -> dict[str, int]:
         """Calls under way, requests being served, handler threads and idle ones, and messages that were damaged."""
         threads, idle = self._server.pool.counts()
+        queue = self._server.queue
         return {
             "client_active_calls": len(self._client.calls), "server_active_calls": self._server.num_serving,
             "server_active_async_calls": self._server.async_calls.num,
+            "server_queued_calls": len(queue), "server_refused_calls": queue.num_refused,
+            "server_over_limit_calls": queue.num_over_limit, "server_cancelled_calls": queue.num_cancelled,
+            "server_expired_calls": queue.num_expired,
             "thread_pool_size": threads, "num_idle_threads": idle,
             "protocol_errors": sum(protocol_errors.received.counts().values()),
         }  # fmt: skip

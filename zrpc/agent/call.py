@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking, is_counted
-from zrpc.errors import RpcTimeoutError
+from zrpc.errors import CallCancelledError, RpcTimeoutError
 from zrpc.exception_text import log_error, without_traceback
 from zrpc.staging import handover
 from zrpc.wakeups import WakeUps
@@ -53,6 +53,9 @@ class CallOwner(Protocol):
 
     def abandon(self, call_id: int) -> bool:
         """Take the call out of the table; False if it is done already."""
+
+    def call_off(self, call: Call, *, is_expired: bool) -> None:
+        """Tell the callee that the answer is not waited for any more; `is_expired`: because the time ran out."""
 
     def discard(self, answer: Envelope) -> None:
         """Let go of an answer that no thread will ask for."""
@@ -84,6 +87,7 @@ class Call:
     Args:
         owner: ends it, and opens its answer.
         waited: one thread waits for it, at once, and keeps its time limit: if that is interrupted, it has ended.
+        of_users: it is a call of users, whose callee is told where the answer is not waited for any more.
 
     Attributes:
         peer: who was called.
@@ -94,15 +98,16 @@ class Call:
     """
 
     __slots__ = (
-        "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_opening", "_owner", "_payload",
-        "_raised", "_waited", "_wake_ups", "call_id", "failed", "gate", "message", "peer", "timeout_s",
+        "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_of_users", "_opening", "_owner",
+        "_payload", "_raised", "_waited", "_wake_ups", "call_id", "failed", "gate", "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(
         self, owner: CallOwner, call_id: int, peer: WorkerInfo, gate: Gate, message: Message, timeout_s: float,
-        waited: bool,
+        waited: bool, of_users: bool = False,
     ) -> None:  # fmt: skip
         self._owner = owner
+        self._of_users = of_users
         self._waited = waited
         self.call_id = call_id
         self.peer = peer
@@ -239,7 +244,23 @@ class Call:
 
     def expire(self) -> Work | None:
         """End the call because its time ran out; as `complete`. For the agent, which has taken it out of its table."""
+        if self._of_users:
+            self._owner.call_off(self, is_expired=True)
         return self.complete(None, self._timed_out())
+
+    def cancel(self) -> bool:
+        """End a call of users with `CallCancelledError`, and tell its callee; false if it is done already."""
+        with interrupts.held:
+            if not self._of_users or not self._owner.abandon(self.call_id):
+                return False
+            self._owner.call_off(self, is_expired=False)
+            what = f"{type(self.message).__name__} to {self.peer}"
+            work = self.complete(
+                None, CallCancelledError(f"{what} was cancelled. It is not known whether it ran there")
+            )
+            self._owner.wake(self)
+        _do(work)
+        return True
 
     def block(self, deadline: float | None) -> None:
         """See `Awaited.block`."""
@@ -274,6 +295,8 @@ class Call:
     def _give_up(self, interrupt: BaseException) -> None:
         """The thread that was to ask for the outcome is interrupted: no other one will."""
         if self._owner.abandon(self.call_id):
+            if self._of_users:
+                self._owner.call_off(self, is_expired=False)
             _do(self.complete(None, interrupt))
         else:
             interrupts.restart(lambda: self.block(None))

@@ -51,6 +51,16 @@ class Calls:
         call = self._under_way.get(call_id)
         return call is not None and call.peer.incarnation != source
 
+    def is_under_way(self, call_id: int) -> bool:
+        """Whether that call is not done yet."""
+        return call_id in self._under_way
+
+    def cancel(self, call_id: int) -> None:
+        """Cancel that call, unless it is done; see `Call.cancel`."""
+        call = self._under_way.get(call_id)
+        if call is not None:
+            call.cancel()
+
     def add(self, call: Call) -> None:
         """A call begins."""
         self._under_way[call.call_id] = call

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import itertools
 import logging
+from contextlib import suppress
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING
 
-from zrpc import finalizers, protocol_errors
+from zrpc import finalizers, interrupts, protocol_errors
 from zrpc.agent.call import Call
 from zrpc.agent.calls import Calls
 from zrpc.agent.completions import Completions
 from zrpc.agent.gate import Standing, needed
+from zrpc.agent.served import serving
 from zrpc.config import check_timeout
 from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
+from zrpc.wire.envelope import Envelope
 from zrpc.wire.exceptions import load_exception
-from zrpc.wire.messages import Failure, Message, Reply
+from zrpc.wire.messages import Cancel, Failure, Message, Reply
 from zrpc.wire.payload import Payload, open_payload, seal
 
 if TYPE_CHECKING:
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
     from zrpc.staging.stager import Staging
     from zrpc.transport.inbox import Inbox, Work
     from zrpc.transport.turns import Awaited
-    from zrpc.wire.envelope import Envelope
 
     Submit = Callable[[Callable[[], None]], None]
 
@@ -59,6 +62,8 @@ class Client:
         submit: runs a task on a handler thread.
         is_handler: whether this thread is one of the handlers.
         on_request: is given what is no answer; see `zrpc.transport.carrier`.
+        is_loop: whether this thread runs an event loop of this worker: it must not wait.
+        propagates: whether callees are told of the time limits of calls, and when they are over.
 
     Attributes:
         timeout_s: see above.
@@ -69,7 +74,8 @@ class Client:
     def __init__(
         self, timeout_s: float, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, staging: Staging,
         control: ControlThread, send_soon: Submit, submit: Submit, is_handler: Callable[[], bool],
-        on_request: Callable[[Incarnation, Envelope], Work | None],
+        on_request: Callable[[Incarnation, Envelope], Work | None], is_loop: Callable[[], bool] = lambda: False, *,
+        propagates: bool = True,
     ) -> None:  # fmt: skip
         self.timeout_s = timeout_s
         self.calls = Calls(gates, inbox.wake, self.discard, control.wake)
@@ -84,6 +90,8 @@ class Client:
         self._submit = submit
         self._is_handler = is_handler
         self._on_request = on_request
+        self._is_loop = is_loop
+        self._propagates = propagates
         self._call_ids = itertools.count(1)
         self._closed = False
 
@@ -114,7 +122,11 @@ class Client:
             DeviceError: one cannot be brought here from its device.
         """
         limit_s = self.timeout_s if timeout_s is None else check_timeout(timeout_s, "timeout")
-        extras = None
+        extras = parent = None
+        if hooked:
+            parent = serving.get()
+            if parent is not None:
+                limit_s = parent.limit_s(limit_s)
         if hooked and self._hooks:
             payload = payload or Payload()
             extras = self._hooks.send(to, message, payload, None)
@@ -123,14 +135,23 @@ class Client:
         route = routes.replies if goes_back else routes.requests
         envelope = seal(message, call_id, payload, extras, route)
         gate = self._gates[to.incarnation]
-        call = Call(self, call_id, to, gate, message, limit_s, waited)
+        call = Call(self, call_id, to, gate, message, limit_s, waited, hooked)
+        if parent is not None and (over := parent.over()) is not None:
+            call.complete(None, over)
+            return call
         try:
             left_s = gate.enter(call_id, envelope, to, limit_s, self._standing if hooked else needed)
         except ZrpcError as error:
             call.complete(None, error)
             return call
+        if hooked:
+            envelope.time_left_ms = ceil(left_s * 1000) if self._propagates else 0
         try:
             self.calls.add(call)
+            if parent is not None:
+                parent.add_nested(call_id, self.calls.is_under_way)
+                if parent.is_cancelled:  # who cancelled it may not have seen this one
+                    call.cancel()
             if envelope.is_arriving and not waited:
                 self._send_soon(partial(self._send_arriving, call, envelope, payload))
             elif not self._send(call, envelope, payload):
@@ -142,6 +163,8 @@ class Client:
                 if limit_s:
                     self.calls.limit(call_id, left_s)
         except BaseException as interrupt:  # Ctrl-C: nobody will wait for it, and nothing would end it
+            if hooked and self.calls.is_under_way(call_id):
+                self.call_off(call, is_expired=False)
             self.calls.fail(call_id, interrupt)
             raise
         if self._closed:  # the sweep of close() may have passed by
@@ -224,6 +247,18 @@ class Client:
         """See `CallOwner.abandon`."""
         return self.calls.abandon(call_id)
 
+    def cancel(self, call_ids: list[int]) -> None:
+        """Cancel those of these calls that are under way, and can be."""
+        for call_id in call_ids:
+            self.calls.cancel(call_id)
+
+    def call_off(self, call: Call, *, is_expired: bool) -> None:
+        """Tell the callee, as far as that is possible now; see `CallOwner.call_off`."""
+        if self._closed or (is_expired and not self._propagates):
+            return
+        with interrupts.held, suppress(ZrpcError):
+            self._peers.send(call.peer, Envelope(Cancel(call.call_id)))
+
     def discard(self, answer: Envelope) -> None:
         """An answer came that no thread asks for any more: its passengers are let go. See `CallOwner.discard`."""
         if answer.extras and self._hooks.passengers is not None:
@@ -274,6 +309,6 @@ class Client:
     def _standing(self) -> Standing:
         """How this thread stands to waiting for room."""
         inbox = self._inbox
-        if inbox.is_read_here or self.completions.is_here():
+        if inbox.is_read_here or self.completions.is_here() or self._is_loop():
             return Standing.NEEDED
         return Standing.SERVING if inbox.is_reader_here or self._is_handler() else Standing.FREE

@@ -31,11 +31,15 @@ class Collection:
     def __init__(self, futures: list[AnyFuture]) -> None:
         self.result: Future[list[AnyFuture]] = Future()
         self.result.set_origin("torch.futures.collect_all")
+        self.result.cancel_by(self._cancel)
         self._futures = futures
         self._lock = threading.Lock()
         self._num_left = len(futures)
         for future in futures:
             future.add_done_callback(self._on_done)
+
+    def _cancel(self) -> bool:
+        return any([future.cancel() for future in self._futures if isinstance(future, Future)])
 
     def _on_done(self, future: AnyFuture) -> None:
         failure: Exception | None = None

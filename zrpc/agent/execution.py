@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, partial
 from types import BuiltinFunctionType, CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zrpc.agent.future import Future
 from zrpc.agent.scripted import call_and_keep
 from zrpc.errors import ProtocolError
 from zrpc.exception_text import log_error, text_of
@@ -59,31 +60,23 @@ def execute_python(payload: Payload, *, keep: bool = False) -> Any:
         payload: the pickled call.
         keep: the result stays here; that of a TorchScript function may be a `ScriptValue`.
 
+    Returns:
+        What it returns; of an `async def` function its coroutine, which is to be run (`run_coroutine`).
+
     Raises:
         SerializationError: this process lacks the function.
-        TypeError: it is an `async def` function.
         RuntimeError: the function is TorchScript and raised anything.
         Exception: whatever the function raises.
     """
     func, args, kwargs = pickling.loads_call(payload)
     payload.let_go()
     if not isinstance(func, torch.jit.ScriptFunction):
-        return _refuse_coroutine(_run(func, args, kwargs))
+        return _run(func, args, kwargs)
     try:
         result = _run(call_and_keep, (func, args, kwargs), {}) if keep else _run(func, args, kwargs)
     except torch.jit.Error as error:
         raise RuntimeError(text_of(error)) from error  # as from an operator: compiled code has no classes of errors
     return values.plain_result(result)
-
-
-def _refuse_coroutine(result: Any) -> Any:
-    if not isinstance(result, CoroutineType):
-        return result
-    result.close()  # it is not to be awaited, and says so otherwise
-    raise TypeError(
-        f"{result.__qualname__} is an `async def` function (a coroutine function), which a worker does not run: call a "
-        "function that runs it, with asyncio.run() for example"
-    )
 
 
 def execute_builtin(op: str, payload: Payload) -> Any:
@@ -155,15 +148,20 @@ def forget_operators() -> None:
 
 
 def when_done(
-    result: Any, calls: AsyncCalls, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None]
-) -> None:
+    result: Any, calls: AsyncCalls, on_value: Callable[[Any], None], on_error: Callable[[BaseException], None],
+    when_cancelled: Callable[[Callable[[], object]], None] | None = None,
+) -> None:  # fmt: skip
     """Wait, without a thread, for the future that an async_execution function returned. `calls` counts it meanwhile.
+
+    What is given to `when_cancelled` cancels the future.
 
     Raises:
         RuntimeError: `result` is no future.
     """
     if not isinstance(result, torch._C.Future):
         kind = type(result).__name__
+        if isinstance(result, CoroutineType):
+            result.close()  # it is not to be awaited, and says so otherwise
         raise RuntimeError(
             "Functions decorated with @rpc.async_function must return a torch.futures.Future object, "
             f"but this one returned a {kind}. (Async functions must return an IValue of Future type, but got {kind})"
@@ -183,24 +181,63 @@ def when_done(
 
     if isinstance(result, torch.futures.Future):
         result.add_done_callback(finish)
+        if when_cancelled is not None and isinstance(result, Future):
+            when_cancelled(result.cancel)
     else:  # what `then` of torch's own futures returns
         result.then(finish)
+
+
+def run_coroutine(
+    coroutine: CoroutineType[Any, Any, Any], request: Request[Any],
+    on_value: Callable[[Any], None], on_error: Callable[[BaseException], None],
+) -> None:  # fmt: skip
+    """Run the coroutine of an `async def` function on the event loop of this worker.
+
+    Raises:
+        LimitError: the system gives no thread for it.
+    """
+    calls = request.async_calls
+    calls.change(1)
+
+    def finish(tell: Callable[[Any], None], outcome: Any) -> None:
+        calls.change(-1)
+        tell(outcome)
+
+    try:
+        request.event_loop.run(coroutine, request, partial(finish, on_value), partial(finish, on_error))
+    except BaseException:
+        calls.change(-1)
+        raise
 
 
 def serve_python(request: Request[PythonCall]) -> None:
     """Handle a `PythonCall`. Runs on a handler thread."""
 
+    def fail(error: BaseException) -> None:
+        _log(request, error)
+        request.fail(error)
+
     def work() -> None:
         if request.message.async_execution:
             result = execute_python(request.payload)
-            when_done(result, request.async_calls, lambda value: _reply(request, value), request.fail)
+            on_value = partial(_reply, request)
+            when_done(result, request.async_calls, on_value, request.fail, request.when_cancelled)
+            return
+        outcome = [execute_python(request.payload)]
+        if type(outcome[0]) is CoroutineType:
+            run_coroutine(outcome.pop(), request, lambda value: request.reply(pickling.dumps(value)), fail)
         else:  # no name refers to the result: memory that nothing else sees may go along with it
-            request.reply(pickling.dumps(execute_python(request.payload)))
+            request.reply(pickling.dumps(outcome.pop()))
 
     failure = request.run(work)
     if failure is not None:
-        log_error(log, "a function called by %s raised", request.source, error=failure)
+        _log(request, failure)
         del failure
+
+
+def _log(request: Request[PythonCall], failure: BaseException) -> None:
+    if not request.is_cancelled:
+        log_error(log, "a function called by %s raised", request.source, error=failure)
 
 
 def serve_builtin(request: Request[BuiltinCall]) -> None:

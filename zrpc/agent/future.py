@@ -22,7 +22,8 @@ import torch
 
 from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
-from zrpc.errors import ZrpcError
+from zrpc.agent.served import serving, serving_of
+from zrpc.errors import CallCancelledError, ZrpcError
 from zrpc.exception_text import cause_of, context_of, describe, is_interrupt, without_traceback
 from zrpc.staging import handover
 from zrpc.wire.exceptions import remote_traceback
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.call import Call
     from zrpc.agent.completions import Completions
+    from zrpc.agent.served import ServedCall
     from zrpc.staging.streams import Mark
     from zrpc.wire.payload import Payload
 
@@ -106,6 +108,8 @@ class Future(torch.futures.Future[T]):
 
     origin: object = "an asynchronous call"
     _answer: Answer | None = None
+    _canceller: Callable[[], bool] | None = None
+    _is_cancelled = False
     _failure: Failure | None = None
     _token: Token | None = None
     _mark: Mark | None = None
@@ -116,10 +120,39 @@ class Future(torch.futures.Future[T]):
         failure, token = self._failure, self._token
         if failure is None or token is None or sys.is_finalizing():
             return
-        if not failure.seen and not self._has_callback:
+        if not failure.seen and not self._has_callback and not isinstance(failure.error, CallCancelledError):
             finalizers.defer(partial(_warn, self.origin, failure.error))
         failure.raisable.drop_traceback()
         token.take(failure.error)
+
+    def cancel(self) -> bool:
+        """Call off the remote call that this future waits for, unless it is done.
+
+        The future then ends with `CallCancelledError`. The callee does not begin the call if it has not yet; a function
+        that runs may ask `zrpc.is_cancelled()`, and an `async def` function gets an `asyncio.CancelledError`. What they
+        have called meanwhile is cancelled too. A future that `then` gave cancels the one that it was made of.
+
+        Returns:
+            Whether it was cancelled by this. False: it is done already, or waits for no call.
+        """
+        answer, canceller = self._answer, self._canceller
+        if answer is not None:
+            return answer.cancel()
+        return canceller is not None and not self.done() and canceller()
+
+    def cancelled(self) -> bool:
+        """Whether it ended because it, or the call that it is of, was cancelled."""
+        failure = self._failure if self.done() else None
+        return failure is not None and isinstance(failure.error, CallCancelledError)
+
+    def cancel_by(self, canceller: Callable[[], bool]) -> None:
+        """`cancel` calls `canceller`, which says whether it did anything."""
+        self._canceller = canceller
+
+    def follow(self, source: torch.futures.Future[Any]) -> None:
+        """What cancels this future cancels `source`, which it waits for. `source` is not kept by that."""
+        if isinstance(source, Future):
+            self._canceller = partial(_cancel, weakref.ref(source))
 
     def set_origin(self, origin: object) -> None:
         """Have the log say that `origin` failed, if this future does."""
@@ -186,9 +219,13 @@ class Future(torch.futures.Future[T]):
             super().then(callback)  # raises the TypeError that torch's own futures raise
         child: Future[S] = Future()
         child.set_origin("a callback given to then()")
+        child.follow(self)
+        served = serving.get()
         held = [child]
         if handover.streams is not None:
             callback = _after(handover.streams.mark(), callback)
+        if served is not None:
+            callback = _serving(served, callback)
         self.add_done_callback(lambda done: settle(held.pop(), lambda: _called_back(callback, done)))
         return child
 
@@ -205,7 +242,11 @@ class Future(torch.futures.Future[T]):
                 loop.call_soon_threadsafe(wake)
 
         self.add_done_callback(on_done)
-        yield from waiter
+        try:
+            yield from waiter
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         return self.wait()
 
 
@@ -249,6 +290,23 @@ def _after(mark: Mark, callback: Callable[[torch.futures.Future[T]], S]) -> Call
         return callback(done)
 
     return joined
+
+
+def _serving(
+    call: ServedCall, callback: Callable[[torch.futures.Future[T]], S]
+) -> Callable[[torch.futures.Future[T]], S]:
+    """`callback`, which goes on with what this thread serves."""
+
+    def going_on(done: torch.futures.Future[T]) -> S:
+        with serving_of(call):
+            return callback(done)
+
+    return going_on
+
+
+def _cancel(future: weakref.ref[Future[Any]]) -> bool:
+    found = future()
+    return found is not None and found.cancel()
 
 
 def _called_back(callback: Callable[[torch.futures.Future[T]], S], done: torch.futures.Future[T]) -> S:
@@ -308,6 +366,10 @@ class Answer:
             held = [future]
             del future
             settle(held.pop(), lambda: convert(call.result()))
+
+    def cancel(self) -> bool:
+        """See `Future.cancel`."""
+        return self._call.cancel()
 
     def complete_soon(self) -> None:
         """The same on a completer thread."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 
 from zrpc.agent.pool import blocking
+from zrpc.agent.served import ServedCall
 from zrpc.exception_text import log_error
 from zrpc.wire.messages import Message
 from zrpc.wire.payload import Payload, open_payload
@@ -17,8 +18,9 @@ from zrpc.wire.payload import Payload, open_payload
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from zrpc.agent.event_loop import EventLoop
     from zrpc.agent.hooks import CallHook, Hooks
-    from zrpc.ids import WorkerInfo
+    from zrpc.ids import Incarnation, WorkerInfo
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.route import Stager
 
@@ -52,6 +54,7 @@ class Answerer(Protocol):
 
     hooks: Hooks
     async_calls: AsyncCalls
+    event_loop: EventLoop
 
     @property
     def staging(self) -> Stager:
@@ -61,12 +64,24 @@ class Answerer(Protocol):
         """Send the answer."""
 
 
-class Request(Generic[M]):
-    """A request of `source`. It is answered once, by `reply` or `fail`, from any thread."""
+class Request(ServedCall, Generic[M]):
+    """A request of `source`. It is answered once, by `reply` or `fail`, from any thread.
 
-    __slots__ = ("_answerer", "_envelope", "_payload", "answered", "call_id", "extras", "message", "source")
+    Attributes:
+        key: the life of the caller, and the number that it gave to the request.
+        is_of_users: it is a call of users, which may be cancelled.
+        answered: whether it is answered.
+    """
+
+    __slots__ = (
+        "_answerer", "_envelope", "_payload", "answered", "call_id", "extras", "is_of_users", "key", "message",
+        "source",
+    )  # fmt: skip
 
     def __init__(self, answerer: Answerer, source: WorkerInfo, envelope: Envelope, message: M) -> None:
+        super().__init__(envelope.time_left_ms)
+        self.is_of_users = envelope.time_left_ms is not None
+        self.key: tuple[Incarnation, int] = (source.incarnation, envelope.call_id)
         self._answerer = answerer
         self._envelope: Envelope | None = envelope
         self._payload: Payload | None = None
@@ -94,6 +109,15 @@ class Request(Generic[M]):
             self._payload = open_payload(self._envelope, self._answerer.staging)
             self._envelope = None
         return self._payload
+
+    def let_go(self) -> None:
+        """It will not be begun: keep nothing of what came with it."""
+        self._envelope = None
+
+    @property
+    def event_loop(self) -> EventLoop:
+        """Where `async def` functions run."""
+        return self._answerer.event_loop
 
     @property
     def async_calls(self) -> AsyncCalls:
@@ -128,6 +152,8 @@ class Request(Generic[M]):
         Returns:
             What it raised.
         """
+        if self.answered:  # it was cancelled meanwhile
+            return None
         failures: list[BaseException] = []
         try:
             with self.context():
@@ -156,7 +182,9 @@ class Request(Generic[M]):
     def reply(self, payload: Payload | None = None) -> None:
         """Answer that the request was carried out, with what came of it."""
         self._answerer.answer(self, payload, None)  # type: ignore[arg-type]  # M is a Message
+        self._listeners = None  # they refer to it
 
     def fail(self, error: BaseException) -> None:
         """Answer that the request raised `error`."""
         self._answerer.answer(self, None, error)  # type: ignore[arg-type]  # M is a Message
+        self._listeners = None

@@ -15,21 +15,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zrpc import finalizers, protocol_errors
+from zrpc.agent.event_loop import EventLoop
 from zrpc.agent.gate import payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import AsyncCalls, Request
-from zrpc.errors import AgentClosedError, OverloadedError, PeerLostError, ProtocolError
+from zrpc.agent.served import serving
+from zrpc.errors import AgentClosedError, CallCancelledError, OverloadedError, PeerLostError, ProtocolError, ZrpcError
 from zrpc.exception_text import log_error
 from zrpc.transport.credit import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception, remote_traceback
-from zrpc.wire.messages import Message, Reply
+from zrpc.wire.messages import Cancel, Message, Reply
 from zrpc.wire.payload import Payload, seal
 
 if TYPE_CHECKING:
     from zrpc.agent.gate import Gates
     from zrpc.agent.hooks import Hooks
     from zrpc.agent.peers import Peers
+    from zrpc.agent.queue import Queue
     from zrpc.ids import Incarnation, WorkerInfo
     from zrpc.staging.stager import Staging
     from zrpc.transport.inbox import Inbox, Work
@@ -41,6 +44,8 @@ _UNSENT = "the answer to %s was not sent: %s"
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[Request[Any]], "Work | None"]
+Refuse = Callable[[Request[Any], ZrpcError], None]
+"""Answers a request that is not begun, with the reason."""
 
 
 class Server:
@@ -55,11 +60,14 @@ class Server:
         refresh: looks for newcomers.
         staging: brings tensors to and from devices.
         send_soon: runs on another thread what sends tensors that are still on their way from a device.
+        cancel_calls: cancels calls of this worker that a request has led to.
+        queue: how many calls of users may wait for a handler thread.
     """
 
     def __init__(
         self, num_threads: int, hooks: Hooks, peers: Peers, inbox: Inbox, gates: Gates, refresh: Callable[[], None],
         staging: Staging, send_soon: Callable[[Callable[[], None]], None],
+        cancel_calls: Callable[[list[int]], None], queue: Queue,
     ) -> None:  # fmt: skip
         self.hooks = hooks
         self.pool = HandlerPool(num_threads, "zrpc-handler")
@@ -70,11 +78,15 @@ class Server:
         self.staging = staging
         self._send_soon = send_soon
         self.async_calls = AsyncCalls()
-        self._handlers: dict[type[Message], tuple[Handler, bool]] = {}
+        self.event_loop = EventLoop(hooks)
+        self.queue = queue
+        self._cancel_calls = cancel_calls
+        self._handlers: dict[type[Message], tuple[Handler, bool]] = {Cancel: (self._serve_cancel, True)}
+        self._refusals: dict[type[Message], Refuse] = {}
         self._quickness = Quickness()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._serving = 0
+        self._requests: dict[tuple[Incarnation, int], Request[Any]] = {}  # an entry is taken out by one `dict.pop`
         self._is_awaited = False
         self._holds = 1  # why requests are kept back: how many reasons there are
         self._early: deque[tuple[Incarnation, Envelope]] | None = deque()
@@ -83,11 +95,16 @@ class Server:
     @property
     def num_serving(self) -> int:
         """How many requests are not answered yet."""
-        return self._serving
+        return len(self._requests)
 
-    def handle(self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool) -> None:
+    def handle(
+        self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool,
+        refuse: Callable[[Request[M], ZrpcError], None] | None = None,
+    ) -> None:  # fmt: skip
         """See `Agent.handle`."""
         self._handlers[message_type] = (handler, inline)
+        if refuse is not None:
+            self._refusals[message_type] = refuse
 
     def open(self) -> None:
         """Serve requests from now on, those kept back first, unless `hold` was called meanwhile."""
@@ -102,7 +119,7 @@ class Server:
             if member is None:
                 self.pool.submit(partial(self._serve_stranger, source, envelope))
             else:
-                self._submit(self._serve(member.info, envelope))
+                self._submit(self._serve(member.info, envelope, is_reading=False))
 
     def hold(self) -> None:
         """Keep requests back that come from now on, until `open`. It must not be called while one is taken in."""
@@ -151,13 +168,13 @@ class Server:
         if member is None:
             log.warning("a %s of an unknown worker was dropped", type(envelope.message).__name__)
             return
-        self._submit(self._serve(member.info, envelope))
+        self._submit(self._serve(member.info, envelope, is_reading=False))
 
-    def _serve(self, source: WorkerInfo, envelope: Envelope) -> Work | None:
+    def _serve(self, source: WorkerInfo, envelope: Envelope, *, is_reading: bool = True) -> Work | None:
+        """Have a request served; `is_reading`: by the thread that has read it, and may be given the work."""
         request = Request(self, source, envelope, envelope.message)
-        with self._lock:
-            self._serving += 1
-        handler, inline = self._handlers.get(type(envelope.message), (self._refuse, True))
+        self._requests[request.key] = request
+        handler, inline = self._handlers.get(type(envelope.message), (self._reject, True))
         work: Work | None = partial(_run_all, handler, request)
         if inline and self._inbox.is_read_here and self._inbox.must_hand_on:
             self._inbox.hand_on(lambda: self._submit(_run(handler, request)))
@@ -166,14 +183,55 @@ class Server:
             work = _run(handler, request)
         if work is None:
             return None
-        if self._inbox.can_work and self._quickness.expects_quick():
+        if is_reading and self._inbox.can_work and self._quickness.expects_quick():
             if self.pool.around is not None:
                 work = partial(self.pool.around, work)
             return partial(self._quickness.timed, work)
-        self.pool.submit(work)
+        if inline:
+            self.pool.submit(work)
+        elif (refusal := self.queue.enter(request, self._peers.me)) is None:
+            self.pool.submit(partial(self._begin, request, work))
+        else:
+            self._refuse(request, refusal)
         return None
 
-    def _refuse(self, request: Request[Any]) -> None:
+    def _begin(self, request: Request[Any], work: Work) -> None:
+        """A handler thread comes to a request that waited for one."""
+        if not self.queue.leave(request):
+            return  # it was cancelled
+        over = request.over()
+        if over is None:
+            work()
+        else:
+            self.queue.note_expired()
+            self._refuse(request, over)
+
+    # ---- what is not begun, or called off ---------------------------------------------------------------------------
+
+    def _serve_cancel(self, request: Request[Cancel]) -> None:
+        """The caller waits no longer for its call. Runs inline."""
+        self._end(request)
+        found = self._requests.get((request.source.incarnation, request.message.call_id))
+        if found is not None and found.is_of_users:
+            self.queue.note_cancelled()
+            nested = found.cancel()
+            if self.queue.leave(found):
+                self._refuse(found, CallCancelledError("the call was cancelled before it began"))
+            elif nested:
+                self._cancel_calls(nested)
+
+    def _refuse(self, request: Request[Any], reason: ZrpcError) -> None:
+        """Answer a request that is not begun, and let go of what came with it. It must not block."""
+        request.let_go()
+        if request.extras and self.hooks.passengers is not None:
+            self.pool.submit(partial(self.hooks.discard_answer, request.extras))
+        refuse = self._refusals.get(type(request.message))
+        if refuse is None:
+            request.fail(reason)
+        else:
+            refuse(request, reason)
+
+    def _reject(self, request: Request[Any]) -> None:
         raise ProtocolError(f"{self._peers.me} does not serve {type(request.message).__name__}")
 
     def _submit(self, work: Work | None) -> None:
@@ -188,6 +246,8 @@ class Server:
             if request.answered:
                 raise ProtocolError(f"{type(request.message).__name__} from {request.source} was answered twice")
             request.answered = True
+        if request.is_cancelled:  # nothing waits for what came of it
+            payload, error = None, error or request.over()
         if type(error) is ProtocolError and remote_traceback(error) is None:  # else it was another worker's
             protocol_errors.received.note("request", str(request.source), error)
         sent = True
@@ -199,7 +259,7 @@ class Server:
             finalizers.defer(partial(log.error, _UNSENT, request.source, full))
         finally:
             if sent:
-                self._end()
+                self._end(request)
 
     def _send(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> bool:
         """Send the answer, or one that says why it cannot be sent, without the hooks that may be the reason.
@@ -255,13 +315,13 @@ class Server:
         except (PeerLostError, AgentClosedError) as gone:
             log.debug(_UNSENT, to, gone)
         finally:
-            self._end()
+            self._end(request)
 
-    def _end(self) -> None:
+    def _end(self, request: Request[Any]) -> None:
         """A request is answered, or never will be."""
-        with self._lock:
-            self._serving -= 1
-            if self._is_awaited and not self._serving:
+        self._requests.pop(request.key, None)
+        if self._is_awaited and not self._requests:
+            with self._lock:
                 self._idle.notify_all()
 
 
@@ -280,6 +340,10 @@ def _run(handler: Handler, request: Request[Any]) -> Work | None:
 
 def _run_all(handler: Handler, request: Request[Any]) -> None:
     """Run a handler, and the work that it returns."""
-    work = _run(handler, request)
-    if work is not None:
-        work()
+    serving.set(request)
+    try:
+        work = _run(handler, request)
+        if work is not None:
+            work()
+    finally:
+        serving.set(None)

@@ -40,7 +40,7 @@ class Cell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.is_given = False
-        self._callbacks: list[Callable[[], None]] | None = []
+        self._callbacks: dict[Callable[[], None], None] | None = {}
         self._value: Any = None
         self._error: Raisable | None = None
         self._mark: Mark | None = None  # in the streams of the thread that made the value
@@ -74,9 +74,15 @@ class Cell:
         """Run `callback` when the cell is set: at once if it is, else on the thread that sets it."""
         with self._lock:
             if self._callbacks is not None:
-                self._callbacks.append(callback)
+                self._callbacks[callback] = None
                 return
         callback()
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Do not run `callback`, unless it is begun."""
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks.pop(callback, None)
 
     def get(self) -> Any:
         """The value of a cell that is set; of a `ScriptValue`, what Python sees. Raises the error if it was set to one.

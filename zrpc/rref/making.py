@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zrpc.errors import RpcTimeoutError, RRefError
+from zrpc.errors import CallCancelledError, RpcTimeoutError, RRefError
 from zrpc.exception_text import text_of
 from zrpc.rref.cell import Cell
 from zrpc.rref.context import RRefContext
@@ -81,7 +81,8 @@ def _create_here(
 
     def answered(call: Call) -> None:
         error = call.error
-        if error is not None and not issubclass(type(error), RpcTimeoutError):  # else the function may still run
+        may_run = issubclass(type(error), RpcTimeoutError | CallCancelledError)
+        if error is not None and not may_run:
             cell.set_error(RRefError(f"RRef creation via rpc.remote() failed: {text_of(error)}"))
             context.finish_here(rref_id)
 

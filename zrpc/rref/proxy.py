@@ -76,6 +76,7 @@ def _call_method(rref: Reference, rpc_api: str, name: str, timeout: float, /, *a
         try:
             with hooks.carried_over(contexts):
                 called = _invoke(rref, rpc_api, name, timeout, known.value(), args, kwargs)
+            result.follow(called)
             called.add_done_callback(finish)
         except Exception as error:
             result.set_exception(error)
@@ -83,6 +84,7 @@ def _call_method(rref: Reference, rpc_api: str, name: str, timeout: float, /, *a
     def finish(done: torch.futures.Future[Any]) -> None:
         settle(result, done.value)
 
+    result.follow(types)
     types.add_done_callback(go_on)
     return result
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from zrpc.agent.execution import execute_builtin, execute_python, when_done
+from zrpc.agent.execution import execute_builtin, execute_python, run_coroutine, when_done
+from zrpc.errors import CallCancelledError
 from zrpc.rref.context import RRefContext
 from zrpc.rref.rref import backward_from
 from zrpc.rref.travel import ForkHook
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from zrpc.agent.agent import Agent
     from zrpc.agent.request import Request
+    from zrpc.errors import ZrpcError
     from zrpc.rref.context import Backward, Invoker
     from zrpc.transport.inbox import Work
 
@@ -66,18 +69,27 @@ class RRefServer:
             try:
                 stack.enter_context(request.context())
                 result = execute()
-                if async_execution:
-                    when_done(
-                        result,
-                        request.async_calls,
-                        partial(finish_elsewhere, cell.set_value),
-                        partial(finish_elsewhere, cell.set_error),
-                    )
+                if async_execution or type(result) is CoroutineType:
+                    on_value = partial(finish_elsewhere, cell.set_value)
+                    on_error = partial(finish_elsewhere, cell.set_error)
+                    if async_execution:
+                        when_done(result, request.async_calls, on_value, on_error, request.when_cancelled)
+                    else:
+                        run_coroutine(result, request, on_value, on_error)
                     return
             except BaseException as error:
                 finish(cell.set_error, error)
             else:
                 finish(cell.set_value, result)
+
+    def refuse_remote(self, request: Request[Any], reason: ZrpcError) -> None:
+        """The function is not begun: `reason` is what asking for the value raises, for whoever else got the RRef."""
+        message = request.message
+        cell = self._context.creation_arrived(message.rref_id, message.fork_id, request.source)
+        cell.set_error(reason)
+        if message.fork_id == message.rref_id:
+            self._context.finish_here(message.rref_id)
+        request.fail(reason)
 
     def _finish(self, request: Request[Any], set_cell: Callable[[], None]) -> None:
         message = request.message
@@ -101,7 +113,17 @@ class RRefServer:
 
         if cell.is_set():
             return answer
-        cell.when_set(lambda: self._context.agent.submit(answer))
+
+        def answer_soon() -> None:
+            self._context.agent.submit(answer)
+
+        def called_off() -> None:
+            cell.forget(answer_soon)
+            request.fail(CallCancelledError("the value is not waited for any more"))
+
+        cell.when_set(answer_soon)
+        if request.is_of_users:
+            request.when_cancelled(called_off)
         return None
 
     def serve_backward(self, request: Request[RRefBackward]) -> None:
@@ -146,8 +168,8 @@ def install(agent: Agent, invoke: Invoker, backward: Backward) -> None:
     server = RRefServer(context)
     agent.extensions[RRefContext] = context
     agent.hooks.add_passengers(ForkHook(context))
-    agent.handle(PythonRemote, server.serve_python_remote, inline=False)
-    agent.handle(BuiltinRemote, server.serve_builtin_remote, inline=False)
+    agent.handle(PythonRemote, server.serve_python_remote, inline=False, refuse=server.refuse_remote)
+    agent.handle(BuiltinRemote, server.serve_builtin_remote, inline=False, refuse=server.refuse_remote)
     agent.handle(RRefFetch, server.serve_fetch, inline=True)
     agent.handle(RRefBackward, server.serve_backward, inline=True)
     agent.handle(RRefForkRequest, server.serve_fork_request, inline=True)

@@ -1,11 +1,11 @@
 """What travels: an envelope, as a list of frames.
 
-Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`; the frames behind it are
-the large buffers, one each, in order. `buffers` has an entry a buffer: its bytes, if it is small enough to ride inside
-frame 0; its length in bytes, if it is a frame of its own; or a descriptor (a list) of memory that both sides share, if
-the transport has put it there. A small message is therefore one frame: one send, one receive, no wait for a second
-part. Where a message has many buffers, those that are not large share one frame or one piece of shared memory
-(`zrpc.wire.region`).
+Frame 0 is a msgpack array `[version, code, call_id, fields, extras, table, buffers, data]`, and of a call of users also
+`time_left_ms`; the frames behind it are the large buffers, one each, in order. `buffers` has an entry a buffer: its
+bytes, if it is small enough to ride inside frame 0; its length in bytes, if it is a frame of its own; or a descriptor
+(a list) of memory that both sides share, if the transport has put it there. A small message is therefore one frame: one
+send, one receive, no wait for a second part. Where a message has many buffers, those that are not large share one frame
+or one piece of shared memory (`zrpc.wire.region`).
 
 The broker uses this module, so it knows nothing of torch.
 """
@@ -36,6 +36,10 @@ is spared that."""
 
 INLINE_MAX_NBYTES = TINY_MAX_NBYTES
 """Buffers up to this size ride inside frame 0: a copy of 4 KiB costs less than a frame of its own."""
+
+
+MAX_TIME_LEFT_MS = 10**12
+"""As long as the longest time limit (`zrpc.config.MAX_TIMEOUT_S`)."""
 
 
 class Arriving:
@@ -103,6 +107,7 @@ allocates, so garbage collection may run in its midst, and with it other threads
 PACKER_MAX_NBYTES = 1 << 20
 """A packer that has made more than this is not used again."""
 _HEADER_LENGTH = 8
+_CALL_HEADER_LENGTH = 9
 _HEADER_TYPES = {(int, table, list, bytes, extras) for table in (list, bytes) for extras in (type(None), dict)}
 """Of call id, table, buffers, data and extras."""
 
@@ -123,6 +128,7 @@ class Envelope:
         is_last_use: its sender needs nothing of `buffers` any more.
         pending: some of `buffers` may not be read before `pending.wait`.
         shared: other envelopes have the same `buffers`.
+        time_left_ms: of a call of users: what is left of its time limit, 0: it has none. None: any other message.
     """
 
     message: Message
@@ -136,6 +142,7 @@ class Envelope:
     is_last_use: bool = False
     pending: Pending | None = None
     shared: SharedBuffers | None = None
+    time_left_ms: int | None = None
 
 
 def nbytes_of(buffers: Sequence[Buffer | Arriving | HandedBack]) -> int:
@@ -193,18 +200,18 @@ def encode(
     if gathered is not None and gathered.sizes is not None:
         inline.append(gathered.sizes)
     try:
-        frames[0] = _pack(
-            (
-                PROTOCOL_VERSION,
-                message.CODE,
-                envelope.call_id,
-                FIELD_GETTERS[type(message)](message),
-                envelope.extras,
-                envelope.table if len(envelope.table) < PACKED_MIN_ENTRIES else _pack(envelope.table),
-                inline,
-                envelope.data,
-            )
+        header = (
+            PROTOCOL_VERSION,
+            message.CODE,
+            envelope.call_id,
+            FIELD_GETTERS[type(message)](message),
+            envelope.extras,
+            envelope.table if len(envelope.table) < PACKED_MIN_ENTRIES else _pack(envelope.table),
+            inline,
+            envelope.data,
         )
+        time_left_ms = envelope.time_left_ms
+        frames[0] = _pack(header if time_left_ms is None else (*header, time_left_ms))
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"{message!r} cannot be packed: {error}") from error
     return frames
@@ -251,6 +258,11 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
             f"the peer speaks version {reprlib.repr(version)} of the protocol and this worker version "
             f"{PROTOCOL_VERSION}: install the same zrpc on both"
         )
+    time_left_ms = None
+    if len(header) == _CALL_HEADER_LENGTH:
+        time_left_ms = header.pop()
+        if type(time_left_ms) is not int or not 0 <= time_left_ms <= MAX_TIME_LEFT_MS:
+            raise ProtocolError(f"a call has {reprlib.repr(time_left_ms)} milliseconds left")
     if len(header) != _HEADER_LENGTH:
         raise ProtocolError(f"a header has {len(header)} fields instead of {_HEADER_LENGTH}")
     _, code, call_id, fields, extras, table, buffers, data = header
@@ -263,7 +275,7 @@ def decode(frames: Sequence[Buffer], fetch: Callable[[list[Any]], Buffer] | None
         raise
     except Exception as error:
         raise ProtocolError(f"the buffers of a message do not fit: {remote_text.line(str(error))}") from error
-    return Envelope(message, call_id, extras, data, table, buffers, damage)
+    return Envelope(message, call_id, extras, data, table, buffers, damage, time_left_ms=time_left_ms)
 
 
 def unpack_table(packed: bytes) -> list[Any]:

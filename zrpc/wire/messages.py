@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 
-Line = str
-"""Text for people, as it arrives: see `remote_text.line`."""
-Lines = str
-"""The same: see `remote_text.lines`."""
+Line = str  # text for people, as it arrives: see `remote_text.line`
+Lines = str  # the same: see `remote_text.lines`
 
 
 class Message:
@@ -42,22 +40,12 @@ FIELD_GETTERS: dict[type[Message], Callable[[Any], list[Any]]] = {}
 FIELD_TYPES: dict[type[Message], list[type]] = {}
 """As what each field arrives."""
 
+_LISTS = ("list[Any]", "list[int]", "list[str]", "list[GlobalId]", "GlobalId", "RRefId", "ForkId")
 _ARRIVES_AS: dict[str, type] = {
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
-    "Line": str,
-    "Lines": str,
-    "bytes": bytes,
-    "list[Any]": list,
-    "list[int]": list,
-    "list[str]": list,
-    "list[GlobalId]": list,
+    **{kind.__name__: kind for kind in (bool, int, float, str, bytes)},
+    **dict.fromkeys(("Line", "Lines"), str),
+    **dict.fromkeys(_LISTS, list),
     "dict[str, Any]": dict,
-    "GlobalId": list,
-    "RRefId": list,
-    "ForkId": list,
 }
 
 
@@ -74,10 +62,6 @@ def global_id(value: Any) -> GlobalId:
     raise ProtocolError(f"{reprlib.repr(value)} is not a global id")
 
 
-def _ids(values: list[Any]) -> list[GlobalId]:
-    return [global_id(value) for value in values]
-
-
 def _all_of(kind: type, values: list[Any]) -> list[Any]:
     if not all([type(value) is kind for value in values]):
         raise ProtocolError(f"{reprlib.repr(values)} is no list of {kind.__name__}")
@@ -88,7 +72,7 @@ _RESTORED_BY: dict[str, Callable[[Any], Any]] = {
     "GlobalId": global_id,
     "RRefId": global_id,
     "ForkId": global_id,
-    "list[GlobalId]": _ids,
+    "list[GlobalId]": lambda values: [global_id(value) for value in values],
     "list[int]": partial(_all_of, int),
     "list[str]": partial(_all_of, str),
     "Line": remote_text.line,
@@ -96,8 +80,7 @@ _RESTORED_BY: dict[str, Callable[[Any], Any]] = {
 }
 """msgpack hands tuples back as lists: what makes ids of them again, and what checks and cleans others."""
 
-_RESTORERS: dict[type[Message], list[tuple[int, Callable[[Any], Any]]]] = {}
-"""Which fields those are, by their places."""
+_RESTORERS: dict[type[Message], list[tuple[int, Callable[[Any], Any]]]] = {}  # which fields those are, by their places
 
 M = TypeVar("M", bound=type[Message])
 
@@ -209,6 +192,14 @@ class Failure(Message):
     type_name: Line
     text: Lines
     traceback: Lines
+
+
+@_message(12, idempotent=True)
+@dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """The sender waits no longer for the answer to its request `call_id`: do not begin it, or stop. Not answered."""
+
+    call_id: int
 
 
 # ---- remote references -----------------------------------------------------------------------------------------

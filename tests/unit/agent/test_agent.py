@@ -761,6 +761,11 @@ def test_quiescence_is_waited_for() -> None:
             "client_active_calls": 0,
             "server_active_calls": 0,
             "server_active_async_calls": 0,
+            "server_queued_calls": 0,
+            "server_refused_calls": 0,
+            "server_over_limit_calls": 0,
+            "server_cancelled_calls": 0,
+            "server_expired_calls": 0,
             "thread_pool_size": 0,
             "num_idle_threads": 0,
         }

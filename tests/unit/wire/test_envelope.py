@@ -21,6 +21,7 @@ from zrpc.wire.messages import (
     BackwardRequest,
     BuiltinCall,
     BuiltinRemote,
+    Cancel,
     Failure,
     Forming,
     Heartbeat,
@@ -67,6 +68,7 @@ GOLDEN: list[tuple[Message, str]] = [
         Failure("KeyError", "'a'", "Traceback"),
         "98010b0793a84b65794572726f72a3276127a954726163656261636bc09090c400",
     ),
+    (Cancel(70_000), "98010c0791ce00011170c09090c400"),
     (RRefFetch(R, F), "9801140792930102c40831323334353637389303ce00011170c4086162636465666768c09090c400"),
     (RRefForkRequest(R, F), "9801150792930102c40831323334353637389303ce00011170c4086162636465666768c09090c400"),
     (RRefChildAccept(F), "98011607919303ce00011170c4086162636465666768c09090c400"),
@@ -223,7 +225,11 @@ def test_what_msgpack_cannot_carry_is_refused_before_anything_is_sent() -> None:
         (packed([]), "speaks version"),
         (packed(header(version=PROTOCOL_VERSION + 1)), f"speaks version {PROTOCOL_VERSION + 1} .* version"),
         (packed(header()[:-1]), "7 fields instead of 8"),
-        (packed([*header(), 0]), "9 fields instead of 8"),
+        (packed([*header(), 0, 0]), "10 fields instead of 8"),
+        (packed([*header(), -1]), "-1 milliseconds left"),
+        (packed([*header(), True]), "True milliseconds left"),
+        (packed([*header(), 1.5]), "1.5 milliseconds left"),
+        (packed([*header(), 10**12 + 1]), "1000000000001 milliseconds left"),
         (packed(header(code=9999)), "code 9999 is not known"),
         (packed(header(code=[10])), "is not known"),
         (packed(header(code=True)), "is not known"),
@@ -251,6 +257,15 @@ def test_what_msgpack_cannot_carry_is_refused_before_anything_is_sent() -> None:
 def test_damaged_messages_are_refused_with_words(frames: Sequence[Buffer], words: str) -> None:
     with pytest.raises(ProtocolError, match=words):
         decode(frames)
+
+
+@pytest.mark.parametrize(("left_ms", "golden"), [(0, "00"), (60_000, "cdea60"), (10**12, "cf000000e8d4a51000")])
+def test_a_call_of_users_carries_what_is_left_of_its_time_behind_all_else(left_ms: int, golden: str) -> None:
+    """It is a whole number of milliseconds; messages that are none of users' calls have no such field."""
+    (frame,) = encode(Envelope(PythonCall(), 7, time_left_ms=left_ms))
+    assert bytes(frame).hex() == "9901010791c2c09090c400" + golden
+    assert decode([frame]).time_left_ms == left_ms
+    assert decode(encode(Envelope(PythonCall(), 7))).time_left_ms is None
 
 
 def test_a_whole_number_stands_for_a_float() -> None:
