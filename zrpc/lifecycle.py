@@ -47,7 +47,7 @@ from zrpc.wire.registered import RegisteredRules
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
     from zrpc.wire.loading import Rules
 
 log = logging.getLogger("zrpc")

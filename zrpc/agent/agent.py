@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
@@ -241,6 +242,17 @@ class Agent:
         """See to it that the listeners of `on_peer_lost` hear of the loss of `to` even if it is never called."""
         self._peers.watch(to)
 
+    def watch_life(self, life: Incarnation) -> None:
+        """The same of a life that may not be known here: it joined a moment ago, or it came and died meanwhile.
+
+        It is looked for. If it is not in the group, the listeners are told that it is over: nothing will come of it.
+        """
+        member = self.members.by_incarnation(life)
+        if member is not None:
+            self._peers.watch(member.info)
+        elif not self.is_static_group:
+            self.submit(partial(self._look_for, life))
+
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
         self._server.pool.submit(task)
@@ -309,6 +321,20 @@ class Agent:
         self._carrier.inbox.wake(wanted)
 
     # ---- below -----------------------------------------------------------------------------------------------------
+
+    def _look_for(self, life: Incarnation) -> None:
+        """See `watch_life`. On a handler thread: the store may let it wait."""
+        if life not in self.members.ended:
+            with suppress(ZrpcError):  # nothing can be found out: what it sends would not be taken in either
+                self.refresh()
+        member = self.members.by_incarnation(life)
+        if member is not None:
+            self._peers.watch(member.info)
+            return
+        reason = "it is not in the group, or not any more"
+        self.members.end(life, reason, keep=False)
+        reason = self.members.ended.get(life, reason)
+        self.control.submit(partial(self._on_gone, WorkerInfo("unknown", 0, life), reason))
 
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()

@@ -15,7 +15,7 @@ from zrpc.membership.tcp_store import ListenError, open_tcp_store
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
 
 
 class _Generations:
