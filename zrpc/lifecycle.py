@@ -293,7 +293,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     credentials = worker_credentials(secret)
     endpoint = PeerEndpoint(
         new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
-        credentials=credentials,
+        credentials=credentials, liveness_s=options.liveness_timeout,
     )  # fmt: skip
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
     group = StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials), secret)

@@ -19,6 +19,7 @@ from zrpc.agent.hooks import CallHook, Hooks
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
+from zrpc.agent.suspicion import Suspicions
 from zrpc.control import ControlThread
 from zrpc.errors import ZrpcError
 from zrpc.exception_text import log_error
@@ -27,7 +28,7 @@ from zrpc.staging import handover
 from zrpc.staging.cuda import CudaAccelerator
 from zrpc.staging.stager import Staging
 from zrpc.transport.carrier import Carrier
-from zrpc.wire.messages import BuiltinCall, Leave, Message, PythonCall
+from zrpc.wire.messages import BuiltinCall, Heartbeat, Leave, Message, PythonCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,6 +121,9 @@ class Agent:
             options.rpc_timeout, self.hooks, self._peers, endpoint.inbox, self._gates, self.staging, self.control,
             self._stagers.submit, self._server.pool.submit, self._server.pool.is_here, self._server.serve,
         )  # fmt: skip
+        self._suspicions = Suspicions(
+            options.liveness_timeout, self._gates, self._peers, self._client, self.control.submit
+        )
         self.completions = self._client.completions
         self.request = self._client.request
         self.notify = self._client.notify
@@ -129,6 +133,7 @@ class Agent:
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
+        self.handle(Heartbeat, lambda request: request.reply(), inline=True)
 
     @property
     def is_static_group(self) -> bool:
@@ -343,7 +348,8 @@ class Agent:
     def _run_timers(self) -> float:
         """Do what is due; after how many seconds more will be. Runs on the control thread."""
         expire_s, trim_s = self._client.calls.expire_due(), self._carrier.trim()
-        return trim_s if expire_s is None else min(expire_s, trim_s)
+        look_s = trim_s if self._closed else self._suspicions.look()
+        return min(trim_s, look_s) if expire_s is None else min(expire_s, trim_s, look_s)
 
     def _run_on(self, streams: Streams | None) -> None:
         """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""
@@ -357,6 +363,7 @@ class Agent:
         if self._closed:
             return
         self.lost_at = time.monotonic()
+        self._suspicions.lose(worker)
         self._client.lose(worker, reason)
         for listener in self._lost_listeners:
             try:
