@@ -58,6 +58,8 @@ def rpc_sync(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = UNSET_RPC_TIMEOUT_S,
+    *,
+    wait_for_worker: float | None = None,
 ) -> T:
     """Call `func(*args, **kwargs)` on the worker `to` and wait for its result.
 
@@ -68,6 +70,8 @@ def rpc_sync(
             again on return.
         kwargs: keyword arguments, a dict.
         timeout: seconds; 0: no limit; by default `rpc_timeout` of the options.
+        wait_for_worker: for how many seconds to wait for a worker of that name or rank where there is none, or it
+            drains; 0: not at all; by default that of the options. In a static group none comes.
 
     Returns:
         What `func` returned; its tensors are copies that belong to the caller.
@@ -75,6 +79,7 @@ def rpc_sync(
     Raises:
         NotInitializedError: `init_rpc` was not called.
         UnknownWorkerError: no such worker.
+        DrainingError: it takes no new calls, as it is about to end; `func` did not run.
         TypeError: `func` cannot be called, or `args` or `kwargs` are of another type.
         ValueError: `to` is of another type.
         ConfigError: `timeout` is no number of seconds.
@@ -89,7 +94,7 @@ def rpc_sync(
     """
     with interrupts.deferred:
         agent = current_agent()
-        return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout).wait())  # type: ignore[no-any-return]
+        return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout, wait_for_worker).wait())  # type: ignore[no-any-return]
 
 
 def rpc_async(
@@ -98,20 +103,26 @@ def rpc_async(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = UNSET_RPC_TIMEOUT_S,
+    *,
+    wait_for_worker: float | None = None,
 ) -> Future[T]:
     """Call `func(*args, **kwargs)` on the worker `to` and return a future for its result at once.
 
     Arguments, timeout and errors are those of `rpc_sync`; errors of the call are raised by the future. Tensors in the
     arguments must not be written to until the future is done.
     """
-    return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout)
+    return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout, wait_for_worker)
 
 
-def begin(mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> Future[T]:
+def begin(
+    mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float,
+    wait_for_worker: float | None = None,
+) -> Future[T]:  # fmt: skip
     """As `rpc_async`; profiles name the call after `mode`."""
     with interrupts.deferred:
         agent = current_agent()
-        return future_of(_call(agent, mode, to, func, args, kwargs, timeout), pickling.loads, agent.completions)
+        call = _call(agent, mode, to, func, args, kwargs, timeout, wait_for_worker)
+        return future_of(call, pickling.loads, agent.completions)
 
 
 def remote(
@@ -120,20 +131,24 @@ def remote(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = UNSET_RPC_TIMEOUT_S,
+    *,
+    wait_for_worker: float | None = None,
 ) -> RRef[T]:
     """Call `func(*args, **kwargs)` on the worker `to`, leave its result there, and return a reference to it at once.
 
     Arguments are those of `rpc_sync`. An error of the call is raised when the reference is used.
     """
     with interrupts.deferred:
-        return _create(to, func, args, kwargs, timeout)
+        return _create(to, func, args, kwargs, timeout, wait_for_worker)
 
 
-def _create(to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> RRef[T]:
+def _create(
+    to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float, wait_for_worker: float | None
+) -> RRef[T]:
     agent = current_agent()
     if not callable(func):
         raise _not_callable(func)
-    info = agent.resolve(to)
+    info = agent.resolve(to, wait_for_worker)
     is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
     if is_async:
         func = _bare(func)
@@ -192,7 +207,7 @@ def broadcast(
         agent = current_agent()
         if not callable(func):
             raise _not_callable(func)
-        receivers = [agent.resolve(to) for to in workers]
+        receivers = [agent.resolve(to, None) for to in workers]
         is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
         sent = _bare(func) if is_async else func
         op, payload = _take_apart(sent, args, kwargs)
@@ -215,11 +230,12 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
 
 
 def _call(
-    agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float
-) -> Call:
+    agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float,
+    wait_for_worker: float | None,
+) -> Call:  # fmt: skip
     if not callable(func):
         raise _not_callable(func)
-    info = agent.resolve(to)
+    info = agent.resolve(to, wait_for_worker)
     is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
     if is_async:
         func = _bare(func)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc import api, gather, interrupts
+from zrpc import api, draining, gather, interrupts
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.agent.execution import forget_operators
@@ -115,6 +115,7 @@ def init_rpc(
     else:
         store = rendezvous(init_method, rank, world_size, options)
         agent = _peer_agent(options, store)
+    draining.install_handler()
     _start(agent, name, rank, world_size)
 
 

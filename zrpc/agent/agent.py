@@ -20,6 +20,7 @@ from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.server import Server
 from zrpc.agent.suspicion import Suspicions
+from zrpc.config import check_timeout
 from zrpc.control import ControlThread
 from zrpc.errors import ZrpcError
 from zrpc.exception_text import log_error
@@ -107,6 +108,7 @@ class Agent:
             lambda: self._server.hold(), self.open,
         )  # fmt: skip
         self.members = self._peers.registry
+        self._by_name = self.members.named
         self.watched = self._peers.watched
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
@@ -235,6 +237,10 @@ class Agent:
         """
         self._client.set_timeout(timeout_s)
 
+    def note_draining(self, life: Incarnation) -> None:
+        """That worker takes no new calls from now on."""
+        self._peers.note_draining(life)
+
     def note_lost(self) -> None:
         """A peer is known to be lost, if only from another one."""
         self.lost_at = self.lost_at or time.monotonic()
@@ -276,14 +282,26 @@ class Agent:
         if garbage:
             self._dropped.submit(garbage.clear)
 
-    def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
+    def resolve(self, to: str | int | WorkerInfo, wait_s: float | None = 0.0) -> WorkerInfo:
         """The worker that `to` names; in a dynamic group newcomers are looked for.
+
+        Args:
+            to: name, rank or info.
+            wait_s: for how many seconds to wait for one where there is none; None: as the options say.
 
         Raises:
             UnknownWorkerError: there is none.
+            DrainingError: it takes no new calls.
             RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
+        known = self._by_name(to) if type(to) is str else None
+        if known is not None and not self._peers.draining:
+            return known.info
+        if wait_s is None:
+            wait_s = self.options.wait_for_worker
+        if wait_s and self._client.may_wait():
+            return self._peers.resolve_in_time(to, check_timeout(wait_s, "wait_for_worker", "do not wait"))
         return self._peers.resolve(to)
 
     def resolve_life(self, rank: int, incarnation: Incarnation) -> WorkerInfo:

@@ -111,7 +111,7 @@ class Suspicions:
         self.since[life] = asked_at
         text = (
             "%s does not answer for %.1f s, though its host is there: it stands still (stopped, in a debugger, short "
-            "of memory), or its code holds Python's lock. Calls to it end at their time limits, or are answered when it "
-            "goes on"
+            "of memory), or its code holds Python's lock. Calls to it end at their time limits, or are answered when "
+            "it goes on"
         )
         self._submit(partial(log.warning, text, call.peer, now - asked_at))
