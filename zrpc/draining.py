@@ -18,7 +18,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
-from zrpc import interrupts
+from zrpc import interrupts, threads
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.agent.pool import blocking
 from zrpc.config import check_timeout
@@ -125,9 +125,14 @@ def _note_draining(life: Incarnation) -> None:
 def _drain_here() -> None:
     """Drain on a thread of its own, so that the call that says so is answered."""
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
-        threading.Timer(PAUSE_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threads.start(_end, "zrpc-drain")
     else:
-        threading.Thread(target=drain, name="zrpc-drain", daemon=True).start()
+        threads.start(drain, "zrpc-drain")
+
+
+def _end() -> None:
+    time.sleep(PAUSE_S)  # the call that said so is to be answered first
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ---- SIGTERM ---------------------------------------------------------------------------------------------------------

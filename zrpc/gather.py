@@ -47,6 +47,8 @@ log = logging.getLogger("zrpc")
 
 RemoteCall = tuple["Callable[..., Any]", tuple[Any, ...]]
 
+REPORT_S = 10.0
+"""How often the log says for whom a shutdown waits."""
 ASK_TIMEOUT_S = 1.0
 """How long a worker whose time is over waits to be told, or to tell, which workers did not come."""
 TELL_TIMEOUT_S = 30.0
@@ -206,10 +208,18 @@ class Gatherings:
     def _wait_while_led_by(self, leader: str, gathering: Gathering, deadline: float | None) -> bool:
         """Wait until it is complete, or another worker than `leader` is to lead it; false: the time is over."""
         with blocking(), self._changed:
-            return self._changed.wait_for(
-                lambda: gathering.is_complete or gathering.leader(self._table.lost(gathering.key)) != leader,
-                _left_s(deadline),
-            )
+            while True:
+                left_s = _left_s(deadline)
+                if self._changed.wait_for(
+                    lambda: gathering.is_complete or gathering.leader(self._table.lost(gathering.key)) != leader,
+                    REPORT_S if left_s is None else min(left_s, REPORT_S),
+                ):
+                    return True
+                if left_s is not None and left_s <= REPORT_S:
+                    return False
+                me = self._agent.info.name
+                missing = self._table.missing(gathering.key) if me == leader else [f"{leader}, who leads it"]
+                log.warning("%s waits for the others at shutdown: for %s", me, ", ".join(missing))
 
     def _watch_all(self, key: Key) -> None:
         lost = self._table.lost(key)

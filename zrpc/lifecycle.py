@@ -197,7 +197,7 @@ def delete_rrefs(agent: Agent, timeout_s: float) -> None:
 def finish_calls(agent: Agent, timeout_s: float) -> None:
     """Wait until no call is under way; `timeout_s` 0: no limit."""
     if not agent.quiesce(timeout_s):
-        log.warning("%s shuts down with calls under way: %s", agent.info, agent.counts())
+        log.warning("%s shuts down with calls under way: %s", agent.info, agent.describe_waits())
 
 
 def finalize(agent: Agent, ignore_rref_leak: bool) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -147,3 +150,69 @@ def test_a_worker_that_drains_takes_no_new_calls_and_finishes_what_runs(
     cluster, method = meeting
     (took_s, _) = cluster.run(end_both, 2, args=(method, os.fspath(tmp_path / "over")), init=False)
     assert took_s >= 0.2
+
+
+def be_drained(_: int, method: str, here: str) -> None:
+    init("worker0", 0, method)
+    Path(here).touch()
+    until(lambda: Path(here + "-told").exists(), "it is told to drain", within_s=60)
+    rpc.shutdown()
+
+
+def test_the_command_drains_a_worker(meeting: tuple[Cluster, str], tmp_path: Path) -> None:
+    """`zrpc drain` joins for a moment, with the secret of the group, and leaves; an unknown name is an error."""
+    cluster, method = meeting
+    here = os.fspath(tmp_path / "here")
+    draining = cluster.start(be_drained, 1, args=(method, here), init=False)
+    until(Path(here).exists, "it is here", within_s=60)
+    environment = dict(os.environ, RANK="", WORLD_SIZE="")
+    del environment["RANK"], environment["WORLD_SIZE"]
+    if method.startswith("env://"):
+        environment["MASTER_ADDR"], environment["MASTER_PORT"] = method.removeprefix("env://").split(":")
+        method = "env://"
+    command = [sys.executable, "-c", "from zrpc.cli.main import main; main()", "drain", "--init-method", method]
+    done = [
+        subprocess.run([*command, name], env=environment, capture_output=True, text=True, timeout=60, check=False)
+        for name in ("nobody", "worker0")
+    ]
+    assert [one.returncode for one in done] == [1, 0], done
+    assert "could not find destination name nobody" in done[0].stderr
+    Path(here + "-told").touch()
+    (outcome,) = draining.wait(60.0)
+    assert outcome.error is None, outcome.error
+
+
+SIGTERM_PROGRAM = """
+import os, sys, time
+import zrpc as rpc
+
+def slow():
+    open(sys.argv[1], "w").close()
+    time.sleep(1)
+    return "done"
+
+rank = int(os.environ["RANK"])
+rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
+if rank == 0:
+    future = rpc.rpc_async("worker1", slow)
+    while not future.done():
+        time.sleep(0.01)
+    print("answered:", future.wait(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_of_the_launcher_finish_what_runs_at_sigterm(tmp_path: Path) -> None:
+    """SIGTERM to the launcher: a call that runs is answered, and all end within the grace; the exit code is 143."""
+    program, runs = tmp_path / "program.py", tmp_path / "runs"
+    program.write_text(SIGTERM_PROGRAM)
+    command = [sys.executable, "-c", "from zrpc.cli.main import main; main()", "launch", "-n", "2", "--no-broker"]
+    launcher = subprocess.Popen(
+        [*command, "--grace", "20", os.fspath(program), os.fspath(runs)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(runs.exists, "a call runs", within_s=60)
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, output
+    assert "takes no new calls" in output, output

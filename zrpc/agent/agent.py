@@ -49,6 +49,8 @@ log = logging.getLogger("zrpc")
 
 M = TypeVar("M", bound=Message)
 
+REPORT_S = 5.0
+"""How often the log says what a shutdown waits for."""
 CONTROL_END_S = 1.0
 """So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
 
@@ -161,13 +163,22 @@ class Agent:
         """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short.
         Once a worker of a static group is lost, whose requests may never end, callers alone wait for theirs.
         """
-        deadline = time.monotonic() + timeout_s if timeout_s else None
+        began = time.monotonic()
+        deadline, report_at = began + timeout_s if timeout_s else None, began + REPORT_S
         while self._client.calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
+            if time.monotonic() >= report_at:
+                report_at += REPORT_S
+                log.warning("%s shuts down, and waits for %s", self.info, self.describe_waits())
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return False
             self._server.wait(left)
         return True
+
+    def describe_waits(self) -> str:
+        """What is under way: the calls out, by message and callee, and how many are served here."""
+        asked = ", ".join(f"{count} {what}" for what, count in self._client.calls.describe().items())
+        return f"{asked or 'no calls'} that others are to answer, and {self._server.num_serving} calls that run here"
 
     def say_goodbye(self, timeout_s: float) -> None:
         """Tell the peers of a dynamic group that this worker leaves; wait up to `timeout_s` for them to know.
