@@ -72,7 +72,7 @@ def test_a_group_of_torchrun_shrinks(tmp_path: Path) -> None:
     """One of four nodes is killed: the other three meet again as a group of three."""
     log = tmp_path / "log"
     endpoint = f"127.0.0.1:{free_port()}"
-    timing = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    timing = "join_timeout=100,last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4"
     options = [
         "--nnodes", "3:4", "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "0.1",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "shrink", "--rdzv-conf", timing,

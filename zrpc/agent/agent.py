@@ -49,8 +49,7 @@ log = logging.getLogger("zrpc")
 
 M = TypeVar("M", bound=Message)
 
-REPORT_S = 5.0
-"""How often the log says what a shutdown waits for."""
+REPORT_S = 5.0  # how often the log says what a shutdown waits for
 CONTROL_END_S = 1.0
 """So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
 
