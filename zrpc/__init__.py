@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zrpc.api import rpc_async as rpc_async
     from zrpc.api import rpc_sync as rpc_sync
     from zrpc.config import RpcBackendOptions as RpcBackendOptions
+    from zrpc.draining import drain as drain
     from zrpc.errors import ZrpcError as ZrpcError
     from zrpc.exposed import expose as expose
     from zrpc.ids import WorkerInfo as WorkerInfo
@@ -36,6 +37,7 @@ _HOMES = {
     "WorkerInfo": "zrpc.ids",
     "ZrpcError": "zrpc.errors",
     "broadcast": "zrpc.api",
+    "drain": "zrpc.draining",
     "expose": "zrpc.exposed",
     "get_worker_info": "zrpc.api",
     "init_rpc": "zrpc.lifecycle",
@@ -56,6 +58,7 @@ __all__ = [
     "WorkerInfo",
     "ZrpcError",
     "broadcast",
+    "drain",
     "expose",
     "functions",
     "get_worker_info",

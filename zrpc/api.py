@@ -63,6 +63,7 @@ def rpc_sync(
     timeout: float = UNSET_RPC_TIMEOUT_S,
     *,
     retry: RetryPolicy | None = None,
+    wait_for_worker: float | None = None,
 ) -> T:
     """Call `func(*args, **kwargs)` on the worker `to` and wait for its result.
 
@@ -74,6 +75,8 @@ def rpc_sync(
         kwargs: keyword arguments, a dict.
         timeout: seconds; 0: no limit; by default `rpc_timeout` of the options. In a function that serves a call it is
             no more than what is left of that one's (`time_remaining`), 0 included.
+        wait_for_worker: for how many seconds to wait for a worker of that name or rank where there is none, or it
+            drains; 0: not at all; by default that of the options. In a static group none comes.
         retry: make the call again after some errors; only for functions that may run more than once.
 
     Returns:
@@ -82,6 +85,7 @@ def rpc_sync(
     Raises:
         NotInitializedError: `init_rpc` was not called.
         UnknownWorkerError: no such worker.
+        DrainingError: it takes no new calls, as it is about to end; `func` did not run.
         TypeError: `func` cannot be called, or `args` or `kwargs` are of another type.
         ValueError: `to` is of another type.
         ConfigError: `timeout` is no number of seconds.
@@ -99,10 +103,12 @@ def rpc_sync(
     if retry is not None:
         check_policy(retry)
         limit_s = _whole_limit_s(timeout)
-        return call_again(retry, limit_s, lambda left_s: rpc_sync(to, func, args, kwargs, left_s))
+        return call_again(
+            retry, limit_s, lambda left_s: rpc_sync(to, func, args, kwargs, left_s, wait_for_worker=wait_for_worker)
+        )
     with interrupts.deferred:
         agent = current_agent()
-        return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout).wait())  # type: ignore[no-any-return]
+        return pickling.loads(_call(agent, ExecMode.SYNC, to, func, args, kwargs, timeout, wait_for_worker).wait())  # type: ignore[no-any-return]
 
 
 def rpc_async(
@@ -113,6 +119,7 @@ def rpc_async(
     timeout: float = UNSET_RPC_TIMEOUT_S,
     *,
     retry: RetryPolicy | None = None,
+    wait_for_worker: float | None = None,
 ) -> Future[T]:
     """Call `func(*args, **kwargs)` on the worker `to` and return a future for its result at once.
 
@@ -127,18 +134,22 @@ def rpc_async(
         return begin_again(
             retry,
             _whole_limit_s(timeout),
-            lambda left_s: begin(ExecMode.ASYNC, to, func, args, kwargs, left_s),
+            lambda left_s: begin(ExecMode.ASYNC, to, func, args, kwargs, left_s, wait_for_worker),
             agent,
             what,
         )
-    return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout)
+    return begin(ExecMode.ASYNC, to, func, args, kwargs, timeout, wait_for_worker)
 
 
-def begin(mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> Future[T]:
+def begin(
+    mode: ExecMode, to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float,
+    wait_for_worker: float | None = None,
+) -> Future[T]:  # fmt: skip
     """As `rpc_async`; profiles name the call after `mode`."""
     with interrupts.deferred:
         agent = current_agent()
-        return future_of(_call(agent, mode, to, func, args, kwargs, timeout), pickling.loads, agent.completions)
+        call = _call(agent, mode, to, func, args, kwargs, timeout, wait_for_worker)
+        return future_of(call, pickling.loads, agent.completions)
 
 
 def remote(
@@ -147,20 +158,24 @@ def remote(
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = UNSET_RPC_TIMEOUT_S,
+    *,
+    wait_for_worker: float | None = None,
 ) -> RRef[T]:
     """Call `func(*args, **kwargs)` on the worker `to`, leave its result there, and return a reference to it at once.
 
     Arguments are those of `rpc_sync`. An error of the call is raised when the reference is used.
     """
     with interrupts.deferred:
-        return _create(to, func, args, kwargs, timeout)
+        return _create(to, func, args, kwargs, timeout, wait_for_worker)
 
 
-def _create(to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float) -> RRef[T]:
+def _create(
+    to: Worker, func: Callable[..., T], args: Any, kwargs: Any, timeout: float, wait_for_worker: float | None
+) -> RRef[T]:
     agent = current_agent()
     if not callable(func):
         raise _not_callable(func)
-    info = agent.resolve(to)
+    info = agent.resolve(to, wait_for_worker)
     is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
     if is_async:
         func = _bare(func)
@@ -219,7 +234,7 @@ def broadcast(
         agent = current_agent()
         if not callable(func):
             raise _not_callable(func)
-        receivers = [agent.resolve(to) for to in workers]
+        receivers = [agent.resolve(to, None) for to in workers]
         is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
         sent = _bare(func) if is_async else func
         op, payload = _take_apart(sent, args, kwargs)
@@ -242,11 +257,12 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
 
 
 def _call(
-    agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float
-) -> Call:
+    agent: Agent, mode: ExecMode, to: Worker, func: Callable[..., Any], args: Any, kwargs: Any, timeout: float,
+    wait_for_worker: float | None,
+) -> Call:  # fmt: skip
     if not callable(func):
         raise _not_callable(func)
-    info = agent.resolve(to)
+    info = agent.resolve(to, wait_for_worker)
     is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
     if is_async:
         func = _bare(func)

@@ -23,6 +23,10 @@ DEFAULT_RPC_TIMEOUT_S = 60.0
 DEFAULT_INIT_METHOD = "env://"
 DEFAULT_NUM_WORKER_THREADS = 16
 DEFAULT_SHUTDOWN_TIMEOUT_S = 0.0
+DEFAULT_LIVENESS_TIMEOUT_S = 4.0
+"""With what it takes to look and to tell, a host that vanishes is noticed within 5 s. See `RpcBackendOptions`."""
+MIN_LIVENESS_TIMEOUT_S = 2.0
+"""The kernel probes a connection once a second, and one probe that is lost must not end it."""
 MAX_TIMEOUT_S = 1e9
 """A longer time limit is none: threads cannot wait for much longer, and nobody does."""
 DEFAULT_BUSY_POLL_S = 0.001
@@ -86,6 +90,11 @@ class RpcBackendOptions:
             (`max_in_flight_calls`).
         propagate_deadlines: tell callees how much time is left of each call, and when it is over. Calls made in a
             function that serves a call then have no more time than is left of that. False: as in torch.
+        wait_for_worker: for how many seconds a call to a name that no worker has (yet, or between two lives) waits for
+            one, in a group that grows and shrinks; 0: not at all. A call's own `wait_for_worker` comes first.
+        liveness_timeout: for how many seconds the host of another worker may be silent until it is lost, and a worker
+            that leaves calls unanswered may not react until the log says that it stands still; 2 or more. See
+            docs/operations.md.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -114,6 +123,8 @@ class RpcBackendOptions:
         max_queued_calls: int = DEFAULT_MAX_QUEUED_CALLS,
         overload: str = "refuse",
         propagate_deadlines: bool = True,
+        wait_for_worker: float | timedelta = 0.0,
+        liveness_timeout: float | timedelta = DEFAULT_LIVENESS_TIMEOUT_S,
     ) -> None:
         insecure = says_insecure() if insecure is None else insecure
         switches = {"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode, "insecure": insecure}
@@ -138,6 +149,8 @@ class RpcBackendOptions:
         self.max_queued_calls = _whole(max_queued_calls, "max_queued_calls (0: no limit)", 0)
         self.overload = overload
         self.propagate_deadlines = propagate_deadlines
+        self.wait_for_worker = check_timeout(wait_for_worker, "wait_for_worker", "do not wait")
+        self.liveness_timeout = _checked_liveness(liveness_timeout)
         if not isinstance(device_maps, Mapping | None):
             raise ConfigError(f"device_maps must be a dict, worker name -> {{device: device}}, not {device_maps!r}")
         for worker, device_map in (device_maps or {}).items():
@@ -276,6 +289,13 @@ def check_timeout(value: Any, what: str, zero: str = "no limit") -> float:
     if seconds < 0 or seconds != seconds:
         raise ConfigError(f"{what} must be 0 ({zero}) or more seconds, not {value!r}")
     return float(seconds) if seconds < MAX_TIMEOUT_S else 0.0
+
+
+def _checked_liveness(value: Any) -> float:
+    seconds = check_timeout(value, "liveness_timeout", "refused")
+    if seconds < MIN_LIVENESS_TIMEOUT_S:
+        raise ConfigError(f"liveness_timeout must be {MIN_LIVENESS_TIMEOUT_S:g} s or more, not {value!r}")
+    return seconds
 
 
 def _as_devices(device_map: Mapping[Device, Device]) -> DeviceMap:

@@ -47,6 +47,13 @@ class StaleWorkerError(UnknownWorkerError, PeerLostError):
     """
 
 
+class DrainingError(ZrpcError):
+    """The callee takes no new calls, as it is about to end. The call did not run there, and may be made again.
+
+    `wait_for_worker` has calls wait for the next worker of that name.
+    """
+
+
 class RpcTimeoutError(ZrpcError):
     """The call's time ran out. It is not known whether the call ran, or still runs, on the peer."""
 

@@ -14,8 +14,7 @@ names them as lost too.
 
 A gathering is one of certain lives of the workers (`Key`), which each worker looks up as it comes. So a worker that has
 left or died, and comes again under its name, takes part in new gatherings, and the numbers of these begin anew on all.
-What comes for a gathering that is over here, or that a lost worker was to take part in, is refused: nothing is kept of
-it.
+What comes for a gathering that is over here, or that a lost worker was to take part in, is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import logging
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zrpc import interrupts
@@ -44,13 +44,11 @@ if TYPE_CHECKING:
     from zrpc.wire.payload import Payload
 
 log = logging.getLogger("zrpc")
-
 RemoteCall = tuple["Callable[..., Any]", tuple[Any, ...]]
 
-ASK_TIMEOUT_S = 1.0
-"""How long a worker whose time is over waits to be told, or to tell, which workers did not come."""
-TELL_TIMEOUT_S = 30.0
-"""How long it may take to give a result to a worker that asks for it late."""
+REPORT_S = 10.0  # how often the log says for whom a shutdown waits
+ASK_TIMEOUT_S = 1.0  # how long a worker whose time is over waits to be told, or to tell, who did not come
+TELL_TIMEOUT_S = 30.0  # how long it may take to give a result to a worker that asks for it late
 
 
 class WorkersLostError(PeerLostError):
@@ -205,11 +203,18 @@ class Gatherings:
 
     def _wait_while_led_by(self, leader: str, gathering: Gathering, deadline: float | None) -> bool:
         """Wait until it is complete, or another worker than `leader` is to lead it; false: the time is over."""
-        with blocking(), self._changed:
-            return self._changed.wait_for(
-                lambda: gathering.is_complete or gathering.leader(self._table.lost(gathering.key)) != leader,
-                _left_s(deadline),
-            )
+        while True:
+            limit_s = min(_left_s(deadline) or REPORT_S, REPORT_S)
+            with blocking(), self._changed:
+                if self._changed.wait_for(partial(self._is_led_on, leader, gathering), limit_s):
+                    return True
+            if limit_s < REPORT_S:
+                return False
+            awaited = self.missing(gathering.key) if leader == self._agent.info.name else [leader]
+            log.warning("this worker waits at its shutdown for %s", ", ".join(awaited))
+
+    def _is_led_on(self, leader: str, gathering: Gathering) -> bool:
+        return gathering.is_complete or gathering.leader(self._table.lost(gathering.key)) != leader
 
     def _watch_all(self, key: Key) -> None:
         lost = self._table.lost(key)
@@ -355,8 +360,7 @@ def barrier(worker_names: Iterable[str] | None = None) -> None:
 
 
 def _payload(call: RemoteCall) -> Payload:
-    func, args = call
-    return pickling.dumps_call((func, args, {}))
+    return pickling.dumps_call((*call, {}))
 
 
 @expose

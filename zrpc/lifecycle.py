@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zrpc import api, gather, interrupts
+from zrpc import api, draining, gather, interrupts
 from zrpc.agent.agent import Agent
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.agent.execution import forget_operators
@@ -47,7 +47,7 @@ from zrpc.wire.registered import RegisteredRules
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
     from zrpc.wire.loading import Rules
 
 log = logging.getLogger("zrpc")
@@ -115,6 +115,7 @@ def init_rpc(
     else:
         store = rendezvous(init_method, rank, world_size, options)
         agent = _peer_agent(options, store)
+    draining.install_handler()
     _start(agent, name, rank, world_size)
 
 
@@ -196,7 +197,7 @@ def delete_rrefs(agent: Agent, timeout_s: float) -> None:
 def finish_calls(agent: Agent, timeout_s: float) -> None:
     """Wait until no call is under way; `timeout_s` 0: no limit."""
     if not agent.quiesce(timeout_s):
-        log.warning("%s shuts down with calls under way: %s", agent.info, agent.counts())
+        log.warning("%s shuts down with calls under way: %s", agent.info, agent.describe_waits())
 
 
 def finalize(agent: Agent, ignore_rref_leak: bool) -> None:
@@ -293,7 +294,7 @@ def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:
     credentials = worker_credentials(secret)
     endpoint = PeerEndpoint(
         new_life(credentials), bind, local=options.shared_memory, busy_poll_s=options.busy_poll_s,
-        credentials=credentials,
+        credentials=credentials, liveness_s=options.liveness_timeout,
     )  # fmt: skip
     address = reachable_address(endpoint.address, os.environ.get("MASTER_ADDR"))
     group = StoreGroup(store, partial(has_ended, own_address=address, credentials=credentials), secret)

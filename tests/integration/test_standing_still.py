@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import torch
 
 import zrpc as rpc
 from tests.waiting import until
-from zrpc.errors import RpcTimeoutError
+from zrpc.errors import PeerLostError, RpcTimeoutError
 from zrpc.transport import sockets
 
 if TYPE_CHECKING:
@@ -59,21 +61,74 @@ def test_what_is_sent_to_a_worker_that_stands_still_waits_for_it(cluster: Cluste
     cluster.run(stand_still, 2, shared_memory=shared_memory)
 
 
-def stand_still_for_too_long(rank: int, method: str) -> None:
-    sockets.UNACKNOWLEDGED_MAX_MS = 1_000
-    options = rpc.RpcBackendOptions(init_method=method, shared_memory=False)
-    rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
+def stand_still_with_full_buffers(rank: int) -> None:
     if rank == 0:
         stopped = rpc.rpc_sync("worker1", os.getpid)
+        timer = go_on(stopped, STILL_S)
         os.kill(stopped, signal.SIGSTOP)
-        try:
-            assert not call("worker1", LARGE, 5)
-        finally:
-            os.kill(stopped, signal.SIGCONT)
-        until(lambda: call("worker1", 20_000, 2), "it answers")
+        x = torch.ones(LARGE, dtype=torch.uint8)
+        futures = [rpc.rpc_async("worker1", echo, args=(x,), timeout=60) for _ in range(3)]
+        for future in futures:
+            assert torch.equal(future.wait(), x)
+        timer.join()
         assert rpc.rpc_sync("worker1", call, args=("worker0", 20_000, 30))
-    rpc.shutdown()
 
 
-def test_a_worker_that_stood_still_for_too_long_is_called_again(cluster: Cluster) -> None:
-    cluster.run(stand_still_for_too_long, 2, args=(cluster.new_init_method(),), init=False)
+def test_more_than_the_kernel_holds_waits_for_a_worker_that_stands_still(cluster: Cluster) -> None:
+    """Its kernel acknowledges all the while, so that it is not lost, and no call is, for whatever time."""
+    cluster.run(stand_still_with_full_buffers, 2, shared_memory=False)
+
+
+class Lines(logging.Handler):
+    """What the log said."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def matching(self, part: str) -> list[str]:
+        return [line for line in self.lines if part in line]
+
+
+def suspect(rank: int, dies: bool) -> None:
+    if rank != 0:
+        threading.Event().wait(60) if dies else None
+        return
+    told = Lines()
+    logging.getLogger("zrpc").addHandler(told)
+    logging.getLogger("zrpc").setLevel(logging.INFO)
+    stopped = rpc.rpc_sync("worker1", os.getpid)
+    os.kill(stopped, signal.SIGSTOP)
+    until(lambda: psutil.Process(stopped).status() == psutil.STATUS_STOPPED, "it stands still")
+    future = rpc.rpc_async("worker1", abs, args=(-1,), timeout=60)
+    until(lambda: told.matching("does not answer"), "it is suspected", within_s=60)
+    if dies:
+        os.kill(stopped, signal.SIGKILL)
+        with pytest.raises(PeerLostError):
+            future.wait()
+        assert not told.matching("answers again")
+    else:
+        os.kill(stopped, signal.SIGCONT)
+        assert future.wait() == 1
+        until(lambda: told.matching("answers again"), "it came back")
+        assert not told.matching("is lost")
+    assert len(told.matching("does not answer")) == 1
+    logging.getLogger("zrpc").removeHandler(told)
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_worker_that_stands_still_is_named_once_and_so_is_its_coming_back(
+    cluster_in_each_mode: Cluster, shared_memory: bool
+) -> None:
+    """A worker to which calls are under way and that does not react is suspected, and not lost."""
+    cluster_in_each_mode.run(suspect, 2, args=(False,), shared_memory=shared_memory, liveness_timeout=2)
+
+
+def test_a_worker_that_stood_still_and_dies_does_not_come_back(cluster: Cluster) -> None:
+    """A suspected worker comes back or is lost, and never both."""
+    running = cluster.start(suspect, 2, args=(True,), liveness_timeout=2)
+    first, _ = running.wait(60.0)
+    assert first.error is None or "is lost" in first.error.splitlines()[-1], first.error

@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.profiling",),
     ("zrpc.rref",),
     ("zrpc.autograd",),
-    ("zrpc.api", "zrpc.gather"),
+    ("zrpc.api", "zrpc.draining", "zrpc.gather"),
     ("zrpc.optim", "zrpc.nn"),
     ("zrpc.lifecycle",),
     ("zrpc",),

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import zrpc.agent.collection  # noqa: F401  # torch.futures.wait_all is to see our failures
-from zrpc import finalizers, protocol_errors
+from zrpc import protocol_errors
 from zrpc.agent.client import Client
 from zrpc.agent.execution import serve_builtin, serve_python
+from zrpc.agent.garbage import Garbage
 from zrpc.agent.gate import Gates
 from zrpc.agent.hooks import CallHook, Hooks
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.queue import Queue
 from zrpc.agent.server import Server
+from zrpc.agent.suspicion import Suspicions
+from zrpc.config import check_timeout
 from zrpc.control import ControlThread
 from zrpc.errors import ZrpcError
 from zrpc.exception_text import log_error
@@ -27,7 +30,7 @@ from zrpc.staging import handover
 from zrpc.staging.cuda import CudaAccelerator
 from zrpc.staging.stager import Staging
 from zrpc.transport.carrier import Carrier
-from zrpc.wire.messages import BuiltinCall, Leave, Message, PythonCall
+from zrpc.wire.messages import BuiltinCall, Heartbeat, Leave, Message, PythonCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +50,7 @@ log = logging.getLogger("zrpc")
 
 M = TypeVar("M", bound=Message)
 
+REPORT_S = 5.0  # how often the log says what a shutdown waits for
 CONTROL_END_S = 1.0
 """So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
 
@@ -70,6 +74,7 @@ class Agent:
         request: see `Client.request`: it is this very method, as each call takes it.
         notify: see `Client.notify`.
         completions: see `Client`.
+        drop: see `Garbage.drop`.
         event_loop: where `async def` functions run.
     """
 
@@ -107,6 +112,7 @@ class Agent:
             lambda: self._server.hold(), self.open,
         )  # fmt: skip
         self.members = self._peers.registry
+        self._by_name = self.members.named
         self.watched = self._peers.watched
         self._gates = Gates(options.max_in_flight_nbytes, options.max_in_flight_calls, self._peers.is_here)
         self._server = Server(
@@ -114,15 +120,17 @@ class Agent:
             self.staging, self._stagers.submit, lambda call_ids: self._client.cancel(call_ids),
             Queue(options.max_queued_calls, refuses=options.overload == "refuse"),
         )  # fmt: skip
-        self._dropped = HandlerPool(1, "zrpc-finalizer")
-        self._garbage: deque[list[Any]] = deque()
-        self._takes_garbage = True
+        self._garbage = Garbage()
+        self.drop = self._garbage.drop
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._client = Client(
             options.rpc_timeout, self.hooks, self._peers, endpoint.inbox, self._gates, self.staging, self.control,
             self._stagers.submit, self._server.pool.submit, self._server.pool.is_here, self._server.serve,
             self._server.event_loop.is_here, propagates=options.propagate_deadlines,
         )  # fmt: skip
+        self._suspicions = Suspicions(
+            options.liveness_timeout, self._gates, self._peers, self._client, self.control.submit
+        )
         self.completions = self._client.completions
         self.event_loop = self._server.event_loop
         self.request = self._client.request
@@ -133,6 +141,7 @@ class Agent:
         self.handle(PythonCall, serve_python, inline=False)
         self.handle(BuiltinCall, serve_builtin, inline=False)
         self.handle(Leave, self._serve_leave, inline=True)
+        self.handle(Heartbeat, lambda request: request.reply(), inline=True)
 
     @property
     def is_static_group(self) -> bool:
@@ -158,13 +167,22 @@ class Agent:
         """Wait until no call is under way and no request served; False if `timeout_s` (0: no limit) was too short.
         Once a worker of a static group is lost, whose requests may never end, callers alone wait for theirs.
         """
-        deadline = time.monotonic() + timeout_s if timeout_s else None
+        began = time.monotonic()
+        deadline, report_at = began + timeout_s if timeout_s else None, began + REPORT_S
         while self._client.calls or (self._server.num_serving and (self.lost_at is None or not self.is_static_group)):
+            if time.monotonic() >= report_at:
+                report_at += REPORT_S
+                log.warning("%s shuts down, and waits for %s", self.info, self.describe_waits())
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return False
             self._server.wait(left)
         return True
+
+    def describe_waits(self) -> str:
+        """What is under way: the calls out, by message and callee, and how many are served here."""
+        asked = ", ".join(f"{count} {what}" for what, count in self._client.calls.describe().items())
+        return f"{asked or 'no calls'} that others are to answer, and {self._server.num_serving} calls that run here"
 
     def say_goodbye(self, timeout_s: float) -> None:
         """Tell the peers of a dynamic group that this worker leaves; wait up to `timeout_s` for them to know.
@@ -198,9 +216,7 @@ class Agent:
         self._client.close(flush_s)
         self.staging.drain()
         self.control.close(max(flush_s, CONTROL_END_S))
-        self._takes_garbage = False
-        self._let_go()
-        self._dropped.close(flush_s)
+        self._garbage.close(flush_s)
         if self.staging.streams is not None:
             handover.order_by(None)
 
@@ -240,6 +256,10 @@ class Agent:
         """
         self._client.set_timeout(timeout_s)
 
+    def note_draining(self, life: Incarnation) -> None:
+        """That worker takes no new calls from now on."""
+        self._peers.note_draining(life)
+
     def note_lost(self) -> None:
         """A peer is known to be lost, if only from another one."""
         self.lost_at = self.lost_at or time.monotonic()
@@ -252,32 +272,41 @@ class Agent:
         """See to it that the listeners of `on_peer_lost` hear of the loss of `to` even if it is never called."""
         self._peers.watch(to)
 
+    def watch_life(self, life: Incarnation) -> None:
+        """The same of a life that may not be known here: it joined a moment ago, or it came and died meanwhile.
+
+        It is looked for. If it is not in the group, the listeners are told that it is over: nothing will come of it.
+        """
+        member = self.members.by_incarnation(life)
+        if member is not None:
+            self._peers.watch(member.info)
+        elif not self.is_static_group:
+            self.submit(partial(self._look_for, life))
+
     def submit(self, task: Callable[[], None]) -> None:
         """Run `task` soon on a handler thread."""
         self._server.pool.submit(task)
 
-    def drop(self, garbage: list[Any]) -> None:
-        """Let go of values soon, on a thread of their own: their `__del__` is user code. The caller keeps none."""
-        if self._takes_garbage:
-            self._garbage.append(garbage)
-            finalizers.defer(self._let_go)
-
-    def _let_go(self) -> None:
-        """Let go of all that was dropped by now; later tasks of a round of the control thread find nothing."""
-        garbage: list[list[Any]] = []
-        while self._garbage:
-            garbage.append(self._garbage.popleft())
-        if garbage:
-            self._dropped.submit(garbage.clear)
-
-    def resolve(self, to: str | int | WorkerInfo) -> WorkerInfo:
+    def resolve(self, to: str | int | WorkerInfo, wait_s: float | None = 0.0) -> WorkerInfo:
         """The worker that `to` names; in a dynamic group newcomers are looked for.
+
+        Args:
+            to: name, rank or info.
+            wait_s: for how many seconds to wait for one where there is none; None: as the options say.
 
         Raises:
             UnknownWorkerError: there is none.
+            DrainingError: it takes no new calls.
             RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
+        known = self._by_name(to) if type(to) is str else None
+        if known is not None and not self._peers.draining:
+            return known.info
+        if wait_s is None:
+            wait_s = self.options.wait_for_worker
+        if wait_s and self._client.may_wait():
+            return self._peers.resolve_in_time(to, check_timeout(wait_s, "wait_for_worker", "do not wait"))
         return self._peers.resolve(to)
 
     def resolve_life(self, rank: int, incarnation: Incarnation) -> WorkerInfo:
@@ -325,6 +354,20 @@ class Agent:
 
     # ---- below -----------------------------------------------------------------------------------------------------
 
+    def _look_for(self, life: Incarnation) -> None:
+        """See `watch_life`. On a handler thread: the store may let it wait."""
+        if life not in self.members.ended:
+            with suppress(ZrpcError):  # nothing can be found out: what it sends would not be taken in either
+                self.refresh()
+        member = self.members.by_incarnation(life)
+        if member is not None:
+            self._peers.watch(member.info)
+            return
+        reason = "it is not in the group, or not any more"
+        self.members.end(life, reason, keep=False)
+        reason = self.members.ended.get(life, reason)
+        self.control.submit(partial(self._on_gone, WorkerInfo("unknown", 0, life), reason))
+
     def _serve_leave(self, request: Request[Leave]) -> None:
         request.reply()
         self._peers.says_goodbye(request.source)
@@ -332,7 +375,8 @@ class Agent:
     def _run_timers(self) -> float:
         """Do what is due; after how many seconds more will be. Runs on the control thread."""
         expire_s, trim_s = self._client.calls.expire_due(), self._carrier.trim()
-        return trim_s if expire_s is None else min(expire_s, trim_s)
+        look_s = trim_s if self._closed else self._suspicions.look()
+        return min(trim_s, look_s) if expire_s is None else min(expire_s, trim_s, look_s)
 
     def _run_on(self, streams: Streams | None) -> None:
         """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""
@@ -346,6 +390,7 @@ class Agent:
         if self._closed:
             return
         self.lost_at = time.monotonic()
+        self._suspicions.lose(worker)
         self._client.lose(worker, reason)
         for listener in self._lost_listeners:
             try:

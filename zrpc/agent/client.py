@@ -306,9 +306,13 @@ class Client:
             return None
         return self.on_envelope(source, envelope)
 
+    def may_wait(self) -> bool:
+        """Whether this thread may wait for what another one is to read or to complete."""
+        return not (self._inbox.is_read_here or self.completions.is_here() or self._is_loop())
+
     def _standing(self) -> Standing:
         """How this thread stands to waiting for room."""
         inbox = self._inbox
-        if inbox.is_read_here or self.completions.is_here() or self._is_loop():
+        if not self.may_wait():
             return Standing.NEEDED
         return Standing.SERVING if inbox.is_reader_here or self._is_handler() else Standing.FREE

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zrpc.errors import ConfigError, PeerLostError, UnknownWorkerError
+from zrpc import interrupts
+from zrpc.agent.pool import blocking
+from zrpc.errors import ConfigError, DrainingError, PeerLostError, StaleWorkerError, UnknownWorkerError
 from zrpc.membership.agreement import check_agreement
 from zrpc.membership.device_maps import Placement, Routes, check, devices_of, routes
 from zrpc.membership.registry import Registry
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from zrpc.transport.carrier import Carrier
     from zrpc.wire.envelope import Envelope
 
+LOOK_S = 1.0
+"""How often who waits for a newcomer looks for it, beside being told."""
 LINGER_S = 5.0
 """How long a worker of a group that cannot be stays for the others to see why."""
 
@@ -54,6 +59,7 @@ class Peers:
 
     Attributes:
         watched: the lives whose loss will be noticed, come what may.
+        draining: those that take no new calls.
     """
 
     def __init__(
@@ -69,7 +75,6 @@ class Peers:
         resume: Callable[[], None],
     ) -> None:
         self.registry = Registry()
-        self._by_name = self.registry.named
         self.is_static = True
         self._carrier = carrier
         self._staging = staging
@@ -81,6 +86,8 @@ class Peers:
         self._hold = hold
         self._resume = resume
         self.watched: set[Incarnation] = set()
+        self.draining: set[Incarnation] = set()
+        self._awaiting: list[threading.Event] = []  # of threads that wait for a newcomer
         self._unwatched: dict[Incarnation, None] = {}  # owned by the control thread
         self._using = threading.Lock()  # taken while devices are prepared
         self._lock = threading.Lock()
@@ -124,19 +131,47 @@ class Peers:
         Raises:
             UnknownWorkerError: there is none.
             StaleWorkerError: it is a `WorkerInfo` of a worker that has left or died.
+            DrainingError: it takes no new calls.
             RendezvousError: it is not known here, and the store of a dynamic group is unreachable.
             ValueError: `to` is none of the three.
         """
-        known = self._by_name(to) if type(to) is str else None
-        if known is not None:
-            return known.info
         try:
-            return self.registry.find(to)
+            found = self.registry.find(to)
         except UnknownWorkerError:
             if self.is_static:
                 raise
-        self._group.refresh()
-        return self.registry.find(to)
+            self._group.refresh()
+            found = self.registry.find(to)
+        if found.incarnation in self.draining:
+            raise DrainingError(f"{found} takes no new calls, as it is about to end. This call did not run there")
+        return found
+
+    def resolve_in_time(self, to: str | int | WorkerInfo, wait_s: float) -> WorkerInfo:
+        """The same; waits for a newcomer where there is no such worker, or it drains."""
+        deadline = time.monotonic() + wait_s
+        came = threading.Event()
+        self._awaiting.append(came)
+        try:
+            while True:
+                came.clear()
+                try:
+                    return self.resolve(to)
+                except StaleWorkerError:
+                    raise
+                except (UnknownWorkerError, DrainingError) as error:
+                    left_s = deadline - time.monotonic()
+                    if self.is_static or left_s <= 0:
+                        text = f"{error}. None came within the {wait_s:g} s of wait_for_worker"
+                        raise type(error)(text) from None
+                with blocking():
+                    interrupts.restart(partial(interrupts.wait, partial(came.wait, min(left_s, LOOK_S))))
+        finally:
+            self._awaiting.remove(came)
+
+    def note_draining(self, incarnation: Incarnation) -> None:
+        """That worker takes no new calls from now on."""
+        if self.is_here(incarnation):
+            self.draining.add(incarnation)
 
     def resolve_life(self, rank: int, incarnation: Incarnation) -> WorkerInfo:
         """See `Agent.resolve_life`."""
@@ -232,6 +267,8 @@ class Peers:
                 self._carrier.forget(member.incarnation)
                 self._disconnect(member.incarnation)
             return
+        for came in list(self._awaiting):
+            came.set()
         for old in displaced:
             self._submit(partial(self._end, old, self.registry.ended.get(old.incarnation, "")))
         if self.is_static and (reason := self.registry.ended.get(member.incarnation)) is not None:
@@ -268,6 +305,7 @@ class Peers:
             if not self.is_static:
                 self._routes.pop(incarnation, None)
         self.watched.discard(incarnation)
+        self.draining.discard(incarnation)
         if member is not None:
             self._submit(partial(self._end, member, reason))
 

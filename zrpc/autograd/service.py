@@ -231,7 +231,8 @@ class AutogradService:
 
     def _meet(self, context: DistAutogradContext) -> None:
         """A context of another worker is first heard of: it is over when its creator is, which may be so already."""
-        self.watch(context.creator)
+        if context.creator != self._me:
+            self._agent.watch_life(context.creator)
         if context.creator in self._agent.members.ended:
             self._release(context.context_id, _at_once)
 

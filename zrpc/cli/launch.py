@@ -195,7 +195,7 @@ class Cluster:
 
     def _start_workers(self) -> None:
         for index, (name, spot) in enumerate(self._places.items()):
-            told = worker_environment(spot, self._options.workers, self._meeting)
+            told = worker_environment(spot, self._options.workers, self._meeting, self._options.grace_s)
             if self._reach is Reach.LOCAL:
                 argv = self._options.program.argv()
                 environment = local_environment(os.environ, told, spot.local_world_size, os.cpu_count() or 1)

@@ -13,7 +13,7 @@ import typer
 
 from zrpc.cli import keys
 from zrpc.cli.plan import Launch, Program
-from zrpc.errors import ConfigError
+from zrpc.errors import ConfigError, ZrpcError
 from zrpc_broker import defaults
 
 EXIT_USAGE = 2
@@ -89,6 +89,23 @@ def _launch(
     """Run a script as a cluster of workers."""
     program = Program(script, module, tuple(args or ()), python, os.getcwd())
     _run(Launch(program, workers, broker, hosts, ssh, srun, bind, advertise, master_port, grace))
+
+
+@app.command("drain")
+def _drain(
+    worker: Annotated[str, typer.Argument(help="name of the worker", show_default=False)],
+    init_method: Annotated[
+        str, typer.Option(help="where its group meets", envvar="ZRPC_INIT_METHOD", show_default=False)
+    ],
+) -> None:
+    """Have a worker of a group that grows and shrinks take no new calls, and finish those that run."""
+    from zrpc.cli.drain import drain
+
+    try:
+        drain(worker, init_method)
+    except ZrpcError as error:
+        typer.echo(f"zrpc drain: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 @app.command("run", context_settings=_VERBATIM)

@@ -22,6 +22,8 @@ _HIDDEN = (VARIABLE,)
 """What an enclosing launch may have left in the environment, and would send a worker to the wrong place."""
 
 
+DRAIN_SHARE = 0.7
+"""How much of the time in which it is to end a worker may take for calls that run; the rest is for its exit."""
 SECRET_QUESTION = "zrpc launch: the secret, please"
 _ASK_SECRET = (
     f"stty -echo 2>/dev/null; echo '{SECRET_QUESTION}'; IFS= read -r {VARIABLE} && export {VARIABLE}; "
@@ -134,9 +136,19 @@ def parse_hosts(text: str) -> list[str]:
     return hosts
 
 
-def worker_environment(where: Place, world_size: int, meeting: Mapping[str, str]) -> dict[str, str]:
-    """What a worker is told by its environment; `meeting` says how it finds the others."""
+def worker_environment(
+    where: Place, world_size: int, meeting: Mapping[str, str], grace_s: float = 5.0
+) -> dict[str, str]:
+    """What a worker is told by its environment.
+
+    Args:
+        where: it is.
+        world_size: how many there are.
+        meeting: says how it finds the others.
+        grace_s: how long it may take to end when it is told to.
+    """
     return {
+        "ZRPC_DRAIN_ON_SIGTERM": f"{DRAIN_SHARE * grace_s:g}",
         "RANK": str(where.rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(where.local_rank),

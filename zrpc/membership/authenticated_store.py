@@ -22,7 +22,7 @@ from zrpc.secret import FILE_VARIABLE, TAG_NBYTES, VARIABLE, user_file
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
     from zrpc.secret import Secret
 
 RUN = "run"

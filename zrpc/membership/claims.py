@@ -13,14 +13,16 @@ Failure: a holder of which it cannot be found out whether it has ended keeps wha
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from zrpc.errors import RefusedError
+from zrpc.membership.counter import Counter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.ids import Incarnation
+    from zrpc.membership.counter import Store
 
     HasEnded = Callable[[str, Incarnation], bool]
     """`has_ended(address, incarnation)`: whether the worker that listened there in that life has ended for certain."""
@@ -30,16 +32,6 @@ TRIES = 64
 """Each is in vain only where another has changed the claim meanwhile; what goes on changing it is no worker."""
 LEFT = "it left the group"
 DIED = "it died without leaving the group: nothing of it is left at its address"
-
-
-class Store(Protocol):
-    """What is used of `torch.distributed.Store`."""
-
-    def set(self, key: str, value: str | bytes, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def add(self, key: str, amount: int, /) -> int: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
 class Claims:
@@ -54,6 +46,7 @@ class Claims:
 
     def __init__(self, store: Store, incarnation: Incarnation, address: str, has_ended: HasEnded) -> None:
         self._store = store
+        self._life = incarnation
         self._mine = f"{incarnation.hex()} {address}"
         self._has_ended = has_ended
         self._held: list[str] = []
@@ -99,5 +92,18 @@ class Claims:
             return False
         index_key = f"index/{life}"
         if self._store.check([index_key]):  # else it died before anybody could read of it
-            self._store.set(f"left/{int(self._store.get(index_key))}", DIED)
+            note_left(self._store, int(self._store.get(index_key)), DIED, self._life)
         return True
+
+
+def note_left(store: Store, index: int, reason: str, by: Incarnation) -> None:
+    """Note that the worker whose record lies under `index` is not in the group any more, and that this is news.
+
+    Args:
+        store: of the group.
+        index: of whom.
+        reason: why.
+        by: the worker that notes it.
+    """
+    store.set(f"left/{index}", reason)
+    Counter(store, "departures").next(by)

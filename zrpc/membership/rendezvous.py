@@ -15,7 +15,7 @@ from zrpc.membership.tcp_store import ListenError, open_tcp_store
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
 
 
 class _Generations:
@@ -109,8 +109,19 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
         raise RendezvousError(f"the store of init_method {init_method!r} cannot be opened: {error}") from error
     store.set_timeout(timedelta(seconds=timeout_s))
     generation = _generations[_place_of(init_method)].enter(world_size is None)
-    prefixed = dist.PrefixStore(f"zrpc/{generation}", store)
+    prefixed = dist.PrefixStore(_prefix(generation, world_size), store)
     return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
+
+
+def _prefix(generation: int, world_size: int | None) -> str:
+    """Under what the keys of a group lie. Each restart of torchrun's, and each other size, is a group of its own.
+
+    Its store outlives the workers that it starts again, and so does a file.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restart is None or world_size is None:
+        return f"zrpc/{generation}"
+    return f"zrpc/restart-{restart}-of-{world_size}/{generation}"
 
 
 def _place_of(init_method: str) -> str:
@@ -139,7 +150,7 @@ def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: fl
     try:
         store = open_tcp_store(host, port, is_host=is_host, timeout_s=timeout_s, use_libuv=use_libuv)
     except ListenError as error:
-        if world_size is not None and _is_rank_0_taken(host, port):
+        if world_size is not None and _is_rank_0_taken(host, port, world_size):
             raise RefusedError(
                 f"rank 0 is taken by another worker of this group, which hosts its store at {host}:{port}: "
                 "start each worker with a rank of its own"
@@ -156,14 +167,15 @@ def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: fl
     return store
 
 
-def _is_rank_0_taken(host: str, port: int) -> bool:
+def _is_rank_0_taken(host: str, port: int, world_size: int) -> bool:
     """Whether what listens there is the store of the group that this process is about to join, with a rank 0."""
     import torch.distributed as dist
 
     deadline = time.monotonic() + TAKEN_WAIT_S
     try:
         store = open_tcp_store(host, port, is_host=False, timeout_s=TAKEN_WAIT_S)
-        prefixed = dist.PrefixStore(f"zrpc/{_generations[f'{host}:{port}'].next(dynamic=False)}", store)
+        generation = _generations[f"{host}:{port}"].next(dynamic=False)
+        prefixed = dist.PrefixStore(_prefix(generation, world_size), store)
         while not prefixed.check(["rank/0"]):
             if time.monotonic() > deadline:
                 return False

@@ -21,7 +21,7 @@ from zrpc.errors import RefusedError, RendezvousError
 from zrpc.membership.records import Failure, Record, pack_roster, unpack_roster
 
 if TYPE_CHECKING:
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
     from zrpc.membership.group import Member
 
 POLL_MIN_S = 0.005

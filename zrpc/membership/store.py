@@ -1,8 +1,8 @@
 """Membership kept in a torch Store (TCPStore, FileStore, HashStore or what `torchrun` provides).
 
 How a static group starts is in `StaticStart`. In a dynamic one each worker writes one record, under a counter, so that
-a look at the counter tells of newcomers. Nobody watches the store: a newcomer is looked for when a name, rank or
-incarnation is not known (`refresh`).
+a look at the counter tells of newcomers; another counter tells of those that left or died. A thread looks at both
+every `LOOK_INTERVAL_S`, and a newcomer is looked for at once when a name, rank or incarnation is not known (`refresh`).
 
 Others may write to the store too; see `AuthenticatedStore`. A newcomer refuses to join where it finds what is not the
 group's; a member passes over that. A newcomer to a dynamic group cannot tell a run that goes on from one that is over:
@@ -22,10 +22,12 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zrpc import threads
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.authenticated_store import with_secret
-from zrpc.membership.claims import LEFT, Claims
+from zrpc.membership.claims import LEFT, Claims, note_left
+from zrpc.membership.counter import Counter
 from zrpc.membership.group import Member, OnJoined, OnLeft
 from zrpc.membership.records import Record
 from zrpc.membership.static_start import StaticStart, check_kind
@@ -33,18 +35,18 @@ from zrpc.membership.static_start import StaticStart, check_kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zrpc.membership.claims import HasEnded, Store
+    from zrpc.membership.claims import HasEnded
+    from zrpc.membership.counter import Store
     from zrpc.secret import Secret
 
 log = logging.getLogger("zrpc")
 
 ANNOUNCE_WAIT_S = 1.0
 """How long a look waits, at most, for what other threads have found to be told of."""
-COUNTER_MAX = 1 << 20
-"""So many newcomers to one group are believed."""
-COUNT_TRIES = 1 << 12
-ABSENT = "-"
-"""What no record is: comparing with it reads one that may not be there, without waiting for it."""
+LOOK_INTERVAL_S = 0.25
+"""How often the counters are looked at: two small requests to the store."""
+LOOKER_END_S = 1.0
+"""How long a worker that leaves waits for the thread that looks: it may wait for a worker that does not answer."""
 
 
 class StoreGroup:
@@ -54,10 +56,15 @@ class StoreGroup:
         store: the store, shared by all workers of the group and used for nothing else under these keys.
         has_ended: looks whether another worker has ended; see `Claims`.
         secret: that of the group; None: anybody's records are believed.
+        look_interval_s: how often to look for who came or left a dynamic group; None: in `refresh` only.
     """
 
     def __init__(
-        self, store: Store, has_ended: HasEnded = lambda _address, _life: False, secret: Secret | None = None
+        self,
+        store: Store,
+        has_ended: HasEnded = lambda _address, _life: False,
+        secret: Secret | None = None,
+        look_interval_s: float | None = LOOK_INTERVAL_S,
     ) -> None:
         self._store = with_secret(store, secret)
         self._has_ended = has_ended
@@ -71,10 +78,15 @@ class StoreGroup:
         self._dynamic = False
         self._index = 0
         self._seen: dict[int, Member] = {}
-        self._suspects: set[int] = set()
+        self._suspects: deque[Incarnation] = deque()  # no lock: who adds to it must not wait for the store
         self._claims: Claims | None = None
         self._unread: set[int] = set()
-        self._count = 0
+        self._comings = Counter(self._store, "members")
+        self._departures = Counter(self._store, "departures")
+        self._num_came = self._num_departed = 0
+        self._look_interval_s = look_interval_s
+        self._has_left = threading.Event()
+        self._looker: threading.Thread | None = None
         self._start: StaticStart | None = None
         self._warned: set[str] = set()
         self._me: Member | None = None
@@ -111,19 +123,23 @@ class StoreGroup:
         if not self._dynamic:
             return
         try:
-            self._look_for_suspects()
-            with self._lock:
-                self._read_departures()
-                for member in self._read_newcomers():
-                    self._find(partial(self._on_joined, member))
+            self._read()
+            if self._look_for_suspects():
+                self._read()
         except RuntimeError as error:
             raise RendezvousError(f"the store of the group failed: {error}. Check that its host is up") from error
+
+    def _read(self) -> None:
+        """Tell of all that the store says by now."""
+        with self._lock:
+            self._read_departures()
+            for member in self._read_newcomers():
+                self._find(partial(self._on_joined, member))
         self._tell()
 
     def note_lost(self, incarnation: Incarnation) -> None:
         """See `Group.note_lost`: the next `refresh` looks whether it has ended."""
-        with self._lock:
-            self._suspects |= {index for index, member in self._seen.items() if member.incarnation == incarnation}
+        self._suspects.append(incarnation)
 
     def linger(self, timeout_s: float) -> None:
         """See `Group.linger`. The store may end with this process, and others may not have read who is here."""
@@ -136,12 +152,15 @@ class StoreGroup:
         In a dynamic one a goodbye alone makes name and rank free again, so that it is said at exit too.
         """
         del at_exit
+        self._has_left.set()
+        if self._looker not in (None, threading.current_thread()):
+            threads.join(self._looker, LOOKER_END_S)
         me, self._me = self._me, None
         if me is None or self._claims is None:
             return
         try:
             self._store.set_timeout(timedelta(seconds=timeout_s))
-            self._store.set(f"left/{self._index}", LEFT)
+            self._note_left(me.incarnation)
             self._claims.release()
         except RuntimeError:
             return  # the store's host is gone: so is the group
@@ -157,11 +176,37 @@ class StoreGroup:
             others = self._enter(claims, me)
         except RefusedError:
             if self._index:
-                self._store.set(f"left/{self._index}", LEFT)
+                self._note_left(incarnation)
             claims.release()
             raise
         self._claims, self._me = claims, me
+        if self._look_interval_s is not None:
+            self._looker = threads.start(self._look_on, "zrpc-membership")
         return me, [*others, me]
+
+    def _note_left(self, me: Incarnation) -> None:
+        note_left(self._store, self._index, LEFT, me)
+
+    def _look_on(self) -> None:
+        """Look at the store until this worker leaves. Where the store's host is gone, nothing can be seen any more."""
+        while not self._has_left.wait(self._look_interval_s):
+            try:
+                if self._has_news():
+                    self.refresh()
+            except RuntimeError as error:
+                log.info("newcomers are not seen any more, as the store of the group failed: %s", error)
+                return
+
+    def _has_news(self) -> bool:
+        with self._lock:
+            if self._suspects or self._unread:
+                return True
+            with self._passing_over():
+                if self._comings.read() > self._num_came:
+                    return True
+            with self._passing_over():
+                return self._departures.read() > self._num_departed
+            return False
 
     def _take(self, claims: Claims, name: str, rank: int) -> int:
         """Claim the name and the rank, which is given out if it is -1; the rank."""
@@ -175,30 +220,19 @@ class StoreGroup:
 
     def _enter(self, claims: Claims, me: Member) -> list[Member]:
         """Write a record, and read those of the others."""
-        self._index = self._count_up("members", me.incarnation)
+        self._index = self._comings.next(me.incarnation)
         claims.note_index(self._index)
         self._store.set(f"member/{self._index}", Record(me, 0).pack())
         self._unread = set(range(1, self._index))
-        self._count = self._index
+        self._num_came = self._index
         return self._read_newcomers()
-
-    def _count_up(self, key: str, life: Incarnation) -> int:
-        """Another number than all before. `add` of a store would do, if others could not have it say anything."""
-        found = ""
-        for _ in range(COUNT_TRIES):
-            expected, number = found, _number(key, found) + 1
-            mine = f"{number} {life.hex()}"  # two that count up at once do not write the same
-            found = self._store.compare_set(key, expected, mine).decode()
-            if found == mine:
-                return number
-        raise RefusedError(f"the counter {key!r} in the store of this group never stays as it is: others write to it")
 
     def _read_newcomers(self) -> list[Member]:
         """Those that came since the last look and are still here; one that is still writing its record comes later."""
         with self._passing_over():
-            count = _number("members", self._store.compare_set("members", ABSENT, ABSENT).decode())
-            self._unread.update(range(self._count + 1, count + 1))
-            self._count = max(self._count, count)
+            count = self._comings.read()
+            self._unread.update(range(self._num_came + 1, count + 1))
+            self._num_came = max(self._num_came, count)
         found = []
         for index in sorted(self._unread):
             with self._passing_over():
@@ -214,10 +248,11 @@ class StoreGroup:
 
     def _read_departures(self) -> None:
         """Those that are gone since the last look. They are told of first: a newcomer may have the name of one."""
+        with self._passing_over():
+            self._num_departed = self._departures.read()  # before: who leaves meanwhile is news
         for index in [index for index in self._seen if self._store.check([f"left/{index}"])]:
             with self._passing_over():
                 reason = self._store.get(f"left/{index}").decode()
-                self._suspects.discard(index)
                 self._find(partial(self._on_left, self._seen.pop(index).incarnation, reason != LEFT, reason))
 
     @contextlib.contextmanager
@@ -236,18 +271,20 @@ class StoreGroup:
             self._warned.add(text)
             self._find(partial(log.warning, "%s. It is passed over", text))
 
-    def _look_for_suspects(self) -> None:
-        """Of those that this worker cannot reach any more, note in the store which have ended."""
+    def _look_for_suspects(self) -> bool:
+        """Of those that this worker cannot reach any more, note in the store which have ended; whether any has."""
+        lost = {self._suspects.popleft() for _ in range(len(self._suspects))}
         with self._lock:
-            members = [self._seen[index] for index in self._suspects if index in self._seen]
-            self._suspects.clear()
+            members = [member for member in self._seen.values() if member.incarnation in lost]
+        found = False
         for member in members:
             try:
                 if self._claims is not None:
-                    self._claims.note_ended(member.incarnation, member.card.get("address") or "")
+                    found |= self._claims.note_ended(member.incarnation, member.card.get("address") or "")
             except RefusedError as error:
                 with self._lock:
                     self._note_foreign(str(error))
+        return found
 
     def _find(self, tell: Callable[[], None]) -> None:
         """Something is to be told of. Under the lock."""
@@ -284,16 +321,3 @@ class StoreGroup:
 
 def _ignore(*_: object) -> None:
     """Nobody watches yet."""
-
-
-def _number(key: str, found: str) -> int:
-    """A counter's number: 0 where there is none yet."""
-    if found in ("", ABSENT):
-        return 0
-    text = found.split(" ")[0]
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(COUNTER_MAX))) or int(text) > COUNTER_MAX:
-        raise RefusedError(
-            f"the counter {key!r} in the store of this group says {text[:32]!r}, which is no number from 0 to "
-            f"{COUNTER_MAX}: others write to it, or the group is to be started anew with a fresh store"
-        )
-    return int(text)

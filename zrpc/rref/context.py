@@ -376,9 +376,10 @@ class RRefContext:
         for life in lives:
             if life in self.agent.watched or life == self.agent.info.incarnation:
                 continue
-            member = self.agent.members.by_incarnation(life)
-            if member is not None:
-                self.agent.watch(member.info)
+            with self._lock:
+                is_lost = self._table_made is not None and self._table_made.is_lost(life)
+            if not is_lost:
+                self.agent.watch_life(life)
 
     def _check_open(self, phrase: str) -> None:
         if self._closed:

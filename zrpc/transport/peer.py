@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc import finalizers
+from zrpc.config import DEFAULT_LIVENESS_TIMEOUT_S
 from zrpc.errors import ConfigError, PeerLostError
 from zrpc.transport import descriptors, sockets
 from zrpc.transport.credentials import Authenticator, keyring_of
@@ -63,6 +64,7 @@ class PeerEndpoint(LinkEndpoint):
         local: have links with workers of this host.
         busy_poll_s: see `Polling`.
         credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
+        liveness_s: how long the host of another worker may be silent.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -70,9 +72,10 @@ class PeerEndpoint(LinkEndpoint):
 
     def __init__(
         self, incarnation: Incarnation, bind: str, *, local: bool = False, busy_poll_s: float = 0.0,
-        credentials: Credentials | None = None,
+        credentials: Credentials | None = None, liveness_s: float = DEFAULT_LIVENESS_TIMEOUT_S,
     ) -> None:  # fmt: skip
         self._bind = bind
+        self._liveness_s = liveness_s
         self._authenticator: Authenticator | None = None
         self._on_frames: OnFrames
         self._on_lost: OnLost
@@ -87,7 +90,7 @@ class PeerEndpoint(LinkEndpoint):
         )  # fmt: skip
         if self._local_links is not None:
             self._local_links.tell(self._declare_lost)
-        self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(self._watcher_end, self._authenticator)
+        self._watch: ConnectionWatch[Incarnation] = ConnectionWatch(self._watcher_end, self._authenticator, liveness_s)
         self._addresses: dict[Incarnation, str] = {}
         self._new_monitors: list[tuple[Incarnation, sockets.Socket]] = []
 
@@ -131,7 +134,7 @@ class PeerEndpoint(LinkEndpoint):
     def _make_router(self, context: sockets.Context) -> sockets.Socket:
         if self._credentials is not None:
             self._authenticator = Authenticator(context, self._credentials)
-        router = sockets.make_socket(context, zmq.ROUTER, heartbeats=False)
+        router = sockets.make_socket(context, zmq.ROUTER, heartbeats=False, liveness_s=self._liveness_s)
         # A peer connects again while this process stands still, for which the connection before is still there: without
         # this the new one would be taken in and never read.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -159,7 +162,9 @@ class PeerEndpoint(LinkEndpoint):
     def _open_socket(self, peer: Incarnation, address: str) -> Link:
         """A DEALER that is connected to `peer`. Call it under the lock."""
         identity = self.incarnation if self._keyring is None else self.incarnation + os.urandom(HIDDEN_NBYTES)
-        sock = sockets.make_socket(self._context, zmq.DEALER, identity=identity, heartbeats=False)
+        sock = sockets.make_socket(
+            self._context, zmq.DEALER, identity=identity, heartbeats=False, liveness_s=self._liveness_s
+        )
         try:
             monitor = sockets.make_monitor(self._context, sock, EVENTS)
         except zmq.ZMQError:

@@ -2,7 +2,7 @@
 
 Every socket gets linger 0 at its creation (an exit never waits for a peer that is gone), a bounded high-water mark and
 a bounded message size. A connection that died silently is noticed by ZMTP heartbeats, which a process that stands still
-does not answer, or by the kernel, which does not mind that.
+does not answer, or by what the kernel says of it (`zrpc.transport.silence`), which does not mind that.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from zrpc.config import DEFAULT_LIVENESS_TIMEOUT_S
 from zrpc.errors import ConfigError
-from zrpc.transport import descriptors
+from zrpc.transport import descriptors, silence
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
@@ -29,15 +30,18 @@ Socket = zmq.Socket[bytes]
 
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 10_000
-KEEPALIVE_S = 5
+KEEPALIVES_BEYOND = 10
+"""The kernel gives a silent connection up after so many probes more than this process does."""
 UNACKNOWLEDGED_MAX_MS = 30_000
-"""So long the other host's kernel may say nothing, or take no data as the process there does not read it."""
+"""Where the system does not tell how long the other host's kernel has said nothing: so long it may, or take no data as
+the process there does not read it."""
 HIGH_WATER_MARK = 10_000
 MAX_FRAME_NBYTES = 1 << 40
 BACKLOG = 1024
 RECONNECT_FIRST_MS = 50
 RECONNECT_MAX_MS = 1_000
 CONNECT_TIMEOUT_MS = 5_000
+"""Of connections with heartbeats; of others it is the time that a host may be silent."""
 HANDSHAKE_MAX_MS = 5_000
 """A connection that has not proved by then what it has to is closed."""
 LOOPBACK_BUFFER_NBYTES = 512 << 10
@@ -63,7 +67,10 @@ def make_context() -> Context:
     return context
 
 
-def make_socket(context: Context, kind: int, identity: bytes | None = None, *, heartbeats: bool = True) -> Socket:
+def make_socket(
+    context: Context, kind: int, identity: bytes | None = None, *, heartbeats: bool = True,
+    liveness_s: float = DEFAULT_LIVENESS_TIMEOUT_S,
+) -> Socket:  # fmt: skip
     """A socket of ZeroMQ type `kind` (such as `zmq.DEALER`) with the options that every socket here has.
 
     Args:
@@ -71,8 +78,9 @@ def make_socket(context: Context, kind: int, identity: bytes | None = None, *, h
         kind: its type.
         identity: its routing id.
         heartbeats: connections end where the other process stands still, and what lies unread in them is lost. Else
-            they end where the other host's kernel is silent, or the process there has not read for long what fills
-            the kernel's buffers.
+            the kernel probes an idle one every second, and it is for `ConnectionWatch` to see that the other host's
+            kernel is silent.
+        liveness_s: how long a host may be silent, without heartbeats.
 
     Raises:
         LimitError: this process may not open the files that the socket, its monitor and its connection need.
@@ -88,12 +96,15 @@ def make_socket(context: Context, kind: int, identity: bytes | None = None, *, h
     if heartbeats:
         sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
     else:
         sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
-        sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
-        sock.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MAX_MS)
-    sock.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, silence.KEEPALIVE_S)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, silence.KEEPALIVE_S)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, int(liveness_s) + KEEPALIVES_BEYOND)
+        if not silence.IS_KNOWN:
+            sock.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MAX_MS)
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, int(liveness_s * 1000))
     sock.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     if identity is not None:
@@ -125,9 +136,14 @@ def receive_event(monitor: Socket, flags: int = 0) -> int:
     Raises:
         Again: there is none, and `flags` is `zmq.NOBLOCK`.
     """
-    told, _ = monitor.recv_multipart(flags)  # and the address
-    event: int = _MONITOR_EVENT.unpack(told)[0]
-    return event
+    return receive_full_event(monitor, flags)[0]
+
+
+def receive_full_event(monitor: Socket, flags: int = 0) -> tuple[int, int, str]:
+    """As `receive_event`: the event, its value (of `zmq.EVENT_CONNECTED` the descriptor), and the address."""
+    told, address = monitor.recv_multipart(flags)
+    event, value = _MONITOR_EVENT.unpack(told)
+    return event, value, address.decode()
 
 
 def keep_to_the_end(endpoint: object) -> None:

@@ -1,8 +1,9 @@
 """Noticing that a connection is gone: ZeroMQ's socket monitors, judged.
 
 A monitor's events are hints. What they mean here: a connection that breaks and cannot be made again at once
-(`REFUSALS` attempts in a row end without one) has nobody behind it any more. One that breaks and comes back is none of
-our business.
+(`REFUSALS` attempts in a row end without one, or one gets no answer for `liveness_s`) has no process behind it any
+more. One that breaks and comes back is none of our business. One that stays up, and whose other end acknowledges
+nothing for `liveness_s`, has no host behind it (`zrpc.transport.silence`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import zmq
 
-from zrpc.transport.sockets import receive_event
+from zrpc.config import DEFAULT_LIVENESS_TIMEOUT_S
+from zrpc.transport.silence import account_of
+from zrpc.transport.sockets import receive_full_event, split_address
 
 if TYPE_CHECKING:
     from zrpc.transport.credentials import Authenticator
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 EVENTS = (
     zmq.EVENT_CONNECTED
+    | zmq.EVENT_CONNECT_DELAYED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -33,6 +37,11 @@ EVENTS = (
     | zmq.EVENT_MONITOR_STOPPED
 )
 REFUSALS = 3
+UNANSWERED_SHARE = 0.8
+"""An attempt to connect that ended after this share of the time limit, or later, got no answer: it was not refused."""
+LOOKS = 5
+"""So often in the time for which a host may be silent it is looked whether one is."""
+LOOK_MAX_S = 1.0
 DENIALS = 3
 """So many handshakes in a row that fail at once and without a reason were not broken off by chance."""
 AT_ONCE_S = 1.0
@@ -49,19 +58,35 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(slots=True)
 class ConnectionState:
-    """What the events of one connection add up to. Pure: events in, verdict out."""
+    """What the events of one connection add up to. Pure: events in, verdict out.
 
+    Attributes:
+        liveness_s: how long its host may be silent.
+        descriptor: of the TCP connection while there is one, else -1.
+        port: of its other end.
+    """
+
+    liveness_s: float = DEFAULT_LIVENESS_TIMEOUT_S
     was_up: bool = False
     refusals: int = 0
     denials: int = 0
     connected_at: float = 0.0
+    tried_at: float | None = None
+    descriptor: int = -1
+    port: int = 0
 
-    def on_event(self, event: int, now: float) -> str | None:
+    def on_event(self, event: int, now: float, value: int = -1, address: str = "") -> str | None:
         """Take in one monitor event, which came at `now` (seconds); the reason why the peer is gone, if it now is."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.was_up, self.refusals, self.denials = True, 0, 0
+        elif event == zmq.EVENT_CONNECT_DELAYED:
+            self.tried_at = now
         elif event == zmq.EVENT_CONNECTED:
             self.connected_at = now
+            if value >= 0 and address:
+                self.descriptor, self.port = value, split_address(address)[1]
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.descriptor = -1
         elif event in HANDSHAKE_FAILED:
             self.denials += now - self.connected_at < AT_ONCE_S
             if self.denials >= DENIALS or event in _DENIED:
@@ -71,10 +96,24 @@ class ConnectionState:
                     "keys (ZRPC_KEYS): or its keyring does not list this worker's key, or has it revoked"
                 )
         elif event == zmq.EVENT_CLOSED:
+            self.descriptor = -1
+            tried_at, self.tried_at = self.tried_at, None
+            if tried_at is not None and now - tried_at >= UNANSWERED_SHARE * self.liveness_s:
+                return f"its host gives no answer for {self.liveness_s:g} s: it is off, or the network to it is cut"
             self.refusals += 1
             if self.refusals >= REFUSALS:
                 return "its connection broke and is refused" if self.was_up else "nobody listens at its address"
         return None
+
+    def on_look(self) -> str | None:
+        """Look what the kernel says of the connection; the reason why the peer is gone, if it now is."""
+        account = account_of(self.descriptor, self.port) if self.descriptor >= 0 else None
+        if account is None or not account.is_silent(self.liveness_s):
+            return None
+        return (
+            f"its host has acknowledged nothing for {account.acknowledged_ms / 1000:.1f} s (liveness_timeout is "
+            f"{self.liveness_s:g} s): it is off, or the network to it is cut"
+        )
 
 
 class ConnectionWatch(Generic[K]):
@@ -88,7 +127,15 @@ class ConnectionWatch(Generic[K]):
     its socket until nothing is left.
     """
 
-    def __init__(self, wake: Socket, authenticator: Authenticator | None = None) -> None:
+    def __init__(
+        self,
+        wake: Socket,
+        authenticator: Authenticator | None = None,
+        liveness_s: float = DEFAULT_LIVENESS_TIMEOUT_S,
+    ) -> None:
+        self._liveness_s = liveness_s
+        self._look_interval_s = min(LOOK_MAX_S, liveness_s / LOOKS)
+        self._look_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake = wake
         self._authenticator = authenticator
@@ -101,7 +148,7 @@ class ConnectionWatch(Generic[K]):
 
     def add(self, key: K, monitor: Socket) -> None:
         """Watch one more connection, by its monitor socket."""
-        self._watched[monitor] = (key, ConnectionState())
+        self._watched[monitor] = (key, ConnectionState(self._liveness_s))
         self._selector.register(monitor.fileno(), selectors.EVENT_READ, monitor)
         self._new.append(monitor)
 
@@ -111,6 +158,9 @@ class ConnectionWatch(Generic[K]):
         `on_gone` closes the connection's socket. Its monitor is read until it says so: the socket's last word waits
         for ever if nobody is there to read it, and with it ZeroMQ's thread that closes sockets.
         """
+        if self._watched:
+            look_ms = int(self._look_interval_s * 1000)
+            timeout_ms = look_ms if timeout_ms is None else min(timeout_ms, look_ms)
         new, self._new = self._new, []  # what they had to say at first may have been announced already
         timeout_s = None if timeout_ms is None else timeout_ms / 1000
         if any(sock.poll(0) for sock in new):
@@ -125,6 +175,19 @@ class ConnectionWatch(Generic[K]):
                 self._authenticator.answer()
             else:
                 self._take_events(sock, on_gone)
+        self._look(on_gone)
+
+    def _look(self, on_gone: Callable[[K, str], None]) -> None:
+        """From time to time, look whether hosts have fallen silent."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + self._look_interval_s
+        for key, state in list(self._watched.values()):
+            reason = state.on_look()
+            if reason is not None:
+                state.descriptor = -1
+                on_gone(key, reason)
 
     def _take_wake(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -135,11 +198,11 @@ class ConnectionWatch(Generic[K]):
         key, state = self._watched[monitor]
         with contextlib.suppress(zmq.Again):
             while True:
-                event = receive_event(monitor, zmq.NOBLOCK)
+                event, value, address = receive_full_event(monitor, zmq.NOBLOCK)
                 if event == zmq.EVENT_MONITOR_STOPPED:  # the connection was closed on this side
                     self._drop(monitor)
                     return
-                reason = state.on_event(event, time.monotonic())
+                reason = state.on_event(event, time.monotonic(), value, address)
                 if reason is not None:
                     on_gone(key, reason)
 

@@ -383,7 +383,7 @@ class Leave(Message):
 @_message(46, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Message):
-    """I am alive. Worker to broker at every interval; the broker answers with the same."""
+    """I am alive, and you? Worker to broker at every interval, which answers with the same; worker to worker."""
 
 
 @_message(47, idempotent=True)

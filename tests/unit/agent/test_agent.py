@@ -34,7 +34,7 @@ from zrpc.wire.envelope import Envelope, encode
 from zrpc.wire.exceptions import RemoteTraceback
 from zrpc.wire.messages import (
     Failure,
-    Heartbeat,
+    Forming,
     Message,
     PythonCall,
     ReleaseContexts,
@@ -218,7 +218,7 @@ def test_a_request_that_cannot_be_sent_raises_at_once_and_leaves_no_call() -> No
         assert a.agent.counts()["client_active_calls"] == 0
 
 
-@pytest.mark.parametrize("message", [FETCH, Heartbeat(), ReleaseContexts([1])])
+@pytest.mark.parametrize("message", [FETCH, Forming([], 1, 1.0), ReleaseContexts([1])])
 def test_a_message_that_nobody_serves_is_refused(message: Message) -> None:
     with workers("a", "b") as (a, b):
         with pytest.raises(ProtocolError, match=f"name=b.* does not serve {type(message).__name__}"):

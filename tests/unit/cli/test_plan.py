@@ -72,6 +72,7 @@ def test_what_is_no_host_is_refused(text: str) -> None:
 def test_a_worker_is_told_its_place_and_where_to_meet() -> None:
     told = worker_environment(Place(3, "b", 1, 2), 4, meet_at_broker("10.0.0.9", 5555))
     assert told == {
+        "ZRPC_DRAIN_ON_SIGTERM": "3.5",
         "RANK": "3",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
     from zrpc.membership.group import Member
 
 WAIT_S = 20.0
@@ -64,7 +64,7 @@ class Seat:
     """One worker's membership, and what it was told."""
 
     def __init__(self, store: Store, name: str, rank: int, secret: Secret | None = SECRET) -> None:
-        self.group = StoreGroup(store, secret=secret)
+        self.group = StoreGroup(store, secret=secret, look_interval_s=None)
         self.name, self.rank = name, rank
         self.life = new_incarnation()
         self.told: list[str] = []

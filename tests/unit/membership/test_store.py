@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import torch.distributed as dist
 
+from tests.waiting import until
 from zrpc.errors import RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo, new_incarnation
 from zrpc.membership.group import Member
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from pathlib import Path
 
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
 
 WAIT_S = 20.0
 
@@ -35,11 +36,18 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 class Seat:
     """One worker's membership, and what it was told."""
 
-    def __init__(self, store: Store, name: str, rank: int, ended: Container[Incarnation] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        rank: int,
+        ended: Container[Incarnation] = (),
+        look_interval_s: float | None = None,
+    ) -> None:
         self.info = WorkerInfo(name, max(rank, 0))
         self.rank = rank
         self.incarnation = new_incarnation()
-        self.group = StoreGroup(store, lambda _, incarnation: incarnation in ended)
+        self.group = StoreGroup(store, lambda _, incarnation: incarnation in ended, None, look_interval_s)
         self.joined: list[Member] = []
         self.left: list[tuple[Incarnation, bool, str]] = []
         self.told: list[str] = []
@@ -457,3 +465,37 @@ def test_nobody_waits_for_ever_for_others_to_end() -> None:
     join_all(seats, 2, 2)
     seats[0].group.linger(0.01)
     assert shared.add("lingering", 0) == 1
+
+
+def test_comings_and_goings_are_seen_without_a_look(store: Store) -> None:
+    """A member of a dynamic group learns of who came, left or died though it asks for no one."""
+    ended: set[Incarnation] = set()
+    first = Seat(store, "first", 0, ended, look_interval_s=0.01)
+    leaver, dead, second = (Seat(store, name, rank, ended) for rank, name in enumerate(("leaver", "dead", "dead"), 1))
+    second.rank = 2
+    first.join(None)
+    leaver.join(None)
+    dead.join(None)
+    until(lambda: {seat.incarnation for seat in (leaver, dead)} <= {one.incarnation for one in first.joined}, "joined")
+    leaver.group.leave(1.0)
+    until(lambda: leaver.incarnation in [life for life, *_ in first.left], "the goodbye is seen")
+    ended.add(dead.incarnation)
+    second.join(None)
+    until(lambda: second.incarnation in [one.incarnation for one in first.joined], "the next life is seen")
+    assert dead.incarnation in [life for life, *_ in first.left], "the death is told of first"
+    first.group.leave(1.0)
+
+
+def test_a_loss_that_one_worker_notices_is_told_to_all(store: Store) -> None:
+    """Who cannot reach a worker looks whether it has ended, and the others learn of it from the store."""
+    ended: set[Incarnation] = set()
+    noticing, other = (Seat(store, name, rank, ended, look_interval_s=0.01) for rank, name in enumerate("ab"))
+    dead = Seat(store, "dead", 2, ended)
+    for seat in (noticing, other, dead):
+        seat.join(None)
+    until(lambda: len(noticing.joined) == len(other.joined) + 1 == 2, "all are known")
+    ended.add(dead.incarnation)
+    noticing.group.note_lost(dead.incarnation)
+    until(lambda: dead.incarnation in [life for life, *_ in other.left], "the loss is told")
+    for seat in (noticing, other):
+        seat.group.leave(1.0)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zrpc.compat.agent import TensorPipeAgent
-    from zrpc.membership.claims import Store
+    from zrpc.membership.counter import Store
 
 __all__ = [
     "BackendType",
