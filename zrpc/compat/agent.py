@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc import gather, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
+from zrpc.rref.context import RRefContext
 
 if TYPE_CHECKING:
     import torch
@@ -130,9 +131,10 @@ class TensorPipeAgent(RpcAgent):
 
     def join(self, shutdown: bool = False, timeout: float = 0.0) -> None:
         """Wait until no call is under way in this worker and, in a static group, in any other."""
-        del shutdown
         lifecycle.finish_calls(self._agent, timeout)
         if self._agent.is_static_group:
+            if shutdown:
+                self._agent.extensions[RRefContext].expect_goodbyes()
             gather.gather_living(timeout)
 
     def sync(self) -> None:

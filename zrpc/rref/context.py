@@ -83,6 +83,7 @@ class RRefContext:
         self._table_made: RRefTable | None = None
         self._cells: dict[RRefId, Cell] = {}
         self._num_sending = 0
+        self._expects_goodbyes = False
         self._closed = False
 
     # ---- creations, and what users ask
@@ -147,7 +148,12 @@ class RRefContext:
 
     def on_peer_lost(self, peer: WorkerInfo, _reason: str) -> None:
         """Everything that `peer` held or owned is gone."""
-        self.decide(lambda table: table.peer_lost(peer.incarnation))
+        if not self._expects_goodbyes:
+            self.decide(lambda table: table.peer_lost(peer.incarnation))
+
+    def expect_goodbyes(self) -> None:
+        """The others end as this worker does, and may be gone before it: what they have not given up is a leak."""
+        self._expects_goodbyes = True
 
     # ---- RRefs come and go
 
