@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
-from zrpc.errors import PeerLostError, RendezvousError, RpcTimeoutError
+from zrpc.agent.repeating import outlast
+from zrpc.errors import ConnectionLostError, PeerLostError, RendezvousError, RpcTimeoutError
 from zrpc.exposed import expose
 from zrpc.gathering import Gathering, GatheringTable, Key, Lost
 from zrpc.wire import carried, pickling
@@ -185,19 +186,19 @@ class Gatherings:
         """Take part, unless the leader has given up already and said so, maybe as its last word."""
         try:
             if not gathering.is_complete:
-                told = _payload(self._remote.contribution(key, self._agent.info.name, obj))
+                told = self._remote.contribution(key, self._agent.info.name, obj)
                 with interrupts.deferred:
-                    self._start(key, key.names[0], told, timeout_s, waited=True).wait()
+                    outlast(lambda: self._start(key, key.names[0], _payload(told), timeout_s, waited=True))
         except PeerLostError:
             if not gathering.is_complete:
                 raise
 
     def _tell_next_leader(self, key: Key, leader: str, obj: Any, deadline: float | None) -> None:
         """The same where the leader may be lost; then it is known here to be lost."""
-        told = _payload(self._remote.contribution(key, self._agent.info.name, obj))
+        told = self._remote.contribution(key, self._agent.info.name, obj)
         try:
             with interrupts.deferred:
-                self._start(key, leader, told, _left_s(deadline) or 0.0, waited=True).wait()
+                outlast(lambda: self._start(key, leader, _payload(told), _left_s(deadline) or 0.0, waited=True))
         except RpcTimeoutError:
             return  # the wait that follows finds that the time is over
         except PeerLostError as error:
@@ -261,7 +262,10 @@ class Gatherings:
             told = _payload(news) if told.passengers else told  # a passenger goes to one worker only
         for call in calls:
             try:
-                call.wait()
+                try:
+                    call.wait()
+                except ConnectionLostError:
+                    outlast(lambda call=call: self._start(key, call.peer.name, _payload(news), timeout_s))  # type: ignore[misc]
             except RuntimeError as error:
                 if not (key.survives_loss and isinstance(error, PeerLostError)):  # the next gathering names it
                     failed.append((call.peer.name, error))

@@ -14,11 +14,11 @@ import zmq
 
 from zrpc.membership.broker import BrokerGroup
 from zrpc.secret import find_secret
-from zrpc.transport.brokered import BrokeredEndpoint
+from zrpc.transport.brokered import GRACE_S, BrokeredEndpoint
 from zrpc.transport.credentials import Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.membership.group import Member
@@ -53,8 +53,8 @@ sys.stdin.read()
 class Broker:
     """A broker process on a free port, with `environment` besides that of this process."""
 
-    def __init__(self, *options: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "zrpc_broker", "--bind", "tcp://127.0.0.1:0", *options]
+    def __init__(self, *options: str, bind: str = "tcp://127.0.0.1:0", **environment: str) -> None:
+        command = [sys.executable, "-m", "zrpc_broker", "--bind", bind, *options]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
@@ -104,11 +104,12 @@ class Worker:
     """A worker as far as transport and membership go."""
 
     def __init__(
-        self, address: str, group: str | None = None, *, local: bool = True, credentials: Credentials | None = None,
-        life: Incarnation | None = None,
+        self, address: str | Sequence[str], group: str | None = None, *, local: bool = True,
+        credentials: Credentials | None = None, life: Incarnation | None = None, grace_s: float = GRACE_S,
     ) -> None:  # fmt: skip
         credentials = credentials or Credentials(find_secret())
-        self.endpoint = BrokeredEndpoint(address, life or credentials.new_life(), local=local, credentials=credentials)
+        life = life or credentials.new_life()
+        self.endpoint = BrokeredEndpoint(address, life, local=local, credentials=credentials, grace_s=grace_s)
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()
@@ -138,9 +139,11 @@ class Worker:
 
 
 @contextmanager
-def workers(address: str, *names: str, world_size: int | None = 0) -> Iterator[list[Worker]]:
+def workers(
+    address: str | Sequence[str], *names: str, world_size: int | None = 0, local: bool = True, grace_s: float = GRACE_S
+) -> Iterator[list[Worker]]:
     """Started workers of one group; `world_size` 0: static, of as many as there are names."""
-    made = [Worker(address) for _ in names]
+    made = [Worker(address, local=local, grace_s=grace_s) for _ in names]
     try:
         size = len(names) if world_size == 0 else world_size
         threads = [

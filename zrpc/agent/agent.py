@@ -323,6 +323,21 @@ class Agent:
         """See `Inbox.wake`."""
         self._carrier.inbox.wake(wanted)
 
+    def on_break(self, peers: frozenset[Incarnation], reason: str) -> None:
+        """The connection that these peers are reached through is gone, and may come back. It returns when that is done.
+
+        Call it on a thread that neither reads nor is the control thread.
+        """
+        done = threading.Event()
+        self.control.submit(lambda: self._carrier.break_off(peers))
+        self.control.submit(lambda: self._client.break_off(peers, reason))
+        self.control.submit(done.set)
+        done.wait(CONTROL_END_S)
+
+    def on_resume(self) -> None:
+        """There is such a connection again. Any thread."""
+        self.control.submit(self._client.resend_held)
+
     # ---- below -----------------------------------------------------------------------------------------------------
 
     def _serve_leave(self, request: Request[Leave]) -> None:
