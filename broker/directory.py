@@ -41,6 +41,7 @@ GROUP_MAX_LENGTH = 256
 RUN_NBYTES = 8
 
 _OWN_GROUP = "or give this run a group of its own with ZRPC_GROUP"
+_LOST = "this worker is lost for the others"
 _STRANGER = "the broker does not know this worker: it took it for lost. Start the run again"
 
 
@@ -167,8 +168,7 @@ class Directory:
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         self._current[run.key] = run
-        self._run_of[incarnation] = run
-        seat = run.seats[incarnation] = Seat(incarnation, wanted.name, wanted.rank, wanted.card)
+        seat = self._seat(run, incarnation, wanted.name, wanted.rank, wanted.card)
         if run.phase is Phase.OPEN:
             return self._come_in(run, seat)
         if len(run.seats) < run.world_size:
@@ -179,22 +179,23 @@ class Directory:
         """A member comes back, whose broker died or cannot be reached."""
         if incarnation in self._run_of or incarnation in self._waits_in:
             return [Tell(incarnation, Refused("this worker is here already"))]
-        reason = self._ended.get(incarnation) or _malformed(said) or _malformed_return(said)
+        if (reason := self._ended.get(incarnation)) is not None:
+            return [Tell(incarnation, Refused(f"{_LOST}: {reason}. Start the run again"))]
+        reason = _malformed(said) or _malformed_return(said)
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         run = self._run_to_rebuild(said)
         reason = run.refusal(said)
         if reason is None and run.phase not in (Phase.REBUILDING, Phase.OPEN):
-            reason = f"{TOO_LATE}, and the others went on without it. Start the run again"
+            reason = f"{_LOST}: {TOO_LATE}. Start the run again"
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         if run.phase is Phase.OPEN:
             self._begin_rebuilding(run, now)
         try:
-            run.rebuilding.add(incarnation, said)
+            run.rebuilding.add(incarnation, said, now + self._rejoin_wait_s)
         except ProtocolError as error:
             return [Tell(incarnation, Refused(str(error)))]
-        run.rebuilding.until = max(run.rebuilding.until, now + self._rejoin_wait_s)
         self._rebuilt[run.key, said.run] = run
         if run.world_size == 0 or run.key not in self._current:
             self._current[run.key] = run
@@ -206,8 +207,8 @@ class Directory:
         """What is due: runs are rebuilt where nothing more is awaited."""
         if not self._rebuilding:
             return []
-        over = [run for run in self._rebuilding.values() if self._is_rebuilt(run, now)]
-        return [action for run in over for action in self._end_rebuilding(run, now)]
+        rebuilt = [run for run in self._rebuilding.values() if self._is_rebuilt(run, now)]
+        return [action for run in rebuilt for action in self._end_rebuilding(run, now)]
 
     def count(self, group: str) -> int:
         """How many workers of that group are here."""
@@ -259,18 +260,16 @@ class Directory:
             if not where.seats and self._current.get(where.key) is where:
                 self._current[where.key] = run
             del self._run_of[life]
-            run.rebuilding.views[life] = frozenset()
+            run.rebuilding.take_in(life)
             self._seat(run, life, named.name, named.rank, seat.card)
 
     def _seat(self, run: Run, incarnation: Incarnation, name: str, rank: int, card: dict[str, Any]) -> Seat:
         self._run_of[incarnation] = run
-        seat = run.seats[incarnation] = Seat(incarnation, name, rank, card)
-        return seat
+        return run.seats.setdefault(incarnation, Seat(incarnation, name, rank, card))
 
     def _is_rebuilt(self, run: Run, now: float) -> bool:
-        if now >= run.rebuilding.until:
-            return True
-        return not run.rebuilding.awaited() and now >= (self._settled_at if not run.world_size else now)
+        is_settled = bool(run.world_size) or now >= self._settled_at
+        return now >= run.rebuilding.until or (is_settled and not run.rebuilding.awaited())
 
     def _end_rebuilding(self, run: Run, now: float) -> list[Action]:
         """All are back that will be: they are welcomed, and those that registered meanwhile come in."""
@@ -283,7 +282,7 @@ class Directory:
             if run.seats.pop(life, None) is not None:
                 del self._run_of[life]
                 self._ended.note(life, reason)
-                actions.append(Tell(life, Refused(f"this worker is lost for the others: {reason}")))
+                actions.append(Tell(life, Refused(f"{_LOST}: {reason}")))
         back = [run.seats[life] for life in rebuilt.views if life in run.seats]
         run.phase = Phase.OPEN
         if run.world_size:
@@ -293,8 +292,7 @@ class Directory:
         for other in run.seats:
             if other not in rebuilt.views:  # it came before they were back
                 actions += [Tell(other, Joined(seat.incarnation, seat.name, seat.rank, seat.card)) for seat in back]
-        members = _members(run)
-        actions += [Tell(s.incarnation, Welcome(s.rank, members, self._interval_s, run.id)) for s in back]
+        actions += [Tell(s.incarnation, Welcome(s.rank, _members(run), self._interval_s, run.id)) for s in back]
         if not run.seats:
             self._forget_run(run)
         waiting, run.waiting = run.waiting, {}
@@ -304,8 +302,7 @@ class Directory:
         return actions
 
     def _forget_run(self, run: Run) -> None:
-        if self._current.get(run.key) is run:
-            del self._current[run.key]
+        self._current = {key: one for key, one in self._current.items() if one is not run}
         self._rebuilt = {key: one for key, one in self._rebuilt.items() if one is not run}
 
     # ---- coming and going -------------------------------------------------------------------------------------------

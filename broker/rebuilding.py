@@ -55,8 +55,8 @@ class Rebuilding:
     views: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
     over: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
 
-    def add(self, source: Incarnation, said: Rejoin) -> None:
-        """`source` is back.
+    def add(self, source: Incarnation, said: Rejoin, until: float) -> None:
+        """`source` is back; the others are waited for until `until` at least.
 
         Raises:
             ProtocolError: what it says of others cannot be.
@@ -65,8 +65,13 @@ class Rebuilding:
         over = frozenset(map(_life, _bounded(said.ended)))
         self.views[source] = frozenset(named)
         self.over[source] = over - {source}
+        self.until = max(self.until, until)
         for life, one in named.items():
             self.named.setdefault(life, one)
+
+    def take_in(self, source: Incarnation) -> None:
+        """`source` is back, and was not told of its group yet."""
+        self.views[source] = self.over[source] = frozenset()
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone again: it is not waited for."""

@@ -38,14 +38,20 @@ def _start_zero_copy() -> None:
 
 _start_zero_copy()
 
+GIVEN_UP = 3
+"""The exit code of a `WorkerProcess` that has lost another worker, where it is to end then."""
+
 WORKER_SCRIPT = """
-import sys
+import os, sys
 from tests.integration.broker_harness import Worker
-address, name, world_size = sys.argv[1:]
+address, name, world_size, ends_when_alone = sys.argv[1:]
 worker = Worker(address)
 worker.join(name, int(world_size) or None)
 worker.start(echo=True)
 print("joined", flush=True)
+if ends_when_alone:
+    worker.seen.wait(lambda: worker.seen.lost, 3600)
+    os._exit(3)
 sys.stdin.read()
 """
 
@@ -165,9 +171,9 @@ def workers(
 class WorkerProcess:
     """A worker in a process of its own, which echoes what it gets."""
 
-    def __init__(self, address: str, name: str, world_size: int) -> None:
+    def __init__(self, address: str, name: str, world_size: int, *, ends_when_alone: bool = False) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER_SCRIPT, address, name, str(world_size)],
+            [sys.executable, "-c", WORKER_SCRIPT, address, name, str(world_size), "yes" if ends_when_alone else ""],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

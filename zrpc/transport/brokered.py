@@ -6,9 +6,9 @@ so that the broker knows that it can be answered.
 
 A connection to the broker that breaks may have lost messages both ways. So it is not silently made again: what others
 are to be sent through it is refused (`NotConnectedError`), those who wait for answers are told (`on_break`), and the
-watcher looks for a broker, the same or another one of its list, for up to `grace_s`. When that has the group together,
-the membership has messages sent once more (`resume`). If there is none in time every peer is reported lost. A broker
-that lives, and sees a worker's receiving connection go, takes it for lost and tells the others.
+watcher looks for a broker (`zrpc.transport.relaying`). When that has the group together, the membership says so
+(`resume`). If there is none in time every peer is reported lost. A broker that lives, and sees a worker's receiving
+connection go, takes it for lost and tells the others.
 
 Workers of one host have links of their own (`zrpc.transport.local_links`), and pass the broker by. It tells of comings,
 goings and losses as ever; what a worker that is gone has sent on its link is delivered before. Links take no more than
@@ -29,15 +29,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from zrpc import finalizers
-from zrpc.errors import ConfigError, NotConnectedError, PeerLostError
+from zrpc.errors import NotConnectedError, PeerLostError
 from zrpc.exception_text import log_error
-from zrpc.transport import relay_state, sockets
-from zrpc.transport.broker_connection import BrokerConnection, Told
+from zrpc.transport import sockets
+from zrpc.transport.broker_connection import BrokerConnection
 from zrpc.transport.brokers import Finder
 from zrpc.transport.credit import CreditLink
 from zrpc.transport.hub import BROKER
 from zrpc.transport.link_endpoint import LinkEndpoint
-from zrpc.transport.relay_state import Relay
+from zrpc.transport.relaying import Listeners, Relaying
 from zrpc.transport.socket_link import RelayLink
 from zrpc.wire.envelope import Buffer
 
@@ -52,23 +52,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
-
 OnControl = Callable[[list[Buffer]], None]
 """`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
-
 OnBrokerLost = Callable[[str, bool], None]
 OnBreak = Callable[[frozenset["Incarnation"], str], None]
 
 
-def _ignore(*_: object) -> None:
-    """Nobody listens yet."""
+def _ignore(*_: object) -> None: ...
 
 
 CREDIT_NBYTES = 64 << 20
 """What may be on the way to one peer that has not read it. It may lie in the broker, once for each worker that sends to
 the same one."""
 GRACE_S = 30.0
-RETRY_MS = 200
 ON_READER_S = 0.1
 _SEARCHING = "there is no connection to a broker, and one is looked for. Nothing was sent"
 
@@ -87,7 +83,6 @@ class BrokeredEndpoint(LinkEndpoint):
         grace_s: how long a broker is looked for after a connection broke.
 
     Attributes:
-        address: of the broker that it is connected to, or was.
         heard_at: when anything last came from the broker (`time.monotonic`).
 
     Raises:
@@ -99,7 +94,6 @@ class BrokeredEndpoint(LinkEndpoint):
         busy_poll_s: float = 0.0, credentials: Credentials | None = None, grace_s: float = GRACE_S,
     ) -> None:  # fmt: skip
         self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
-        self.address = self._addresses[0]
         self._numeric_addresses = {sockets.split_address(sockets.resolve(one)) for one in self._addresses}
         self._on_control: OnControl = _ignore
         self._on_broker_lost: OnBrokerLost = _ignore
@@ -109,20 +103,20 @@ class BrokeredEndpoint(LinkEndpoint):
         self._on_break: OnBreak = _ignore
         self._on_resume: Callable[[], None] = _ignore
         self.heard_at = time.monotonic()
-        self._grace_s = grace_s
         self._group = ""
         self._broker_lost: str | None = None
-        self._relay = Relay.FIRST if len(self._addresses) == 1 else Relay.SEARCHING
-        self._last: str | None = None  # the broker of the last connection
-        self._broken_at: float | None = None  # and there is none again
-        self._break_asked: str | None = None
         self._for_reader: deque[Callable[[], None]] = deque()
         self._connection: BrokerConnection
         super().__init__(
             incarnation, self._make_receiver, local=local, is_thrifty=True, busy_poll_s=busy_poll_s, wake=[BROKER, b""],
             credentials=credentials,
         )  # fmt: skip
-        self._finder = Finder(self._context, self._addresses, incarnation, credentials, self._is_over)
+        finder = Finder(self._context, self._addresses, incarnation, credentials, self._is_over)
+        listeners = Listeners(
+            self._break, self._note_heard, lambda: self._on_connected(), self._give_up, self._do_on_reader,
+            self._is_over,
+        )  # fmt: skip
+        self._relaying = Relaying(self._addresses, self._connection, finder, grace_s, listeners)
         if self._local_links is not None:
             self._local_links.tell(self._on_link_closed)
         self._closed_links: dict[Incarnation, str] = {}  # of workers of this host; owned by the lock
@@ -158,6 +152,11 @@ class BrokeredEndpoint(LinkEndpoint):
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`: the broker tells of every loss."""
 
+    @property
+    def address(self) -> str:
+        """Of the broker that it is connected to, or was."""
+        return self._relaying.address
+
     # ---- for the membership -----------------------------------------------------------------------------------------
 
     def tell(
@@ -168,10 +167,10 @@ class BrokeredEndpoint(LinkEndpoint):
 
         Args:
             on_control: takes the broker's own messages.
-            on_broker_lost: is told when the broker is gone, why, and whether it refused this worker. Any thread.
+            on_broker_lost: is told that it is gone, why, and whether it refused this worker. Any thread.
             on_broken: is told when the connection broke, and a broker is looked for. On the watcher.
             on_connected: is told when there is a connection again. On the watcher.
-            on_local_lost: is told of a worker of this host that is gone, while there is no broker to say so.
+            on_local_lost: is told of a worker of this host that is gone, while there is no broker.
             group: which of the broker's groups this is about.
         """
         self._on_control, self._on_broker_lost = on_control, on_broker_lost
@@ -198,14 +197,14 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def tell_broker(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the broker itself. Raises what `send` raises."""
-        if self._broker_lost is not None:
+        if self._is_over():
             raise self._refusal(BROKER)
-        if self._relay is Relay.SEARCHING:
+        if self._relaying.is_searching:
             raise NotConnectedError(_SEARCHING)
         try:
             self._connection.link.send(frames, BROKER)
         except PeerLostError as error:
-            raise self._refusal(BROKER) from error
+            raise NotConnectedError(_SEARCHING) from error
         self.inbox.polling.give_way()
 
     def is_connected(self) -> bool:
@@ -214,24 +213,20 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def is_resumed(self) -> bool:
         """Whether others can be sent to through the broker."""
-        return self._relay in (Relay.FIRST, Relay.UP)
+        return self._relaying.is_resumed
 
     def break_off(self, reason: str) -> None:
         """The broker does not answer: look for one. Any thread."""
         with self._lock:
             if not self._is_over():
                 self.heard_at = time.monotonic()
-                self._break_asked = reason
+                self._relaying.ask_to_break(reason)
                 self._wake(self._watcher_wake)
 
     def resume(self) -> None:
         """The broker has the group together again: others can be sent to."""
-        with self._lock:
-            if self._relay is not Relay.ATTACHED:
-                return
-            self._relay = relay_state.after(self._relay, relay_state.Event.RESUMED)
-            self._broken_at = None
-        self._on_resume()
+        if self._relaying.resume():
+            self._on_resume()
 
     def add_peer(self, peer: Incarnation) -> None:
         """A worker can be sent to from now on."""
@@ -266,7 +261,7 @@ class BrokeredEndpoint(LinkEndpoint):
             if self._closed or self._broker_lost is not None:
                 return
             self._broker_lost = reason
-            self._relay = relay_state.after(self._relay, relay_state.Event.GIVEN_UP)
+            self._relaying.give_up()
             peers = list(self._peers)
             self._wake(self._reader_wake)
         for peer in peers:
@@ -277,8 +272,8 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def _make_receiver(self, context: sockets.Context) -> sockets.Socket:
         self._connection = BrokerConnection(context, self.incarnation, self._credentials, self._on_queued)
-        if self._relay is Relay.FIRST:
-            self._connection.connect(self.address)
+        if len(self._addresses) == 1:  # else the watcher looks for one
+            self._connection.connect(self._addresses[0])
         return self._connection.receiver
 
     def _open(self, peer: Incarnation) -> Link:
@@ -304,11 +299,6 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def _close_monitors(self) -> None:
         self._connection.close_monitors()
-
-    def _refusal(self, to: bytes) -> Exception:
-        if to == BROKER and not self._is_over():
-            return NotConnectedError(_SEARCHING)
-        return super()._refusal(to)
 
     def _why_gone(self, peer: bytes) -> str:
         return self._broker_lost or super()._why_gone(peer)
@@ -352,86 +342,30 @@ class BrokeredEndpoint(LinkEndpoint):
     # ---- the watcher ------------------------------------------------------------------------------------------------
 
     def _watch_once(self) -> None:
-        if self._relay is Relay.SEARCHING:
-            self._search_once()
-            return
-        told = self._connection.poll(self._watcher_end, self._drain_interval_ms)
-        if self._is_over():
-            return
-        if Told.CONNECTED in told:
-            self.heard_at = time.monotonic()
-            if self._relay is Relay.FIRST and self._connection.is_up:
-                self._set_relay(relay_state.Event.CONNECTED)
-                self._last = self.address
-        reason = self._break_asked
-        if Told.BROKE in told:
-            reason = f"the connection to the broker at {self.address} broke"
-        if self._connection.refusal is not None:
-            self._lose_refusing()
-        elif reason is not None:
-            self._break(reason)
-
-    def _lose_refusing(self) -> None:
-        reason = f"the broker at {self.address} refused this worker: {self._connection.refusal}"
-        self.lose_broker(reason, is_refused=True)
-
-    def _set_relay(self, event: relay_state.Event) -> None:
-        with self._lock:
-            self._relay = relay_state.after(self._relay, event)
+        self._relaying.watch_once(self._watcher_end, self._drain_interval_ms, self._group)
 
     def _break(self, reason: str) -> None:
         """The connection is gone: nothing leaves through it any more, and what was on its way may be lost."""
-        self._set_relay(relay_state.Event.BROKE)
         with self._lock:
-            self._break_asked = None
-            self._broken_at = self._broken_at or time.monotonic()
             relayed = {peer: link for peer, link in self._links.items() if isinstance(link, CreditLink)}
             for peer in relayed:
                 del self._links[peer]
                 self._owed.pop(peer, None)
             gone = dict(self._closed_links)
-        log.warning("%s: workers of other hosts cannot be reached; a broker is looked for", reason)
         for link in relayed.values():
             link.break_off()
-        self._connection.detach(self._on_reader)
         for peer, why in gone.items():
-            self._on_reader(partial(self._lose_local, peer, why))
+            self._do_on_reader(partial(self._lose_local, peer, why))
         self._on_break(frozenset(relayed), reason)
         self._on_broken()
 
-    def _search_once(self) -> None:
-        """Look for a broker once, and come back to it."""
-        if self._broken_at is not None and time.monotonic() - self._broken_at > self._grace_s:
-            text = "the connection to the broker broke, and for {:g} s there was none at {}"
-            self.lose_broker(text.format(self._grace_s, ", ".join(self._addresses)))
-            return
-        found = self._finder.find(self._group, self._last)
-        try:
-            is_attached = found is not None and self._attach(found)
-        except ConfigError as error:
-            self.lose_broker(str(error), is_refused=True)
-            return
-        if is_attached:
-            self.heard_at = time.monotonic()
-            self._on_connected()
-        elif not self._is_over() and self._watcher_end.poll(RETRY_MS):
-            self._watcher_end.recv_multipart()
+    def _note_heard(self) -> None:
+        self.heard_at = time.monotonic()
 
-    def _attach(self, address: str) -> bool:
-        self.address = address
-        if self._connection.attach(address, self._on_reader, self._is_over):
-            self._last = address
-            self._set_relay(relay_state.Event.CONNECTED)
-            if self._broken_at is None:  # the first one: there is nothing to get together again
-                self._set_relay(relay_state.Event.RESUMED)
-            return True
-        if not self._is_over():
-            self._connection.detach(self._on_reader)
-        if self._connection.refusal is not None:
-            self._lose_refusing()
-        return False
+    def _give_up(self, reason: str, is_refused: bool) -> None:
+        self.lose_broker(reason, is_refused=is_refused)
 
-    def _on_reader(self, task: Callable[[], None]) -> bool:
+    def _do_on_reader(self, task: Callable[[], None]) -> bool:
         """Have the reading thread do `task`, and wait for it; false: reading is over."""
         done = threading.Event()
 
@@ -439,7 +373,7 @@ class BrokeredEndpoint(LinkEndpoint):
             try:
                 task()
             except Exception as error:  # it has more to read
-                finalizers.defer(partial(log_error, log, "a socket was not disconnected", error=error))
+                finalizers.defer(partial(log_error, log, "what the watcher asked for was not done", error=error))
             finally:
                 done.set()
 
