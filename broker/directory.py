@@ -186,11 +186,9 @@ class Directory:
             return [Tell(incarnation, Refused(reason))]
         run = self._run_to_rebuild(said)
         reason = run.refusal(said)
-        if reason is None and run.phase not in (Phase.REBUILDING, Phase.OPEN):
-            reason = f"{_LOST}: {TOO_LATE}. Start the run again"
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
-        if run.phase is Phase.OPEN:
+        if run.phase is not Phase.REBUILDING:
             self._begin_rebuilding(run, now)
         try:
             run.rebuilding.add(incarnation, said, now + self._rejoin_wait_s)
@@ -247,7 +245,7 @@ class Directory:
 
     def _begin_rebuilding(self, run: Run, until: float) -> None:
         run.phase = Phase.REBUILDING
-        run.rebuilding = Rebuilding(until)
+        run.rebuilding = run.rebuilding.next(until, run.seats)
         self._rebuilding[run.room] = run
 
     def _move_named(self, run: Run) -> None:
@@ -273,18 +271,15 @@ class Directory:
 
     def _end_rebuilding(self, run: Run, now: float) -> list[Action]:
         """All are back that will be: they are welcomed, and those that registered meanwhile come in."""
-        rebuilt, run.rebuilding = run.rebuilding, Rebuilding(0.0)
+        rebuilt = run.rebuilding
         del self._rebuilding[run.room]
         actions: list[Action] = []
         for life in rebuilt.awaited():
             self._ended.note(life, TOO_LATE)
-        for life, reason in rebuilt.refused().items():
-            if run.seats.pop(life, None) is not None:
-                del self._run_of[life]
-                self._ended.note(life, reason)
-                actions.append(Tell(life, Refused(f"{_LOST}: {reason}")))
-        back = [run.seats[life] for life in rebuilt.views if life in run.seats]
         run.phase = Phase.OPEN
+        for life, reason in rebuilt.refused().items():
+            actions += [*self._remove(life, True, reason), Tell(life, Refused(f"{_LOST}: {reason}"))]
+        back = [run.seats[life] for life in rebuilt.views if life in run.seats]
         if run.world_size:
             run.phase = Phase.RUNNING if len(run.seats) == run.world_size else Phase.CLOSING
         run.id = run.id or os.urandom(RUN_NBYTES)

@@ -20,6 +20,8 @@ from zrpc.errors import ProtocolError
 from zrpc.ids import INCARNATION_NBYTES, WorkerInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zrpc.ids import Incarnation
     from zrpc.wire.rejoining import Rejoin
 
@@ -47,13 +49,21 @@ class Rebuilding:
         until: when it ends at the latest, in the broker's seconds.
         named: the members that others have named.
         views: of each one that came back: which members it named.
-        over: of each one that came back: which lives it was told are over.
+        over: of each one that came back, now or earlier: which lives it was told are over.
+        settled: those that were welcomed before, with what they had named.
     """
 
     until: float
     named: dict[Incarnation, Named] = field(default_factory=dict)
     views: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
     over: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
+    settled: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
+
+    def next(self, until: float, seats: Iterable[Incarnation]) -> Rebuilding:
+        """The one that follows, as another member comes back, when those in `seats` are welcomed already."""
+        known = self.settled | self.views
+        settled = {life: known.get(life, frozenset()) for life in seats}
+        return Rebuilding(until, over={life: self.over.get(life, frozenset()) for life in settled}, settled=settled)
 
     def add(self, source: Incarnation, said: Rejoin, until: float) -> None:
         """`source` is back; the others are waited for until `until` at least.
@@ -78,15 +88,16 @@ class Rebuilding:
         self.views.pop(source, None)
         self.over.pop(source, None)
         self.named.pop(source, None)
+        self.settled.pop(source, None)
 
     def awaited(self) -> set[Incarnation]:
-        """Those that were named and are not back; without those of which all but few know that they are over."""
-        return {life for life in self.named if life not in self.views and not self._is_over(life)}
+        """Those that were named and are not back; without those that more take for lost than for members."""
+        return {life for life in self.named if not self._is_back(life) and self._majority(life) >= 0}
 
     def refused(self) -> dict[Incarnation, str]:
         """Of those that are back: who cannot stay, and why."""
         out: dict[Incarnation, str] = {}
-        for life in {life for over in self.over.values() for life in over if life in self.views}:
+        for life in {life for over in self.over.values() for life in over if self._is_back(life)}:
             if self._is_over(life):
                 out[life] = _TWO_VIEWS
             else:
@@ -94,9 +105,16 @@ class Rebuilding:
         return out
 
     def _is_over(self, life: Incarnation) -> bool:
+        return any(life in over for over in self.over.values()) and self._majority(life) <= 0
+
+    def _majority(self, life: Incarnation) -> int:
+        """How many more take it for a member, itself counted, than for lost."""
+        views = (*self.views.values(), *self.settled.values())
         against = sum(life in over for over in self.over.values())
-        in_favour = sum(life in view for view in self.views.values()) + (life in self.views)
-        return against > 0 and against >= in_favour
+        return sum(life in view for view in views) + self._is_back(life) - against
+
+    def _is_back(self, life: Incarnation) -> bool:
+        return life in self.views or life in self.settled
 
 
 def _bounded(values: list[Any]) -> list[Any]:

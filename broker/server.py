@@ -18,7 +18,7 @@ from zrpc.wire.rejoining import Locate, Located, Rejoin
 from zrpc_broker import defaults
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
 from zrpc_broker.directory import UNGIVEN, Directory
-from zrpc_broker.liveness import Liveness
+from zrpc_broker.liveness import LOOKS, Liveness, Standing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,7 +89,7 @@ class Broker:
         self._directory = Directory(self._interval_s, now, defaults.SETTLE_S, defaults.REJOIN_WAIT_S)
         self._liveness = Liveness(self._interval_s, self._missed_max, now)
         self._unanswerable: dict[Incarnation, tuple[int, Register | Rejoin]] = {}
-        self._ran_at = now
+        self._ran_at = self._look_due = now
 
     def _serve_once(self) -> None:
         wait_s = self._liveness.wait_s(time.monotonic())
@@ -113,7 +113,10 @@ class Broker:
                 _log.exception("an event was not carried out")
         lost, probe = self._liveness.tick(now)
         for member in lost:
-            self._lose(member, "it has said nothing for too long: its process hangs, or its host is cut off")
+            self._lose(member, "it has said nothing for too long: its process hangs")
+        if now >= self._look_due:
+            self._look_due = now + self._interval_s / LOOKS
+            self._look_at_silent(now)
         if probe:
             for member in self._liveness.members():
                 if self._hub.has_said_hello(member):  # else it cannot be told yet, and is not lost for that
@@ -163,6 +166,17 @@ class Broker:
         else:
             name = type(message).__name__
             self._tell(source, Refused(f"a {name} is not for the broker: install the same zrpc on both"))
+
+    def _look_at_silent(self, now: float) -> None:
+        """See what those that say nothing are about."""
+        for member, standing in self._liveness.look(now, self._hub.is_host_gone):
+            if standing is Standing.ASKED:
+                if self._hub.has_said_hello(member):
+                    self._tell(member, Heartbeat())
+            elif standing is Standing.GONE:
+                self._lose(member, "its host, or the way to it, is gone: nothing that it is sent is acknowledged")
+            else:
+                _log.warning("%s: %s", self._describe(member), standing.value)
 
     def _look_at_keys(self, keyring: Keyring) -> None:
         """Read the keyring again if it has changed; members that it does not let in any more are lost."""

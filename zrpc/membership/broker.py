@@ -48,6 +48,10 @@ FIRST_HEARTBEAT_INTERVAL_S = 1.0
 SILENCE_MAX = 15
 """Intervals without a word from the broker after which it is taken for dead. A broker that died is noticed at once, by
 its broken connection; this is for one that hangs, or a network that swallows everything."""
+LOOKS = 8
+"""How often in an interval this side looks whether the broker is there; the first time it sends a heartbeat."""
+GONE_AFTER = 1.75
+"""Intervals of silence after which a broker is given up whose host acknowledges nothing."""
 ENDED_MAX = 256
 """So many of the lives that were last told to be over are told to a broker that does not know of them."""
 NOT_BACK = "it did not come back when the broker was lost and found"
@@ -91,6 +95,7 @@ class BrokerGroup:
         self._came: dict[str, None] = {}  # names, in the order of arrival; also of those that have given up since
         self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
         self._probes = itertools.count(1)
+        self._looks = 1  # of the heartbeat thread
         self._answered_probe = 0
         self._heartbeats: threading.Thread | None = None
         self._registration: Register
@@ -328,7 +333,7 @@ class BrokerGroup:
         threads.keep_running(self._beat, lambda: self._state not in _BEATING)
 
     def _beat(self) -> None:
-        """Wait until a heartbeat is due; send it, or have another broker looked for."""
+        """Wait until it is time to look; send a heartbeat if one is due, or have another broker looked for."""
         if not self._wait_interval():
             return
         endpoint = self._endpoint
@@ -336,16 +341,23 @@ class BrokerGroup:
         if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
             log.warning("nothing came from the broker for %.0f s; here %s", silent_s, endpoint.inbox.describe())
             endpoint.break_off(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
-            return
-        with contextlib.suppress(ZrpcError):
-            self._tell(Heartbeat())
+        elif (
+            endpoint.is_connected()
+            and silent_s > GONE_AFTER * self._interval_s
+            and endpoint.is_host_gone(self._interval_s)
+        ):
+            endpoint.break_off(f"the host of the broker at {endpoint.address}, or the way to it, is gone")
+        elif self._looks % LOOKS == 0:
+            with contextlib.suppress(ZrpcError):
+                self._tell(Heartbeat())
+        self._looks += 1
 
     def _wait_interval(self) -> bool:
-        """Wait until a heartbeat is due, or the broker asks for another interval; false: no more are wanted."""
+        """Wait for a part of the interval, or until the broker asks for another one; false: no more are wanted."""
         with self._changed:
             interval_s = self._interval_s
             self._changed.wait_for(
-                lambda: self._state not in _BEATING or self._interval_s != interval_s, timeout=interval_s
+                lambda: self._state not in _BEATING or self._interval_s != interval_s, timeout=interval_s / LOOKS
             )
             return self._state in _BEATING
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc.transport import sockets
+from zrpc.transport.acknowledged import is_gone
 from zrpc.transport.hub import END_NBYTES, RECEIVER, SENDER
 from zrpc.transport.socket_link import SocketLink
 from zrpc.transport.watch import EVENTS, HANDSHAKE_FAILED, ConnectionState
@@ -75,6 +76,7 @@ class BrokerConnection:
         self.receiver = sockets.make_socket(context, zmq.DEALER)
         self._receiver_monitor = sockets.make_monitor(context, self.receiver, _MONITORED)
         self._endpoint: str | None = None  # of the receiver
+        self._file: int | None = None  # of the connection that it sends on
         sender = sockets.make_socket(context, zmq.DEALER)
         self._sender_monitor = sockets.make_monitor(context, sender, _MONITORED)
         self.link = SocketLink(sender, on_queued)
@@ -85,6 +87,10 @@ class BrokerConnection:
     def is_up(self) -> bool:
         """Whether both sockets are connected."""
         return self._num_up == 2
+
+    def is_host_gone(self, for_s: float) -> bool:
+        """Whether the broker's host has acknowledged nothing for so long, though it was sent something. Any thread."""
+        return is_gone(self._file, for_s)
 
     def connect(self, address: str) -> None:
         """Connect for the first time, before there is a reader. ZeroMQ goes on trying until the broker is there.
@@ -130,7 +136,7 @@ class BrokerConnection:
     def detach(self, on_reader: OnReader) -> None:
         """Let go of the connection; what was given to it and has not left is dropped."""
         self._close_sender()
-        self._num_up = 0
+        self._num_up, self._file = 0, None
         on_reader(self._disconnect_receiver)
 
     def poll(self, wake: sockets.Socket | None, timeout_ms: int | None) -> set[Told]:
@@ -146,8 +152,12 @@ class BrokerConnection:
             wake.recv_multipart()
         told = set()
         for monitor in monitors:
-            if monitor in ready and (what := self._on_event(sockets.receive_event(monitor))):
-                told.add(what)
+            if monitor in ready:
+                event, file = sockets.receive_event_and_file(monitor)
+                if event == zmq.EVENT_CONNECTED and monitor is self._sender_monitor:
+                    self._file = file
+                if what := self._on_event(event):
+                    told.add(what)
         return told
 
     def await_sent(self, deadline: float) -> None:
@@ -174,6 +184,7 @@ class BrokerConnection:
         """No connection is made yet."""
         self._state = ConnectionState()
         self._num_up = 0
+        self._file = None
         self.refusal: str | None = None
 
     def _on_event(self, event: int) -> Told | None:

@@ -113,7 +113,7 @@ class BrokeredEndpoint(LinkEndpoint):
         )  # fmt: skip
         finder = Finder(self._context, self._addresses, incarnation, credentials, self._is_over)
         listeners = Listeners(
-            self._break, self._note_heard, lambda: self._on_connected(), self._give_up, self._do_on_reader,
+            self._break, self._note_heard, lambda: self._on_connected(), self.lose_broker, self._do_on_reader,
             self._is_over,
         )  # fmt: skip
         self._relaying = Relaying(self._addresses, self._connection, finder, grace_s, listeners)
@@ -211,6 +211,10 @@ class BrokeredEndpoint(LinkEndpoint):
         """Whether both connections to the broker are made."""
         return self._connection.is_up
 
+    def is_host_gone(self, for_s: float) -> bool:
+        """See `BrokerConnection.is_host_gone`."""
+        return self._connection.is_host_gone(for_s)
+
     def is_resumed(self) -> bool:
         """Whether others can be sent to through the broker."""
         return self._relaying.is_resumed
@@ -255,7 +259,7 @@ class BrokeredEndpoint(LinkEndpoint):
         if self.remove_peer(peer, reason):
             self._deliver(peer, reason)
 
-    def lose_broker(self, reason: str, *, is_refused: bool = False) -> None:
+    def lose_broker(self, reason: str, is_refused: bool = False) -> None:
         """The broker is gone, or lets this worker in no more (`is_refused`), and every peer with it. Idempotent."""
         with self._lock:
             if self._closed or self._broker_lost is not None:
@@ -361,9 +365,6 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def _note_heard(self) -> None:
         self.heard_at = time.monotonic()
-
-    def _give_up(self, reason: str, is_refused: bool) -> None:
-        self.lose_broker(reason, is_refused=is_refused)
 
     def _do_on_reader(self, task: Callable[[], None]) -> bool:
         """Have the reading thread do `task`, and wait for it; false: reading is over."""

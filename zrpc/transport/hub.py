@@ -40,6 +40,7 @@ import zmq
 from zrpc import protocol_errors
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
+from zrpc.transport.acknowledged import is_gone
 from zrpc.transport.credentials import Authenticator, keyring_of
 from zrpc.transport.senders import Senders
 
@@ -115,6 +116,7 @@ class _Peer:
     incarnation: Incarnation
     receiver: bytes
     said_hello: bool = False
+    file: int | None = None  # of the connection
     room: dict[Incarnation, _Peer] | None = None
     backlog: deque[tuple[bytes, Frames]] = field(default_factory=deque)
     backlog_nbytes: int = 0
@@ -191,6 +193,11 @@ class Hub:
         known = self._peers.get(peer)
         return known is not None and known.said_hello
 
+    def is_host_gone(self, peer: Incarnation, for_s: float) -> bool:
+        """Whether the host of `peer` has acknowledged nothing for so long, though it was sent something."""
+        known = self._peers.get(peer)
+        return known is not None and is_gone(known.file, for_s)
+
     def take_active(self) -> set[Incarnation]:
         """Who sent anything since the last call."""
         active, self._active = self._active, set()
@@ -264,17 +271,17 @@ class Hub:
             self._active.add(source)
             self._route(source, parts)
         else:
-            self._on_hello(self._peer(source), origin)
+            self._on_hello(self._peer(source), origin, frame)
             if any(map(len, parts)):
                 self._take_control(source, parts)
         return True
 
-    def _on_hello(self, peer: _Peer, receiver: bytes) -> None:
+    def _on_hello(self, peer: _Peer, receiver: bytes, frame: zmq.Frame) -> None:
         is_again = peer.said_hello and peer.receiver != receiver
         if is_again:
             self.forget(peer.incarnation)
             peer = self._peer(peer.incarnation)
-        peer.receiver, peer.said_hello = receiver, True
+        peer.receiver, peer.said_hello, peer.file = receiver, True, int(frame.get(zmq.SRCFD))
         self._events.append(Hello(peer.incarnation, is_again))
         self._check_room()
 
