@@ -163,7 +163,7 @@ class Directory:
         if run.phase is Phase.REBUILDING:
             run.waiting[incarnation] = wanted
             self._waits_in[incarnation] = run
-            return []
+            return self.heartbeat(incarnation)
         reason = run.refusal(wanted)
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
@@ -215,7 +215,7 @@ class Directory:
     def heartbeat(self, incarnation: Incarnation) -> list[Action]:
         """A worker says that it is alive."""
         if incarnation in self._waits_in:
-            return [Tell(incarnation, Heartbeat())]
+            return [Tell(incarnation, Forming([], 0, self._interval_s))]
         run = self._run_of.get(incarnation)
         if run is None:
             return [Tell(incarnation, Refused(_STRANGER))]

@@ -378,7 +378,7 @@ class BrokerGroup:
     def _late(self, name: str, timeout_s: float) -> RendezvousError:
         """Why `name` was not welcomed in time."""
         address, forming = self._endpoint.address, self._forming
-        if forming is not None:
+        if forming is not None and forming.world_size:
             return RendezvousError(
                 f"{len(self._came)} of {forming.world_size} workers came to group {self._group!r} of the broker at "
                 f"{address} within {timeout_s:g} s ({', '.join(self._came)}): check that the others were started, "

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from zrpc.wire.messages import Heartbeat, Joined, Left, Refused, Register, Welcome
+from zrpc.wire.messages import Forming, Heartbeat, Joined, Left, Refused, Register, Welcome
 from zrpc.wire.rejoining import Rejoin
 from zrpc_broker.actions import Action, Admit, Tell
 from zrpc_broker.directory import RUN_NBYTES, Directory
@@ -86,8 +86,7 @@ def test_one_that_dies_while_others_are_waited_for_is_not_welcomed() -> None:
 
 def test_newcomers_wait_until_it_is_known_which_names_and_ranks_are_free() -> None:
     d = directory(settle_s=1.0)
-    assert d.register(D, register("d"), 0.2) == []
-    assert d.heartbeat(D) == [Tell(D, Heartbeat())]
+    assert d.register(D, register("d"), 0.2) == d.heartbeat(D) == [Tell(D, Forming([], 0, 2.0))]
     assert d.rejoin(A, rejoin(A, {A, B}), 0.5) == []
     assert d.rejoin(B, rejoin(B, {A, B}), 0.6) == []
     actions = d.tick(1.0)
