@@ -81,6 +81,8 @@ class BrokerConnection:
         self._sender_monitor = sockets.make_monitor(context, sender, _MONITORED)
         self.link = SocketLink(sender, on_queued)
         self._sender = sender
+        self._polled: list[sockets.Socket] = []
+        self._poller = zmq.Poller()
         self._begin()
 
     @property
@@ -141,13 +143,15 @@ class BrokerConnection:
 
     def poll(self, wake: sockets.Socket | None, timeout_ms: int | None) -> set[Told]:
         """Wait for what monitors say, or for a message on `wake`, which is read."""
-        poller = zmq.Poller()
         monitors = [self._receiver_monitor]
         if not self._sender_monitor.closed:
             monitors.append(self._sender_monitor)
-        for sock in monitors if wake is None else [wake, *monitors]:
-            poller.register(sock, zmq.POLLIN)
-        ready = dict(poller.poll(timeout_ms))
+        polled = monitors if wake is None else [wake, *monitors]
+        if polled != self._polled:
+            self._polled, self._poller = polled, zmq.Poller()
+            for sock in polled:
+                self._poller.register(sock, zmq.POLLIN)
+        ready = dict(self._poller.poll(timeout_ms))
         if wake is not None and wake in ready:
             wake.recv_multipart()
         told = set()
