@@ -62,8 +62,7 @@ def _ignore(*_: object) -> None: ...
 
 
 CREDIT_NBYTES = 64 << 20
-"""What may be on the way to one peer that has not read it. It may lie in the broker, once for each worker that sends to
-the same one."""
+"""What may be on the way to one peer that has not read it. It may lie in the broker, once for each sender."""
 GRACE_S = 30.0
 ON_READER_S = 0.1
 _SEARCHING = "there is no connection to a broker, and one is looked for. Nothing was sent"
@@ -76,7 +75,7 @@ class BrokeredEndpoint(LinkEndpoint):
 
     Args:
         addresses: the broker's, `broker://host:port` or `tcp://host:port`, or those of several.
-        incarnation: this life of the worker.
+        incarnation: this life.
         local: have links with workers of this host.
         busy_poll_s: see `Polling`.
         credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
