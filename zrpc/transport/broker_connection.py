@@ -82,6 +82,7 @@ class BrokerConnection:
         self.link = SocketLink(sender, on_queued)
         self._sender = sender
         self._polled: list[sockets.Socket] = []
+        self._was_up = False  # at any time
         self._poller = zmq.Poller()
         self._begin()
 
@@ -194,9 +195,12 @@ class BrokerConnection:
     def _on_event(self, event: int) -> Told | None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._num_up += 1
+            self._was_up = self._was_up or self.is_up
             return Told.CONNECTED
         if event == zmq.EVENT_DISCONNECTED and self._num_up:
             return Told.BROKE
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._was_up:  # a broker that is just dying
+            return None
         if event in (*HANDSHAKE_FAILED, zmq.EVENT_CONNECTED):
             self.refusal = self.refusal or self._state.on_event(event, time.monotonic())
         return None
