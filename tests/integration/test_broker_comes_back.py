@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def relays(a: Worker, b: Worker, text: bytes) -> None:
     """A message of `a` to `b` arrives through the broker."""
+    a.group.refresh()  # it knows of `b` then
 
     def is_sent() -> bool:
         try:
