@@ -14,10 +14,11 @@ from zrpc.errors import ProtocolError
 from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
+from zrpc.wire.rejoining import Locate, Located, Rejoin
 from zrpc_broker import defaults
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
 from zrpc_broker.directory import UNGIVEN, Directory
-from zrpc_broker.liveness import Liveness
+from zrpc_broker.liveness import LOOKS, Liveness, Standing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 KEYS_INTERVAL_S = 1.0
 """How often the keyring is looked at."""
+
+STOOD_STILL_S = 8.0
+"""A broker that did not run for so long begins anew, as if it had been started again: workers, which may have taken it
+for dead (`sockets.HEARTBEAT_TIMEOUT_MS`), are all members again, or none of them is."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,14 +59,13 @@ class Broker:
         *,
         credentials: Credentials | None,
     ) -> None:
-        self._hub = Hub(address, credentials)
-        self.address = self._hub.address
-        self._directory = Directory(heartbeat_interval_s)
-        self._liveness = Liveness(heartbeat_interval_s, missed_max, time.monotonic())
+        self._credentials = credentials
+        self._interval_s = heartbeat_interval_s
+        self._missed_max = missed_max
+        self._begin(address)
         self._keyring = None if credentials is None else credentials.keyring
         self._complaint: str | None = None  # of the keyring, that was logged
         self._keys_due = 0.0
-        self._unanswerable: dict[Incarnation, tuple[int, Register]] = {}
         self._stopped = False
 
     def run(self) -> None:
@@ -77,10 +81,26 @@ class Broker:
         self._stopped = True
         self._hub.wake()
 
+    def _begin(self, address: str) -> None:
+        """Listen at `address`, and know of no worker."""
+        self._hub = Hub(address, self._credentials)
+        self.address = self._hub.address
+        now = time.monotonic()
+        self._directory = Directory(self._interval_s, now, defaults.SETTLE_S, defaults.REJOIN_WAIT_S)
+        self._liveness = Liveness(self._interval_s, self._missed_max, now)
+        self._unanswerable: dict[Incarnation, tuple[int, Register | Rejoin]] = {}
+        self._ran_at = self._look_due = now
+
     def _serve_once(self) -> None:
         wait_s = self._liveness.wait_s(time.monotonic())
         events = self._hub.pump(int(min(wait_s, KEYS_INTERVAL_S) * 1000) + 1)
         now = time.monotonic()
+        stood_still_s, self._ran_at = now - self._ran_at, now
+        if stood_still_s > STOOD_STILL_S:
+            _log.warning("this broker did not run for %.0f s: it begins anew, and workers come back", stood_still_s)
+            self._hub.close()
+            self._begin(self.address)
+            return
         if self._keyring is not None and now >= self._keys_due:
             self._keys_due = now + KEYS_INTERVAL_S
             self._look_at_keys(self._keyring)
@@ -93,20 +113,26 @@ class Broker:
                 _log.exception("an event was not carried out")
         lost, probe = self._liveness.tick(now)
         for member in lost:
-            self._lose(member, "it has said nothing for too long: its process hangs, or its host is cut off")
+            self._lose(member, "it has said nothing for too long: its process hangs")
+        if now >= self._look_due:
+            self._look_due = now + self._interval_s / LOOKS
+            self._look_at_silent(now)
         if probe:
             for member in self._liveness.members():
                 if self._hub.has_said_hello(member):  # else it cannot be told yet, and is not lost for that
                     self._tell(member, Heartbeat())
+        self._perform(self._directory.tick(now), b"", 0)
 
     def _on_event(self, event: Event, now: float) -> None:
         if isinstance(event, Control):
-            self._on_control(event)
+            self._on_control(event, now)
         elif isinstance(event, Hello):
+            if event.is_again and event.source in self._directory:
+                self._lose(event.source, "its connection to the broker broke", is_back=True)
             self._liveness.heard(event.source, now)
             waiting = self._unanswerable.pop(event.source, None)
             if waiting is not None:
-                self._register(event.source, *waiting)
+                self._register(event.source, *waiting, now)
         elif isinstance(event, Undelivered):
             self._on_undelivered(event)
         elif isinstance(event, Unreachable):
@@ -114,7 +140,7 @@ class Broker:
         elif isinstance(event, Hint):
             self._liveness.hint(now)
 
-    def _on_control(self, event: Control) -> None:
+    def _on_control(self, event: Control, now: float) -> None:
         source = event.source
         try:
             envelope = decode(event.frames)
@@ -123,14 +149,16 @@ class Broker:
             self._tell(source, Refused(str(error)))
             return
         message = envelope.message
-        if isinstance(message, Register):
+        if isinstance(message, Register | Rejoin):
             if self._hub.has_said_hello(source):
-                self._register(source, envelope.call_id, message)
+                self._register(source, envelope.call_id, message, now)
             else:
                 self._unanswerable[source] = (envelope.call_id, message)
         elif isinstance(message, Heartbeat):
             if source not in self._unanswerable:
                 self._perform(self._directory.heartbeat(source), source, envelope.call_id)
+        elif isinstance(message, Locate):
+            self._tell(source, Located(self._directory.count(message.group)), envelope.call_id)
         elif isinstance(message, Leave):
             self._unanswerable.pop(source, None)
             _log.info("%s leaves", self._describe(source))
@@ -138,6 +166,17 @@ class Broker:
         else:
             name = type(message).__name__
             self._tell(source, Refused(f"a {name} is not for the broker: install the same zrpc on both"))
+
+    def _look_at_silent(self, now: float) -> None:
+        """See what those that say nothing are about."""
+        for member, standing in self._liveness.look(now, self._hub.is_host_gone):
+            if standing is Standing.ASKED:
+                if self._hub.has_said_hello(member):
+                    self._tell(member, Heartbeat())
+            elif standing is Standing.GONE:
+                self._lose(member, "its host, or the way to it, is gone: nothing that it is sent is acknowledged")
+            else:
+                _log.warning("%s: %s", self._describe(member), standing.value)
 
     def _look_at_keys(self, keyring: Keyring) -> None:
         """Read the keyring again if it has changed; members that it does not let in any more are lost."""
@@ -151,21 +190,25 @@ class Broker:
                 self._tell(member, Refused(f"the broker lets this worker in no more: {reason}"))
                 self._lose(member, reason)
 
-    def _why_not(self, source: Incarnation, wanted: Register) -> str | None:
+    def _why_not(self, source: Incarnation, wanted: Register | Rejoin) -> str | None:
         """Why a worker may not have the name and rank that it wants, by its key."""
         if self._keyring is None:
             return None
         self._keyring.reload()
         return self._keyring.refusal(source, str(wanted.name), wanted.rank if isinstance(wanted.rank, int) else -1)
 
-    def _register(self, source: Incarnation, call_id: int, message: Register) -> None:
+    def _register(self, source: Incarnation, call_id: int, message: Register | Rejoin, now: float) -> None:
         reason = self._why_not(source, message)
         if reason is not None:
             self._perform([Tell(source, Refused(reason))], source, call_id)
             return
-        self._perform(self._directory.register(source, message), source, call_id)
+        if isinstance(message, Register):
+            actions, verb = self._directory.register(source, message, now), "came"
+        else:
+            actions, verb = self._directory.rejoin(source, message, now), "came back"
+        self._perform(actions, source, call_id)
         if source in self._directory:
-            _log.info("%s came", self._describe(source))
+            _log.info("%s %s", self._describe(source), verb)
 
     def _on_undelivered(self, event: Undelivered) -> None:
         if event.source in self._directory:
@@ -173,13 +216,15 @@ class Broker:
         else:
             self._perform(self._directory.heartbeat(event.source), event.source, 0)
 
-    def _lose(self, member: Incarnation, reason: str) -> None:
+    def _lose(self, member: Incarnation, reason: str, *, is_back: bool = False) -> None:
+        """A worker is lost; `is_back`: there is a new connection of it, on which it can be told so."""
         if member in self._directory:
             _log.warning("%s is lost: %s", self._describe(member), reason)
         self._unanswerable.pop(member, None)
         self._liveness.forget(member)
         actions = self._directory.lose(member, reason)
-        self._hub.forget(member)
+        if not is_back:
+            self._hub.forget(member)
         self._perform(actions, member, 0)
 
     def _perform(self, actions: Iterable[Action], source: Incarnation, call_id: int) -> None:

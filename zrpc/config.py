@@ -44,6 +44,8 @@ UNSET_RPC_TIMEOUT_S = -1.0
 OVERLOAD_MODES = ("refuse", "wait")
 ALLOW_MODES = ("any", "registered")
 INIT_SCHEMES = ("env", "tcp", "file", "broker")
+BROKER_SCHEME = "broker://"
+DEFAULT_BROKER_GRACE_S = 30.0
 
 
 class RpcBackendOptions:
@@ -56,7 +58,7 @@ class RpcBackendOptions:
             calls of their own, so nested calls cannot use them up.
         rpc_timeout: default time limit of a call in seconds; 0: none.
         init_method: where the workers find each other: `env://`, `tcp://host:port`, `file:///path` or
-            `broker://host:port`.
+            `broker://host:port`, or `broker://a:5555,b:5555` where there are several brokers.
         device_maps: peer name -> {device here: device there}, for tensors that are not on the CPU.
         devices: the devices this worker uses; empty: those that the device maps name.
         shared_memory: allow shared memory and Unix sockets between workers on one host; without it all bytes go through
@@ -95,6 +97,8 @@ class RpcBackendOptions:
         liveness_timeout: for how many seconds the host of another worker may be silent until it is lost, and a worker
             that leaves calls unanswered may not react until the log says that it stands still; 2 or more. See
             docs/operations.md.
+        broker_grace_s: for how many seconds a broker is looked for, the same or another of the list, when the
+            connection to it broke. After that all other workers are lost.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, with what to write.
@@ -125,6 +129,7 @@ class RpcBackendOptions:
         propagate_deadlines: bool = True,
         wait_for_worker: float | timedelta = 0.0,
         liveness_timeout: float | timedelta = DEFAULT_LIVENESS_TIMEOUT_S,
+        broker_grace_s: float = DEFAULT_BROKER_GRACE_S,
     ) -> None:
         insecure = says_insecure() if insecure is None else insecure
         switches = {"shared_memory": shared_memory, "propagate_grad_mode": propagate_grad_mode, "insecure": insecure}
@@ -137,6 +142,7 @@ class RpcBackendOptions:
         self.max_in_flight_nbytes = _whole(max_in_flight_nbytes, "max_in_flight_nbytes (0: no limit)", 0)
         self.max_in_flight_calls = _whole(max_in_flight_calls, "max_in_flight_calls (0: no limit)", 0)
         self.busy_poll_s = check_timeout(busy_poll_s, "busy_poll_s", "never poll")
+        self.broker_grace_s = check_timeout(broker_grace_s, "broker_grace_s", "all are lost at once")
         self.pinned_pool_nbytes = _whole(pinned_pool_nbytes, "pinned_pool_nbytes", 0)
         self.rpc_timeout = rpc_timeout
         self.init_method = init_method
@@ -178,6 +184,8 @@ class RpcBackendOptions:
             raise ConfigError(
                 f"init_method must be env://, tcp://host:port, file:///path or broker://host:port, not {value!r}"
             )
+        if value.startswith(BROKER_SCHEME):
+            broker_addresses(value)
         self._init_method = value
 
     @property
@@ -226,6 +234,20 @@ class RpcBackendOptions:
             if device.type != "cuda":
                 raise ValueError(f"`set_devices` expect a list of CUDA devices, but got device type {device.type}.")
         self.devices = named
+
+
+def broker_addresses(init_method: str) -> list[str]:
+    """The addresses of the brokers that `init_method` lists.
+
+    Raises:
+        ConfigError: the list has nothing between two commas, or one twice.
+    """
+    listed = ["tcp://" + one.strip() for one in init_method.removeprefix(BROKER_SCHEME).split(",")]
+    if "tcp://" in listed or len(set(listed)) < len(listed):
+        raise ConfigError(
+            f"{init_method!r} must list each broker once, with a comma between two: broker://host:port,host:port"
+        )
+    return listed
 
 
 def _whole(value: Any, what: str, least: int) -> int:

@@ -54,6 +54,17 @@ class DrainingError(ZrpcError):
     """
 
 
+class ConnectionLostError(ZrpcError):
+    """The connection to the broker broke while a call that it was to relay was under way.
+
+    It is not known whether the call ran on the peer, which may well live: it can be called again.
+    """
+
+
+class NotConnectedError(ConnectionLostError):
+    """There is no connection to the broker now, and one is looked for. Nothing was sent."""
+
+
 class RpcTimeoutError(ZrpcError):
     """The call's time ran out. It is not known whether the call ran, or still runs, on the peer."""
 

@@ -14,8 +14,7 @@ names them as lost too.
 
 A gathering is one of certain lives of the workers (`Key`), which each worker looks up as it comes. So a worker that has
 left or died, and comes again under its name, takes part in new gatherings, and the numbers of these begin anew on all.
-What comes for a gathering that is over here, or that a lost worker was to take part in, is refused.
-"""
+What comes for a gathering that is over here, or that a lost worker was to take part in, is refused."""
 
 from __future__ import annotations
 
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from zrpc import interrupts
 from zrpc.agent.current import current_agent
 from zrpc.agent.pool import blocking
+from zrpc.agent.repeating import outlast
 from zrpc.errors import PeerLostError, RendezvousError, RpcTimeoutError
 from zrpc.exposed import expose
 from zrpc.gathering import Gathering, GatheringTable, Key, Lost
@@ -94,8 +94,7 @@ class Gatherings:
         self, obj: Any, names: tuple[str, ...], call_timeout_s: float, wait_timeout_s: float | None
     ) -> dict[str, Any]:
         """Take part in the next gathering of `names`; see `all_gather`."""
-        me, leader = self._agent.info.name, names[0]
-        key, gathering = self._begin(names, survives_loss=False)
+        (key, gathering), me, leader = self._begin(names, survives_loss=False), self._agent.info.name, names[0]
         try:
             if me == leader:
                 self._watch_all(key)
@@ -183,19 +182,19 @@ class Gatherings:
         """Take part, unless the leader has given up already and said so, maybe as its last word."""
         try:
             if not gathering.is_complete:
-                told = _payload(self._remote.contribution(key, self._agent.info.name, obj))
+                told = self._remote.contribution(key, self._agent.info.name, obj)
                 with interrupts.deferred:
-                    self._start(key, key.names[0], told, timeout_s, waited=True).wait()
+                    outlast(lambda: self._start(key, key.names[0], told, timeout_s, waited=True))
         except PeerLostError:
             if not gathering.is_complete:
                 raise
 
     def _tell_next_leader(self, key: Key, leader: str, obj: Any, deadline: float | None) -> None:
         """The same where the leader may be lost; then it is known here to be lost."""
-        told = _payload(self._remote.contribution(key, self._agent.info.name, obj))
+        told = self._remote.contribution(key, self._agent.info.name, obj)
         try:
             with interrupts.deferred:
-                self._start(key, leader, told, _left_s(deadline) or 0.0, waited=True).wait()
+                outlast(lambda: self._start(key, leader, told, _left_s(deadline) or 0.0, waited=True))
         except RpcTimeoutError:
             return  # the wait that follows finds that the time is over
         except PeerLostError as error:
@@ -266,7 +265,7 @@ class Gatherings:
             told = _payload(news) if told.passengers else told  # a passenger goes to one worker only
         for call in calls:
             try:
-                call.wait()
+                outlast(partial(self._start, key, call.peer.name, news, timeout_s), call)
             except RuntimeError as error:
                 if not (key.survives_loss and isinstance(error, PeerLostError)):  # the next gathering names it
                     failed.append((call.peer.name, error))
@@ -276,12 +275,13 @@ class Gatherings:
                 f"The first exception is {failed[0][1]}"
             )
 
-    def _start(self, key: Key, name: str, payload: Payload, timeout_s: float, waited: bool = False) -> Call:
+    def _start(self, key: Key, name: str, told: RemoteCall | Payload, timeout_s: float, waited: bool = False) -> Call:
         member = self._agent.members.by_incarnation(key.life_of(name))
         if member is None:
             reason = self._table.lost(key).get(name, "it is not in the group any more")
             raise PeerLostError(f"{name} is lost ({reason})")
         with interrupts.deferred:
+            payload = _payload(told) if isinstance(told, tuple) else told
             return self._agent.request(member.info, PythonCall(), payload, timeout_s=timeout_s, waited=waited)
 
     def _on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
@@ -289,7 +289,7 @@ class Gatherings:
             news = self._remote.failure(key, f"{worker.name} is lost ({reason})")
             for name in names:
                 with suppress(PeerLostError):
-                    self._start(key, name, _payload(news), TELL_TIMEOUT_S)
+                    self._start(key, name, news, TELL_TIMEOUT_S)
 
     def _note_lost(self, life: Incarnation, reason: str) -> list[tuple[Key, list[str]]]:
         """See `GatheringTable.lose`."""

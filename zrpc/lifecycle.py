@@ -21,7 +21,14 @@ from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.agent.execution import forget_operators
 from zrpc.autograd import install as install_autograd
 from zrpc.autograd.service import AutogradService
-from zrpc.config import DEFAULT_INIT_METHOD, DEFAULT_SHUTDOWN_TIMEOUT_S, RpcBackendOptions, check_timeout
+from zrpc.config import (
+    BROKER_SCHEME,
+    DEFAULT_INIT_METHOD,
+    DEFAULT_SHUTDOWN_TIMEOUT_S,
+    RpcBackendOptions,
+    broker_addresses,
+    check_timeout,
+)
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo
 from zrpc.membership import agreement
@@ -56,7 +63,6 @@ INIT_METHOD_VARIABLE = "ZRPC_INIT_METHOD"
 """Replaces the default `env://`; the launcher sets it, so that a program need not know whether there is a broker."""
 BIND_VARIABLE = "ZRPC_BIND"
 """Replaces the default `bind`, for programs that do not set it."""
-BROKER_SCHEME = "broker://"
 UNLIMITED_JOIN_S = 1800.0
 """How long to wait for the others where `rpc_timeout` is 0, no limit."""
 RREF_DRAIN_S = 100.0
@@ -314,13 +320,12 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
     from zrpc.membership.broker import BrokerGroup
     from zrpc.transport.brokered import BrokeredEndpoint
 
-    address = "tcp://" + init_method.removeprefix(BROKER_SCHEME)
     credentials = worker_credentials(group_secret(options.secret, insecure=options.insecure))
     endpoint = BrokeredEndpoint(
-        address, new_life(credentials), local=options.shared_memory, busy_poll_s=options.busy_poll_s,
-        credentials=credentials,
+        broker_addresses(init_method), new_life(credentials), local=options.shared_memory,
+        busy_poll_s=options.busy_poll_s, credentials=credentials, grace_s=options.broker_grace_s,
     )  # fmt: skip
-    return Agent(
+    agent = Agent(
         options,
         endpoint,
         BrokerGroup(endpoint),
@@ -330,6 +335,8 @@ def _brokered_agent(options: RpcBackendOptions, init_method: str) -> Agent:
         shared_memory=_shared_memory(options),
         checks_answers=keyring_of(credentials) is not None,
     )
+    endpoint.tell_breaks(agent.outage.on_break, agent.outage.on_resume)
+    return agent
 
 
 def _shared_memory(options: RpcBackendOptions) -> SharedMemory | None:

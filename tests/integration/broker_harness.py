@@ -14,11 +14,11 @@ import zmq
 
 from zrpc.membership.broker import BrokerGroup
 from zrpc.secret import find_secret
-from zrpc.transport.brokered import BrokeredEndpoint
+from zrpc.transport.brokered import GRACE_S, BrokeredEndpoint
 from zrpc.transport.credentials import Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from zrpc.ids import Incarnation
     from zrpc.membership.group import Member
@@ -38,14 +38,20 @@ def _start_zero_copy() -> None:
 
 _start_zero_copy()
 
+GIVEN_UP = 3
+"""The exit code of a `WorkerProcess` that has lost another worker, where it is to end then."""
+
 WORKER_SCRIPT = """
-import sys
+import os, sys
 from tests.integration.broker_harness import Worker
-address, name, world_size = sys.argv[1:]
+address, name, world_size, ends_when_alone = sys.argv[1:]
 worker = Worker(address)
 worker.join(name, int(world_size) or None)
 worker.start(echo=True)
 print("joined", flush=True)
+if ends_when_alone:
+    worker.seen.wait(lambda: worker.seen.lost, 3600)
+    os._exit(3)
 sys.stdin.read()
 """
 
@@ -53,8 +59,8 @@ sys.stdin.read()
 class Broker:
     """A broker process on a free port, with `environment` besides that of this process."""
 
-    def __init__(self, *options: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "zrpc_broker", "--bind", "tcp://127.0.0.1:0", *options]
+    def __init__(self, *options: str, bind: str = "tcp://127.0.0.1:0", **environment: str) -> None:
+        command = [sys.executable, "-m", "zrpc_broker", "--bind", bind, *options]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
@@ -104,11 +110,12 @@ class Worker:
     """A worker as far as transport and membership go."""
 
     def __init__(
-        self, address: str, group: str | None = None, *, local: bool = True, credentials: Credentials | None = None,
-        life: Incarnation | None = None,
+        self, address: str | Sequence[str], group: str | None = None, *, local: bool = True,
+        credentials: Credentials | None = None, life: Incarnation | None = None, grace_s: float = GRACE_S,
     ) -> None:  # fmt: skip
         credentials = credentials or Credentials(find_secret())
-        self.endpoint = BrokeredEndpoint(address, life or credentials.new_life(), local=local, credentials=credentials)
+        life = life or credentials.new_life()
+        self.endpoint = BrokeredEndpoint(address, life, local=local, credentials=credentials, grace_s=grace_s)
         self.incarnation = self.endpoint.incarnation
         self.group = BrokerGroup(self.endpoint, group)
         self.seen = Seen()
@@ -138,9 +145,11 @@ class Worker:
 
 
 @contextmanager
-def workers(address: str, *names: str, world_size: int | None = 0) -> Iterator[list[Worker]]:
+def workers(
+    address: str | Sequence[str], *names: str, world_size: int | None = 0, local: bool = True, grace_s: float = GRACE_S
+) -> Iterator[list[Worker]]:
     """Started workers of one group; `world_size` 0: static, of as many as there are names."""
-    made = [Worker(address) for _ in names]
+    made = [Worker(address, local=local, grace_s=grace_s) for _ in names]
     try:
         size = len(names) if world_size == 0 else world_size
         threads = [
@@ -162,9 +171,9 @@ def workers(address: str, *names: str, world_size: int | None = 0) -> Iterator[l
 class WorkerProcess:
     """A worker in a process of its own, which echoes what it gets."""
 
-    def __init__(self, address: str, name: str, world_size: int) -> None:
+    def __init__(self, address: str, name: str, world_size: int, *, ends_when_alone: bool = False) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER_SCRIPT, address, name, str(world_size)],
+            [sys.executable, "-c", WORKER_SCRIPT, address, name, str(world_size), "yes" if ends_when_alone else ""],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

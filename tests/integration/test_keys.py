@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,16 @@ from zrpc.errors import PeerLostError, RefusedError, RendezvousError, ZrpcError
 from zrpc.ids import new_incarnation
 from zrpc.transport import sockets
 from zrpc.transport.credentials import Credentials, make_pair
-from zrpc.transport.hub import SENDER
+from zrpc.transport.hub import BROKER, RECEIVER, SENDER
+from zrpc.wire.envelope import Envelope, decode, encode
+from zrpc.wire.messages import Heartbeat, Refused, Welcome
+from zrpc.wire.rejoining import Rejoin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from zrpc.wire.messages import Message
 
 
 @pytest.fixture
@@ -100,6 +105,49 @@ def test_a_broker_takes_no_life_of_another_key(broker: Broker, keys: Keys) -> No
     with joined(broker, "first", keys.credentials_of("first"), 0):
         pass
     assert "over a connection of the key 'thief' is dropped: which is a life of the key 'first'" in broker.close()
+
+
+def rejoin(broker: Broker, credentials: Credentials, name: str, rank: int) -> Message:
+    """What the broker answers one that says it was a member before."""
+    life = credentials.new_life()
+    with zmq.Context() as context, ExitStack() as stack:
+        made = [sockets.make_socket(context, zmq.DEALER, kind + life) for kind in (RECEIVER, SENDER)]
+        for sock in made:
+            stack.callback(sock.close)
+            sockets.connect(sock, broker.address, credentials)
+        receiver, sender = made
+        receiver.send(b"")
+        said = Rejoin(name, rank, 0, {}, "default", b"r" * 8, [], [])
+        sender.send_multipart([BROKER, *encode(Envelope(said, 1))])
+        while True:
+            assert receiver.poll(20_000)
+            answer = decode(list(receiver.recv_multipart()[1:])).message
+            if not isinstance(answer, Heartbeat):  # as some connection went, all are asked whether they are there
+                return answer
+
+
+def test_a_member_comes_back_under_the_names_and_ranks_of_its_key_alone(broker: Broker, keys: Keys) -> None:
+    """To a broker that knows nothing of it, too."""
+    thief = keys.new("thief")
+    refused = rejoin(broker, thief, "first", 0)
+    assert isinstance(refused, Refused)
+    assert "its key 'thief' may claim the name thief" in refused.reason
+    assert isinstance(rejoin(broker, keys.credentials_of("first"), "first", 0), Welcome)
+
+
+def test_workers_with_keys_come_back_to_a_broker_that_was_started_again(broker: Broker, keys: Keys) -> None:
+    second = keys.new("second", ranks="1")
+    with (
+        joined(broker, "first", keys.credentials_of("first"), 0) as one,
+        joined(broker, "second", second, 1) as other,
+    ):
+        broker.kill()
+        until(lambda: not one.endpoint.is_resumed() and not other.endpoint.is_resumed(), "its death is noticed")
+        with running_broker(bind=broker.address, ZRPC_KEYS=str(keys.path)):
+            until(one.endpoint.is_resumed, "it is a member again")
+            one.endpoint.send(other.incarnation, [b"hello"])
+            other.seen.wait(lambda: other.seen.frames == [(one.incarnation, [b"hello"])])
+            assert not one.seen.lost
 
 
 def test_a_broker_relays_nothing_under_the_incarnation_of_another(broker: Broker, keys: Keys) -> None:

@@ -16,7 +16,7 @@ import pytest
 from zrpc.cli.plan import SECRET_QUESTION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = [sys.executable, str(ROOT / "scripts" / "zrpc-cluster")]
@@ -68,6 +68,27 @@ for member in worker.members:
     worker.endpoint.send(member.incarnation, [b"hello"])
 worker.seen.wait(lambda: len(worker.seen.frames) == len(worker.members))
 print(me.info, "heard everybody")
+worker.group.leave(5)
+worker.endpoint.close(1)
+"""
+
+
+AGAIN = """
+import os, time
+from tests.integration.broker_harness import Worker
+from zrpc.errors import NotConnectedError
+worker = Worker(os.environ["ZRPC_BROKER"], local=False)
+me = worker.join("worker" + os.environ["RANK"], 2, int(os.environ["RANK"]))
+worker.start()
+print("pids", os.getpid(), os.getpid())
+(other,) = [member.incarnation for member in worker.members if member.incarnation != worker.incarnation]
+while worker.endpoint.is_resumed():
+    time.sleep(0.01)
+while not worker.endpoint.is_resumed():
+    time.sleep(0.01)
+worker.endpoint.send(other, [b"hello"])
+worker.seen.wait(lambda: worker.seen.frames)
+print(me.info, "heard of the other again")
 worker.group.leave(5)
 worker.endpoint.close(1)
 """
@@ -146,10 +167,13 @@ def test_a_killed_worker_is_said_to_be(script: Path) -> None:
 class Running:
     """A launched cluster of two workers with a child each."""
 
-    def __init__(self, script: Path, *args: str) -> None:
-        script.write_text(STAY)
-        command = [*CLUSTER, "-n", "2", "--grace", "1", str(script), *args]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, script: Path, *args: str, options: Sequence[str] = (), text: str = STAY) -> None:
+        script.write_text(text)
+        command = [*CLUSTER, "-n", "2", "--grace", "1", *options, str(script), *args]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         assert self.process.stdout is not None
         self.pids: list[int] = []
         while len(self.pids) < 4:
@@ -197,13 +221,35 @@ def test_those_who_ignore_a_request_to_end_are_killed(script: Path) -> None:
         running.close()
 
 
-def test_a_dead_broker_ends_the_cluster(running: Running) -> None:
+def broker_of(running: Running) -> psutil.Process:
     (broker,) = [p for p in running.everybody if p.is_running() and "zrpc_broker" in p.cmdline()]
-    broker.kill()
-    _, errors = running.process.communicate(timeout=TIMEOUT_S)
-    assert running.process.returncode == 128 + signal.SIGKILL
-    assert "broker (pid" in errors
-    running.wait_gone()
+    return broker
+
+
+def test_a_dead_broker_is_started_again_where_it_was(script: Path) -> None:
+    """The workers come back to it, and the run ends well."""
+    running = Running(script, text=AGAIN)
+    try:
+        broker_of(running).kill()
+        output, errors = running.process.communicate(timeout=TIMEOUT_S)
+        assert running.process.returncode == 0, errors
+        assert "the broker was killed by SIGKILL: it is started again, as it may be 2 times more" in errors
+        assert output.count("heard of the other again") == 2
+        running.wait_gone()
+    finally:
+        running.close()
+
+
+def test_a_dead_broker_that_is_not_to_be_started_again_ends_the_cluster(script: Path) -> None:
+    running = Running(script, options=["--broker-restarts", "0"])
+    try:
+        broker_of(running).kill()
+        _, errors = running.process.communicate(timeout=TIMEOUT_S)
+        assert running.process.returncode == 128 + signal.SIGKILL
+        assert "broker (pid" in errors
+        running.wait_gone()
+    finally:
+        running.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from zrpc.config import DEFAULT_NUM_WORKER_THREADS, DEFAULT_RPC_TIMEOUT_S, RpcBackendOptions, check_timeout
+from zrpc.config import (
+    DEFAULT_NUM_WORKER_THREADS,
+    DEFAULT_RPC_TIMEOUT_S,
+    RpcBackendOptions,
+    broker_addresses,
+    check_timeout,
+)
 from zrpc.errors import ConfigError
 
 
@@ -180,3 +186,14 @@ def test_an_environment_that_names_no_modules_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setenv("ZRPC_ALLOW", "a,,b")
     with pytest.raises(ConfigError, match="ZRPC_ALLOW"):
         RpcBackendOptions()
+
+
+def test_several_brokers_are_listed_with_commas() -> None:
+    assert broker_addresses("broker://a:5555,b:5556") == ["tcp://a:5555", "tcp://b:5556"]
+    assert RpcBackendOptions(init_method="broker://a:5555, b:5555").init_method == "broker://a:5555, b:5555"
+
+
+@pytest.mark.parametrize("listed", ["a:1,", ",a:1", "a:1,,b:1", "a:1,a:1", ""])
+def test_a_list_of_brokers_that_cannot_be_one_is_refused(listed: str) -> None:
+    with pytest.raises(ConfigError, match="must list each broker once"):
+        RpcBackendOptions(init_method=f"broker://{listed}")

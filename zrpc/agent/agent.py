@@ -16,6 +16,7 @@ from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.garbage import Garbage
 from zrpc.agent.gate import Gates
 from zrpc.agent.hooks import CallHook, Hooks
+from zrpc.agent.outage import Outage
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.queue import Queue
@@ -76,6 +77,8 @@ class Agent:
         completions: see `Client`.
         drop: see `Garbage.drop`.
         event_loop: where `async def` functions run.
+        outage: is told when the connection to a broker is gone, and when there is one again.
+        wake: see `Inbox.wake`.
     """
 
     info: WorkerInfo
@@ -122,6 +125,7 @@ class Agent:
         )  # fmt: skip
         self._garbage = Garbage()
         self.drop = self._garbage.drop
+        self.wake = endpoint.inbox.wake
         self._lost_listeners: list[Callable[[WorkerInfo, str], None]] = []
         self._client = Client(
             options.rpc_timeout, self.hooks, self._peers, endpoint.inbox, self._gates, self.staging, self.control,
@@ -133,6 +137,7 @@ class Agent:
         )
         self.completions = self._client.completions
         self.event_loop = self._server.event_loop
+        self.outage = Outage(self.control, self._carrier, self._client)
         self.request = self._client.request
         self.notify = self._client.notify
         self._lock = threading.Lock()  # owns what follows
@@ -347,10 +352,6 @@ class Agent:
     def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""
         self._carrier.inbox.wait_for(wanted, deadline)
-
-    def wake(self, wanted: Awaited) -> None:
-        """See `Inbox.wake`."""
-        self._carrier.inbox.wake(wanted)
 
     # ---- below -----------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,9 @@ class CallOwner(Protocol):
     def call_off(self, call: Call, *, is_expired: bool) -> None:
         """Tell the callee that the answer is not waited for any more; `is_expired`: because the time ran out."""
 
+    def withdraw(self, call_id: int) -> bool:
+        """Have the call not be sent, if it still waits for a connection; False: it may have been sent."""
+
     def discard(self, answer: Envelope) -> None:
         """Let go of an answer that no thread will ask for."""
 
@@ -307,8 +310,7 @@ class Call:
     def _timed_out(self) -> RpcTimeoutError:
         return RpcTimeoutError(
             f"RPC ran for more than its time limit of {self.timeout_s * 1000:g} ms: "
-            f"{type(self.message).__name__} to {self.peer}. It is not known whether it ran there. "
-            "Give it more time with timeout=, or look at that worker"
+            f"{type(self.message).__name__} to {self.peer}. {_what_became(self._owner.withdraw(self.call_id))}"
         )
 
     def _ensure_open(self) -> None:
@@ -361,6 +363,12 @@ class Call:
             raise
         except BaseException as error:
             self._answer, self._error = None, without_traceback(error)  # where it was unpacked is of no interest
+
+
+def _what_became(is_unsent: bool) -> str:
+    if is_unsent:
+        return "It was not sent, as there is no connection to a broker: look whether one runs"
+    return "It is not known whether it ran there. Give it more time with timeout=, or look at that worker"
 
 
 def _do(work: Work | None) -> None:

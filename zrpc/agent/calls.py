@@ -12,7 +12,7 @@ from zrpc import interrupts
 from zrpc.agent.deadlines import Deadlines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from zrpc.agent.call import Call
     from zrpc.agent.gate import Gates
@@ -107,10 +107,12 @@ class Calls:
         """Take a call out, which its caller ends; false if it is done already. It still counts at its gate."""
         return self._under_way.pop(call_id, None) is not None
 
-    def lose(self, peer: Incarnation, make_error: Callable[[], BaseException]) -> None:
-        """End the calls to that life of a worker, each with an error of its own."""
+    def lose(
+        self, peer: Incarnation, make_error: Callable[[], BaseException], but: Container[int] = frozenset()
+    ) -> None:
+        """End the calls to that life of a worker, each with an error of its own; those in `but` go on."""
         for call_id, call in list(self._under_way.items()):
-            if call.peer.incarnation == peer:
+            if call.peer.incarnation == peer and call_id not in but:
                 self.fail(call_id, make_error())
 
     def close(self, make_error: Callable[[], BaseException]) -> None:

@@ -21,7 +21,15 @@ from zrpc.agent.completions import Completions
 from zrpc.agent.gate import Standing, needed
 from zrpc.agent.served import serving
 from zrpc.config import check_timeout
-from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError, RpcTimeoutError, ZrpcError
+from zrpc.errors import (
+    AgentClosedError,
+    ConnectionLostError,
+    NotConnectedError,
+    PeerLostError,
+    ProtocolError,
+    RpcTimeoutError,
+    ZrpcError,
+)
 from zrpc.wire.envelope import Envelope
 from zrpc.wire.exceptions import load_exception
 from zrpc.wire.messages import Cancel, Failure, Message, Reply
@@ -93,6 +101,7 @@ class Client:
         self._is_loop = is_loop
         self._propagates = propagates
         self._call_ids = itertools.count(1)
+        self._held: dict[int, tuple[Call, Envelope, Payload | None]] = {}  # by call id; there was no broker
         self._closed = False
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -177,12 +186,49 @@ class Client:
             return False
         try:
             self._peers.send(call.peer, envelope)
+        except NotConnectedError as error:
+            return self._hold(call, envelope, payload, error)
         except Exception as error:
             self.calls.fail(call.call_id, error)
             return False
         if payload is not None and payload.passengers:
             payload.has_left()
         return True
+
+    def _hold(self, call: Call, envelope: Envelope, payload: Payload | None, error: NotConnectedError) -> bool:
+        """Keep a request that could not be sent as there is no broker now, up to its time limit."""
+        if envelope.is_arriving:  # what comes from a device is read once
+            self.calls.fail(call.call_id, error)
+            return False
+        self._held[call.call_id] = call, envelope, payload
+        self._control.submit(self.resend_held)  # there may be one again by now
+        return True
+
+    def resend_held(self) -> None:
+        """Send the requests that were kept, as far as that is possible now. On the control thread."""
+        for call_id in list(self._held):
+            held = self._held.pop(call_id, None)  # first: one whose time is over now may leave, and is not said not to
+            if held is None or held[0].done():
+                continue
+            call, envelope, payload = held
+            try:
+                self._peers.send(call.peer, envelope)
+            except NotConnectedError:
+                self._held[call_id] = held
+                continue
+            except Exception as error:
+                self.calls.fail(call_id, error)
+                continue
+            if payload is not None and payload.passengers:
+                payload.has_left()
+
+    def break_off(self, peers: frozenset[Incarnation], reason: str) -> None:
+        """What was on its way to and from these peers may be lost: their calls fail, but for those that are kept."""
+        text = f"{reason}. It is not known whether the call ran"
+        for peer in peers:
+            self.calls.lose(peer, lambda: ConnectionLostError(text), self._held)
+            if (gate := self._gates.get(peer)) is not None:
+                gate.leave_but(self.calls.is_under_way)
 
     def _send_arriving(self, call: Call, envelope: Envelope, payload: Payload | None) -> None:
         """The same on a stager thread, as its tensors come from their devices."""
@@ -208,7 +254,7 @@ class Client:
             raise ProtocolError(f"{type(message).__name__} is not idempotent: it must not be sent twice")
 
         def settle(call: Call) -> None:
-            if issubclass(type(call.error), RpcTimeoutError) and not self._closed:
+            if issubclass(type(call.error), RpcTimeoutError | ConnectionLostError) and not self._closed:
                 self._control.submit(lambda: self.notify(to, message, on_done, inline=inline))
             else:
                 on_done(call.error)
@@ -228,6 +274,10 @@ class Client:
     def lose(self, worker: WorkerInfo, reason: str) -> None:
         """`worker` is gone: its calls fail."""
         self._gates.drop(worker.incarnation, PeerLostError(f"{worker} is lost: {reason}"))
+        unsent = f"{worker} is lost: {reason}. The call was not sent"
+        for call_id, (call, _, _) in list(self._held.items()):
+            if call.peer.incarnation == worker.incarnation and self._held.pop(call_id, None) is not None:
+                self.calls.fail(call_id, PeerLostError(unsent))
         text = f"{worker} is lost: {reason}. It is not known whether the call ran there"
         self.calls.lose(worker.incarnation, lambda: PeerLostError(text))
 
@@ -239,6 +289,7 @@ class Client:
     def close(self, timeout_s: float) -> None:
         """End the calls under way; wait up to `timeout_s` for the completer threads. Idempotent."""
         self.calls.close(lambda: AgentClosedError("this worker shut down while the call was under way"))
+        self._held.clear()
         self.completions.close(timeout_s)
 
     # ---- for calls -------------------------------------------------------------------------------------------------
@@ -258,6 +309,13 @@ class Client:
             return
         with interrupts.held, suppress(ZrpcError):
             self._peers.send(call.peer, Envelope(Cancel(call.call_id)))
+
+    def withdraw(self, call_id: int) -> bool:
+        """See `CallOwner.withdraw`."""
+        held = self._held.pop(call_id, None)
+        if held is not None:
+            held[0].gate.leave(call_id)
+        return held is not None
 
     def discard(self, answer: Envelope) -> None:
         """An answer came that no thread asks for any more: its passengers are let go. See `CallOwner.discard`."""

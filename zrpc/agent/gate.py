@@ -125,6 +125,12 @@ class Gate:
                 self._wake(window.release(max(nbytes, 0)))
         return nbytes != UNKNOWN
 
+    def leave_but(self, still_on_the_way: Callable[[int], bool]) -> None:
+        """The connection broke: requests that ran out of time before, and may never be answered now, count no more."""
+        for call_id in self._window.call_ids:
+            if not still_on_the_way(call_id):
+                self.leave(call_id)
+
     def check_answer(self, waiting_nbytes: int, here: WorkerInfo, to: WorkerInfo) -> None:
         """Answers do not wait for room, so where the peer does not read, one too many cannot be sent.
 

@@ -14,7 +14,14 @@ from zrpc.agent.future import Future, settle
 from zrpc.agent.pool import blocking
 from zrpc.agent.served import serving
 from zrpc.config import check_timeout
-from zrpc.errors import CallCancelledError, ConfigError, OverloadedError, PeerLostError, RpcTimeoutError
+from zrpc.errors import (
+    CallCancelledError,
+    ConfigError,
+    ConnectionLostError,
+    OverloadedError,
+    PeerLostError,
+    RpcTimeoutError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +54,7 @@ class RetryPolicy:
     """
 
     attempts: int = 3
-    on: tuple[type[Exception], ...] = (PeerLostError, RpcTimeoutError, OverloadedError)
+    on: tuple[type[Exception], ...] = (PeerLostError, ConnectionLostError, RpcTimeoutError, OverloadedError)
     wait: float = 0.1
     max_wait: float = 5.0
     attempt_timeout: float = 0.0

@@ -21,7 +21,15 @@ from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import AsyncCalls, Request
 from zrpc.agent.served import serving
-from zrpc.errors import AgentClosedError, CallCancelledError, OverloadedError, PeerLostError, ProtocolError, ZrpcError
+from zrpc.errors import (
+    AgentClosedError,
+    CallCancelledError,
+    ConnectionLostError,
+    OverloadedError,
+    PeerLostError,
+    ProtocolError,
+    ZrpcError,
+)
 from zrpc.exception_text import log_error
 from zrpc.transport.credit import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception, remote_traceback
@@ -41,6 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("zrpc")
 
 _UNSENT = "the answer to %s was not sent: %s"
+
+_UNREACHABLE = (PeerLostError, ConnectionLostError, AgentClosedError)
+"""Where the connection to a broker broke, the caller knows, and does not wait for the answer."""
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[Request[Any]], "Work | None"]
@@ -253,7 +264,7 @@ class Server:
         sent = True
         try:
             sent = self._send(request, payload, error)
-        except (PeerLostError, AgentClosedError) as gone:
+        except _UNREACHABLE as gone:
             finalizers.defer(partial(log.debug, _UNSENT, request.source, gone))
         except OverloadedError as full:
             finalizers.defer(partial(log.error, _UNSENT, request.source, full))
@@ -289,7 +300,7 @@ class Server:
                 self._peers.send(to, envelope, may_lie=True)
                 if payload is not None and payload.passengers:
                     payload.has_left()
-        except (PeerLostError, AgentClosedError):
+        except _UNREACHABLE:
             raise
         except Exception as unsendable:
             failure, rebuilt_from = dump_exception(unsendable if error is None else error, attachments=False)
@@ -307,12 +318,12 @@ class Server:
                 self._peers.send(to, envelope)
                 if payload is not None:
                     payload.has_left()
-            except (PeerLostError, AgentClosedError):
+            except _UNREACHABLE:
                 raise
             except Exception as unsendable:
                 failure, rebuilt_from = dump_exception(unsendable, attachments=False)
                 self._peers.send(to, seal(failure, request.call_id, rebuilt_from, None))
-        except (PeerLostError, AgentClosedError) as gone:
+        except _UNREACHABLE as gone:
             log.debug(_UNSENT, to, gone)
         finally:
             self._end(request)

@@ -74,6 +74,11 @@ class Window(Generic[T]):
         """Requests on the way."""
         return len(self._calls)
 
+    @property
+    def call_ids(self) -> list[int]:
+        """The requests on the way. Any thread."""
+        return list(self._calls)
+
     def is_on_the_way(self, call_id: int) -> bool:
         """Whether that request is. Any thread."""
         return call_id in self._calls

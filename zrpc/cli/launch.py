@@ -37,7 +37,7 @@ from zrpc.cli.plan import (
     worker_environment,
 )
 from zrpc.cli.process import ManagedProcess
-from zrpc.cli.supervisor import BROKER, Action, Phase, Report, StartWorkers, Stop, Supervisor
+from zrpc.cli.supervisor import BROKER, Action, Phase, Report, RestartBroker, StartWorkers, Stop, Supervisor
 from zrpc.errors import ConfigError, LimitError
 from zrpc_broker.defaults import READY_PREFIX
 
@@ -77,7 +77,8 @@ class Cluster:
         self._places = {_name(spot): spot for spot in place(options.workers, self._hosts)}
         self._meeting: dict[str, str] = {}
         self._secret = secret_environment(os.environ)
-        self._supervisor = Supervisor(list(self._places), has_broker=options.broker)
+        self._supervisor = Supervisor(list(self._places), options.broker, options.broker_restarts)
+        self._bind = options.bind or f"tcp://{LOCALHOST if self._reach is Reach.LOCAL else '0.0.0.0'}:0"
         self._screen = Screen(sys.stdout, max(map(len, self._places)))
         self._processes: dict[str, ManagedProcess] = {}
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -164,6 +165,13 @@ class Cluster:
             if isinstance(action, StartWorkers):
                 self._set_deadline(None)
                 self._start_workers()
+            elif isinstance(action, RestartBroker):
+                self._screen.end_line()
+                _say(
+                    f"the broker {_how_it_ended(action.code)}: it is started again, as it may be {action.left} times "
+                    "more"
+                )
+                self._start_broker()
             elif isinstance(action, Report):
                 self._report(action)
             elif action is Stop.TERMINATE:
@@ -175,14 +183,14 @@ class Cluster:
                     process.kill()
 
     def _start_broker(self) -> None:
-        bind = self._options.bind or f"tcp://{LOCALHOST if self._reach is Reach.LOCAL else '0.0.0.0'}:0"
-        argv = [sys.executable, "-u", "-m", "zrpc_broker", "--bind", bind]
+        argv = [sys.executable, "-u", "-m", "zrpc_broker", "--bind", self._bind]
         self._start(BROKER, -1, argv, {**os.environ, **self._secret}, self._on_broker_line)
 
     def _on_broker_line(self, text: str) -> None:
         """Runs on the reading thread. The broker's first line says where it listens."""
         if not self._meeting and text.startswith(READY_PREFIX):
             port = int(text.rpartition(":")[2])
+            self._bind = f"{self._bind.rpartition(':')[0]}:{port}"  # for one that takes its place
             host = self._options.advertise or (LOCALHOST if self._reach is Reach.LOCAL else own_address(self._hosts[0]))
             self._meeting = meet_at_broker(host, port)
             self._put(Supervisor.broker_listens)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from zrpc.cli import keys
-from zrpc.cli.plan import Launch, Program
+from zrpc.cli.plan import BROKER_RESTARTS, Launch, Program
 from zrpc.errors import ConfigError, ZrpcError
 from zrpc_broker import defaults
 
@@ -32,6 +32,7 @@ Bind = Annotated[str | None, typer.Option(help="where the broker listens, tcp://
 Advertise = Annotated[str | None, typer.Option(help="name or number under which workers reach the broker, or rank 0")]
 MasterPort = Annotated[int | None, typer.Option(help="without a broker: port that rank 0 listens on")]
 Grace = Annotated[float, typer.Option(help="seconds that workers may take to end when told to")]
+Restarts = Annotated[int, typer.Option(min=0, help="how often a broker that ends is started again")]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(keys.app, name="keys")
@@ -85,10 +86,11 @@ def _launch(
     advertise: Advertise = None,
     master_port: MasterPort = None,
     grace: Grace = 5.0,
+    broker_restarts: Restarts = BROKER_RESTARTS,
 ) -> None:
     """Run a script as a cluster of workers."""
     program = Program(script, module, tuple(args or ()), python, os.getcwd())
-    _run(Launch(program, workers, broker, hosts, ssh, srun, bind, advertise, master_port, grace))
+    _run(Launch(program, workers, broker, hosts, ssh, srun, bind, advertise, master_port, grace, broker_restarts))
 
 
 @app.command("drain")
@@ -129,10 +131,11 @@ def _cluster(
     bind: Bind = None,
     advertise: Advertise = None,
     grace: Grace = 5.0,
+    broker_restarts: Restarts = BROKER_RESTARTS,
 ) -> None:
     """Run a script as a cluster of workers with a broker."""
     program = Program(script, module, tuple(args or ()), python, os.getcwd())
-    _run(Launch(program, workers, True, hosts, ssh, srun, bind, advertise, None, grace))
+    _run(Launch(program, workers, True, hosts, ssh, srun, bind, advertise, None, grace, broker_restarts))
 
 
 def _peers(

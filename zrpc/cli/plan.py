@@ -30,6 +30,8 @@ _ASK_SECRET = (
     "stty echo 2>/dev/null"
 )
 
+BROKER_RESTARTS = 3
+
 
 class Reach(Enum):
     """How a command comes to run on a host."""
@@ -77,6 +79,7 @@ class Launch:
         advertise: under which name or number the hosts reach this machine; None: found out.
         master_port: without a broker, the port that rank 0 listens on; None: any free one.
         grace_s: how long processes may take to end when they are told to.
+        broker_restarts: how often a broker that ends while the workers run is started again.
     """
 
     program: Program
@@ -89,6 +92,7 @@ class Launch:
     advertise: str | None = None
     master_port: int | None = None
     grace_s: float = 5.0
+    broker_restarts: int = BROKER_RESTARTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,14 @@ class StartWorkers:
 
 
 @dataclass(frozen=True, slots=True)
+class RestartBroker:
+    """Start the broker again, where it was, as it ended with `code`; `left`: so many times more this may happen."""
+
+    code: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Say that the process `name` ended the cluster with `code`."""
 
@@ -43,7 +51,7 @@ class Report:
     code: int
 
 
-Action = StartWorkers | Report | Stop
+Action = StartWorkers | RestartBroker | Report | Stop
 
 
 class Supervisor:
@@ -52,9 +60,11 @@ class Supervisor:
     Args:
         workers: the workers' names.
         has_broker: whether a broker must listen before they start.
+        broker_restarts: how often a broker that ends while the workers run is started again.
     """
 
-    def __init__(self, workers: list[str], has_broker: bool) -> None:
+    def __init__(self, workers: list[str], has_broker: bool, broker_restarts: int = 0) -> None:
+        self._restarts_left = broker_restarts
         self._workers = workers
         self._running = {BROKER} if has_broker else set()
         self._succeeded: set[str] = set()
@@ -107,6 +117,10 @@ class Supervisor:
         if name != BROKER and code == 0:
             self._succeeded.add(name)
             return self._stop() if len(self._succeeded) == len(self._workers) else []
+        if name == BROKER and self.phase is Phase.RUNNING and self._restarts_left > 0:
+            self._restarts_left -= 1
+            self._running.add(BROKER)
+            return [RestartBroker(code, self._restarts_left)]
         self.exit_code = SIGNAL_BASE - code if code < 0 else code or FAILED
         return [Report(name, code), *self._stop()]
 

@@ -1,7 +1,8 @@
 """Membership kept by a broker: it tells of every coming and going, and both sides listen for each other's heartbeats.
 
-Nothing is decided here: the broker gives ranks, refuses duplicates and says who is lost. What this side notices by
-itself is the loss of the broker, and then everybody is lost, as nobody can be reached without it.
+Nothing is decided here: the broker gives ranks, refuses duplicates and says who is lost. A broker that dies loses what
+it knew; when its workers are connected to one again, each says who it is and what it knows (`Rejoin`), and is welcomed
+once the others have, too. Only where no broker is found in time everybody is lost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from zrpc import protocol_errors, remote_text, threads
-from zrpc.errors import PeerLostError, ProtocolError, RefusedError, RendezvousError, ZrpcError
+from zrpc.errors import ProtocolError, RefusedError, RendezvousError, ZrpcError
+from zrpc.ids import EndedLives
 from zrpc.membership import members as told
 from zrpc.wire.envelope import Buffer, Envelope, decode, encode
 from zrpc.wire.messages import (
@@ -30,6 +32,7 @@ from zrpc.wire.messages import (
     Register,
     Welcome,
 )
+from zrpc.wire.rejoining import Rejoin
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
@@ -45,6 +48,13 @@ FIRST_HEARTBEAT_INTERVAL_S = 1.0
 SILENCE_MAX = 15
 """Intervals without a word from the broker after which it is taken for dead. A broker that died is noticed at once, by
 its broken connection; this is for one that hangs, or a network that swallows everything."""
+LOOKS = 8
+"""How often in an interval this side looks whether the broker is there; the first time it sends a heartbeat."""
+GONE_AFTER = 1.75
+"""Intervals of silence after which a broker is given up whose host acknowledges nothing."""
+ENDED_MAX = 256
+"""So many of the lives that were last told to be over are told to a broker that does not know of them."""
+NOT_BACK = "it did not come back when the broker was lost and found"
 REFRESH_TIMEOUT_S = 5.0
 
 
@@ -52,11 +62,12 @@ class _State(Enum):
     OUTSIDE = "not registered yet"
     JOINING = "registered; waiting for the welcome"
     JOINED = "welcomed"
+    REJOINING = "a member, whose connection to the broker broke; waiting to be welcomed again"
     LEAVING = "said goodbye; waiting for the broker to have taken note"
     ENDED = "left, refused or cut off"
 
 
-_BEATING = (_State.JOINING, _State.JOINED)
+_BEATING = (_State.JOINING, _State.JOINED, _State.REJOINING)
 """While heartbeats are sent."""
 
 
@@ -84,9 +95,16 @@ class BrokerGroup:
         self._came: dict[str, None] = {}  # names, in the order of arrival; also of those that have given up since
         self._interval_s = FIRST_HEARTBEAT_INTERVAL_S
         self._probes = itertools.count(1)
+        self._looks = 1  # of the heartbeat thread
         self._answered_probe = 0
         self._heartbeats: threading.Thread | None = None
-        endpoint.tell(self._on_control, self._on_broker_lost)
+        self._registration: Register
+        self._run = b""
+        self._ended = EndedLives(ENDED_MAX)
+        endpoint.tell(
+            self._on_control, self._on_broker_lost, self._on_broken, self._on_connected, self._on_local_lost,
+            self._group,
+        )  # fmt: skip
 
     # ---- Group ------------------------------------------------------------------------------------------------------
 
@@ -108,11 +126,12 @@ class BrokerGroup:
             if self._state is not _State.OUTSIDE:
                 raise ProtocolError(f"{name!r} cannot join group {self._group!r} again: it is {self._state.value}")
             self._state = _State.JOINING
+            self._registration = Register(name, rank, world_size or 0, card, self._group)
         try:
             self._endpoint.open()
             self._heartbeats = threads.start(self._heartbeat_loop, "zrpc-heartbeat")  # they wait for an interval first
-            with contextlib.suppress(PeerLostError):  # the broker is lost, or refuses this worker: `_end` says why
-                self._tell(Register(name, rank, world_size or 0, card, self._group))
+            if self._endpoint.is_resumed():  # else when there is a connection
+                self._register()
         except BaseException:
             with self._changed:
                 self._set_state(_State.ENDED)
@@ -120,7 +139,7 @@ class BrokerGroup:
             raise
         with self._changed:
             self._changed.wait_for(lambda: self._state is not _State.JOINING, timeout_s)
-            if self._state is _State.JOINED:
+            if self._welcomed:
                 return next(one for one in self._welcomed if one.incarnation == incarnation), self._welcomed
             error = self._ended_by or self._late(name, timeout_s)
             self._set_state(_State.ENDED)
@@ -154,8 +173,8 @@ class BrokerGroup:
             was = self._state
             self._set_state(_State.LEAVING)
         self._join_heartbeats()  # the broker takes one that comes after a goodbye for a stranger's
-        if was is _State.JOINED and not at_exit:
-            with contextlib.suppress(ZrpcError):
+        if was in (_State.JOINED, _State.REJOINING) and not at_exit:
+            with contextlib.suppress(ZrpcError):  # there is no broker: the others are told when there is one
                 self._tell(Leave())
                 with self._changed:
                     self._changed.wait_for(lambda: self._state is _State.ENDED, timeout_s)
@@ -217,31 +236,81 @@ class BrokerGroup:
             self._endpoint.add_peer(member.incarnation)
         with self._changed:
             self._interval_s = interval_s
-            if self._state is _State.JOINING:
-                self._members = {member.incarnation: member for member in members}
-                self._welcomed = members
-                self._set_state(_State.JOINED)
+            self._run = message.run
+            was, before = self._state, self._members
+            if was not in (_State.JOINING, _State.REJOINING):
+                return
+            self._members = {member.incarnation: member for member in members}
+            self._welcomed = self._welcomed or members
+            self._set_state(_State.JOINED)
+        if was is _State.REJOINING:
+            for member in members:
+                if member.incarnation not in before:
+                    self._on_joined(member)
+            for life in before.keys() - self._members.keys():
+                self._on_gone(Left(life, True, NOT_BACK))
+        self._endpoint.resume()
 
     def _on_newcomer(self, message: Joined) -> None:
         member = told.member_of(message.name, message.rank, message.incarnation, message.card)
         self._endpoint.add_peer(member.incarnation)
         with self._changed:
+            is_known = member.incarnation in self._members
             self._members[member.incarnation] = member
-        self._on_joined(member)
+        if not is_known:
+            self._on_joined(member)
 
     def _on_gone(self, message: Left) -> None:
         if message.incarnation == self._endpoint.incarnation:
             with self._changed:
                 self._set_state(_State.ENDED)
             return
-        with self._changed:
-            self._members.pop(message.incarnation, None)
+        self._note_ended(message.incarnation, message.reason)
         if message.lost:
             self._endpoint.lose_peer(message.incarnation, message.reason)
         elif self._endpoint.remove_peer(message.incarnation, message.reason):
             self._on_left(message.incarnation, False, message.reason)
 
+    def _note_ended(self, life: Incarnation, reason: str) -> None:
+        with self._changed:
+            if self._members.pop(life, None) is not None:
+                self._ended.note(life, reason)
+
     # ---- the broker's own loss --------------------------------------------------------------------------------------
+
+    def _on_broken(self) -> None:
+        with self._changed:
+            if self._state is _State.JOINED:
+                self._set_state(_State.REJOINING)
+            elif self._state is _State.LEAVING:  # it is not known whether the broker took note
+                self._set_state(_State.ENDED)
+
+    def _on_connected(self) -> None:
+        """There is a broker again, or for the first time. It may know nothing of this worker."""
+        with self._changed:
+            state = self._state
+        if state is _State.JOINING:
+            self._register()
+        elif state is _State.REJOINING:
+            with contextlib.suppress(ZrpcError):
+                self._tell(self._rejoin())
+
+    def _on_local_lost(self, life: Incarnation, reason: str) -> None:
+        self._note_ended(life, reason)
+
+    def _register(self) -> None:
+        with contextlib.suppress(ZrpcError):  # the broker is lost, or refuses this worker: `_end` says why
+            self._tell(self._registration)
+
+    def _rejoin(self) -> Rejoin:
+        wanted, me = self._registration, self._endpoint.incarnation
+        with self._changed:
+            info = self._members[me].info
+            others = [[one.incarnation, one.info.name, one.info.id] for one in self._members.values()]
+            return Rejoin(
+                info.name, info.id, wanted.world_size, wanted.card, wanted.group, self._run,
+                [entry for entry in others if entry[0] != me], list(self._ended),
+            )  # fmt: skip
 
     def _on_broker_lost(self, reason: str, is_refused: bool) -> None:
         if is_refused:
@@ -257,31 +326,38 @@ class BrokerGroup:
                 return
             self._ended_by = error
             self._set_state(_State.ENDED)
-        if was is _State.JOINED:
+        if was in (_State.JOINED, _State.REJOINING):
             self._endpoint.lose_broker(str(error))
 
     def _heartbeat_loop(self) -> None:
         threads.keep_running(self._beat, lambda: self._state not in _BEATING)
 
     def _beat(self) -> None:
-        """Wait until a heartbeat is due; send it, or declare the broker lost."""
+        """Wait until it is time to look; send a heartbeat if one is due, or have another broker looked for."""
         if not self._wait_interval():
             return
         endpoint = self._endpoint
         silent_s = time.monotonic() - endpoint.heard_at
         if endpoint.is_connected() and silent_s > SILENCE_MAX * self._interval_s:
             log.warning("nothing came from the broker for %.0f s; here %s", silent_s, endpoint.inbox.describe())
-            endpoint.lose_broker(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
-            return
-        with contextlib.suppress(ZrpcError):
-            self._tell(Heartbeat())
+            endpoint.break_off(f"the broker at {endpoint.address} has said nothing for {silent_s:.0f} s")
+        elif (
+            endpoint.is_connected()
+            and silent_s > GONE_AFTER * self._interval_s
+            and endpoint.is_host_gone(self._interval_s)
+        ):
+            endpoint.break_off(f"the host of the broker at {endpoint.address}, or the way to it, is gone")
+        elif self._looks % LOOKS == 0:
+            with contextlib.suppress(ZrpcError):
+                self._tell(Heartbeat())
+        self._looks += 1
 
     def _wait_interval(self) -> bool:
-        """Wait until a heartbeat is due, or the broker asks for another interval; false: no more are wanted."""
+        """Wait for a part of the interval, or until the broker asks for another one; false: no more are wanted."""
         with self._changed:
             interval_s = self._interval_s
             self._changed.wait_for(
-                lambda: self._state not in _BEATING or self._interval_s != interval_s, timeout=interval_s
+                lambda: self._state not in _BEATING or self._interval_s != interval_s, timeout=interval_s / LOOKS
             )
             return self._state in _BEATING
 
@@ -302,7 +378,7 @@ class BrokerGroup:
     def _late(self, name: str, timeout_s: float) -> RendezvousError:
         """Why `name` was not welcomed in time."""
         address, forming = self._endpoint.address, self._forming
-        if forming is not None:
+        if forming is not None and forming.world_size:
             return RendezvousError(
                 f"{len(self._came)} of {forming.world_size} workers came to group {self._group!r} of the broker at "
                 f"{address} within {timeout_s:g} s ({', '.join(self._came)}): check that the others were started, "

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from zrpc import finalizers, remote_text
-from zrpc.errors import AgentClosedError, PeerLostError, ProtocolError
+from zrpc.errors import AgentClosedError, ConnectionLostError, PeerLostError, ProtocolError
 from zrpc.exception_text import log_error
 from zrpc.wire import packed_bytes
 
@@ -105,7 +105,7 @@ class Batches:
             frame = messages[0] if len(messages) == 1 else _PREFIX + msgpack.packb(messages)
             try:
                 self._send(peer, (frame,))
-            except (PeerLostError, AgentClosedError) as gone:
+            except (PeerLostError, ConnectionLostError, AgentClosedError) as gone:
                 finalizers.defer(partial(log.debug, _UNSENT + ": %s", len(messages), peer.hex(), gone))
                 if isinstance(gone, PeerLostError):
                     self._forget(peer)

@@ -4,13 +4,16 @@ The worker has two DEALERs, both connected to the broker's one ROUTER (`zrpc.tra
 sends on the one, under its lock; the reading thread reads the other. Before it is ever read, the second one says hello,
 so that the broker knows that it can be answered.
 
-A connection to the broker that breaks is not made again: the broker's ROUTER drops what waited for it, so going on
-would lose messages without a word. Every peer is then reported lost, and the broker, which sees the receiving
-connection go, tells the others.
+A connection to the broker that breaks may have lost messages both ways. So it is not silently made again: what others
+are to be sent through it is refused (`NotConnectedError`), those who wait for answers are told (`on_break`), and the
+watcher looks for a broker (`zrpc.transport.relaying`). When that has the group together, the membership says so
+(`resume`). If there is none in time every peer is reported lost. A broker that lives, and sees a worker's receiving
+connection go, takes it for lost and tells the others.
 
 Workers of one host have links of their own (`zrpc.transport.local_links`), and pass the broker by. It tells of comings,
 goings and losses as ever; what a worker that is gone has sent on its link is delivered before. Links take no more than
-half of the files that this process may open: who uses a broker need not raise that limit.
+half of the files that this process may open: who uses a broker need not raise that limit. While there is no broker, a
+worker of this host whose link is closed is lost.
 
 A second thread, the watcher, reads the two sockets' monitors and drains the queue of what did not fit into the socket.
 """
@@ -20,21 +23,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import zmq
-
 from zrpc import finalizers
-from zrpc.errors import PeerLostError
+from zrpc.errors import NotConnectedError, PeerLostError
 from zrpc.exception_text import log_error
 from zrpc.transport import sockets
+from zrpc.transport.broker_connection import BrokerConnection
+from zrpc.transport.brokers import Finder
 from zrpc.transport.credit import CreditLink
-from zrpc.transport.hub import BROKER, RECEIVER, SENDER
+from zrpc.transport.hub import BROKER
 from zrpc.transport.link_endpoint import LinkEndpoint
-from zrpc.transport.socket_link import RelayLink, SocketLink
-from zrpc.transport.watch import EVENTS, HANDSHAKE_FAILED, ConnectionState
+from zrpc.transport.relaying import Listeners, Relaying
+from zrpc.transport.socket_link import RelayLink
 from zrpc.wire.envelope import Buffer
 
 if TYPE_CHECKING:
@@ -48,20 +52,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
-
 OnControl = Callable[[list[Buffer]], None]
 """`on_control(frames)`: the broker itself sent a message. Runs on the reading thread: it must not block."""
-
 OnBrokerLost = Callable[[str, bool], None]
+OnBreak = Callable[[frozenset["Incarnation"], str], None]
 
 
-def _ignore(*_: object) -> None:
-    """Nobody listens yet."""
+def _ignore(*_: object) -> None: ...
 
 
 CREDIT_NBYTES = 64 << 20
-"""What may be on the way to one peer that has not read it. It may lie in the broker, once for each worker that sends to
-the same one."""
+"""What may be on the way to one peer that has not read it. It may lie in the broker, once for each sender."""
+GRACE_S = 30.0
+ON_READER_S = 0.1
+_SEARCHING = "there is no connection to a broker, and one is looked for. Nothing was sent"
 
 
 class BrokeredEndpoint(LinkEndpoint):
@@ -70,11 +74,12 @@ class BrokeredEndpoint(LinkEndpoint):
     Peers are known by `add_peer`; the membership calls it, and `lose_peer` or `remove_peer` when they are gone.
 
     Args:
-        address: the broker's, `broker://host:port` or `tcp://host:port`.
-        incarnation: this life of the worker.
+        addresses: the broker's, `broker://host:port` or `tcp://host:port`, or those of several.
+        incarnation: this life.
         local: have links with workers of this host.
         busy_poll_s: see `Polling`.
         credentials: what it proves itself with, and whom it lets in; None: nothing, and anybody.
+        grace_s: how long a broker is looked for after a connection broke.
 
     Attributes:
         heard_at: when anything last came from the broker (`time.monotonic`).
@@ -84,24 +89,36 @@ class BrokeredEndpoint(LinkEndpoint):
     """
 
     def __init__(
-        self, address: str, incarnation: Incarnation, *, local: bool = False, busy_poll_s: float = 0.0,
-        credentials: Credentials | None = None,
+        self, addresses: str | Sequence[str], incarnation: Incarnation, *, local: bool = False,
+        busy_poll_s: float = 0.0, credentials: Credentials | None = None, grace_s: float = GRACE_S,
     ) -> None:  # fmt: skip
-        self.address = address
-        self._numeric_address = sockets.split_address(sockets.resolve(address))
+        self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
+        self._numeric_addresses = {sockets.split_address(sockets.resolve(one)) for one in self._addresses}
         self._on_control: OnControl = _ignore
         self._on_broker_lost: OnBrokerLost = _ignore
+        self._on_connected: Callable[[], None] = _ignore
+        self._on_broken: Callable[[], None] = _ignore
+        self._on_local_lost: OnLost = _ignore
+        self._on_break: OnBreak = _ignore
+        self._on_resume: Callable[[], None] = _ignore
         self.heard_at = time.monotonic()
+        self._group = ""
         self._broker_lost: str | None = None
-        self._connections_up = 0
-        self._connection_state = ConnectionState()
+        self._for_reader: deque[Callable[[], None]] = deque()
+        self._connection: BrokerConnection
         super().__init__(
             incarnation, self._make_receiver, local=local, is_thrifty=True, busy_poll_s=busy_poll_s, wake=[BROKER, b""],
             credentials=credentials,
         )  # fmt: skip
-        self._poller = zmq.Poller()
-        for sock in (self._watcher_end, self._sender_monitor, self._receiver_monitor):
-            self._poller.register(sock, zmq.POLLIN)
+        finder = Finder(self._context, self._addresses, incarnation, credentials, self._is_over)
+        listeners = Listeners(
+            self._break, self._note_heard, lambda: self._on_connected(), self.lose_broker, self._do_on_reader,
+            self._is_over,
+        )  # fmt: skip
+        self._relaying = Relaying(self._addresses, self._connection, finder, grace_s, listeners)
+        if self._local_links is not None:
+            self._local_links.tell(self._on_link_closed)
+        self._closed_links: dict[Incarnation, str] = {}  # of workers of this host; owned by the lock
         self._peers: set[Incarnation] = set()  # those who are there; owned by the lock
         self._deliver_lock = threading.Lock()  # owns what came before `start`
         self._early: list[tuple[Incarnation, list[Buffer] | str]] = []
@@ -117,7 +134,7 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def remote_addresses(self) -> set[tuple[str, int]]:
         """See `fork.Connected`: the broker's."""
-        return {self._numeric_address}
+        return self._numeric_addresses
 
     def start(self, on_frames: OnFrames, on_lost: OnLost) -> None:
         """Begin to deliver; see `Endpoint.start`. What came since `open` is delivered before this returns."""
@@ -134,17 +151,40 @@ class BrokeredEndpoint(LinkEndpoint):
     def watch(self, peer: Incarnation) -> None:
         """See `Endpoint.watch`: the broker tells of every loss."""
 
+    @property
+    def address(self) -> str:
+        """Of the broker that it is connected to, or was."""
+        return self._relaying.address
+
     # ---- for the membership -----------------------------------------------------------------------------------------
 
-    def tell(self, on_control: OnControl, on_broker_lost: OnBrokerLost) -> None:
-        """Say who is to be told. To be called once, before `open`.
+    def tell(
+        self, on_control: OnControl, on_broker_lost: OnBrokerLost, on_broken: Callable[[], None],
+        on_connected: Callable[[], None], on_local_lost: OnLost, group: str,
+    ) -> None:  # fmt: skip
+        """Say who is to be told. To be called once, before `open`. None may block.
 
         Args:
             on_control: takes the broker's own messages.
-            on_broker_lost: is told when the broker is gone, why, and whether it refused this worker. Any thread; it
-                must not block.
+            on_broker_lost: is told that it is gone, why, and whether it refused this worker. Any thread.
+            on_broken: is told when the connection broke, and a broker is looked for. On the watcher.
+            on_connected: is told when there is a connection again. On the watcher.
+            on_local_lost: is told of a worker of this host that is gone, while there is no broker.
+            group: which of the broker's groups this is about.
         """
         self._on_control, self._on_broker_lost = on_control, on_broker_lost
+        self._on_broken, self._on_connected, self._on_local_lost = on_broken, on_connected, on_local_lost
+        self._group = group
+
+    def tell_breaks(self, on_break: OnBreak, on_resume: Callable[[], None]) -> None:
+        """Say who is to be told of connections that break. To be called once, before `open`.
+
+        Args:
+            on_break: is told which workers were sent to through the broker, and why the connection is gone. It returns
+                when what came of that is done: only then a broker is looked for. On the watcher.
+            on_resume: is told that they can be sent to again. On the reading thread: it must not block.
+        """
+        self._on_break, self._on_resume = on_break, on_resume
 
     def open(self) -> None:
         """Begin to read: the broker's messages are taken from now on, the workers' kept until `start`. Idempotent.
@@ -156,17 +196,40 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def tell_broker(self, frames: Sequence[Buffer]) -> None:
         """Send a message to the broker itself. Raises what `send` raises."""
-        if self._broker_lost is not None:
+        if self._is_over():
             raise self._refusal(BROKER)
+        if self._relaying.is_searching:
+            raise NotConnectedError(_SEARCHING)
         try:
-            self._to_broker.send(frames, BROKER)
+            self._connection.link.send(frames, BROKER)
         except PeerLostError as error:
-            raise self._refusal(BROKER) from error
+            raise NotConnectedError(_SEARCHING) from error
         self.inbox.polling.give_way()
 
     def is_connected(self) -> bool:
         """Whether both connections to the broker are made."""
-        return self._connections_up == 2
+        return self._connection.is_up
+
+    def is_host_gone(self, for_s: float) -> bool:
+        """See `BrokerConnection.is_host_gone`."""
+        return self._connection.is_host_gone(for_s)
+
+    def is_resumed(self) -> bool:
+        """Whether others can be sent to through the broker."""
+        return self._relaying.is_resumed
+
+    def break_off(self, reason: str) -> None:
+        """The broker does not answer: look for one. Any thread."""
+        with self._lock:
+            if not self._is_over():
+                self.heard_at = time.monotonic()
+                self._relaying.ask_to_break(reason)
+                self._wake(self._watcher_wake)
+
+    def resume(self) -> None:
+        """The broker has the group together again: others can be sent to."""
+        if self._relaying.resume():
+            self._on_resume()
 
     def add_peer(self, peer: Incarnation) -> None:
         """A worker can be sent to from now on."""
@@ -185,6 +248,7 @@ class BrokeredEndpoint(LinkEndpoint):
             link = self._links.pop(peer, None)
             self._gone.note(peer, reason)
             self._owed.pop(peer, None)
+            self._closed_links.pop(peer, None)
         if link is not None:
             link.close(linger_s=0.0)
         return known
@@ -194,12 +258,13 @@ class BrokeredEndpoint(LinkEndpoint):
         if self.remove_peer(peer, reason):
             self._deliver(peer, reason)
 
-    def lose_broker(self, reason: str, *, is_refused: bool = False) -> None:
+    def lose_broker(self, reason: str, is_refused: bool = False) -> None:
         """The broker is gone, or lets this worker in no more (`is_refused`), and every peer with it. Idempotent."""
         with self._lock:
             if self._closed or self._broker_lost is not None:
                 return
             self._broker_lost = reason
+            self._relaying.give_up()
             peers = list(self._peers)
             self._wake(self._reader_wake)
         for peer in peers:
@@ -209,11 +274,10 @@ class BrokeredEndpoint(LinkEndpoint):
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _make_receiver(self, context: sockets.Context) -> sockets.Socket:
-        sender, self._sender_monitor = self._connect(context, SENDER + self.incarnation)
-        receiver, self._receiver_monitor = self._connect(context, RECEIVER + self.incarnation)
-        receiver.send(b"")
-        self._to_broker = SocketLink(sender, self._on_queued)
-        return receiver
+        self._connection = BrokerConnection(context, self.incarnation, self._credentials, self._on_queued)
+        if len(self._addresses) == 1:  # else the watcher looks for one
+            self._connection.connect(self._addresses[0])
+        return self._connection.receiver
 
     def _open(self, peer: Incarnation) -> Link:
         with self._lock:
@@ -222,25 +286,22 @@ class BrokeredEndpoint(LinkEndpoint):
             link = self._links.get(peer)
             if link is None and self._local_links is not None:
                 link = self._local_links.connect(peer)
-            link = self._links[peer] = link or CreditLink(RelayLink(peer, self._to_broker), CREDIT_NBYTES)
+            if link is None:
+                if not self.is_resumed():
+                    raise NotConnectedError(_SEARCHING)
+                link = CreditLink(RelayLink(peer, self._connection.link), CREDIT_NBYTES)
+            self._links[peer] = link
             return link
 
-    def _connect(self, context: sockets.Context, identity: bytes) -> tuple[sockets.Socket, sockets.Socket]:
-        """A DEALER connected to the broker, and its monitor."""
-        sock = sockets.make_socket(context, zmq.DEALER, identity=identity)
-        monitor = sockets.make_monitor(context, sock, EVENTS | zmq.EVENT_MONITOR_STOPPED)
-        sockets.connect(sock, self.address, self._credentials)
-        return sock, monitor
-
     def _close_links(self, links: Sequence[Link], deadline: float) -> None:
+        to_broker = self._connection.link
         if can_flush := self.is_connected() and self._broker_lost is None:
-            self._to_broker.flush(deadline - time.monotonic())
-        self._to_broker.close(deadline - time.monotonic() if can_flush else 0.0)
+            to_broker.flush(deadline - time.monotonic())
+        to_broker.close(deadline - time.monotonic() if can_flush else 0.0)
         super()._close_links(links, deadline)
 
     def _close_monitors(self) -> None:
-        self._sender_monitor.close()
-        self._receiver_monitor.close()
+        self._connection.close_monitors()
 
     def _why_gone(self, peer: bytes) -> str:
         return self._broker_lost or super()._why_gone(peer)
@@ -250,6 +311,8 @@ class BrokeredEndpoint(LinkEndpoint):
 
     def _take(self, source: bytes, frames: list[Buffer]) -> Work | None:
         if self._is_over() or (source == BROKER and len(frames) == 1 and not frames[0]):  # that only wakes the reader
+            while self._for_reader:
+                self._for_reader.popleft()()
             return None
         if not self.inbox.is_on_link:
             self.heard_at = time.monotonic()
@@ -277,26 +340,61 @@ class BrokeredEndpoint(LinkEndpoint):
         return self._on_frames(source, what)
 
     def _wait_sent(self, deadline: float) -> None:
-        """Wait until the closed sender has sent all, up to `deadline`; see `ConnectionWatch.wait_closed`."""
-        while (left_s := deadline - time.monotonic()) > 0 and self._sender_monitor.poll(int(left_s * 1000) + 1):
-            if sockets.receive_event(self._sender_monitor) == zmq.EVENT_MONITOR_STOPPED:
-                return
+        self._connection.await_sent(deadline)
+
+    # ---- the watcher ------------------------------------------------------------------------------------------------
 
     def _watch_once(self) -> None:
-        ready = dict(self._poller.poll(self._drain_interval_ms))
-        if self._watcher_end in ready:
-            self._watcher_end.recv_multipart()
-        for monitor in (self._sender_monitor, self._receiver_monitor):
-            if monitor in ready:
-                self._on_monitor(sockets.receive_event(monitor))
+        self._relaying.watch_once(self._watcher_end, self._drain_interval_ms, self._group)
 
-    def _on_monitor(self, event: int) -> None:
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self.heard_at = time.monotonic()
-            self._connections_up += 1
-        elif event == zmq.EVENT_DISCONNECTED and self._connections_up:
-            self.lose_broker(f"the connection to the broker at {self.address} broke")
-        elif event in (*HANDSHAKE_FAILED, zmq.EVENT_CONNECTED) and (
-            reason := self._connection_state.on_event(event, time.monotonic())
-        ):
-            self.lose_broker(f"the broker at {self.address} refused this worker: {reason}", is_refused=True)
+    def _break(self, reason: str) -> None:
+        """The connection is gone: nothing leaves through it any more, and what was on its way may be lost."""
+        with self._lock:
+            relayed = {peer: link for peer, link in self._links.items() if isinstance(link, CreditLink)}
+            for peer in relayed:
+                del self._links[peer]
+                self._owed.pop(peer, None)
+            gone = dict(self._closed_links)
+        for link in relayed.values():
+            link.break_off()
+        for peer, why in gone.items():
+            self._do_on_reader(partial(self._lose_local, peer, why))
+        self._on_break(frozenset(relayed), reason)
+        self._on_broken()
+
+    def _note_heard(self) -> None:
+        self.heard_at = time.monotonic()
+
+    def _do_on_reader(self, task: Callable[[], None]) -> bool:
+        """Have the reading thread do `task`, and wait for it; false: reading is over."""
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                task()
+            except Exception as error:  # it has more to read
+                finalizers.defer(partial(log_error, log, "what the watcher asked for was not done", error=error))
+            finally:
+                done.set()
+
+        self._for_reader.append(run)
+        while not self._is_over():
+            self.interrupt()
+            if done.wait(ON_READER_S):
+                return True
+        return False
+
+    # ---- workers of this host ---------------------------------------------------------------------------------------
+
+    def _on_link_closed(self, peer: Incarnation, reason: str) -> None:
+        """On the reading thread. While there is a broker, it says what became of that worker."""
+        with self._lock:
+            if peer not in self._peers:
+                return
+            self._closed_links[peer] = reason
+        if not self.is_resumed():
+            self._lose_local(peer, reason)
+
+    def _lose_local(self, peer: Incarnation, reason: str) -> None:
+        self.lose_peer(peer, reason)
+        self._on_local_lost(peer, reason)

@@ -185,6 +185,11 @@ class Carrier:
             self._shared_memory.forget(peer)
         self._transfers.forget(peer)
 
+    def break_off(self, peers: frozenset[Incarnation]) -> None:
+        """What was on its way from these peers may be lost: what has come of it in part is dropped."""
+        for peer in peers:
+            self._transfers.forget(peer)
+
     def trim(self) -> float:
         """Give back memory that is kept for use again and was not used lately. For the control thread.
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from zrpc.errors import PeerLostError, ZrpcError
+from zrpc.errors import NotConnectedError, PeerLostError, ZrpcError
 from zrpc.wire.envelope import nbytes_of
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class CreditLink:
         self._link = link
         self._lock = threading.Lock()
         self._credit: Credit[Sequence[Buffer]] = Credit(credit_nbytes)
-        self._closed = False
+        self._closed: ZrpcError | None = None
         self._is_clear = True  # nothing waits or is just being sent; anybody may read it
 
     @property
@@ -162,8 +162,8 @@ class CreditLink:
             self._link.send(frames)
             return
         with self._lock:
-            if self._closed:
-                raise PeerLostError("the connection is closed")
+            if self._closed is not None:
+                raise type(self._closed)(str(self._closed))
             try:
                 self._carry_out(self._credit.send(frames, nbytes_of(frames)))
             except BaseException:
@@ -187,10 +187,17 @@ class CreditLink:
 
     def close(self, linger_s: float) -> None:
         """See `Link.close`."""
-        with self._lock:
-            self._closed = True
-            self._credit.release()
+        self._end(PeerLostError("the connection is closed"))
         self._link.close(linger_s)
+
+    def break_off(self) -> None:
+        """The connection below is gone: drop what waits, and have later messages raise `NotConnectedError`."""
+        self._end(NotConnectedError("the connection to the broker broke. The message was not sent"))
+
+    def _end(self, error: ZrpcError) -> None:
+        with self._lock:
+            self._closed = self._closed or error
+            self._credit.release()
 
     def _carry_out(self, steps: list[Sequence[Buffer] | Mark]) -> None:
         """Send `steps`; what is not sent waits again. Call it under the lock."""

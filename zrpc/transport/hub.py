@@ -8,6 +8,11 @@ and the worker needs no port of its own.
     hub to worker   [RECEIVER + destination] source, frames...    source b"": the broker itself
     hello           [RECEIVER + source] b""                       the receiver can be reached from now on
 
+A hello may bring a message to the broker, which answers on that very connection.
+
+A worker that connects again puts a few random bytes behind its incarnation in both identities (`new_end`): so what is
+left of the connection before is never in its way.
+
 - Frames between workers pass as they came (`copy=False`); only members of one room reach each other.
 - `ROUTER_MANDATORY` makes both kinds of trouble visible: EHOSTUNREACH means that the receiver's connection is gone,
   and with it the worker; EAGAIN that it is at its high-water mark, and then messages wait in a backlog that is counted
@@ -37,6 +42,7 @@ from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
 from zrpc.transport.credentials import Authenticator, keyring_of
 from zrpc.transport.senders import Senders
+from zrpc.transport.silence import is_gone
 
 if TYPE_CHECKING:
     from zrpc.transport.credentials import Credentials
@@ -46,6 +52,9 @@ SENDER = b"S"
 RECEIVER = b"R"
 BROKER = b""
 """Stands for the broker as a source or a destination."""
+END_NBYTES = 4
+_SOURCE = slice(1, 1 + INCARNATION_NBYTES)
+_IDENTITY_NBYTES = (1 + INCARNATION_NBYTES, 1 + INCARNATION_NBYTES + END_NBYTES)
 
 BACKLOG_MAX_NBYTES = 256 << 20
 CONTROL_MAX_NBYTES = 1 << 20
@@ -63,9 +72,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The receiver of `source` is connected."""
+    """The receiver of `source` is connected. `is_again`: the one that it had before was not seen to end."""
 
     source: Incarnation
+    is_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,7 @@ class _Peer:
     incarnation: Incarnation
     receiver: bytes
     said_hello: bool = False
+    file: int | None = None  # of the connection
     room: dict[Incarnation, _Peer] | None = None
     backlog: deque[tuple[bytes, Frames]] = field(default_factory=deque)
     backlog_nbytes: int = 0
@@ -182,6 +193,11 @@ class Hub:
         known = self._peers.get(peer)
         return known is not None and known.said_hello
 
+    def is_host_gone(self, peer: Incarnation, for_s: float) -> bool:
+        """Whether the host of `peer` has acknowledged nothing for so long, though it was sent something."""
+        known = self._peers.get(peer)
+        return known is not None and is_gone(known.file, for_s)
+
     def take_active(self) -> set[Incarnation]:
         """Who sent anything since the last call."""
         active, self._active = self._active, set()
@@ -244,21 +260,30 @@ class Hub:
         while frame.more:
             frame = recv(_NOW, copy=False)
             parts.append(frame)
-        if len(origin) != 1 + INCARNATION_NBYTES or origin[:1] not in (SENDER, RECEIVER) or not parts:
+        if len(origin) not in _IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER) or not parts:
             text = f"{len(parts)} frames came, and not from a zrpc worker"
             protocol_errors.received.note("message", reprlib.repr(origin), text, at_once=True)
             return True
-        source = origin[1:]
+        source = origin[_SOURCE]
         if self._senders is not None and not self._senders.is_from(source, frame):
             return True
         if origin[:1] == SENDER:
             self._active.add(source)
             self._route(source, parts)
         else:
-            self._peer(source).said_hello = True
-            self._events.append(Hello(source))
-            self._check_room()
+            self._on_hello(self._peer(source), origin, frame)
+            if any(map(len, parts)):
+                self._take_control(source, parts)
         return True
+
+    def _on_hello(self, peer: _Peer, receiver: bytes, frame: zmq.Frame) -> None:
+        is_again = peer.said_hello and peer.receiver != receiver
+        if is_again:
+            self.forget(peer.incarnation)
+            peer = self._peer(peer.incarnation)
+        peer.receiver, peer.said_hello, peer.file = receiver, True, int(frame.get(zmq.SRCFD))
+        self._events.append(Hello(peer.incarnation, is_again))
+        self._check_room()
 
     def _check_room(self) -> None:
         """Say so before there is no room: ZeroMQ refuses connections without a word."""
@@ -272,16 +297,7 @@ class Hub:
     def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
         destination = parts.pop(0).bytes
         if destination == BROKER:
-            if sum(map(len, parts)) > CONTROL_MAX_NBYTES:
-                protocol_errors.received.note(
-                    "message", source.hex(), "it is for the broker, and too large for that", at_once=True
-                )
-                return
-            frames: list[Buffer] = [part.bytes for part in parts]
-            if any(
-                frames
-            ):  # else it is what an interrupted sender leaves behind (`zrpc.transport.socket_link.send_frames`)
-                self._events.append(Control(source, frames))
+            self._take_control(source, parts)
             return
         known = self._peers.get(source)
         room = None if known is None else known.room
@@ -290,6 +306,15 @@ class Hub:
             self._events.append(Undelivered(source, destination))
         elif parts:
             self._push(peer, source, parts)
+
+    def _take_control(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
+        if sum(map(len, parts)) > CONTROL_MAX_NBYTES:
+            text = "it is for the broker, and too large for that"
+            protocol_errors.received.note("message", source.hex(), text, at_once=True)
+            return
+        frames: list[Buffer] = [part.bytes for part in parts]
+        if any(frames):  # else an interrupted sender left it behind (`zrpc.transport.socket_link.send_frames`)
+            self._events.append(Control(source, frames))
 
     def _push(self, peer: _Peer, source: bytes, frames: Frames) -> None:
         if not peer.backlog and self._try_send(peer, source, frames):

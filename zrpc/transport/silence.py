@@ -53,19 +53,30 @@ class Account(NamedTuple):
         return is_idle or self.retransmits >= UNANSWERED_MIN or self.probes >= UNANSWERED_MIN
 
 
-def account_of(descriptor: int, port: int) -> Account | None:
+def is_gone(descriptor: int | None, for_s: float) -> bool:
+    """Whether the other host has acknowledged nothing for so long that it should have.
+
+    Args:
+        descriptor: of a TCP connection; None, or of anything else: it is not known, which is false.
+        for_s: how long, in seconds.
+    """
+    account = None if descriptor is None else account_of(descriptor)
+    return account is not None and account.is_silent(for_s)
+
+
+def account_of(descriptor: int, port: int | None = None) -> Account | None:
     """What the kernel says of the TCP connection of `descriptor`; None: it is none, not any more, or not to `port`.
 
     Args:
         descriptor: a socket of ZeroMQ's, which may have closed it by now.
-        port: of the other end.
+        port: of the other end; None: any.
     """
     if not IS_KNOWN:
         return None
     with suppress(OSError):
         borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
         try:
-            if borrowed.getpeername()[1] == port:
+            if borrowed.getpeername()[1] == port or port is None:
                 return Account(*_INFO.unpack(borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)))
         finally:
             borrowed.detach()

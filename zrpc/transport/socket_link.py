@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from zrpc.errors import OverloadedError, PeerLostError
+from zrpc.errors import NotConnectedError, OverloadedError, PeerLostError
 from zrpc.transport.link import MAX_QUEUED, MAX_QUEUED_NBYTES, SEND_COPY_MAX_NBYTES
 from zrpc.wire.envelope import nbytes_of
 
@@ -126,8 +126,16 @@ class RelayLink:
         return 0
 
     def send(self, frames: Sequence[Buffer]) -> None:
-        """See `Link.send`."""
-        self._to_broker.send(frames, self._peer)
+        """See `Link.send`.
+
+        Raises:
+            NotConnectedError: the connection to the broker is closed. The peer may well live.
+            OverloadedError: too much waits for it.
+        """
+        try:
+            self._to_broker.send(frames, self._peer)
+        except PeerLostError as error:
+            raise NotConnectedError(f"the connection to the broker broke ({error}). The message was not sent") from None
 
     def flush(self, timeout_s: float) -> None:
         """See `Link.flush`: the link to the broker is flushed for all."""

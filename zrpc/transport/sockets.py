@@ -146,6 +146,13 @@ def receive_full_event(monitor: Socket, flags: int = 0) -> tuple[int, int, str]:
     return event, value, address.decode()
 
 
+def receive_event_and_file(monitor: Socket) -> tuple[int, int]:
+    """The same, with what the event says of its connection: its descriptor, or an error."""
+    told, _ = monitor.recv_multipart()
+    event, value = _MONITOR_EVENT.unpack(told)
+    return event, value
+
+
 def keep_to_the_end(endpoint: object) -> None:
     """Let the system close the sockets of `endpoint` when the process is gone, and nothing before.
 

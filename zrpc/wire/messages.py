@@ -321,8 +321,7 @@ class JoinContexts(Message):
 class Register(Message):
     """A worker asks the broker to be let in. `rank` -1: give me one. `world_size` 0: the group may grow and shrink.
 
-    `card` is the worker's own record, kept and handed to the others as it is. `group` keeps apart the runs that one
-    broker serves at the same time.
+    `card` is its own record, handed to the others as it is. `group` keeps apart what one broker serves at a time.
     """
 
     name: str
@@ -335,14 +334,15 @@ class Register(Message):
 @_message(41)
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
-    """The group is complete (or, if dynamic, you are in it): the broker's answer to `Register`.
+    """The group is complete (or, if dynamic, you are in it): the broker's answer to `Register` and `Rejoin`.
 
-    `members` holds a `[incarnation, name, rank, card]` for every worker there, this one included.
+    `members` holds a `[incarnation, name, rank, card]` for every worker there. One that comes back says the `run`.
     """
 
     rank: int
     members: list[Any]
     heartbeat_interval_s: float
+    run: bytes = b""
 
 
 @_message(42)

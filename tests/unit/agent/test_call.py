@@ -32,6 +32,7 @@ class Owner:
         self.calls: dict[int, Call] = {}
         self.opened: list[threading.Thread] = []
         self.discarded: list[Envelope] = []
+        self.unsent: set[int] = set()
         self.open: Callable[[Envelope], Payload] = lambda envelope: Payload(envelope.data)
 
     def call(self, timeout_s: float = 0.0) -> Call:
@@ -50,6 +51,9 @@ class Owner:
 
     def abandon(self, call_id: int) -> bool:
         return self.calls.pop(call_id, None) is not None
+
+    def withdraw(self, call_id: int) -> bool:
+        return call_id in self.unsent
 
     def wait_for(self, wanted: Call, deadline: float | None) -> None:
         wanted.block(deadline)
@@ -155,6 +159,14 @@ def test_the_time_limit_ends_the_wait_and_the_call() -> None:
     assert owner.calls == {}
     assert not owner.finish(ANSWER), "a late answer finds nobody"
     assert isinstance(call.error, RpcTimeoutError)
+
+
+def test_a_call_that_ran_out_of_time_before_it_could_be_sent_says_that_it_was_not() -> None:
+    owner = Owner()
+    call = owner.call(0.01)
+    owner.unsent.add(call.call_id)
+    with pytest.raises(RpcTimeoutError, match="It was not sent, as there is no connection to a broker"):
+        call.wait()
 
 
 def test_a_call_whose_time_is_over_before_the_wait_ends_at_once() -> None:

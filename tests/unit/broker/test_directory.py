@@ -46,7 +46,8 @@ def test_a_static_group_is_welcomed_when_it_is_complete() -> None:
     actions = d.register(B, register("b", 0, 2))
     assert actions[:2] == [Admit(A, 1), Admit(B, 1)]
     members = [[B, "b", 0, {}], [A, "a", 1, {}]]
-    assert actions[2:] == [Tell(A, Welcome(1, members, 2.0)), Tell(B, Welcome(0, members, 2.0))]
+    run = told(actions, A, Welcome).run
+    assert actions[2:] == [Tell(A, Welcome(1, members, 2.0, run)), Tell(B, Welcome(0, members, 2.0, run))]
 
 
 def test_ranks_left_to_the_broker_are_the_lowest_that_nobody_asks_for() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from zrpc_broker.liveness import PROBE_DELAYS_S, Liveness
+from zrpc_broker.liveness import PROBE_DELAYS_S, Liveness, Standing
 
 A, B = b"A" * 8, b"B" * 8
 
@@ -64,7 +64,7 @@ def test_a_hint_makes_several_probes_and_then_none() -> None:
 
 def test_it_says_how_long_nothing_is_due() -> None:
     watch = liveness()
-    assert watch.wait_s(0.0) == 0.5
+    assert watch.wait_s(0.0) == 0.125
     watch.hint(0.0)
     assert watch.wait_s(0.0) == 0.0
     watch.tick(0.0)
@@ -80,3 +80,49 @@ def test_a_worker_that_keeps_its_interval_is_never_lost(gaps: list[float]) -> No
         now += gap
         assert watch.tick(now) == ([], False)
         watch.heard(A, now)
+
+
+def acknowledges(member: bytes, for_s: float) -> bool:
+    return False
+
+
+def is_gone(member: bytes, for_s: float) -> bool:
+    return True
+
+
+def test_a_silent_worker_is_asked_and_lost_where_its_host_does_not_acknowledge() -> None:
+    watch = liveness()
+    watch.heard(A, 0.0)
+    assert watch.look(1.2, is_gone) == []
+    assert watch.look(1.3, is_gone) == [(A, Standing.ASKED)]
+    assert watch.look(1.9, is_gone) == [], "it was not asked long ago"
+    assert watch.look(2.0, is_gone) == [(A, Standing.GONE)]
+    assert watch.members() == []
+    assert watch.look(3.0, is_gone) == []
+
+
+def test_a_silent_worker_whose_host_acknowledges_is_suspected_and_comes_back() -> None:
+    watch = liveness()
+    watch.heard(A, 0.0)
+    assert [watch.look(now, acknowledges) for now in (1.5, 2.0, 2.5)] == [
+        [(A, Standing.ASKED)], [(A, Standing.SUSPECTED)], [],
+    ]  # fmt: skip
+    watch.heard(A, 2.6)
+    assert watch.look(2.7, acknowledges) == [(A, Standing.HEARD)]
+    assert watch.look(2.8, acknowledges) == []
+    assert watch.members() == [A]
+
+
+def test_one_that_is_suspected_is_lost_when_its_host_vanishes_then() -> None:
+    watch = liveness()
+    watch.heard(A, 0.0)
+    watch.look(1.5, acknowledges)
+    watch.look(2.0, acknowledges)
+    assert watch.look(2.5, is_gone) == [(A, Standing.GONE)]
+
+
+def test_nobody_is_taken_for_gone_that_was_not_asked() -> None:
+    """A broker that was busy for long asks first."""
+    watch = liveness()
+    watch.heard(A, 0.0)
+    assert watch.look(10.0, is_gone) == [(A, Standing.ASKED)]

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from zrpc.cli.supervisor import BROKER, Phase, Report, StartWorkers, Stop, Supervisor
+from zrpc.cli.supervisor import BROKER, Phase, Report, RestartBroker, StartWorkers, Stop, Supervisor
 
 WORKERS = ["worker 0", "worker 1"]
 
@@ -51,6 +51,25 @@ def test_a_broker_that_ends_by_itself_is_a_failure(code: int, shown: int) -> Non
     supervisor = running()
     assert supervisor.exited(BROKER, code) == [Report(BROKER, code), Stop.TERMINATE]
     assert supervisor.exit_code == shown
+
+
+def test_a_broker_that_ends_while_workers_run_is_started_again_a_few_times() -> None:
+    supervisor = Supervisor(WORKERS, True, 2)
+    supervisor.begin()
+    supervisor.broker_listens()
+    assert supervisor.exited(BROKER, -9) == [RestartBroker(-9, 1)]
+    assert supervisor.broker_listens() == [], "the workers run already"
+    assert supervisor.exited(BROKER, 0) == [RestartBroker(0, 0)]
+    assert supervisor.exited(BROKER, -9) == [Report(BROKER, -9), Stop.TERMINATE]
+    assert supervisor.exit_code == 137
+
+
+def test_a_broker_that_ends_while_the_cluster_does_is_not_started_again() -> None:
+    supervisor = Supervisor(WORKERS, True, 2)
+    supervisor.begin()
+    supervisor.broker_listens()
+    assert supervisor.interrupted(2) == [Stop.TERMINATE]
+    assert supervisor.exited(BROKER, -2) == []
 
 
 def test_a_broker_that_cannot_start_is_the_end() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 
-from zrpc.transport.silence import IS_KNOWN, Account, account_of
+from zrpc.transport.silence import IS_KNOWN, Account, account_of, is_gone
 
 QUIET_MS = 5_000
 
@@ -44,3 +45,14 @@ def test_the_kernel_tells_of_a_connection_and_of_nothing_else() -> None:
                 assert connection.recv(10) == b"still open"
     with open("/dev/null", "rb") as file:
         assert account_of(file.fileno(), port) is None
+
+
+def test_of_what_is_no_open_connection_nothing_is_known() -> None:
+    end, other = os.pipe()
+    try:
+        assert not is_gone(end, 0.0)
+    finally:
+        os.close(end)
+        os.close(other)
+    assert not is_gone(end, 0.0)
+    assert not is_gone(None, 0.0)

@@ -48,6 +48,7 @@ from zrpc.wire.messages import (
 )
 from zrpc.wire.payload import open_payload
 from zrpc.wire.region import MEMBER_MAX_NBYTES
+from zrpc.wire.rejoining import Locate, Located, Rejoin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,8 +96,8 @@ GOLDEN: list[tuple[Message, str]] = [
         "72756ec09090c400",
     ),
     (
-        Welcome(1, [[WHO, "a", 0, {}]], 2.0),
-        "9801290793019194c4083132333435363738a1610080cb4000000000000000c09090c400",
+        Welcome(1, [[WHO, "a", 0, {}]], 2.0, WHO),
+        "9801290794019194c4083132333435363738a1610080cb4000000000000000c4083132333435363738c09090c400",
     ),
     (Refused("taken"), "98012a0791a574616b656ec09090c400"),
     (Joined(WHO, "a", 0, {"host": "h"}), "98012b0794c4083132333435363738a1610081a4686f7374a168c09090c400"),
@@ -104,6 +105,12 @@ GOLDEN: list[tuple[Message, str]] = [
     (Leave(), "98012d0790c09090c400"),
     (Heartbeat(), "98012e0790c09090c400"),
     (Forming(["a", "b"], 3, 2.0), "98012f079392a161a16203cb4000000000000000c09090c400"),
+    (
+        Rejoin("a", 0, 2, {}, "run", WHO, [[WHO, "b", 1]], [WHO]),
+        "9801300798a161000280a372756ec40831323334353637389193c4083132333435363738a1620191c4083132333435363738c09090c400",
+    ),
+    (Locate("run"), "9801310791a372756ec09090c400"),
+    (Located(3), "980132079103c09090c400"),
 ]
 """Each message with call id 7 and nothing beside it. Other bytes mean another protocol: raise PROTOCOL_VERSION."""
 

@@ -12,6 +12,7 @@ from zrpc import lifecycle
 from zrpc.agent.current import is_agent_set
 from zrpc.compat.rpc import api, backend_registry
 from zrpc.compat.rpc.options import RpcBackendOptions
+from zrpc.config import BROKER_SCHEME
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.membership.rendezvous import resolve_rank
 
@@ -45,7 +46,7 @@ def init_rpc(
     if backend.name == backend_registry.OWN:
         backend_registry.check_options(rpc_backend_options)
     init_method = lifecycle.init_method_of(rpc_backend_options)
-    if init_method.startswith(lifecycle.BROKER_SCHEME):
+    if init_method.startswith(BROKER_SCHEME):
         lifecycle.init_rpc(name, None, rank, world_size, rpc_backend_options)
         return
     rank, world_size = resolve_rank(rank, world_size or None, init_method)
