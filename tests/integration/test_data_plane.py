@@ -35,6 +35,8 @@ SIZES = {INLINE: 1_024, FRAME: 10_240, SLAB: 81_920, CHUNKS: 61_440}
 """How large values are, in bytes, to take a path. Their largest part may have four times as much."""
 CHUNK_MIN_NBYTES, CHUNK_NBYTES = 50_000, 20_000
 """Chunks are made of smaller values here than otherwise, so that all can be sent; the real sizes have a test too."""
+BUFFERS = 6
+"""Their place in a header."""
 SLOTS = {4: SLAB, 2: CHUNKS}
 """The paths that have descriptors, by the length of those."""
 
@@ -47,7 +49,7 @@ class Recorder:
     chunk_nbytes: int = 0
 
     def record(self, frames: Sequence[Buffer]) -> None:
-        *_, buffers, _ = msgpack.unpackb(frames[0])
+        buffers = msgpack.unpackb(frames[0])[BUFFERS]
         regions = {entry[0] for entry in buffers if isinstance(entry, list) and len(entry) == MEMBER_LENGTH}
         if None in buffers:  # packed buffers are tiny ones; their region, and their sizes behind it
             self.seen += [(nbytes, INLINE) for (nbytes,) in struct.iter_unpack("<H", buffers.pop())]

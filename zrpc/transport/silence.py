@@ -23,6 +23,8 @@ IS_KNOWN = sys.platform.startswith("linux")
 """Whether the system tells."""
 KEEPALIVE_S = 1
 """How often an idle connection is probed, and one that gives no answer is probed again."""
+PROBED_S = 3.0 * KEEPALIVE_S
+"""In less than that an idle connection may not have been probed."""
 UNANSWERED_MIN = 2
 """So many sendings in a row that were not acknowledged are needed: a single one may have left just now."""
 _INFO = struct.Struct("=xx2B20xI28xI84xI")  # up to tcpi_notsent_bytes; see <linux/tcp.h>
@@ -58,10 +60,10 @@ def is_gone(descriptor: int | None, for_s: float) -> bool:
 
     Args:
         descriptor: of a TCP connection; None, or of anything else: it is not known, which is false.
-        for_s: how long, in seconds.
+        for_s: how long, in seconds; `PROBED_S` at least.
     """
     account = None if descriptor is None else account_of(descriptor)
-    return account is not None and account.is_silent(for_s)
+    return account is not None and account.is_silent(max(for_s, PROBED_S))
 
 
 def account_of(descriptor: int, port: int | None = None) -> Account | None:
