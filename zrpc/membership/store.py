@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zrpc import threads
-from zrpc.errors import RefusedError, RendezvousError
+from zrpc.errors import LimitError, RefusedError, RendezvousError
 from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.authenticated_store import with_secret
 from zrpc.membership.claims import LEFT, Claims, note_left
@@ -111,7 +111,7 @@ class StoreGroup:
                 self._start = StaticStart(self._store, me, world_size, timeout_s)
                 return me, self._start.join()
             return self._join_dynamic(name, rank, incarnation, card)
-        except (RefusedError, RendezvousError):
+        except (RefusedError, RendezvousError, LimitError):
             raise
         except ValueError as error:  # only of a group without a secret
             raise RefusedError(f"the store of the group holds what no zrpc wrote there: {error}") from error
@@ -174,14 +174,14 @@ class StoreGroup:
         try:
             me = Member(WorkerInfo(name, self._take(claims, name, rank)), incarnation, card)
             others = self._enter(claims, me)
-        except RefusedError:
+            if self._look_interval_s is not None:
+                self._looker = threads.start(self._look_on, "zrpc-membership")  # it waits for an interval first
+        except (RefusedError, LimitError):
             if self._index:
                 self._note_left(incarnation)
             claims.release()
             raise
         self._claims, self._me = claims, me
-        if self._look_interval_s is not None:
-            self._looker = threads.start(self._look_on, "zrpc-membership")
         return me, [*others, me]
 
     def _note_left(self, me: Incarnation) -> None:
