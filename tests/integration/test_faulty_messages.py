@@ -38,6 +38,7 @@ from zrpc.wire.messages import (
     Register,
     Welcome,
 )
+from zrpc.wire.rejoining import Locate, Located, Rejoin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from tests.integration.harness import Cluster
 
-OF_BROKERS = {Register, Welcome, Refused, Joined, Left, Leave, Heartbeat, Forming}
+OF_BROKERS = {Register, Welcome, Refused, Joined, Left, Leave, Heartbeat, Forming, Rejoin, Locate, Located}
 AFTER_A_LOSS = {JoinContexts}
 BETWEEN_WORKERS = sorted(set(MESSAGES.values()) - OF_BROKERS - AFTER_A_LOSS, key=lambda message: message.CODE)
 PHASES: tuple[tuple[Fault, int], ...] = (("drop", 1), ("drop", 3), ("delay", 1), ("delay", 3), ("repeat", 3))
