@@ -69,12 +69,16 @@ def test_workers_that_torchrun_starts_again_meet_again(tmp_path: Path, way: str)
 
 
 def test_a_group_of_torchrun_shrinks(tmp_path: Path) -> None:
-    """One of four nodes is killed: the other three meet again as a group of three."""
+    """One of four nodes is killed: the other three meet again as a group of three.
+
+    Their workers fail, so each node counts a restart. One that is started again because another node waits counts none,
+    and would look for the others under another count: nodes that look at their workers less often see the failure.
+    """
     log = tmp_path / "log"
     endpoint = f"127.0.0.1:{free_port()}"
     timing = "join_timeout=100,last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4"
     options = [
-        "--nnodes", "3:4", "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "0.1",
+        "--nnodes", "3:4", "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "2",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "shrink", "--rdzv-conf", timing,
     ]  # fmt: skip
     command = [*TORCHRUN, *options, program(tmp_path), os.fspath(log), "shrink"]
