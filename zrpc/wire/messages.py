@@ -89,12 +89,12 @@ def _getter(names: list[str]) -> Callable[[Any], list[Any]]:
     if not names:
         return lambda message: []
     get = attrgetter(*names)
-    if len(names) == 1:
-        return lambda message: [get(message)]
-    return lambda message: list(get(message))
+    return (lambda message: [get(message)]) if len(names) == 1 else (lambda message: list(get(message)))
 
 
-def _message(code: int, idempotent: bool = False) -> Callable[[M], M]:
+def message_type(code: int, idempotent: bool = False) -> Callable[[M], M]:
+    """Let a dataclass travel under `code`. Idempotent: see `Message`."""
+
     def register(cls: M) -> M:
         if code in MESSAGES:
             raise ValueError(f"message code {code} is taken by {MESSAGES[code].__name__}")
@@ -139,7 +139,7 @@ def _fit(kinds: list[type], wanted: list[type]) -> bool:
 # ---- calls -----------------------------------------------------------------------------------------------------
 
 
-@_message(1)
+@message_type(1)
 @dataclass(frozen=True, slots=True)
 class PythonCall(Message):
     """Run a pickled `(function, args, kwargs)` and send back its result."""
@@ -147,7 +147,7 @@ class PythonCall(Message):
     async_execution: bool = False
 
 
-@_message(2)
+@message_type(2)
 @dataclass(frozen=True, slots=True)
 class BuiltinCall(Message):
     """Run the torch operator `op` (such as `aten::add`) on the packed `(args, kwargs)` and send back its result."""
@@ -155,7 +155,7 @@ class BuiltinCall(Message):
     op: str
 
 
-@_message(3)
+@message_type(3)
 @dataclass(frozen=True, slots=True)
 class PythonRemote(Message):
     """Run a pickled `(function, args, kwargs)` and keep its result as the value of the RRef `rref_id`."""
@@ -165,7 +165,7 @@ class PythonRemote(Message):
     async_execution: bool = False
 
 
-@_message(4)
+@message_type(4)
 @dataclass(frozen=True, slots=True)
 class BuiltinRemote(Message):
     """Run the torch operator `op` and keep its result as the value of the RRef `rref_id`."""
@@ -178,13 +178,13 @@ class BuiltinRemote(Message):
 # ---- answers ---------------------------------------------------------------------------------------------------
 
 
-@_message(10)
+@message_type(10)
 @dataclass(frozen=True, slots=True)
 class Reply(Message):
     """The request was carried out; a result, if any, rides beside it."""
 
 
-@_message(11)
+@message_type(11)
 @dataclass(frozen=True, slots=True)
 class Failure(Message):
     """The request raised. `type_name` and `text` are for people; the pickled exception, if it could be, rides along."""
@@ -194,7 +194,7 @@ class Failure(Message):
     traceback: Lines
 
 
-@_message(12, idempotent=True)
+@message_type(12, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class Cancel(Message):
     """The sender waits no longer for the answer to its request `call_id`: do not begin it, or stop. Not answered."""
@@ -205,7 +205,7 @@ class Cancel(Message):
 # ---- remote references -----------------------------------------------------------------------------------------
 
 
-@_message(20)
+@message_type(20)
 @dataclass(frozen=True, slots=True)
 class RRefFetch(Message):
     """Send a copy of the value of `rref_id` to its user `fork_id`, once it has one. User to owner."""
@@ -214,7 +214,7 @@ class RRefFetch(Message):
     fork_id: ForkId
 
 
-@_message(21, idempotent=True)
+@message_type(21, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class RRefForkRequest(Message):
     """`fork_id` is a new user of `rref_id`: keep the value alive for it. New user to owner."""
@@ -223,7 +223,7 @@ class RRefForkRequest(Message):
     fork_id: ForkId
 
 
-@_message(22, idempotent=True)
+@message_type(22, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class RRefChildAccept(Message):
     """The owner knows of the child `fork_id` now: its parent need not be kept for it. Child to parent."""
@@ -231,7 +231,7 @@ class RRefChildAccept(Message):
     fork_id: ForkId
 
 
-@_message(23, idempotent=True)
+@message_type(23, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class RRefUserDelete(Message):
     """The user `fork_id` of `rref_id` is gone. User to owner."""
@@ -240,7 +240,7 @@ class RRefUserDelete(Message):
     fork_id: ForkId
 
 
-@_message(24, idempotent=True)
+@message_type(24, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class RRefCreationFailed(Message):
     """The call that was to create `rref_id` failed at its creator, and may never come. Creator to owner."""
@@ -251,7 +251,7 @@ class RRefCreationFailed(Message):
 # ---- distributed autograd --------------------------------------------------------------------------------------
 
 
-@_message(30)
+@message_type(30)
 @dataclass(frozen=True, slots=True)
 class BackwardRequest(Message):
     """Gradients for the send function `autograd_message_id` of `context_id`: run backward from it, within `pass_id`."""
@@ -262,7 +262,7 @@ class BackwardRequest(Message):
     retain_graph: bool
 
 
-@_message(31)
+@message_type(31)
 @dataclass(frozen=True, slots=True)
 class RRefBackward(Message):
     """Run `backward` from the value of `rref_id` under `context_id`, for its user `fork_id`. User to owner."""
@@ -273,7 +273,7 @@ class RRefBackward(Message):
     retain_graph: bool
 
 
-@_message(32, idempotent=True)
+@message_type(32, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class ReleaseContexts(Message):
     """These autograd contexts are over: free what belongs to them, and tell whom you told of them."""
@@ -281,7 +281,7 @@ class ReleaseContexts(Message):
     context_ids: list[int]
 
 
-@_message(33, idempotent=True)
+@message_type(33, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class AbortBackward(Message):
     """The backward pass `pass_id` of `context_id` failed somewhere: stop it, and tell whom you told of the context."""
@@ -291,7 +291,7 @@ class AbortBackward(Message):
     reason: Line
 
 
-@_message(34)
+@message_type(34)
 @dataclass(frozen=True, slots=True)
 class MarkSends(Message):
     """The send functions `autograd_message_ids` will get gradients in `pass_id`.
@@ -305,7 +305,7 @@ class MarkSends(Message):
     autograd_message_ids: list[GlobalId]
 
 
-@_message(35, idempotent=True)
+@message_type(35, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class JoinContexts(Message):
     """The sender knows these contexts of the receiver's: tell it when they are over, at once if they are."""
@@ -316,7 +316,7 @@ class JoinContexts(Message):
 # ---- worker and broker -----------------------------------------------------------------------------------------
 
 
-@_message(40)
+@message_type(40)
 @dataclass(frozen=True, slots=True)
 class Register(Message):
     """A worker asks the broker to be let in. `rank` -1: give me one. `world_size` 0: the group may grow and shrink.
@@ -331,7 +331,7 @@ class Register(Message):
     group: str = "default"
 
 
-@_message(41)
+@message_type(41)
 @dataclass(frozen=True, slots=True)
 class Welcome(Message):
     """The group is complete (or, if dynamic, you are in it): the broker's answer to `Register` and `Rejoin`.
@@ -345,7 +345,7 @@ class Welcome(Message):
     run: bytes = b""
 
 
-@_message(42)
+@message_type(42)
 @dataclass(frozen=True, slots=True)
 class Refused(Message):
     """The broker does not let the worker in; `reason` says why and what to do."""
@@ -353,7 +353,7 @@ class Refused(Message):
     reason: Line
 
 
-@_message(43)
+@message_type(43)
 @dataclass(frozen=True, slots=True)
 class Joined(Message):
     """A worker came into a dynamic group. Broker to everybody in it."""
@@ -364,7 +364,7 @@ class Joined(Message):
     card: dict[str, Any]
 
 
-@_message(44)
+@message_type(44)
 @dataclass(frozen=True, slots=True)
 class Left(Message):
     """A worker is gone: it left (`lost` false) or died or fell silent (`lost` true). Broker to all in the group."""
@@ -374,19 +374,19 @@ class Left(Message):
     reason: Line
 
 
-@_message(45)
+@message_type(45)
 @dataclass(frozen=True, slots=True)
 class Leave(Message):
     """The worker shuts down. Worker to broker, and in a dynamic group to everybody."""
 
 
-@_message(46, idempotent=True)
+@message_type(46, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Message):
     """I am alive, and you? Worker to broker at every interval, which answers with the same; worker to worker."""
 
 
-@_message(47, idempotent=True)
+@message_type(47, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class Forming(Message):
     """Not all are there yet: the broker's answer to a `Register` or `Heartbeat` that comes before `Welcome`.

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zrpc.wire.messages import Message
-from zrpc.wire.messages import _message as message
+from zrpc.wire.messages import Message, message_type
 
 
-@message(48)
+@message_type(48)
 @dataclass(frozen=True, slots=True)
 class Rejoin(Message):
     """A member comes back, as its connection to a broker broke: its own record, and what it knows of its group.
@@ -31,7 +30,7 @@ class Rejoin(Message):
     ended: list[Any]
 
 
-@message(49, idempotent=True)
+@message_type(49, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class Locate(Message):
     """Is this group here? A worker that knows several brokers to each of them; answered with `Located`."""
@@ -39,7 +38,7 @@ class Locate(Message):
     group: str
 
 
-@message(50, idempotent=True)
+@message_type(50, idempotent=True)
 @dataclass(frozen=True, slots=True)
 class Located(Message):
     """So many workers of the group are here."""
