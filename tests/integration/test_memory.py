@@ -225,9 +225,13 @@ def run_a_sleeper(cluster: Cluster, shared_memory: bool, gives_back: bool) -> li
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_calls_to_a_callee_that_sleeps_take_what_the_window_allows(cluster: Cluster, shared_memory: bool) -> None:
-    """At either end: a window while it sleeps, and a part of another while that one is let go of."""
-    assert 2 * WINDOW + SLACK < CALLS_MADE * LARGE / 2, "the bound must say something"
-    assert max(run_a_sleeper(cluster, shared_memory, gives_back=False)) < 2 * WINDOW + SLACK
+    """At either end: a window while it sleeps, and a part of another while that one is let go of.
+
+    ZeroMQ encrypts copies, which are another window without shared memory.
+    """
+    bound = (2 if shared_memory else 3) * WINDOW + SLACK
+    assert bound < 0.7 * CALLS_MADE * LARGE, "the bound must say something"
+    assert max(run_a_sleeper(cluster, shared_memory, gives_back=False)) < bound
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
