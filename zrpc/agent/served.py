@@ -50,7 +50,9 @@ class ServedCall:
     def over(self) -> ZrpcError | None:
         """Why nothing more need be done for it, as what a call made for it now raises; None: it goes on."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            return RpcTimeoutError("the time limit of the call that is served here is over")
+            return RpcTimeoutError(
+                "RPC ran for more than its time limit: none is left where it is served, or was to be"
+            )
         if self.is_cancelled:
             return CallCancelledError("the call that is served here was cancelled by its caller")
         return None

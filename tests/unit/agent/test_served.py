@@ -76,3 +76,8 @@ def test_nested_calls_that_have_ended_are_forgotten() -> None:
     nested = call.cancel()
     assert live <= set(nested)
     assert len(nested) <= PRUNE_MIN_COUNT + 2
+
+
+def test_a_limit_that_is_over_reads_as_it_does_at_the_caller() -> None:
+    """torch's programs look for these words, and the answer may be there before the caller's own limit ends."""
+    assert str(over_call().over()).startswith("RPC ran for more than its time limit")
