@@ -22,12 +22,11 @@ import zrpc as rpc
 from tests import leaks
 from tests.chaos.journal import UNSENT, Journal
 from tests.chaos.lossy import make_lossy
+from tests.kept import kept
 from tests.waiting import until
 from zrpc import autograd as dist_autograd
 from zrpc.agent.current import current_agent
-from zrpc.autograd.service import AutogradService
 from zrpc.errors import DrainingError, NotConnectedError, ZrpcError
-from zrpc.rref.context import RRefContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -168,17 +167,6 @@ def load(seed: int, number: int) -> None:
 
 
 # ---- the end -------------------------------------------------------------------------------------------------------
-
-
-def kept() -> dict[str, str]:
-    """What is left of calls, references and contexts."""
-    agent = current_agent()
-    info: dict[str, Any] = {}
-    for kind in (RRefContext, AutogradService):
-        if kind in agent.extensions:
-            info.update(agent.extensions[kind].debug_info())
-    info.update({key: value for key, value in agent.counts().items() if key.endswith("active_calls")})
-    return {key: str(value) for key, value in info.items() if int(value)}
 
 
 def end(folder: Path, threads: list[threading.Thread], report: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ from zrpc.wire.messages import (
     make_message,
 )  # fmt: skip
 from zrpc.wire.payload import Payload, open_payload, seal
+from zrpc.wire.unanswered import CallsUnanswered
 from zrpc_broker.directory import Directory
 
 if TYPE_CHECKING:
@@ -194,7 +195,12 @@ def _use_fields(frames: Frames) -> int:
             code, fields = header
         except Exception as error:
             raise ProtocolError("not for this target") from error
-        repr(make_message(code, fields))
+        message = make_message(code, fields)
+        repr(message)
+        if isinstance(message, CallsUnanswered):
+            for _, forks in message:
+                for fork in forks:
+                    ForkData.unpack(fork)
     return 0
 
 
@@ -336,6 +342,7 @@ def _targets() -> list[Target]:
         PythonCall(), PythonRemote(_ID, _ID), RRefFetch(_ID, _ID), Failure("ValueError", "text", "Traceback\n"),
         BackwardRequest(5, _ID, _ID, False), ReleaseContexts([1, 2]), AbortBackward(1, _ID, "why"),
         MarkSends(1, _ID, True, [_ID, _ID]), Heartbeat(), Left(A, True, "gone"), Cancel(7),
+        CallsUnanswered([[7, [ForkData(1, A, _ID, _ID).pack()]]]),
     ]  # fmt: skip
     register = Register("worker-1", -1, 2, _CARD)
     welcome = Welcome(0, [[A, "worker-1", 0, _CARD], [B, "worker-2", 1, _CARD]], 1.0)

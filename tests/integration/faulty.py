@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from zrpc.transport.carrier import Carrier
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zrpc.ids import Incarnation
     from zrpc.wire.envelope import Envelope
     from zrpc.wire.messages import Message
@@ -37,13 +39,15 @@ class Faults:
         with self._lock:
             self._fault, self._left = fault, times
 
-    def send(self, carrier: Carrier, peer: Incarnation, envelope: Envelope, **how: Any) -> None:
-        """In place of `Carrier.send`."""
+    def send(
+        self, carrier: Carrier, peer: Incarnation, envelope: Envelope, by: Callable[..., None] = _send, **how: Any
+    ) -> None:
+        """In place of `Carrier.send`; `by`: what sends."""
         for _ in range(self._times(envelope)):
-            _send(carrier, peer, envelope, **how)
+            by(carrier, peer, envelope, **how)
         if not self._is_delayed(envelope):
             return
-        timer = threading.Timer(DELAY_S, _send, (carrier, peer, envelope), how)
+        timer = threading.Timer(DELAY_S, by, (carrier, peer, envelope), how)
         timer.daemon = True
         timer.start()
 

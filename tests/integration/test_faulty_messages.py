@@ -17,13 +17,12 @@ import torch
 
 import zrpc as rpc
 from tests.integration.faulty import Fault, Faults
+from tests.kept import kept
 from tests.waiting import until
 from zrpc import autograd as dist_autograd
 from zrpc.agent import client
 from zrpc.agent.current import current_agent
-from zrpc.autograd.service import AutogradService
 from zrpc.errors import RpcTimeoutError, RRefError
-from zrpc.rref.context import RRefContext
 from zrpc.transport.carrier import Carrier
 from zrpc.wire.messages import (
     MESSAGES,
@@ -156,15 +155,6 @@ WORK = (call, reference, gradients, failed_pass, given_up)
 
 
 # ---- the workers ---------------------------------------------------------------------------------------------------
-
-
-def kept() -> dict[str, Any]:
-    """What is left of references and contexts here."""
-    extensions = current_agent().extensions
-    info: dict[str, Any] = dict(extensions[RRefContext].debug_info()) if RRefContext in extensions else {}
-    if AutogradService in extensions:
-        info.update(extensions[AutogradService].debug_info())
-    return {key: value for key, value in info.items() if int(value)}
 
 
 def attempt(work: Callable[[], None], may_fail: bool) -> None:

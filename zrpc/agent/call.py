@@ -57,6 +57,9 @@ class CallOwner(Protocol):
     def call_off(self, call: Call, *, is_expired: bool) -> None:
         """Tell the callee that the answer is not waited for any more; `is_expired`: because the time ran out."""
 
+    def unanswered(self, call: Call, error: BaseException | None) -> None:
+        """A call of users ended with `error`, and without an answer. It must not block."""
+
     def withdraw(self, call_id: int) -> bool:
         """Have the call not be sent, if it still waits for a connection; False: it may have been sent."""
 
@@ -91,6 +94,7 @@ class Call:
         owner: ends it, and opens its answer.
         waited: one thread waits for it, at once, and keeps its time limit: if that is interrupted, it has ended.
         of_users: it is a call of users, whose callee is told where the answer is not waited for any more.
+        announced: what went with it about passengers; see `Hooks.announced`.
 
     Attributes:
         peer: who was called.
@@ -102,12 +106,13 @@ class Call:
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_of_users", "_opening", "_owner",
-        "_payload", "_raised", "_waited", "_wake_ups", "call_id", "failed", "gate", "message", "peer", "timeout_s",
+        "_payload", "_raised", "_waited", "_wake_ups", "announced", "call_id", "failed", "gate", "message", "peer",
+        "timeout_s",
     )  # fmt: skip
 
     def __init__(
         self, owner: CallOwner, call_id: int, peer: WorkerInfo, gate: Gate, message: Message, timeout_s: float,
-        waited: bool, of_users: bool = False,
+        waited: bool, of_users: bool = False, announced: object = None,
     ) -> None:  # fmt: skip
         self._owner = owner
         self._of_users = of_users
@@ -118,6 +123,7 @@ class Call:
         self.message = message
         self.timeout_s = timeout_s
         self.failed = False
+        self.announced = announced
         self._deadline = time.monotonic() + timeout_s if timeout_s else None
         self._lock = threading.Lock()
         self._wake_ups: WakeUps | None = None  # made by the first thread that waits and does not read
@@ -144,6 +150,8 @@ class Call:
             wake_ups = self._wake_ups
         if wake_ups is not None:
             wake_ups.wake_all()
+        if answer is None and self._of_users:
+            self._owner.unanswered(self, error)
         if inline:
             self._run(inline)
         return partial(self._run, callbacks) if callbacks else None

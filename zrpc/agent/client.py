@@ -25,6 +25,7 @@ from zrpc.errors import (
     AgentClosedError,
     ConnectionLostError,
     NotConnectedError,
+    OverloadedError,
     PeerLostError,
     ProtocolError,
     RpcTimeoutError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zrpc")
 
+_LEFT_NOTHING = PeerLostError, AgentClosedError, OverloadedError, NotConnectedError
 NOTIFY_TIMEOUT_S = 5.0
 """An idempotent notification that is not acknowledged within this time is sent again."""
 
@@ -144,7 +146,8 @@ class Client:
         route = routes.replies if goes_back else routes.requests
         envelope = seal(message, call_id, payload, extras, route)
         gate = self._gates[to.incarnation]
-        call = Call(self, call_id, to, gate, message, limit_s, waited, hooked)
+        announced = None if extras is None else self._hooks.announced(extras)
+        call = Call(self, call_id, to, gate, message, limit_s, waited, hooked, announced)
         if parent is not None and (over := parent.over()) is not None:
             call.complete(None, over)
             return call
@@ -310,6 +313,12 @@ class Client:
         with interrupts.held, suppress(ZrpcError):
             self._peers.send(call.peer, Envelope(Cancel(call.call_id)))
 
+    def unanswered(self, call: Call, error: BaseException | None) -> None:
+        """See `CallOwner.unanswered`. What was not sent, or went to a worker that is gone, left nothing there."""
+        passengers = self._hooks.passengers
+        if passengers is not None and not self._closed and not issubclass(type(error), _LEFT_NOTHING):
+            passengers.unanswered(call.peer, call.call_id, call.announced)
+
     def withdraw(self, call_id: int) -> bool:
         """See `CallOwner.withdraw`."""
         held = self._held.pop(call_id, None)
@@ -320,7 +329,7 @@ class Client:
     def discard(self, answer: Envelope) -> None:
         """An answer came that no thread asks for any more: its passengers are let go. See `CallOwner.discard`."""
         if answer.extras and self._hooks.passengers is not None:
-            self._submit(partial(self._hooks.discard_answer, answer.extras))
+            self._submit(partial(self._hooks.discard, answer.extras))
 
     def wait_for(self, wanted: Awaited, deadline: float | None) -> None:
         """See `Inbox.wait_for`."""

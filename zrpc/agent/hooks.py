@@ -50,7 +50,13 @@ class PassengerHook(CallHook, Protocol):
     """The hook of the passengers: it is asked for each message that has some, and for no other."""
 
     def discard(self, meta: object) -> None:
-        """Metadata came with an answer that nobody waits for any more. Runs on a handler thread."""
+        """Metadata came with a message that is not read: let go of what it announces. Runs on a handler thread."""
+
+    def answering(self, to: WorkerInfo, call_id: int, meta: object) -> None:
+        """The answer to call `call_id` of `to` is about to leave, with this metadata."""
+
+    def unanswered(self, to: WorkerInfo, call_id: int, meta: object) -> None:
+        """A call ended without an answer; `meta` went with it. On any thread, one that reads included."""
 
 
 class Hooks(dict[str, CallHook]):
@@ -106,7 +112,13 @@ class Hooks(dict[str, CallHook]):
             if hook is not None:
                 hook.receive(source, meta, payload, True)
 
-    def discard_answer(self, extras: dict[str, Any]) -> None:
-        """An answer came that nobody waits for any more: let its passengers go. Runs on a handler thread."""
+    def announced(self, extras: dict[str, Any] | None) -> object:
+        """What `extras` say of passengers that are not received yet; None: there are none."""
+        if extras is None or self.passengers is None:
+            return None
+        return extras.get(self.passengers.key) or None
+
+    def discard(self, extras: dict[str, Any]) -> None:
+        """A message came that is not read (any more): let its passengers go. Runs on a handler thread."""
         if self.passengers is not None and self.passengers.key in extras:
             self.passengers.discard(extras[self.passengers.key])

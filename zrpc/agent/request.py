@@ -63,6 +63,9 @@ class Answerer(Protocol):
     def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
         """Send the answer."""
 
+    def is_serving(self, source: Incarnation, call_id: int) -> bool:
+        """Whether that request is here, and not answered yet."""
+
 
 class Request(ServedCall, Generic[M]):
     """A request of `source`. It is answered once, by `reply` or `fail`, from any thread.
@@ -109,6 +112,10 @@ class Request(ServedCall, Generic[M]):
             self._payload = open_payload(self._envelope, self._answerer.staging)
             self._envelope = None
         return self._payload
+
+    def has_beside(self, call_id: int) -> bool:
+        """Whether call `call_id` of the same caller is here, and not answered yet."""
+        return self._answerer.is_serving(self.source.incarnation, call_id)
 
     def let_go(self) -> None:
         """It will not be begun: keep nothing of what came with it."""

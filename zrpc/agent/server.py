@@ -108,6 +108,10 @@ class Server:
         """How many requests are not answered yet."""
         return len(self._requests)
 
+    def is_serving(self, source: Incarnation, call_id: int) -> bool:
+        """Whether that request is here, and not answered yet."""
+        return (source, call_id) in self._requests
+
     def handle(
         self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool,
         refuse: Callable[[Request[M], ZrpcError], None] | None = None,
@@ -232,10 +236,8 @@ class Server:
                 self._cancel_calls(nested)
 
     def _refuse(self, request: Request[Any], reason: ZrpcError) -> None:
-        """Answer a request that is not begun, and let go of what came with it. It must not block."""
+        """Answer a request that is not begun. It must not block."""
         request.let_go()
-        if request.extras and self.hooks.passengers is not None:
-            self.pool.submit(partial(self.hooks.discard_answer, request.extras))
         refuse = self._refusals.get(type(request.message))
         if refuse is None:
             request.fail(reason)
@@ -287,6 +289,8 @@ class Server:
             if request.extras or (payload is not None and payload.passengers):
                 payload = payload or Payload()
                 extras = self.hooks.send(to, message, payload, request.extras or {})
+                if payload.passengers and self.hooks.passengers is not None:
+                    self.hooks.passengers.answering(to, request.call_id, self.hooks.announced(extras))
             envelope = seal(message, request.call_id, payload, extras, self._peers.routes(to).replies)
             is_large = payload_nbytes(envelope) > COUNTED_MIN_NBYTES
             if is_large and (waiting_nbytes := self._peers.queued_nbytes(to)):
@@ -329,7 +333,9 @@ class Server:
             self._end(request)
 
     def _end(self, request: Request[Any]) -> None:
-        """A request is answered, or never will be."""
+        """A request is answered, or never will be. Passengers that were not received, as it was not begun, are now."""
+        if request.extras and self.hooks.announced(request.extras):
+            self.pool.submit(partial(self.hooks.discard, request.extras))
         self._requests.pop(request.key, None)
         if self._is_awaited and not self._requests:
             with self._lock:

@@ -120,6 +120,11 @@ class OwnerTable:
         owned = self._owned.get(rref_id)
         return dict(owned.forks) if owned else {}
 
+    def counts(self, rref_id: RRefId, fork_id: ForkId) -> bool:
+        """Whether `fork_id` keeps the value of `rref_id` alive."""
+        owned = self._owned.get(rref_id)
+        return owned is not None and fork_id in owned.forks
+
     def state(self, rref_id: RRefId) -> OwnerState:
         """What is known of `rref_id`.
 

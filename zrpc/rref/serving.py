@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from zrpc.agent.execution import execute_builtin, execute_python, run_coroutine, when_done
 from zrpc.errors import CallCancelledError
 from zrpc.rref.context import RRefContext
+from zrpc.rref.forkdata import ForkData
 from zrpc.rref.rref import backward_from
+from zrpc.rref.table import RRefTable
 from zrpc.rref.travel import ForkHook
 from zrpc.wire import pickling, values
 from zrpc.wire.messages import (
@@ -23,6 +25,7 @@ from zrpc.wire.messages import (
     RRefForkRequest,
     RRefUserDelete,
 )
+from zrpc.wire.unanswered import CallsUnanswered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,6 +158,15 @@ class RRefServer:
         self._context.decide(lambda table: table.creation_failed(request.message.rref_id))
         request.reply()
 
+    def serve_calls_unanswered(self, request: Request[CallsUnanswered]) -> None:
+        """RRefs in requests that did not come, and in answers that were not read, are held by no worker."""
+        caller = request.source.incarnation
+        for call_id, packed in request.message:
+            forks = [ForkData.unpack(one) for one in packed]
+            if not request.has_beside(call_id):  # else it has come, and its answer finds nobody waiting
+                self._context.decide(partial(RRefTable.unanswered, giver=caller, call_id=call_id, forks=forks))
+        request.reply()
+
     def serve_user_delete(self, request: Request[RRefUserDelete]) -> None:
         """A user is gone."""
         message = request.message
@@ -175,5 +187,6 @@ def install(agent: Agent, invoke: Invoker, backward: Backward) -> None:
     agent.handle(RRefForkRequest, server.serve_fork_request, inline=True)
     agent.handle(RRefChildAccept, server.serve_child_accept, inline=True)
     agent.handle(RRefCreationFailed, server.serve_creation_failed, inline=True)
+    agent.handle(CallsUnanswered, server.serve_calls_unanswered, inline=True)
     agent.handle(RRefUserDelete, server.serve_user_delete, inline=True)
     agent.on_peer_lost(context.on_peer_lost)

@@ -14,15 +14,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zrpc.errors import RRefError
 from zrpc.ids import EndedLives
 from zrpc.rref.actions import Action, Tell
-from zrpc.rref.owners import REMEMBERED_MAX, Availability, OwnerTable
+from zrpc.rref.answered import AnsweredForks
+from zrpc.rref.owners import REMEMBERED_MAX, Availability, OwnerTable, Remembered
+from zrpc.rref.states import UserState
 from zrpc.rref.users import UserTable
-from zrpc.wire.messages import RRefChildAccept, RRefForkRequest
+from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zrpc.ids import ForkId, Incarnation, RRefId
-    from zrpc.rref.states import OwnerState, UserState
+    from zrpc.rref.forkdata import ForkData
+    from zrpc.rref.states import OwnerState
 
 
 class RRefTable:
@@ -38,6 +44,8 @@ class RRefTable:
         self._lost = EndedLives()
         self._owners = OwnerTable(me, self._lost, remembered_max)
         self._users = UserTable()
+        self._answers = AnsweredForks(self._is_given)
+        self._revoked_forks = Remembered(remembered_max)
 
     # ---- this worker as owner ----------------------------------------------------------------------------------
 
@@ -90,6 +98,35 @@ class RRefTable:
             return availability, self._owners.forget(rref_id, fork_id)
         return self._owners.used(rref_id, fork_id, self._me), [Tell(parent, RRefChildAccept(fork_id))]
 
+    def answering(self, holder: Incarnation, call_id: int, forks: Sequence[ForkData]) -> list[Action]:
+        """This worker answers call `call_id` of `holder` with `forks`."""
+        self._answers.note(holder, call_id, forks)
+        return []
+
+    def unanswered(self, giver: Incarnation, call_id: int, forks: Sequence[ForkData]) -> list[Action]:
+        """Call `call_id` of `giver`, which carried `forks`, has no answer there, and is not here (any more).
+
+        Forks that did not come are taken for ones that came and are gone: if they come after all, they are of no use.
+        Those of an answer were not read, and will not be.
+        """
+        actions: list[Action] = []
+        for fork in forks:
+            if fork.parent == giver:
+                actions += self._revoked(fork)
+        for fork in self._answers.take(giver, call_id):
+            actions += self.unsent(fork.rref_id, fork.fork_id)
+        return actions
+
+    def _revoked(self, fork: ForkData) -> list[Action]:
+        if fork.parent == fork.owner_life == self._me:  # a call to this worker itself
+            return self._owners.forget(fork.rref_id, fork.fork_id)
+        if self._users.state(fork.fork_id) is not UserState.GONE:
+            return []
+        self._revoked_forks.add(fork.fork_id)
+        if fork.parent != fork.owner_life:
+            return [Tell(fork.parent, RRefChildAccept(fork.fork_id))]
+        return [Tell(fork.owner_life, RRefUserDelete(fork.rref_id, fork.fork_id))]
+
     def home_dropped(self, rref_id: RRefId, fork_id: ForkId) -> list[Action]:
         """The program let go of what `came_home`."""
         return self._owners.forget(rref_id, fork_id)
@@ -107,7 +144,12 @@ class RRefTable:
 
         `announced` false: when it was pickled it was not known for whom, so an owner counts it for nobody in particular
         and is now told for whom.
+
+        Raises:
+            RRefError: whoever sent it has said before that it did not come.
         """
+        if fork_id in self._revoked_forks:
+            raise RRefError(f"{rref_id} came too late: the call that it came with has ended at its caller")
         actions = self._users.receive(rref_id, fork_id, owner, parent, owner in self._lost)
         if parent == owner and not announced and owner not in self._lost:
             actions.append(Tell(owner, RRefForkRequest(rref_id, fork_id)))
@@ -161,6 +203,10 @@ class RRefTable:
     def drop_unsent(self) -> list[Action]:
         """Forget what was pickled and is not known to have left: nobody pickles or reads any more."""
         return self._users.drop_unsent() + self._owners.drop_unsent()
+
+    def _is_given(self, fork: ForkData) -> bool:
+        """Whether `fork`, which this worker handed out, is still to be heard of."""
+        return self._owners.counts(fork.rref_id, fork.fork_id) or self._users.is_child(fork.fork_id)
 
     # ---- questions ---------------------------------------------------------------------------------------------
 

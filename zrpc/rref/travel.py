@@ -9,21 +9,23 @@ pickler that failed half way, a full window, an answer that cannot be sent.
 The callee receives announced forks before it reads the payload: it asks their owners to count them all at once, waits
 for the answers, and only then runs the function, which can therefore rely on its RRefs. The caller receives those of an
 answer in the same way, and does not wait. Announced forks that nobody takes out of the payload (it could not be read,
-say) are given up with it; so are those of an answer that comes too late for anybody to read it.
+say) are given up with it; so are those of an answer that comes too late for anybody to read it. Where a call ends
+without an answer, its caller says so to the callee, as the request or the answer may be lost (`zrpc.rref.unanswered`).
 """
 
 from __future__ import annotations
 
 import reprlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from zrpc import interrupts
 from zrpc.agent.current import current_agent
-from zrpc.errors import ProtocolError
+from zrpc.errors import ProtocolError, RRefError
 from zrpc.rref.context import RRefContext
 from zrpc.rref.forkdata import ForkData
 from zrpc.rref.rref import RRef, receive
+from zrpc.rref.unanswered import Unanswered
 from zrpc.wire import carried, pickling
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class ForkHook:
 
     def __init__(self, context: RRefContext) -> None:
         self._context = context
+        self._unanswered = Unanswered(context.agent)
 
     def send(self, to: WorkerInfo, message: Message, payload: Payload, request_meta: object | None) -> object | None:
         """See `CallHook.send`: note that `to` holds the forks in `payload`, and announce them."""
@@ -93,12 +96,39 @@ class ForkHook:
 
     def discard(self, meta: object) -> None:
         """See `PassengerHook.discard`: give up the forks that `meta` announces."""
-        self._receive(None, meta)
+        with suppress(RRefError):  # some are gone already
+            self._receive(None, meta)
+
+    def answering(self, to: WorkerInfo, call_id: int, meta: object) -> None:
+        """See `PassengerHook.answering`: remember which forks go with it, in case that it is lost."""
+        if isinstance(meta, list):
+            forks = [ForkData.unpack(raw) for raw in meta]
+            self._context.decide(lambda table: table.answering(to.incarnation, call_id, forks))
+
+    def unanswered(self, to: WorkerInfo, call_id: int, meta: object) -> None:
+        """See `PassengerHook.unanswered`: `to` is told, which may not have received the forks."""
+        self._unanswered.note(to, call_id, meta if isinstance(meta, list) else [])
 
     def _receive(self, source: WorkerInfo | None, meta: object) -> dict[bytes, RRef[Any]]:
+        """Receive the forks that `meta` announces, and empty it: each is received once.
+
+        Raises:
+            ProtocolError: it is something else.
+            RRefError: one is gone. The others are received all the same.
+        """
         if not isinstance(meta, list):
             raise ProtocolError(f"{source} announced the RRefs {reprlib.repr(meta)}")
-        return {raw: receive(self._context, ForkData.unpack(raw), announced=True) for raw in meta}
+        arrived: dict[bytes, RRef[Any]] = {}
+        gone: RRefError | None = None
+        while meta:
+            raw = meta.pop()
+            try:
+                arrived[raw] = receive(self._context, ForkData.unpack(raw), announced=True)
+            except RRefError as error:
+                gone = error
+        if gone is not None:
+            raise gone
+        return arrived
 
 
 @contextmanager

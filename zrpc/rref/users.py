@@ -83,6 +83,10 @@ class UserTable:
         fork = self._forks.get(fork_id)
         return fork.state if fork else UserState.GONE
 
+    def is_child(self, fork_id: ForkId) -> bool:
+        """Whether `fork_id` was handed out here, and is not accepted yet."""
+        return fork_id in self._parent_of
+
     def create(self, rref_id: RRefId, fork_id: ForkId, owner: Incarnation) -> None:
         """remote() is about to ask `owner` for a new RRef."""
         fork = self._fork(rref_id, fork_id, owner)

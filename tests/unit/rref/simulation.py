@@ -12,14 +12,25 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from zrpc.errors import RRefError
 from zrpc.ids import ForkId, GlobalId, IdGenerator, Incarnation, RRefId
 from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell, Unmade
+from zrpc.rref.forkdata import ForkData
 from zrpc.rref.owners import Availability
 from zrpc.rref.states import OwnerState, UserState
 from zrpc.rref.table import RRefTable
 from zrpc.wire.messages import RRefChildAccept, RRefCreationFailed, RRefForkRequest, RRefUserDelete
 
-Control = RRefChildAccept | RRefCreationFailed | RRefForkRequest | RRefUserDelete
+
+@dataclass(frozen=True)
+class Unanswered:
+    """What `CallsUnanswered` says of one call: the forks of its request, or, if there are none, of its answer."""
+
+    call: int
+    forks: tuple[ForkData, ...]
+
+
+Control = RRefChildAccept | RRefCreationFailed | RRefForkRequest | RRefUserDelete | Unanswered
 
 
 def life_of(number: int) -> Incarnation:
@@ -80,13 +91,26 @@ class Ack(Packet):
 
 @dataclass
 class Carry(Packet):
-    """A call or a reply that carries a pickled RRef."""
+    """A call or a reply that carries a pickled RRef.
+
+    Attributes:
+        call: its number, which names it together with the worker that made it.
+        is_answer: it is a reply.
+        is_given_up: its caller waits no longer.
+    """
 
     rref_id: RRefId
     owner: int
     fork_id: ForkId
     lineage: frozenset[int]
     announced: bool
+    call: int
+    is_answer: bool
+    is_given_up: bool = False
+
+    @property
+    def fork(self) -> ForkData:
+        return ForkData(self.owner, life_of(self.owner), self.rref_id, self.fork_id)
 
 
 @dataclass
@@ -204,9 +228,29 @@ class World:
                 worker.values.add(handle.rref_id)
         else:
             worker.table.share_used(handle.fork_id, child)
-        self.packets.append(Carry(rank, to, handle.rref_id, handle.owner, child, handle.lineage | {to}, announced))
+        is_answer, lineage = bool(choice & 32), handle.lineage | {to}
+        carry = Carry(rank, to, handle.rref_id, handle.owner, child, lineage, announced, self.next_number, is_answer)
+        self.next_number += 1
+        self.packets.append(carry)
         if announced:
             self.act(rank, worker.table.sent(handle.rref_id, child, life_of(to)))
+        if is_answer:
+            self.act(rank, worker.table.answering(life_of(to), carry.call, [carry.fork]))
+
+    def give_up_call(self, choice: int) -> None:
+        """A caller has waited long enough for an answer: the request or the answer is lost, or late."""
+        under_way = [p for p in (*self.packets, *self.late) if isinstance(p, Carry) and not p.is_given_up]
+        if not under_way:
+            return
+        carry = under_way[choice % len(under_way)]
+        caller, callee = (carry.to, carry.source) if carry.is_answer else (carry.source, carry.to)
+        if caller in self.dead:
+            return
+        carry.is_given_up = True
+        if choice & 32:
+            self.packets = [p for p in self.packets if p is not carry]
+            self.late = [p for p in self.late if p is not carry]
+        self._tell(caller, callee, Unanswered(carry.call, () if carry.is_answer else (carry.fork,)), asks=False)
 
     def fetch(self, choice: int) -> None:
         """to_here() on a user's RRef."""
@@ -220,7 +264,10 @@ class World:
         picked = self._pick(choice)
         if picked is None:
             return
-        worker, handle = picked
+        self.let_go(*picked)
+
+    def let_go(self, worker: Worker, handle: Handle) -> None:
+        """A program lets go of that one."""
         rank = worker.rank
         worker.handles.remove(handle)
         if handle.owner != rank and handle.fork_id is not None:
@@ -316,13 +363,8 @@ class World:
         worker = self.workers[rank]
         for action in actions:
             if isinstance(action, Tell | AskOwner):
-                to = number_of(action.to)
-                packet = ControlPacket(rank, to, self.next_number, action.message, isinstance(action, AskOwner))
-                self.next_number += 1
-                if to not in self.told[rank]:
-                    worker.unacknowledged[packet.number] = packet
-                    self.packets.append(packet)
-                elif isinstance(action, AskOwner):
+                asks = isinstance(action, AskOwner)
+                if not self._tell(rank, number_of(action.to), action.message, asks=asks) and asks:
                     self.act(rank, worker.table.failed(action.message.fork_id))
             elif isinstance(action, Release):
                 worker.values.discard(action.rref_id)
@@ -334,6 +376,16 @@ class World:
                 assert maker_of(action.rref_id) in self.told[rank]
                 worker.waiters.pop(action.rref_id, None)
 
+    def _tell(self, rank: int, to: int, message: Control, *, asks: bool) -> bool:
+        """Send a control message; false if that worker is known to be dead."""
+        packet = ControlPacket(rank, to, self.next_number, message, asks)
+        self.next_number += 1
+        if to in self.told[rank]:
+            return False
+        self.workers[rank].unacknowledged[packet.number] = packet
+        self.packets.append(packet)
+        return True
+
     # ---- what must hold ----------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -343,7 +395,7 @@ class World:
                 for handle in worker.handles:
                     self._check_handle(worker, handle)
         for packet in self.packets + self.late:
-            if isinstance(packet, Carry):
+            if isinstance(packet, Carry) and not packet.is_given_up:
                 self._check_value(packet.rref_id, packet.owner, packet.lineage | {packet.source})
 
     def settle(self) -> None:
@@ -450,6 +502,7 @@ class World:
         if isinstance(packet, Ack):
             sent = worker.unacknowledged.pop(packet.number, None)
             if sent and sent.asks:
+                assert isinstance(sent.message, RRefForkRequest)
                 self.act(worker.rank, table.acknowledged(sent.message.fork_id))
         elif isinstance(packet, ControlPacket):
             self._control(worker, packet)
@@ -473,30 +526,33 @@ class World:
             self.act(worker.rank, table.creation_failed(message.rref_id))
         elif isinstance(message, RRefChildAccept):
             self.act(worker.rank, table.child_accepted(message.fork_id))
+        elif isinstance(message, Unanswered):
+            self.act(worker.rank, table.unanswered(life_of(packet.source), message.call, message.forks))
         else:
             self.act(worker.rank, table.user_deleted(message.rref_id, message.fork_id))
         self.packets.append(Ack(worker.rank, packet.source, packet.number))
 
     def _carried(self, worker: Worker, packet: Carry) -> None:
         if packet.owner != worker.rank:
-            self.act(
-                worker.rank,
-                worker.table.receive(
-                    packet.rref_id,
-                    packet.fork_id,
-                    life_of(packet.owner),
-                    life_of(packet.source),
-                    announced=packet.announced,
-                ),
-            )
+            life, parent = life_of(packet.owner), life_of(packet.source)
+            try:
+                actions = worker.table.receive(packet.rref_id, packet.fork_id, life, parent, announced=packet.announced)
+            except RRefError:
+                assert packet.is_given_up
+                return
+            self.act(worker.rank, actions)
             worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage))
+            if packet.is_given_up and packet.is_answer:
+                self.let_go(worker, worker.handles[-1])
             return
         availability, actions = worker.table.came_home(packet.rref_id, packet.fork_id, life_of(packet.source))
         self.act(worker.rank, actions)
         if availability is not Availability.REFUSED:
             waits = availability is Availability.AWAITED
             worker.handles.append(Handle(packet.rref_id, packet.owner, packet.fork_id, packet.lineage, waits))
-        else:
+            if packet.is_given_up and packet.is_answer:
+                self.let_go(worker, worker.handles[-1])
+        elif not packet.is_given_up:
             alive = not packet.lineage & self.dead and maker_of(packet.rref_id) not in self.dead
             is_known = any(h.rref_id == packet.rref_id for h in worker.handles) or packet.rref_id in self.given_up
             assert not alive or is_known, "the owner lost its own RRef"

@@ -41,6 +41,8 @@ LOSSES = [
     st.tuples(st.just("lose"), choice),
     st.tuples(st.just("retry"), rank),
     st.tuples(st.just("give_up_creating"), choice),
+    st.tuples(st.just("give_up_call"), choice),
+    st.tuples(st.just("give_up_call"), choice),
 ]
 DEATHS = [
     st.tuples(st.just("die"), rank),

@@ -49,6 +49,7 @@ from zrpc.wire.messages import (
 from zrpc.wire.payload import open_payload
 from zrpc.wire.region import MEMBER_MAX_NBYTES
 from zrpc.wire.rejoining import Locate, Located, Rejoin
+from zrpc.wire.unanswered import CallsUnanswered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +76,7 @@ GOLDEN: list[tuple[Message, str]] = [
     (RRefChildAccept(F), "98011607919303ce00011170c4086162636465666768c09090c400"),
     (RRefUserDelete(R, F), "9801170792930102c40831323334353637389303ce00011170c4086162636465666768c09090c400"),
     (RRefCreationFailed(R), "9801180791930102c4083132333435363738c09090c400"),
+    (CallsUnanswered([[5, [b"fork"]], [7, []]]), "980119079192920591c404666f726b920790c09090c400"),
     (
         BackwardRequest(1 << 48, R, F, True),
         "98011e0794cf0001000000000000930102c40831323334353637389303ce00011170c4086162636465666768c3c09090c400",
