@@ -47,7 +47,7 @@ from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
 from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
-from zrpc.wire import loading, pickling
+from zrpc.wire import by_value, loading, pickling
 from zrpc.wire.listed import ListedRules
 from zrpc.wire.registered import RegisteredRules
 
@@ -288,6 +288,7 @@ def _card(agent: Agent) -> dict[str, Any]:
         agreement.REGISTERED: options.allow == "registered",
         "device_maps": maps,
         "devices": [str(device) for device in options.devices],
+        by_value.CARD_KEY: by_value.identity(),
         "device_count": torch.cuda.device_count(),  # it makes no CUDA context
     }
 
