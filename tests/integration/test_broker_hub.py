@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +16,8 @@ from tests.integration.harness import free_port
 from tests.waiting import until
 from zrpc.ids import Incarnation, new_incarnation
 from zrpc.transport.brokered import BrokeredEndpoint
-from zrpc.transport.hub import BROKER, RECEIVER, SENDER, Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
+from zrpc.transport.hub import ASKER, BROKER, END_NBYTES, RECEIVER, SENDER, Hub
+from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Register, Welcome
 from zrpc_broker.server import Broker
@@ -31,6 +34,7 @@ class HubThread:
         self.address = self.hub.address
         self.events: list[Event] = []
         self.commands: list[tuple[Incarnation, int]] = []
+        self.tasks: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._stop = False
         self._thread = threading.Thread(target=self._run)
@@ -41,6 +45,8 @@ class HubThread:
             events = self.hub.pump(1000)
             while self.commands:
                 self.hub.admit(*self.commands.pop(0))
+            while self.tasks:
+                self.tasks.pop(0)()
             with self._changed:
                 self.events += events
                 self._changed.notify_all()
@@ -179,3 +185,91 @@ def test_what_is_not_from_a_worker_is_dropped_with_a_word(
     endpoints[0].tell_broker([b"still served"])
     hub.wait(Control(endpoints[0].incarnation, [b"still served"]))
     assert "not from a zrpc worker" in caplog.text
+
+
+@pytest.fixture
+def connections(hub: HubThread) -> Iterator[Callable[[bytes, Incarnation, int], zmq.Socket[bytes]]]:
+    """Makes one of the connections of a life: of a kind, and with a number."""
+    with zmq.Context() as context, ExitStack() as stack:
+
+        def connect(kind: bytes, life: Incarnation, number: int) -> zmq.Socket[bytes]:
+            sock = stack.enter_context(context.socket(zmq.DEALER))
+            sock.setsockopt(zmq.LINGER, 0)
+            sock.setsockopt(zmq.RCVTIMEO, int(TIMEOUT_S * 1000))
+            sock.setsockopt(zmq.ROUTING_ID, kind + life + number.to_bytes(END_NBYTES, "big"))
+            sock.connect(hub.address)
+            return sock
+
+        yield connect
+
+
+Connect = Callable[[bytes, Incarnation, int], "zmq.Socket[bytes]"]
+
+
+def test_a_question_is_answered_and_says_nothing_of_the_connection_of_who_asks(
+    hub: HubThread, connections: Connect
+) -> None:
+    """A worker with several brokers asks all of them, and goes to one: it is not connected to the others."""
+    life = new_incarnation()
+    asking = connections(ASKER, life, 1)
+    asking.send(b"where is my group?")
+    asker = ASKER + life + (1).to_bytes(END_NBYTES, "big")
+    hub.wait(Question(asker, [b"where is my group?"]))
+    hub.tasks.append(lambda: hub.hub.answer(asker, [b"here"]))
+    hub.hub.wake()
+    assert asking.recv_multipart() == [BROKER, b"here"]
+    assert Hello(life) not in hub.events
+    assert not hub.hub.has_said_hello(life)
+
+
+def test_what_an_older_connection_says_late_is_dropped(hub: HubThread, connections: Connect) -> None:
+    """Its hello does not take the newer one's place, and its messages are not of this worker any more."""
+    life, last = new_incarnation(), new_incarnation()
+    newer = connections(RECEIVER, life, 2)
+    newer.send(b"")
+    hub.wait(Hello(life))
+    connections(RECEIVER, life, 1).send(b"")
+    connections(SENDER, life, 1).send_multipart([BROKER, b"late"])
+    connections(SENDER, life, 2).send_multipart([BROKER, b"in time"])
+    hub.wait(Control(life, [b"in time"]))
+    connections(SENDER, last, 1).send_multipart([BROKER, b"last"])
+    hub.wait(Control(last, [b"last"]))
+    hub.tasks.append(lambda: hub.hub.send(life, [b"answer"]))
+    hub.hub.wake()
+    assert newer.recv_multipart() == [BROKER, b"answer"]
+    assert hub.events.count(Hello(life)) == 1
+    assert Control(life, [b"late"]) not in hub.events
+
+
+def test_a_newer_connection_replaces_one_that_was_not_seen_to_end(hub: HubThread, connections: Connect) -> None:
+    """Whichever of its two sockets is heard first: it cannot be answered before its own hello."""
+    life = new_incarnation()
+    connections(RECEIVER, life, 1).send(b"")
+    hub.wait(Hello(life))
+    connections(SENDER, life, 2).send_multipart([BROKER, b"again"])
+    hub.wait(Control(life, [b"again"]))
+    assert hub.events.index(Replaced(life)) < hub.events.index(Control(life, [b"again"]))
+    assert not hub.hub.has_said_hello(life)
+    newer = connections(RECEIVER, life, 2)
+    newer.send(b"")
+    until(lambda: hub.hub.has_said_hello(life), "it said hello")
+    hub.tasks.append(lambda: hub.hub.send(life, [b"answer"]))
+    hub.hub.wake()
+    assert newer.recv_multipart() == [BROKER, b"answer"]
+    assert hub.events.count(Replaced(life)) == 1
+
+
+def test_a_worker_that_was_forgotten_is_answered_on_the_connection_it_has(hub: HubThread, connections: Connect) -> None:
+    """It was taken for lost, and does not know it."""
+    life = new_incarnation()
+    receiver, sender = connections(RECEIVER, life, 3), connections(SENDER, life, 3)
+    receiver.send(b"")
+    hub.wait(Hello(life))
+    hub.tasks.append(lambda: hub.hub.forget(life))
+    hub.hub.wake()
+    until(lambda: not hub.hub.has_said_hello(life), "it is forgotten")
+    sender.send_multipart([BROKER, b"I am here"])
+    hub.wait(Control(life, [b"I am here"]))
+    hub.tasks.append(lambda: hub.hub.send(life, [b"you are lost"]))
+    hub.hub.wake()
+    assert receiver.recv_multipart() == [BROKER, b"you are lost"]

@@ -15,7 +15,6 @@ Failure: `attach` says why there is no connection.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -83,6 +82,7 @@ class BrokerConnection:
         self._sender = sender
         self._polled: list[sockets.Socket] = []
         self._was_up = False  # at any time
+        self._number = 0  # of the connection: how many were tried before
         self._poller = zmq.Poller()
         self._begin()
 
@@ -111,7 +111,8 @@ class BrokerConnection:
         Raises:
             ConfigError: as `connect`.
         """
-        end = os.urandom(END_NBYTES)
+        self._number += 1
+        end = self._number.to_bytes(END_NBYTES, "big")
         self._close_sender()
         self._begin()
         sender = sockets.make_socket(self._context, zmq.DEALER, SENDER + self._incarnation + end)

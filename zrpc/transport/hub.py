@@ -7,11 +7,11 @@ and the worker needs no port of its own.
     worker to hub   [SENDER + source] destination, frames...      destination b"": the broker itself
     hub to worker   [RECEIVER + destination] source, frames...    source b"": the broker itself
     hello           [RECEIVER + source] b""                       the receiver can be reached from now on
+    question        [ASKER + source] frames...                    for the broker, which answers on that connection
 
-A hello may bring a message to the broker, which answers on that very connection.
-
-A worker that connects again puts a few random bytes behind its incarnation in both identities (`new_end`): so what is
-left of the connection before is never in its way.
+A worker that connects again puts the number of that connection behind its incarnation in both identities: what is left
+of the connections before is never in its way, and what they still say is told from what the newest one says. A question
+says nothing of the connection of the worker that asks: it may be connected to another broker.
 
 - Frames between workers pass as they came (`copy=False`); only members of one room reach each other.
 - `ROUTER_MANDATORY` makes both kinds of trouble visible: EHOSTUNREACH means that the receiver's connection is gone,
@@ -41,6 +41,7 @@ from zrpc import protocol_errors
 from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
 from zrpc.transport.credentials import Authenticator, keyring_of
+from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
 from zrpc.transport.senders import Senders
 from zrpc.transport.silence import is_gone
 
@@ -50,10 +51,12 @@ if TYPE_CHECKING:
 
 SENDER = b"S"
 RECEIVER = b"R"
+ASKER = b"A"
 BROKER = b""
 """Stands for the broker as a source or a destination."""
 END_NBYTES = 4
 _SOURCE = slice(1, 1 + INCARNATION_NBYTES)
+_END = slice(1 + INCARNATION_NBYTES, None)
 _IDENTITY_NBYTES = (1 + INCARNATION_NBYTES, 1 + INCARNATION_NBYTES + END_NBYTES)
 
 BACKLOG_MAX_NBYTES = 256 << 20
@@ -70,56 +73,22 @@ _NOW_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """The receiver of `source` is connected. `is_again`: the one that it had before was not seen to end."""
-
-    source: Incarnation
-    is_again: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """`source` sent `frames` to the broker."""
-
-    source: Incarnation
-    frames: list[Buffer]
-
-
-@dataclass(frozen=True, slots=True)
-class Undelivered:
-    """`source` addressed a worker that is not in its room."""
-
-    source: Incarnation
-    destination: Incarnation
-
-
-@dataclass(frozen=True, slots=True)
-class Unreachable:
-    """`peer` is gone, or so slow that it is given up."""
-
-    peer: Incarnation
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """Some connection went away."""
-
-
-Event = Hello | Control | Undelivered | Unreachable | Hint
 Frames = Sequence["Buffer | zmq.Frame"]
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
     incarnation: Incarnation
-    receiver: bytes
+    end: bytes = b""  # of the identities of its newest connection
     said_hello: bool = False
     file: int | None = None  # of the connection
     room: dict[Incarnation, _Peer] | None = None
     backlog: deque[tuple[bytes, Frames]] = field(default_factory=deque)
     backlog_nbytes: int = 0
+    receiver: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.receiver = RECEIVER + self.incarnation + self.end
 
 
 class Hub:
@@ -229,6 +198,11 @@ class Hub:
         """Send a message of the broker's own. A destination that is gone comes back as an event."""
         self._push(self._peer(to), BROKER, frames)
 
+    def answer(self, asker: bytes, frames: Frames) -> None:
+        """Answer a `Question`. Dropped if the one who asked does not wait for it any more."""
+        with contextlib.suppress(zmq.ZMQError):  # it is gone, or reads nothing
+            self._router.send_multipart([asker, BROKER, *frames], _NOW)
+
     def close(self) -> None:
         """Close the sockets. Idempotent."""
         if self._context.closed:
@@ -240,8 +214,20 @@ class Hub:
     def _peer(self, incarnation: Incarnation) -> _Peer:
         peer = self._peers.get(incarnation)
         if peer is None:
-            peer = self._peers[incarnation] = _Peer(incarnation, RECEIVER + incarnation)
+            peer = self._peers[incarnation] = _Peer(incarnation)
         return peer
+
+    def _newest(self, source: Incarnation, end: bytes) -> _Peer | None:
+        """What is known of the connection with that end of its identities; None: there is a newer one."""
+        peer = self._peers.get(source)
+        if peer is not None and end > peer.end:
+            if peer.said_hello:
+                self._events.append(Replaced(source))
+            self.forget(source)
+            peer = None
+        if peer is None:
+            peer = self._peers[source] = _Peer(source, end)
+        return peer if peer.end == end else None
 
     def _take_batch(self) -> int:
         for taken in range(BATCH):
@@ -260,7 +246,7 @@ class Hub:
         while frame.more:
             frame = recv(_NOW, copy=False)
             parts.append(frame)
-        if len(origin) not in _IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER) or not parts:
+        if len(origin) not in _IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER, ASKER) or not parts:
             text = f"{len(parts)} frames came, and not from a zrpc worker"
             protocol_errors.received.note("message", reprlib.repr(origin), text, at_once=True)
             return True
@@ -269,20 +255,19 @@ class Hub:
             return True
         if origin[:1] == SENDER:
             self._active.add(source)
-            self._route(source, parts)
-        else:
-            self._on_hello(self._peer(source), origin, frame)
-            if any(map(len, parts)):
-                self._take_control(source, parts)
+            self._route(source, origin[_END], parts)
+        elif origin[:1] == RECEIVER:
+            self._on_hello(source, origin[_END], frame)
+        elif (frames := self._control_frames(source, parts)) is not None:
+            self._events.append(Question(origin, frames))
         return True
 
-    def _on_hello(self, peer: _Peer, receiver: bytes, frame: zmq.Frame) -> None:
-        is_again = peer.said_hello and peer.receiver != receiver
-        if is_again:
-            self.forget(peer.incarnation)
-            peer = self._peer(peer.incarnation)
-        peer.receiver, peer.said_hello, peer.file = receiver, True, int(frame.get(zmq.SRCFD))
-        self._events.append(Hello(peer.incarnation, is_again))
+    def _on_hello(self, source: Incarnation, end: bytes, frame: zmq.Frame) -> None:
+        peer = self._newest(source, end)
+        if peer is None:
+            return
+        peer.said_hello, peer.file = True, int(frame.get(zmq.SRCFD))
+        self._events.append(Hello(source))
         self._check_room()
 
     def _check_room(self) -> None:
@@ -294,27 +279,31 @@ class Hub:
                 descriptors.describe(),
             )
 
-    def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
+    def _route(self, source: Incarnation, end: bytes, parts: list[zmq.Frame]) -> None:
+        known = self._peers.get(source)
+        if known is None or known.end != end:
+            known = self._newest(source, end)
+            if known is None:
+                return
         destination = parts.pop(0).bytes
         if destination == BROKER:
-            self._take_control(source, parts)
+            if (frames := self._control_frames(source, parts)) is not None:
+                self._events.append(Control(source, frames))
             return
-        known = self._peers.get(source)
-        room = None if known is None else known.room
-        peer = None if room is None else room.get(destination)
+        peer = None if known.room is None else known.room.get(destination)
         if peer is None:
             self._events.append(Undelivered(source, destination))
         elif parts:
             self._push(peer, source, parts)
 
-    def _take_control(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
+    def _control_frames(self, source: Incarnation, parts: list[zmq.Frame]) -> list[Buffer] | None:
+        """A message to the broker; None: it is dropped."""
         if sum(map(len, parts)) > CONTROL_MAX_NBYTES:
             text = "it is for the broker, and too large for that"
             protocol_errors.received.note("message", source.hex(), text, at_once=True)
-            return
+            return None
         frames: list[Buffer] = [part.bytes for part in parts]
-        if any(frames):  # else an interrupted sender left it behind (`zrpc.transport.socket_link.send_frames`)
-            self._events.append(Control(source, frames))
+        return frames if any(frames) else None  # an interrupted sender left it behind (`socket_link.send_frames`)
 
     def _push(self, peer: _Peer, source: bytes, frames: Frames) -> None:
         if not peer.backlog and self._try_send(peer, source, frames):
