@@ -17,9 +17,10 @@ from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
 from zrpc.wire.rejoining import Locate, Located, Rejoin
 from zrpc_broker import defaults
-from zrpc_broker.actions import Action, Admit, Dismiss, Tell
-from zrpc_broker.directory import UNGIVEN, Directory
+from zrpc_broker.actions import Action, Admit, Dismiss, Expect, Release, Tell
+from zrpc_broker.directory import Directory
 from zrpc_broker.liveness import LOOKS, Liveness, Standing
+from zrpc_broker.runs import UNGIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -261,6 +262,10 @@ class Broker:
                 self._hub.admit(action.incarnation, action.room)
             elif isinstance(action, Dismiss):
                 self._hub.dismiss(action.incarnation)
+            elif isinstance(action, Expect):
+                self._hub.expect(action.incarnation, action.room)
+            elif isinstance(action, Release):
+                self._hub.release(action.incarnation)
 
     def _tell(self, to: Incarnation, message: Message, call_id: int = 0) -> None:
         self._hub.send(to, encode(Envelope(message, call_id)))

@@ -273,3 +273,49 @@ def test_a_worker_that_was_forgotten_is_answered_on_the_connection_it_has(hub: H
     hub.tasks.append(lambda: hub.hub.send(life, [b"you are lost"]))
     hub.hub.wake()
     assert receiver.recv_multipart() == [BROKER, b"you are lost"]
+
+
+def test_what_is_sent_to_a_worker_that_is_to_come_back_is_kept_for_it(hub: HubThread, connections: Connect) -> None:
+    """It is told first what the broker says, also where its first connection does not last."""
+    life, other = new_incarnation(), new_incarnation()
+    connections(RECEIVER, other, 0).send(b"")
+    hub.wait(Hello(other))
+    hub.tasks += [lambda: hub.hub.admit(other, 1), lambda: hub.hub.expect(life, 1)]
+    hub.hub.wake()
+    sender = connections(SENDER, other, 0)
+    until(lambda: not hub.tasks, "it is expected")
+    for text in (b"one", b"two"):
+        sender.send_multipart([life, text])
+    sender.send_multipart([BROKER, b"sent"])
+    hub.wait(Control(other, [b"sent"]))
+    first = connections(RECEIVER, life, 1)
+    first.send(b"")
+    hub.wait(Hello(life))
+    first.close()
+    last = connections(RECEIVER, life, 2)
+    last.send(b"")
+    until(lambda: hub.events.count(Hello(life)) == 2, "it is connected again")
+    hub.tasks += [
+        lambda: hub.hub.admit(life, 1),
+        lambda: hub.hub.send(life, [b"welcome"]),
+        lambda: hub.hub.release(life),
+    ]
+    hub.hub.wake()
+    assert [last.recv_multipart() for _ in range(3)] == [[BROKER, b"welcome"], [other, b"one"], [other, b"two"]]
+    assert Replaced(life) not in hub.events
+    assert Undelivered(other, life) not in hub.events
+
+
+def test_a_worker_that_is_to_come_back_has_no_more_kept_than_others(hub: HubThread, connections: Connect) -> None:
+    """Then it is given up, and who sends to it learns of that."""
+    life, other = new_incarnation(), new_incarnation()
+    connections(RECEIVER, other, 0).send(b"")
+    hub.wait(Hello(other))
+    hub.tasks += [lambda: hub.hub.admit(other, 1), lambda: hub.hub.expect(life, 1)]
+    hub.hub.wake()
+    sender = connections(SENDER, other, 0)
+    until(lambda: not hub.tasks, "it is expected")
+    for _ in range(20):
+        sender.send_multipart([life, bytes(100_000)])
+    assert "it is not back: more than 1 MiB wait for it" in hub.wait_unreachable(life)
+    hub.wait(Undelivered(other, life))

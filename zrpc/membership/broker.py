@@ -245,15 +245,15 @@ class BrokerGroup:
             was, before = self._state, self._members
             if was not in (_State.JOINING, _State.REJOINING):
                 return
-            self._members = {member.incarnation: member for member in members}
+            self._members = {one.incarnation: before.get(one.incarnation, one) for one in members}
             self._welcomed = self._welcomed or members
             self._set_state(_State.JOINED)
         if was is _State.REJOINING:
+            for life in before.keys() - self._members.keys():  # first: another one may have its name
+                self._on_gone(Left(life, True, NOT_BACK))
             for member in members:
                 if member.incarnation not in before:
                     self._on_joined(member)
-            for life in before.keys() - self._members.keys():
-                self._on_gone(Left(life, True, NOT_BACK))
         self._endpoint.resume()
 
     def _on_newcomer(self, message: Joined) -> None:

@@ -85,10 +85,18 @@ class _Peer:
     room: dict[Incarnation, _Peer] | None = None
     backlog: deque[tuple[bytes, Frames]] = field(default_factory=deque)
     backlog_nbytes: int = 0
+    held: deque[tuple[bytes, Frames]] | None = None  # while it is to come back: what others sent it
+    held_nbytes: int = 0
     receiver: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.receiver = RECEIVER + self.incarnation + self.end
+
+    def begin(self, end: bytes) -> None:
+        """There is no connection, but perhaps the one with that end."""
+        self.end, self.receiver = end, RECEIVER + self.incarnation + end
+        self.said_hello, self.file, self.backlog_nbytes = False, None, 0
+        self.backlog.clear()
 
 
 class Hub:
@@ -178,13 +186,28 @@ class Hub:
         peer.room = self._rooms.setdefault(room, {})
         peer.room[incarnation] = peer
 
+    def expect(self, incarnation: Incarnation, room: int) -> None:
+        """As `admit`, for a worker that is to come back: what it is sent is kept until `release`."""
+        peer = self._peer(incarnation)
+        if peer.room is None:
+            self.admit(incarnation, room)
+            peer.held = deque()
+
+    def release(self, incarnation: Incarnation) -> None:
+        """Send a worker what was kept for it."""
+        peer = self._peer(incarnation)
+        held, peer.held, peer.held_nbytes = peer.held or (), None, 0
+        for source, frames in held:
+            if self._peers.get(incarnation) is peer:  # else it was given up
+                self._push(peer, source, frames)
+
     def dismiss(self, incarnation: Incarnation) -> None:
-        """The opposite of `admit`."""
+        """The opposite of `admit` and `expect`."""
         peer = self._peers.get(incarnation)
         if peer is None or peer.room is None:
             return
         del peer.room[incarnation]
-        peer.room = None
+        peer.room, peer.held, peer.held_nbytes = None, None, 0
         self._rooms = {key: room for key, room in self._rooms.items() if room}
 
     def forget(self, incarnation: Incarnation) -> None:
@@ -212,15 +235,15 @@ class Hub:
         self._wake_out.close()
 
     def _peer(self, incarnation: Incarnation) -> _Peer:
-        peer = self._peers.get(incarnation)
-        if peer is None:
-            peer = self._peers[incarnation] = _Peer(incarnation)
-        return peer
+        return self._peers.get(incarnation) or self._peers.setdefault(incarnation, _Peer(incarnation))
 
     def _newest(self, source: Incarnation, end: bytes) -> _Peer | None:
         """What is known of the connection with that end of its identities; None: there is a newer one."""
         peer = self._peers.get(source)
         if peer is not None and end > peer.end:
+            if peer.held is not None:  # nothing was told to the one before
+                peer.begin(end)
+                return peer
             if peer.said_hello:
                 self._events.append(Replaced(source))
             self.forget(source)
@@ -293,6 +316,8 @@ class Hub:
         peer = None if known.room is None else known.room.get(destination)
         if peer is None:
             self._events.append(Undelivered(source, destination))
+        elif peer.held is not None:
+            self._hold(peer, peer.held, source, parts)
         elif parts:
             self._push(peer, source, parts)
 
@@ -305,15 +330,23 @@ class Hub:
         frames: list[Buffer] = [part.bytes for part in parts]
         return frames if any(frames) else None  # an interrupted sender left it behind (`socket_link.send_frames`)
 
+    def _hold(self, peer: _Peer, held: deque[tuple[bytes, Frames]], source: bytes, frames: Frames) -> None:
+        held.append((source, frames))
+        peer.held_nbytes += _nbytes(frames)
+        self._check_size(peer, peer.held_nbytes, "it is not back")
+
     def _push(self, peer: _Peer, source: bytes, frames: Frames) -> None:
         if not peer.backlog and self._try_send(peer, source, frames):
             return
         peer.backlog.append((source, frames))
         peer.backlog_nbytes += _nbytes(frames)
         self._clogged.add(peer)
-        if peer.backlog_nbytes > self._backlog_max_nbytes:
+        self._check_size(peer, peer.backlog_nbytes, "it is too slow")
+
+    def _check_size(self, peer: _Peer, nbytes: int, why: str) -> None:
+        if nbytes > self._backlog_max_nbytes:
             limit_mb = self._backlog_max_nbytes >> 20
-            self._give_up(peer, f"it is too slow: more than {limit_mb} MiB wait for it at the broker")
+            self._give_up(peer, f"{why}: more than {limit_mb} MiB wait for it at the broker")
 
     def _try_send(self, peer: _Peer, source: bytes, frames: Frames) -> bool:
         """False: at its high-water mark. True: sent, or the peer is gone and an event says so."""
@@ -329,7 +362,10 @@ class Hub:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._give_up(peer, "its connection to the broker is gone")
+            if peer.held is not None:  # it is to come back, and may try again
+                peer.begin(peer.end)
+            else:
+                self._give_up(peer, "its connection to the broker is gone")
         return True
 
     def _retry(self, peer: _Peer) -> None:
