@@ -82,6 +82,16 @@ def test_a_broker_that_dies_and_is_not_started_again_is_lost(moment: str) -> Non
             worker.close()
 
 
+def test_a_broker_with_another_secret_in_the_place_of_one_that_died_is_named_as_one() -> None:
+    """The members look for another one for a while, as a broker that is about to die breaks connections off as well."""
+    with running_broker() as broker, workers(broker.address, "a", "b", grace_s=4.0, local=False) as (a, b):
+        broker.kill()
+        with running_broker(bind=broker.address, ZRPC_SECRET="the secret of another group"):
+            a.seen.wait(lambda: b.incarnation in dict(a.seen.lost), timeout_s=60.0)
+            assert "none that lets this worker in" in dict(a.seen.lost)[b.incarnation]
+            assert "another secret" in dict(a.seen.lost)[b.incarnation]
+
+
 @pytest.mark.parametrize("count", ADDRESSES)
 def test_a_name_that_is_taken_is_said_on_each_attempt(count: int) -> None:
     """The member that has it goes on."""

@@ -62,6 +62,7 @@ class BrokerConnection:
         receiver: where messages come.
         link: sends to the broker.
         refusal: why the broker does not let this worker in; None: it does, as far as is known.
+        doubt: the same, of one that may also have been about to die; None: the last connection was made.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class BrokerConnection:
         self._sender = sender
         self._polled: list[sockets.Socket] = []
         self._was_up = False  # at any time
+        self.doubt: str | None = None
         self._number = 0  # of the connection: how many were tried before
         self._poller = zmq.Poller()
         self._begin()
@@ -134,7 +136,8 @@ class BrokerConnection:
             raise errors[0]
         deadline = time.monotonic() + ATTACH_S
         while not self.is_up and self.refusal is None and not is_over() and time.monotonic() < deadline:
-            self.poll(None, _LOOK_MS)
+            if Told.BROKE in self.poll(None, _LOOK_MS):  # what ZeroMQ makes of it by itself is another connection
+                return False
         return self.is_up
 
     def detach(self, on_reader: OnReader) -> None:
@@ -196,14 +199,17 @@ class BrokerConnection:
     def _on_event(self, event: int) -> Told | None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._num_up += 1
-            self._was_up = self._was_up or self.is_up
+            if self.is_up:
+                self._was_up, self.doubt = True, None
             return Told.CONNECTED
         if event == zmq.EVENT_DISCONNECTED and self._num_up:
             return Told.BROKE
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._was_up:  # a broker that is just dying
-            return None
         if event in (*HANDSHAKE_FAILED, zmq.EVENT_CONNECTED):
-            self.refusal = self.refusal or self._state.on_event(event, time.monotonic())
+            reason = self._state.on_event(event, time.monotonic())
+            if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._was_up:  # of a broker that is just dying, too
+                self.doubt = reason or self.doubt
+            else:
+                self.refusal = self.refusal or reason
         return None
 
     def _drain_events(self) -> None:
