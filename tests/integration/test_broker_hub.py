@@ -16,8 +16,9 @@ from tests.integration.harness import free_port
 from tests.waiting import until
 from zrpc.ids import Incarnation, new_incarnation
 from zrpc.transport.brokered import BrokeredEndpoint
-from zrpc.transport.hub import ASKER, BROKER, END_NBYTES, RECEIVER, SENDER, Hub
+from zrpc.transport.hub import Hub
 from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
+from zrpc.transport.identities import ASKER, BROKER, END_NBYTES, RECEIVER, SENDER
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Register, Welcome
 from zrpc_broker.server import Broker
@@ -241,22 +242,60 @@ def test_what_an_older_connection_says_late_is_dropped(hub: HubThread, connectio
     assert Control(life, [b"late"]) not in hub.events
 
 
-def test_a_newer_connection_replaces_one_that_was_not_seen_to_end(hub: HubThread, connections: Connect) -> None:
-    """Whichever of its two sockets is heard first: it cannot be answered before its own hello."""
+@pytest.mark.parametrize("first_heard", [RECEIVER, SENDER])
+def test_a_newer_connection_counts_once_the_older_one_is_gone(
+    hub: HubThread, connections: Connect, first_heard: bytes
+) -> None:
+    """Whichever of its two sockets is heard first: all that it has said is taken then, in order."""
     life = new_incarnation()
-    connections(RECEIVER, life, 1).send(b"")
+    older = connections(RECEIVER, life, 1)
+    older.send(b"")
     hub.wait(Hello(life))
-    connections(SENDER, life, 2).send_multipart([BROKER, b"again"])
+    if first_heard == RECEIVER:
+        newer = connections(RECEIVER, life, 2)
+        newer.send(b"")
+    sender = connections(SENDER, life, 2)
+    sender.send_multipart([BROKER, b"again"])
+    until(lambda: older.poll(10) and older.recv_multipart() == [BROKER, b""], "the hub looks whether it is there")
+    assert Replaced(life) not in hub.events
+    older.close()
     hub.wait(Control(life, [b"again"]))
-    assert hub.events.index(Replaced(life)) < hub.events.index(Control(life, [b"again"]))
-    assert not hub.hub.has_said_hello(life)
-    newer = connections(RECEIVER, life, 2)
-    newer.send(b"")
+    sender.send_multipart([BROKER, b"more"])
+    hub.wait(Control(life, [b"more"]))
+    if first_heard == SENDER:
+        assert not hub.hub.has_said_hello(life), "it cannot be answered before its hello"
+        newer = connections(RECEIVER, life, 2)
+        newer.send(b"")
     until(lambda: hub.hub.has_said_hello(life), "it said hello")
     hub.tasks.append(lambda: hub.hub.send(life, [b"answer"]))
     hub.hub.wake()
     assert newer.recv_multipart() == [BROKER, b"answer"]
     assert hub.events.count(Replaced(life)) == 1
+    assert hub.events.index(Replaced(life)) < hub.events.index(Control(life, [b"again"]))
+
+
+def test_a_connection_of_another_process_does_not_take_the_place_of_a_workers(
+    hub: HubThread, connections: Connect
+) -> None:
+    """One that knows the group's secret says that it is that worker: nothing is sent to it, or taken of it."""
+    life, other = new_incarnation(), new_incarnation()
+    receiver, sender = connections(RECEIVER, life, 1), connections(SENDER, life, 1)
+    receiver.send(b"")
+    hub.wait(Hello(life))
+    thief, forged = connections(RECEIVER, life, 9), connections(SENDER, life, 9)
+    thief.send(b"")
+    forged.send_multipart([BROKER, b"forged"])
+    forged.send_multipart([other, b"forged"])
+    until(lambda: receiver.poll(10) and receiver.recv_multipart() == [BROKER, b""], "the hub asks")
+    sender.send_multipart([BROKER, b"genuine"])
+    hub.wait(Control(life, [b"genuine"]))
+    hub.tasks.append(lambda: hub.hub.send(life, [b"answer"]))
+    hub.hub.wake()
+    until(lambda: receiver.recv_multipart() == [BROKER, b"answer"], "it is answered")
+    assert not thief.poll(0)
+    assert Control(life, [b"forged"]) not in hub.events
+    assert Replaced(life) not in hub.events
+    assert Undelivered(life, other) not in hub.events
 
 
 def test_a_worker_that_was_forgotten_is_answered_on_the_connection_it_has(hub: HubThread, connections: Connect) -> None:

@@ -1,7 +1,7 @@
 """The connection of a worker to a broker: two sockets, which may be connected anew, to the same broker or another one.
 
-What: a worker sends on one DEALER and receives on another (`zrpc.transport.hub`). The one that sends is made for each
-connection. The one that receives stays, as the reading thread reads it; it is disconnected and connected by that
+What: a worker sends on one DEALER and receives on another (`zrpc.transport.identities`). The one that sends is made for
+each connection. The one that receives stays, as the reading thread reads it; it is disconnected and connected by that
 thread.
 
 Invariants: a connection that broke is not made again by ZeroMQ, behind whose back messages would be lost: it is let go
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc.transport import sockets
-from zrpc.transport.hub import END_NBYTES, RECEIVER, SENDER
+from zrpc.transport.identities import END_NBYTES, RECEIVER, SENDER
 from zrpc.transport.silence import is_gone
 from zrpc.transport.socket_link import SocketLink
 from zrpc.transport.watch import EVENTS, HANDSHAKE_FAILED, ConnectionState

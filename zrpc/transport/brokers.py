@@ -20,7 +20,7 @@ import zmq
 
 from zrpc.errors import ProtocolError
 from zrpc.transport import sockets
-from zrpc.transport.hub import ASKER, END_NBYTES
+from zrpc.transport.identities import ASKER, END_NBYTES
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.rejoining import Locate, Located
 

@@ -1,17 +1,6 @@
 """The broker's side of the brokered transport: one ROUTER that relays frames between workers without reading them.
 
-Theory of operation. A worker has two DEALERs connected to the one ROUTER: it sends on the one whose identity is
-`SENDER + incarnation` and receives on the one whose identity is `RECEIVER + incarnation`. So every socket is one-way,
-and the worker needs no port of its own.
-
-    worker to hub   [SENDER + source] destination, frames...      destination b"": the broker itself
-    hub to worker   [RECEIVER + destination] source, frames...    source b"": the broker itself
-    hello           [RECEIVER + source] b""                       the receiver can be reached from now on
-    question        [ASKER + source] frames...                    for the broker, which answers on that connection
-
-A worker that connects again puts the number of that connection behind its incarnation in both identities: what is left
-of the connections before is never in its way, and what they still say is told from what the newest one says. A question
-says nothing of the connection of the worker that asks: it may be connected to another broker.
+Theory of operation. `zrpc.transport.identities` says which connections there are, and what comes on them.
 
 - Frames between workers pass as they came (`copy=False`); only members of one room reach each other.
 - `ROUTER_MANDATORY` makes both kinds of trouble visible: EHOSTUNREACH means that the receiver's connection is gone,
@@ -19,6 +8,7 @@ says nothing of the connection of the worker that asks: it may be connected to a
   in bytes. A worker whose backlog passes its limit is given up (`Unreachable`): nothing is dropped without word of it.
 - Where workers have keys of their own, each message is one of the worker whose key its connection has proved, or is
   dropped (`zrpc.transport.senders`).
+- A newer connection of a worker counts once the older one is gone (`zrpc.transport.contests`).
 - A ROUTER does not say who went away. Its monitor says that somebody did (`Hint`), and the broker then probes.
 
 One thread owns a `Hub`; only `wake` may be called from others, and from a signal handler.
@@ -38,26 +28,18 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc import protocol_errors
-from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
+from zrpc.transport.contests import LOOK_S, Contests
 from zrpc.transport.credentials import Authenticator, keyring_of
 from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
+from zrpc.transport.identities import ASKER, BROKER, END, IDENTITY_NBYTES, RECEIVER, SENDER, SOURCE
 from zrpc.transport.senders import Senders
 from zrpc.transport.silence import is_gone
 
 if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
     from zrpc.transport.credentials import Credentials
     from zrpc.wire.envelope import Buffer
-
-SENDER = b"S"
-RECEIVER = b"R"
-ASKER = b"A"
-BROKER = b""
-"""Stands for the broker as a source or a destination."""
-END_NBYTES = 4
-_SOURCE = slice(1, 1 + INCARNATION_NBYTES)
-_END = slice(1 + INCARNATION_NBYTES, None)
-_IDENTITY_NBYTES = (1 + INCARNATION_NBYTES, 1 + INCARNATION_NBYTES + END_NBYTES)
 
 BACKLOG_MAX_NBYTES = 256 << 20
 CONTROL_MAX_NBYTES = 1 << 20
@@ -137,6 +119,7 @@ class Hub:
         self._peers: dict[Incarnation, _Peer] = {}
         self._rooms: dict[int, dict[Incarnation, _Peer]] = {}
         self._clogged: set[_Peer] = set()
+        self._contests = Contests()
         self._active: set[Incarnation] = set()
         self._events: list[Event] = []
         self._has_warned = False
@@ -145,6 +128,8 @@ class Hub:
         """Relay what is there, waiting up to `timeout_ms` for something; returns what the broker must see to."""
         if self._clogged:
             timeout_ms = min(timeout_ms, RETRY_MS)
+        elif self._contests:
+            timeout_ms = min(timeout_ms, int(LOOK_S * 1000))
         taken = self._take_batch()
         if not taken and not self._events:
             ready = dict(self._poller.poll(timeout_ms))
@@ -157,6 +142,8 @@ class Hub:
             self._authenticator.answer()
         for peer in list(self._clogged):
             self._retry(peer)
+        for origin, frame, parts in self._contests.take_due() if self._contests else ():
+            self._take(origin, frame, parts, is_kept=True)
         events, self._events = self._events, []
         return events
 
@@ -238,19 +225,30 @@ class Hub:
         return self._peers.get(incarnation) or self._peers.setdefault(incarnation, _Peer(incarnation))
 
     def _newest(self, source: Incarnation, end: bytes) -> _Peer | None:
-        """What is known of the connection with that end of its identities; None: there is a newer one."""
+        """The worker, if the connection with that end counts, or now does; None: another one does."""
         peer = self._peers.get(source)
         if peer is not None and end > peer.end:
-            if peer.held is not None:  # nothing was told to the one before
+            if peer.held is not None or not peer.said_hello:  # nothing was told to the one before
                 peer.begin(end)
-                return peer
-            if peer.said_hello:
+            elif self._is_there(peer):
+                return None
+            else:
                 self._events.append(Replaced(source))
-            self.forget(source)
-            peer = None
+                self.forget(source)
+                peer = None
         if peer is None:
             peer = self._peers[source] = _Peer(source, end)
         return peer if peer.end == end else None
+
+    def _is_there(self, peer: _Peer) -> bool:
+        """Whether its connection is, as far as is known: it is sent a message that says nothing."""
+        try:
+            self._router.send_multipart([peer.receiver, BROKER, b""], _NOW)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError:
+            return False
+        return True
 
     def _take_batch(self) -> int:
         for taken in range(BATCH):
@@ -269,29 +267,35 @@ class Hub:
         while frame.more:
             frame = recv(_NOW, copy=False)
             parts.append(frame)
-        if len(origin) not in _IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER, ASKER) or not parts:
+        if len(origin) not in IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER, ASKER) or not parts:
             text = f"{len(parts)} frames came, and not from a zrpc worker"
             protocol_errors.received.note("message", reprlib.repr(origin), text, at_once=True)
-            return True
-        source = origin[_SOURCE]
-        if self._senders is not None and not self._senders.is_from(source, frame):
-            return True
-        if origin[:1] == SENDER:
-            self._active.add(source)
-            self._route(source, origin[_END], parts)
-        elif origin[:1] == RECEIVER:
-            self._on_hello(source, origin[_END], frame)
-        elif (frames := self._control_frames(source, parts)) is not None:
-            self._events.append(Question(origin, frames))
+        elif self._senders is None or self._senders.is_from(origin[SOURCE], frame):
+            self._take(origin, frame, parts)
         return True
 
-    def _on_hello(self, source: Incarnation, end: bytes, frame: zmq.Frame) -> None:
-        peer = self._newest(source, end)
-        if peer is None:
+    def _take(self, origin: bytes, frame: zmq.Frame, parts: list[zmq.Frame], *, is_kept: bool = False) -> None:
+        source, end = origin[SOURCE], origin[END]
+        if origin[:1] == ASKER:
+            if (frames := self._control_frames(source, parts)) is not None:
+                self._events.append(Question(origin, frames))
             return
-        peer.said_hello, peer.file = True, int(frame.get(zmq.SRCFD))
-        self._events.append(Hello(source))
-        self._check_room()
+        peer = self._peers.get(source)
+        if peer is None or peer.end != end:
+            known = peer
+            if is_kept or not self._contests.has(source):
+                peer = self._newest(source, end)
+            if peer is None or peer.end != end:
+                if known is not None and end > known.end:
+                    self._contests.add(source, (origin, frame, parts))
+                return
+        if origin[:1] == SENDER:
+            self._active.add(source)
+            self._route(peer, parts)
+        else:
+            peer.said_hello, peer.file = True, int(frame.get(zmq.SRCFD))
+            self._events.append(Hello(source))
+            self._check_room()
 
     def _check_room(self) -> None:
         """Say so before there is no room: ZeroMQ refuses connections without a word."""
@@ -302,12 +306,8 @@ class Hub:
                 descriptors.describe(),
             )
 
-    def _route(self, source: Incarnation, end: bytes, parts: list[zmq.Frame]) -> None:
-        known = self._peers.get(source)
-        if known is None or known.end != end:
-            known = self._newest(source, end)
-            if known is None:
-                return
+    def _route(self, known: _Peer, parts: list[zmq.Frame]) -> None:
+        source = known.incarnation
         destination = parts.pop(0).bytes
         if destination == BROKER:
             if (frames := self._control_frames(source, parts)) is not None:
