@@ -134,7 +134,7 @@ def test_a_member_does_not_take_the_place_of_another_at_the_broker() -> None:
         victim.endpoint.send(b.incarnation, [b"of the victim"])
         b.seen.wait(lambda: len(b.seen.frames) == 1)
         assert not receiver.poll(0)
-        assert not (b.seen.lost or b.seen.left or victim.seen.lost)
+        assert not any([b.seen.lost, b.seen.left, victim.seen.lost])
 
 
 def serve_and_wait(rank: int, folder: Path) -> list[str]:
