@@ -94,6 +94,8 @@ class Directory:
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         run = self._open_run(wanted)
+        if incarnation in run.absent:
+            return self._take_in(run, incarnation, wanted, now)
         if self._must_wait(run, wanted, now):
             self._current[run.key] = self._unsettled[run.room] = run
             run.waiting[incarnation] = wanted
@@ -137,7 +139,7 @@ class Directory:
         run.absent.pop(incarnation, None)
         replaced = [action for life in run.claimed(said) for action in self._give_up(run, life, True, TOO_LATE)]
         self._seat(run, incarnation, said.name, said.rank, said.card)
-        self._move_named(run)
+        self._move_named(run, now)
         self._note_absent(run, now)
         return [*replaced, *self.tick(now)]
 
@@ -202,7 +204,16 @@ class Directory:
             run = Run(said.group, said.world_size, next(self._rooms), Phase.OPEN, said.run)
         return run
 
-    def _move_named(self, run: Run) -> None:
+    def _take_in(self, run: Run, life: Incarnation, wanted: Register, now: float) -> list[Action]:
+        """One that was named registers: it was not told that it had come in."""
+        if run.phase is not Phase.REBUILDING:
+            run.begin_rebuilding(now)
+        away = run.absent.pop(life)
+        run.rebuilding.take_in(life, now + self._rejoin_wait_s)
+        self._seat(run, life, away.name, away.rank, wanted.card)
+        return self.tick(now)
+
+    def _move_named(self, run: Run, now: float) -> None:
         """Members that others name and that registered, as they were not told that their run has begun, are back."""
         for life, named in list(run.rebuilding.named.items()):
             where = self._run_of.get(life)
@@ -212,20 +223,23 @@ class Directory:
             if not where.seats and self._current.get(where.key) is where:
                 self._current[where.key] = run
             del self._run_of[life]
-            run.rebuilding.take_in(life)
+            run.rebuilding.take_in(life, now)
             run.absent.pop(life, None)
             self._seat(run, life, named.name, named.rank, seat.card)
 
     def _seat(self, run: Run, incarnation: Incarnation, name: str, rank: int, card: dict[str, Any]) -> Seat:
         self._run_of[incarnation] = run
+        for other in self._unsettled.values():
+            other.absent.pop(incarnation, None)
         return run.seats.setdefault(incarnation, Seat(incarnation, name, rank, card))
 
     def _note_absent(self, run: Run, now: float) -> None:
-        """Those that were named are absent; not one whose name or rank another one has, or that is over here."""
+        """Those that were named are absent; not one whose name or rank another one has, or that is here, or over."""
         names, ranks = {one.name for one in run.seats.values()}, {one.rank for one in run.seats.values()}
         for life in run.rebuilding.awaited() - run.absent.keys():
             named = run.rebuilding.named[life]
-            if life in self._ended or named.name in names or named.rank in ranks:
+            is_here = life in self._run_of or life in self._waits_in
+            if is_here or life in self._ended or named.name in names or named.rank in ranks:
                 run.rebuilding.forget(life)
             else:
                 run.absent[life] = Absent(named.name, named.rank, now, now + self._rejoin_wait_s)

@@ -87,8 +87,9 @@ class Rebuilding:
         for life, one in named.items():
             self.named.setdefault(life, one)
 
-    def take_in(self, source: Incarnation) -> None:
-        """`source` is back, and was not told of its group yet."""
+    def take_in(self, source: Incarnation, until: float) -> None:
+        """`source` is back, and was not told of its group yet; the others are waited for until `until` at least."""
+        self.until = max(self.until, until)
         self.views[source] = self.over[source] = frozenset()
         self.is_partial = True
 

@@ -189,6 +189,41 @@ def test_one_that_was_not_told_that_its_static_group_had_begun_is_moved_into_it(
     assert {life: (one.rank, members_of(one)) for life, one in welcomes.items()} == {A: (0, {A, B}), B: (1, {A, B})}
 
 
+@pytest.mark.parametrize("world_size", [0, 2])
+def test_one_that_was_named_and_registers_has_the_place_that_it_was_given(world_size: int) -> None:
+    """It was not told that it had come in, as the broker died."""
+    d = directory()
+    d.rejoin(A, rejoin(A, {A, B}, world_size=world_size), 0.0)
+    actions = d.register(B, register("b", -1, world_size), 0.5)
+    welcome = told(actions, Welcome)[B]
+    assert (welcome.rank, welcome.run, members_of(welcome)) == (1, RUN, {A, B})
+    assert told(actions, Joined)[A].incarnation == B
+    assert d.tick(WAIT_S + 1) == []
+
+
+def test_one_that_was_not_told_waits_until_its_static_group_is_complete() -> None:
+    """It has to know all members when it begins; the others go on."""
+    d = directory()
+    assert told(d.rejoin(A, rejoin(A, {A, B, C}, world_size=3), 0.0), Welcome).keys() == {A}
+    assert d.register(B, register("b", 1, 3), 0.5) == []
+    assert d.heartbeat(B) == [Tell(B, Heartbeat())]
+    actions = d.rejoin(C, rejoin(C, {A, B, C}, world_size=3), 1.0)
+    assert members_of(told(actions, Welcome)[B]) == {A, B, C}
+
+
+def test_a_member_that_names_a_worker_of_another_group_does_not_harm_it() -> None:
+    """That one is where it is."""
+    d = directory()
+    d.register(D, Register("d", -1, 0, {}, "other"), 0.0)
+    welcome = told(d.rejoin(A, rejoin(A, {A}, members=[[D, "d", 7]]), 0.0), Welcome)[A]
+    assert members_of(welcome) == {A}
+    assert d.tick(WAIT_S + 1) == []
+    assert D in d
+    d.rejoin(B, rejoin(B, {B}, members=[[C, "c", 2]]), 20.0)
+    assert told(d.register(C, Register("c", -1, 0, {}, "other"), 20.0), Welcome).keys() == {C}
+    assert d.tick(20.0 + WAIT_S) == []
+
+
 def test_a_static_group_of_which_one_is_gone_takes_no_other_in() -> None:
     """The next worker to register begins the next run of it."""
     d = directory()
