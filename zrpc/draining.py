@@ -5,7 +5,7 @@ What: a worker that drains says so to all members. From then on a call to it fai
 before is run and answered. References and autograd contexts work on until `shutdown`.
 
 Failure: a member that cannot be told goes on calling, and is answered. A call that runs for longer than the time limit
-is not waited for; the log names how many there are.
+is not waited for; the log names it.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def _finish(agent: Agent, deadline: float | None) -> bool:
     """Wait until no request is served; false: it was not so by `deadline`."""
     report_at = time.monotonic() + REPORT_S
     with blocking():
-        while (serving := agent.counts()["server_active_calls"]) and not _is_stuck(agent):
+        while agent.counts()["server_active_calls"] and not _is_stuck(agent):
             now = time.monotonic()
             if deadline is not None and now >= deadline:
-                log.warning("%s has drained, but for %d calls that still run", agent.info, serving)
+                log.warning("%s has drained, but for what is still under way: %s", agent.info, agent.describe_waits())
                 return False
             if now >= report_at:
-                log.warning("%s drains, and waits for %d calls that run here", agent.info, serving)
+                log.warning("%s drains; under way: %s", agent.info, agent.describe_waits())
                 report_at = now + REPORT_S
             time.sleep(PAUSE_S)
     return True

@@ -22,6 +22,7 @@ from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.queue import Queue
 from zrpc.agent.server import Server
 from zrpc.agent.suspicion import Suspicions
+from zrpc.agent.under_way import describe
 from zrpc.config import check_timeout
 from zrpc.control import ControlThread
 from zrpc.errors import ZrpcError
@@ -185,9 +186,8 @@ class Agent:
         return True
 
     def describe_waits(self) -> str:
-        """What is under way: the calls out, by message and callee, and how many are served here."""
-        asked = ", ".join(f"{count} {what}" for what, count in self._client.calls.describe().items())
-        return f"{asked or 'no calls'} that others are to answer, and {self._server.num_serving} calls that run here"
+        """What is under way: the calls out, and those that run here."""
+        return describe(self._client.calls.all(), self._server.requests())
 
     def say_goodbye(self, timeout_s: float) -> None:
         """Tell the peers of a dynamic group that this worker leaves; wait up to `timeout_s` for them to know.

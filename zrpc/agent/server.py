@@ -112,6 +112,14 @@ class Server:
         """Whether that request is here, and not answered yet."""
         return (source, call_id) in self._requests
 
+    def requests(self) -> list[Request[Any]]:
+        """Those that are not answered yet."""
+        return list(self._requests.values())
+
+    def callers(self) -> list[WorkerInfo]:
+        """The workers whose requests are not answered yet."""
+        return list({request.source.incarnation: request.source for request in self.requests()}.values())
+
     def handle(
         self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool,
         refuse: Callable[[Request[M], ZrpcError], None] | None = None,

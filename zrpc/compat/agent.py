@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from zrpc import gather, lifecycle
+from zrpc import ending, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.rref.context import RRefContext
 
@@ -131,15 +131,15 @@ class TensorPipeAgent(RpcAgent):
 
     def join(self, shutdown: bool = False, timeout: float = 0.0) -> None:
         """Wait until no call is under way in this worker and, in a static group, in any other."""
-        lifecycle.finish_calls(self._agent, timeout)
+        ending.finish_calls(self._agent, timeout)
         if self._agent.is_static_group:
             if shutdown:
                 self._agent.extensions[RRefContext].expect_goodbyes()
-            gather.gather_living(timeout)
+            ending.wait_for_all(timeout)
 
     def sync(self) -> None:
         """Wait until no call of this worker is under way."""
-        lifecycle.finish_calls(self._agent, 0.0)
+        ending.finish_calls(self._agent, 0.0)
 
     def shutdown(self) -> None:
         """End this worker at once."""
