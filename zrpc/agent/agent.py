@@ -53,8 +53,7 @@ log = logging.getLogger("zrpc")
 M = TypeVar("M", bound=Message)
 
 REPORT_S = 5.0  # how often the log says what a shutdown waits for
-CONTROL_END_S = 1.0
-"""So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
+CONTROL_END_S = 1.0  # so long, at least, a closing worker waits for its control thread, whose tasks do not wait
 
 
 class Agent:
@@ -134,7 +133,7 @@ class Agent:
             self._server.event_loop.is_here, propagates=options.propagate_deadlines,
         )  # fmt: skip
         self._suspicions = Suspicions(
-            options.liveness_timeout, self._gates, self._peers, self._client, self.control.submit
+            options.liveness_timeout, self._gates, self._peers, self._client, self.control.submit, self._server.callers
         )
         self.completions = self._client.completions
         self.event_loop = self._server.event_loop
@@ -393,6 +392,7 @@ class Agent:
         self.lost_at = time.monotonic()
         self._suspicions.lose(worker)
         self._client.lose(worker, reason)
+        self._server.lose(worker.incarnation)
         for listener in self._lost_listeners:
             try:
                 listener(worker, reason)

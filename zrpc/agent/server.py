@@ -243,6 +243,23 @@ class Server:
             elif nested:
                 self._cancel_calls(nested)
 
+    def lose(self, caller: Incarnation) -> None:
+        """That worker is gone: what waits here for it is dropped, and what runs for it is cancelled.
+
+        But creations of RRefs that run: others may hold these, also such that their forks are not counted yet.
+        On the control thread. There is no answer: it would reach nothing.
+        """
+        for request in self.requests():
+            if request.source.incarnation != caller or not request.is_of_users:
+                continue
+            if self.queue.leave(request):
+                self.queue.note_cancelled()
+                request.let_go()
+                self._end(request)
+            elif type(request.message) not in self._refusals and not request.is_cancelled:
+                self.queue.note_cancelled()
+                self._cancel_calls(request.cancel())
+
     def _refuse(self, request: Request[Any], reason: ZrpcError) -> None:
         """Answer a request that is not begun. It must not block."""
         request.let_go()
