@@ -17,6 +17,7 @@ from zrpc.agent.retry import call as call_again
 from zrpc.agent.retry import call_async as begin_again
 from zrpc.agent.scripted import check_arguments
 from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
+from zrpc.errors import DrainingError
 from zrpc.functions import name_of
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
@@ -254,7 +255,12 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
         UnknownWorkerError: no such worker (yet).
     """
     agent = current_agent()
-    return agent.info if worker_name is None else agent.resolve(worker_name)
+    if worker_name is None:
+        return agent.info
+    try:
+        return agent.resolve(worker_name)
+    except DrainingError:  # to ask who it is is no call
+        return agent.members.find(worker_name)
 
 
 def _call(

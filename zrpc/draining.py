@@ -2,7 +2,8 @@
 
 What: a worker that drains says so to all members. From then on a call to it fails where it is made, with
 `DrainingError`: it did not run, and may be made to another worker, or wait for the next one of that name. What had come
-before is run and answered. References and autograd contexts work on until `shutdown`.
+before is run and answered. References and autograd contexts work on until `shutdown`; the log names the RRefs that
+others still hold. In a static group `shutdown` waits for the others, as ever.
 
 Failure: a member that cannot be told goes on calling, and is answered. A call that runs for longer than the time limit
 is not waited for; the log names it.
@@ -24,6 +25,8 @@ from zrpc.agent.pool import blocking
 from zrpc.config import check_timeout
 from zrpc.errors import ConfigError, ZrpcError
 from zrpc.exposed import expose
+from zrpc.rref.context import RRefContext
+from zrpc.rref.leftovers import describe_leftovers
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
 
@@ -64,7 +67,11 @@ def drain(timeout: float = 0.0) -> bool:
     limit_s = check_timeout(timeout, "timeout")
     deadline = time.monotonic() + limit_s if limit_s else None
     _tell(agent)
-    return _finish(agent, deadline)
+    is_finished = _finish(agent, deadline)
+    left = describe_leftovers(agent.extensions[RRefContext])
+    if left:
+        log.warning("%s has drained, and is to stay as long as others need what it keeps: %s", agent.info, left)
+    return is_finished
 
 
 def drain_worker(to: str | int | WorkerInfo) -> None:

@@ -124,7 +124,7 @@ def _ask(names: Sequence[str]) -> list[tuple[str, str]]:
         for name in names[:MAX_ASKED]:
             with suppress(ZrpcError):
                 payload = pickling.dumps_call((_under_way, (), {}))
-                calls.append(agent.request(agent.resolve(name), PythonCall(), payload, timeout_s=ASK_S))
+                calls.append(agent.request(agent.members.find(name), PythonCall(), payload, timeout_s=ASK_S))
         told = []
         for call in calls:
             with suppress(RuntimeError):  # it does not answer, or is another version

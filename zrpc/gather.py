@@ -169,7 +169,7 @@ class Gatherings:
         if not self._agent.is_static_group:
             with suppress(RendezvousError):  # the store is gone: those who are known here may still gather
                 self._agent.refresh()
-        lives = tuple(self._agent.resolve(name).incarnation for name in names)
+        lives = tuple(self._agent.members.find(name).incarnation for name in names)  # also of those that drain
         with self._changed:
             gathering = self._table.begin(Key(names, 0, survives_loss, lives))
         return gathering.key, gathering

@@ -75,6 +75,13 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+def logged() -> Lines:
+    """What zrpc logs here from now on."""
+    kept = Lines()
+    logging.getLogger("zrpc").addHandler(kept)
+    return kept
+
+
 _over = threading.Event()
 
 
@@ -85,8 +92,7 @@ def hold_here() -> None:
 def end_with_calls(rank: int, init_method: str) -> list[str]:
     options = rpc.RpcBackendOptions(init_method=init_method)
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
-    kept = Lines()
-    logging.getLogger("zrpc").addHandler(kept)
+    kept = logged()
     if rank == 1:
         rpc.rpc_async("worker0", hold_here)
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zrpc import ending, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
+from zrpc.errors import DrainingError
 from zrpc.rref.context import RRefContext
 
 if TYPE_CHECKING:
@@ -105,7 +106,12 @@ class TensorPipeAgent(RpcAgent):
 
     def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo:
         """This worker, or the one of that name or rank."""
-        return self._agent.info if worker is None else self._agent.resolve(worker)
+        if worker is None:
+            return self._agent.info
+        try:
+            return self._agent.resolve(worker)
+        except DrainingError:  # to ask who it is is no call
+            return self._agent.members.find(worker)
 
     def get_worker_infos(self) -> list[WorkerInfo]:
         """Everybody in the group."""
