@@ -17,6 +17,8 @@ from zrpc.agent.retry import call as call_again
 from zrpc.agent.retry import call_async as begin_again
 from zrpc.agent.scripted import check_arguments
 from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
+from zrpc.errors import DrainingError
+from zrpc.functions import name_of
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
 from zrpc.rref.making import remote_builtin, remote_python
@@ -258,7 +260,12 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
         UnknownWorkerError: no such worker (yet).
     """
     agent = current_agent()
-    return agent.info if worker_name is None else agent.resolve(worker_name)
+    if worker_name is None:
+        return agent.info
+    try:
+        return agent.resolve(worker_name)
+    except DrainingError:  # to ask who it is is no call
+        return agent.members.find(worker_name)
 
 
 def _call(
@@ -277,7 +284,8 @@ def _call(
     message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
     limit_s, waited = None if timeout == UNSET_RPC_TIMEOUT_S else timeout, mode is ExecMode.SYNC
     if not is_profiling():
-        return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
+        name = name_of(func)
+        return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited, function=name)
     recording = record(agent, mode, function_name(func), info)
     with sending(recording):
         call = agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)

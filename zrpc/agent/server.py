@@ -112,6 +112,14 @@ class Server:
         """Whether that request is here, and not answered yet."""
         return (source, call_id) in self._requests
 
+    def requests(self) -> list[Request[Any]]:
+        """Those that are not answered yet."""
+        return list(self._requests.values())
+
+    def callers(self) -> list[WorkerInfo]:
+        """The workers whose requests are not answered yet."""
+        return list({request.source.incarnation: request.source for request in self.requests()}.values())
+
     def handle(
         self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool,
         refuse: Callable[[Request[M], ZrpcError], None] | None = None,
@@ -234,6 +242,23 @@ class Server:
                 self._refuse(found, CallCancelledError("the call was cancelled before it began"))
             elif nested:
                 self._cancel_calls(nested)
+
+    def lose(self, caller: Incarnation) -> None:
+        """That worker is gone: what waits here for it is dropped, and what runs for it is cancelled.
+
+        But creations of RRefs that run: others may hold these, also such that their forks are not counted yet.
+        On the control thread. There is no answer: it would reach nothing.
+        """
+        for request in self.requests():
+            if request.source.incarnation != caller or not request.is_of_users:
+                continue
+            if self.queue.leave(request):
+                self.queue.note_cancelled()
+                request.let_go()
+                self._end(request)
+            elif type(request.message) not in self._refusals and not request.is_cancelled:
+                self.queue.note_cancelled()
+                self._cancel_calls(request.cancel())
 
     def _refuse(self, request: Request[Any], reason: ZrpcError) -> None:
         """Answer a request that is not begun. It must not block."""
