@@ -34,7 +34,7 @@ from zrpc.ids import new_incarnation
 from zrpc.secret import find_secret
 from zrpc.transport import sockets
 from zrpc.transport.credentials import Credentials, KeyPair, make_pair
-from zrpc.transport.hub import BROKER, RECEIVER, SENDER
+from zrpc.transport.identities import BROKER, RECEIVER, SENDER
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Register, Welcome
 
