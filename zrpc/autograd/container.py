@@ -44,7 +44,7 @@ class ContextContainer:
         self._counter = itertools.count(random.SystemRandom().randrange(FIRST_MAX))
         self._lock = threading.Lock()
         self._contexts: dict[int, DistAutogradContext] = {}
-        self._released: OrderedDict[int, None] = OrderedDict()
+        self._released: OrderedDict[int, bool] = OrderedDict()  # whether its creator was lost
         self._here = _Here()
 
     @property
@@ -99,14 +99,27 @@ class ContextContainer:
         self._on_foreign(context)
         return self._contexts.get(context_id)
 
-    def remove(self, context_id: int) -> DistAutogradContext | None:
+    def check(self, context_id: int) -> None:
+        """See that a context that is not here was released by its creator: then no pass comes any more.
+
+        Raises:
+            AutogradError: it was released because its creator is lost for this worker. Others may not know, and would
+                miss gradients.
+        """
+        if self._released.get(context_id):
+            raise AutogradError(
+                f"autograd context {context_id} is over on {self._me()}, for which the worker that made it is lost: "
+                "gradients would be missing"
+            )
+
+    def remove(self, context_id: int, *, is_creator_lost: bool = False) -> DistAutogradContext | None:
         """Take the context out, for good; None if it is not here."""
         if self._here.context_id == context_id:
             self._here.context_id = None
         with self._lock:
             context = self._contexts.pop(context_id, None)
             if context is None or context.creator != self._me().incarnation:
-                self._released[context_id] = None
+                self._released.setdefault(context_id, is_creator_lost)
                 if len(self._released) > MAX_RELEASED:
                     self._released.popitem(last=False)
             return context
@@ -132,9 +145,18 @@ class ContextContainer:
         return self.get(self._here.context_id)
 
     def find_current(self) -> DistAutogradContext | None:
-        """The context that is current on this thread, or None."""
+        """The context that is current on this thread, or None.
+
+        Raises:
+            AutogradError: see `check`.
+        """
         context_id = self._here.context_id
-        return None if context_id is None else self._contexts.get(context_id)
+        if context_id is None:
+            return None
+        context = self._contexts.get(context_id)
+        if context is None:
+            self.check(context_id)
+        return context
 
     def activate(self, context: DistAutogradContext) -> AbstractContextManager[None]:
         """Make `context` current on this thread while the body runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from zrpc.autograd import grad_mode
 from zrpc.autograd.functions import RecvInfo, SendFunction, record_recv
 from zrpc.autograd.grad_mode import GradMode
 from zrpc.autograd.operators import OperatorSend
-from zrpc.errors import ProtocolError
+from zrpc.errors import AutogradError, ProtocolError
 from zrpc.wire.messages import BuiltinCall, BuiltinRemote, Failure, Message, global_id
 
 if TYPE_CHECKING:
@@ -80,7 +80,11 @@ class AutogradHook:
     def receive(
         self, source: WorkerInfo, meta: object, payload: Payload, is_reply: bool
     ) -> AbstractContextManager[None]:
-        """See `CallHook.receive`. What comes for a released context is served without one."""
+        """See `CallHook.receive`. What comes for a released context is served without one.
+
+        Raises:
+            AutogradError: tensors that require grad came for one that is over here alone.
+        """
         context_id, message_id, mode, creator = parse(meta)
         container = self._container
         if context_id is None:
@@ -89,6 +93,8 @@ class AutogradHook:
             context = container.find(context_id)
         else:
             context = container.get_or_create(context_id, creator or source.incarnation)
+        if context is None and context_id is not None and message_id is not None:
+            container.check(context_id)
         if context is not None and message_id is not None:
             _receive_tensors(context, RecvInfo(source.incarnation, message_id, is_reply), payload)
         active = _nothing if is_reply or context is None else container.activate(context)
@@ -96,7 +102,9 @@ class AutogradHook:
 
     def carry_over(self) -> AbstractContextManager[None] | None:
         """See `CallHook.carry_over`: the current context, and the grad mode."""
-        context = self._container.find_current()
+        context = None
+        with suppress(AutogradError):  # calls say so
+            context = self._container.find_current()
         if context is None:
             return None
         active, mode = self._container.activate(context), grad_mode.current()
@@ -108,7 +116,11 @@ class AutogradHook:
             payload.tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in payload.tensors]
             return None
         context = None if context_id is None else self._container.find(context_id)
-        if context is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return None
+        if context is None:
+            if context_id is not None and any(tensor.requires_grad for tensor in payload.tensors):
+                self._container.check(context_id)
             return None
         if payload.is_cut_off:
             _warn_once()

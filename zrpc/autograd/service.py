@@ -222,13 +222,14 @@ class AutogradService:
     def on_peer_lost(self, worker: WorkerInfo, reason: str) -> None:
         """A peer is gone: its contexts are over, and so are passes that wait for gradients from it.
 
-        It may have been the only one to tell this worker of others' contexts, and of their end: so it is their creators
-        who are to tell from now on.
+        Others may not have lost it: they are not told that its contexts are over, and what would miss gradients here is
+        refused. It may have been the only one to tell this worker of others' contexts, and of their end: so it is their
+        creators who are to tell from now on.
         """
         known: defaultdict[Incarnation, list[int]] = defaultdict(list)
         for context in self.contexts.all():
             if context.creator == worker.incarnation:
-                self._release(context.context_id, _at_once)
+                self._release(context.context_id, _at_once, is_creator_lost=True)
                 continue
             known[context.creator].append(context.context_id)
             if (active := context.active) is not None:
@@ -242,7 +243,7 @@ class AutogradService:
         if context.creator != self._me:
             self._agent.watch_life(context.creator)
         if context.creator in self._agent.members.ended:
-            self._release(context.context_id, _at_once)
+            self._release(context.context_id, _at_once, is_creator_lost=True)
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -278,13 +279,14 @@ class AutogradService:
             self._notify(life, AbortBackward(context.context_id, pass_id, reason))
 
     def _release(
-        self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: Incarnation | None = None
-    ) -> None:
+        self, context_id: int, run: Callable[[Callable[[], None]], None], told_by: Incarnation | None = None, *,
+        is_creator_lost: bool = False,
+    ) -> None:  # fmt: skip
         """Take a context out and tell the others; `run` is given what ends its pass, which may take a while."""
-        context = self.contexts.remove(context_id)
+        context = self.contexts.remove(context_id, is_creator_lost=is_creator_lost)
         if context is None:
             return
-        if context.is_known_beyond((self._me, told_by)):
+        if not is_creator_lost and context.is_known_beyond((self._me, told_by)):  # each finds out by itself
             self._tell_soon(context, told_by)
         run(context.release)
 
