@@ -14,11 +14,13 @@ from zrpc.errors import ProtocolError
 from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
+from zrpc.wire.observing import Attach
 from zrpc.wire.rejoining import Locate, Located, Rejoin
 from zrpc_broker import defaults
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
 from zrpc_broker.directory import UNGIVEN, Directory
 from zrpc_broker.liveness import LOOKS, Liveness, Standing
+from zrpc_broker.observers import attach
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -159,6 +161,10 @@ class Broker:
                 self._perform(self._directory.heartbeat(source), source, envelope.call_id)
         elif isinstance(message, Locate):
             self._tell(source, Located(self._directory.count(message.group)), envelope.call_id)
+        elif isinstance(message, Attach):  # sent again until it is answered
+            if not self._hub.has_said_hello(source):
+                return
+            self._perform(attach(self._directory, self._keyring, source, message), source, envelope.call_id)
         elif isinstance(message, Leave):
             self._unanswerable.pop(source, None)
             _log.info("%s leaves", self._describe(source))

@@ -33,6 +33,7 @@ from zrpc.wire.raisable import Raisable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from zrpc.agent.gate import Gate
     from zrpc.ids import WorkerInfo
@@ -101,13 +102,14 @@ class Call:
         gate: where it counts until it is answered.
         message: what was asked.
         timeout_s: its time limit in seconds; 0: none.
+        began: when it was made (`time.monotonic`).
         failed: whether it is done and went wrong.
     """
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_of_users", "_opening", "_owner",
-        "_payload", "_raised", "_waited", "_wake_ups", "announced", "call_id", "failed", "gate", "message", "peer",
-        "timeout_s",
+        "_payload", "_raised", "_waited", "_wake_ups", "announced", "began", "call_id", "failed", "gate", "message",
+        "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(
@@ -124,7 +126,8 @@ class Call:
         self.timeout_s = timeout_s
         self.failed = False
         self.announced = announced
-        self._deadline = time.monotonic() + timeout_s if timeout_s else None
+        self.began = began = time.monotonic()
+        self._deadline = began + timeout_s if timeout_s else None
         self._lock = threading.Lock()
         self._wake_ups: WakeUps | None = None  # made by the first thread that waits and does not read
         self._inline: list[Callable[[Call], None]] | None = None
@@ -371,6 +374,11 @@ class Call:
             raise
         except BaseException as error:
             self._answer, self._error = None, without_traceback(error)  # where it was unpacked is of no interest
+
+
+def awaited_in(frame: FrameType) -> Call | None:
+    """The call whose outcome a thread waits for in `frame`; None: it does not."""
+    return frame.f_locals.get("self") if frame.f_code is Call.await_done.__code__ else None
 
 
 def _what_became(is_unsent: bool) -> str:

@@ -31,14 +31,16 @@ class ServedCall:
 
     Attributes:
         deadline: when its caller gives up (`time.monotonic`); None: never.
+        began: when it came (`time.monotonic`); of what is no call of users 0.
         is_cancelled: its caller waits no longer, and has said so, or code that serves it was told that its time is
             over. What comes of it is no result any more.
     """
 
-    __slots__ = ("_listeners", "_nested", "_prune_at", "deadline", "is_cancelled")
+    __slots__ = ("_listeners", "_nested", "_prune_at", "began", "deadline", "is_cancelled")
 
     def __init__(self, time_left_ms: int | None) -> None:
-        self.deadline = time.monotonic() + time_left_ms / 1000 if time_left_ms else None
+        self.began = began = 0.0 if time_left_ms is None else time.monotonic()
+        self.deadline = began + time_left_ms / 1000 if time_left_ms else None
         self.is_cancelled = False
         self._nested: dict[int, None] | None = None
         self._listeners: dict[Callable[[], object], None] | None = None

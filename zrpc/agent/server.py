@@ -19,7 +19,7 @@ from zrpc.agent.event_loop import EventLoop
 from zrpc.agent.gate import payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
-from zrpc.agent.request import AsyncCalls, Request
+from zrpc.agent.request import Answerer, AsyncCalls, Request, Traced
 from zrpc.agent.served import serving
 from zrpc.errors import (
     AgentClosedError,
@@ -34,9 +34,12 @@ from zrpc.exception_text import log_error
 from zrpc.transport.credit import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception, remote_traceback
 from zrpc.wire.messages import Cancel, Message, Reply
+from zrpc.wire.observing import Look
 from zrpc.wire.payload import Payload, seal
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from zrpc.agent.gate import Gates
     from zrpc.agent.hooks import Hooks
     from zrpc.agent.peers import Peers
@@ -102,6 +105,8 @@ class Server:
         self._holds = 1  # why requests are kept back: how many reasons there are
         self._early: deque[tuple[Incarnation, Envelope]] | None = deque()
         self._serves_early = False
+        self._on_look: Callable[[Incarnation, Envelope], None] | None = None
+        self._answerer: Answerer = self
 
     @property
     def num_serving(self) -> int:
@@ -111,6 +116,18 @@ class Server:
     def is_serving(self, source: Incarnation, call_id: int) -> bool:
         """Whether that request is here, and not answered yet."""
         return (source, call_id) in self._requests
+
+    def requests(self) -> list[Request[Any]]:
+        """Those that are not answered yet, the oldest first. Any thread."""
+        return list(self._requests.values())
+
+    def observed_by(self, on_look: Callable[[Incarnation, Envelope], None]) -> None:
+        """Have `on_look(life, envelope)` take what observers ask, on the thread that reads: it must not block."""
+        self._on_look = on_look
+
+    def trace(self, on_answer: Callable[[Request[Any], BaseException | None], None] | None) -> None:
+        """From now on tell `on_answer` of the answer to each request that comes; None: tell nothing."""
+        self._answerer = self if on_answer is None else Traced(self, on_answer)
 
     def handle(
         self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool,
@@ -165,6 +182,10 @@ class Server:
         member = self._peers.registry.by_incarnation(source)
         if member is not None and self._early is None:
             return self._serve(member.info, envelope)
+        if type(envelope.message) is Look:
+            if self._on_look is not None:
+                self._on_look(source, envelope)
+            return None
         with self._lock:
             if self._early is not None:
                 self._early.append((source, envelope))
@@ -187,7 +208,7 @@ class Server:
 
     def _serve(self, source: WorkerInfo, envelope: Envelope, *, is_reading: bool = True) -> Work | None:
         """Have a request served; `is_reading`: by the thread that has read it, and may be given the work."""
-        request = Request(self, source, envelope, envelope.message)
+        request = Request(self._answerer, source, envelope, envelope.message)
         self._requests[request.key] = request
         handler, inline = self._handlers.get(type(envelope.message), (self._reject, True))
         work: Work | None = partial(_run_all, handler, request)
@@ -340,6 +361,11 @@ class Server:
         if self._is_awaited and not self._requests:
             with self._lock:
                 self._idle.notify_all()
+
+
+def served_in(frame: FrameType) -> Request[Any] | None:
+    """The request that a thread serves in `frame`; None: it serves none there."""
+    return frame.f_locals.get("request") if frame.f_code is _run_all.__code__ else None
 
 
 def _run(handler: Handler, request: Request[Any]) -> Work | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qs, urlparse
@@ -111,6 +115,45 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     generation = _generations[_place_of(init_method)].enter(world_size is None)
     prefixed = dist.PrefixStore(_prefix(generation, world_size), store)
     return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
+
+
+def open_for_looking(init_method: str, timeout_s: float) -> dist.Store:
+    """The store of `init_method` as it is, for a process that joins no group. Of a file it is a copy.
+
+    Raises:
+        ConfigError: `init_method` is no meeting point that can be looked at.
+        RendezvousError: there is no store.
+    """
+    import torch.distributed as dist
+
+    url = urlparse(init_method)
+    if url.scheme == "file":
+        return dist.FileStore(_copy_of(url.path), -1)
+    if url.scheme not in ("tcp", "env"):
+        raise ConfigError(f"init_method {init_method!r} cannot be looked at: file, tcp, env and broker can")
+    try:
+        return _open_tcp(init_method, -1, None, timeout_s)
+    except ValueError as error:
+        raise ConfigError(f"init_method {init_method!r} cannot be used: {error}") from error
+
+
+def _copy_of(path: str) -> str:
+    """A copy of the file of a store, for this process alone: torch counts who opens the file, and who has closed it."""
+    import fcntl
+
+    try:
+        with open(path, "rb") as file, tempfile.NamedTemporaryFile(prefix="zrpc-store-", delete=False) as copy:
+            atexit.register(_remove, copy.name)
+            fcntl.flock(file, fcntl.LOCK_SH)  # as torch does while it writes
+            shutil.copyfileobj(file, copy)
+    except OSError as error:
+        raise RendezvousError(f"the file of the group, {path}, cannot be read: {error.strerror}") from error
+    return copy.name
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
 
 
 def _prefix(generation: int, world_size: int | None) -> str:

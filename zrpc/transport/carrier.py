@@ -179,6 +179,10 @@ class Carrier:
         """See `Endpoint.queued_nbytes`."""
         return self._endpoint.queued_nbytes(peer)
 
+    def shared_counts(self) -> dict[str, int]:
+        """See `SharedMemory.counts`; nothing where there is none."""
+        return {} if self._shared_memory is None else self._shared_memory.counts()
+
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""
         if self._shared_memory is not None:

@@ -145,8 +145,8 @@ class SharedMemory:
         self._attachments.trim()
 
     def counts(self) -> dict[str, int]:
-        """See `SlabPool.counts`."""
-        return self._pool.counts()
+        """See `SlabPool.counts` and, for slabs of others that are mapped here, `Attachments.counts`."""
+        return {**self._pool.counts(), **self._attachments.counts()}
 
     def close(self) -> None:
         """Let go of everything; memory of others that is in use stays until it is not."""
