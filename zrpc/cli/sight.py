@@ -1,4 +1,6 @@
-"""`zrpc status`, `ping`, `stacks`, `trace`, `top`: a look into a running group, by a process that is no member of it.
+"""`zrpc status`, `ping` and `stacks`, and what they share with `trace` and `top`.
+
+A process looks into a running group, and is no member of it.
 
 Exit codes: 0: all is as asked; 1: the group or worker was not found, or does not let this process look; 2: bad input;
 3: workers do not answer, or have not come; 4: calls are older than `--stuck-after` says.
@@ -202,9 +204,3 @@ def stacks(
         tell(answer.seen)
     else:
         typer.echo(text.stacks(member.info.name, answer.seen, shows_all))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Have `app` know the commands."""
-    for command in (status, ping, stacks):
-        app.command(command.__name__)(command)

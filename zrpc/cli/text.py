@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def status(report: dict[str, Any], at_most: int) -> str:
     if not calls:
         return "\n".join([*lines, "", "no calls are under way"])
     shown = calls[:at_most]
+    if not shown:
+        return "\n".join([*lines, "", f"{len(calls)} calls are under way"])
     some = f"the oldest {len(shown)} of {len(calls)}" if len(shown) < len(calls) else "the oldest first"
     return "\n".join([*lines, "", f"calls under way, {some}:", *table(CALL_COLUMNS, map(call_row, shown))])
 
@@ -121,7 +124,9 @@ def stacks(name: str, seen: dict[str, Any], shows_all: bool) -> str:
     worker = seen["worker"]
     lines = [f"{name} (rank {worker['rank']}), process {worker['pid']} on {worker['host']}"]
     left_out = 0
-    for thread in sorted(seen["threads"], key=lambda one: (one["name"] != "MainThread", not one["serves"], one["name"])):
+    for thread in sorted(
+        seen["threads"], key=lambda one: (one["name"] != "MainThread", not one["serves"], one["name"])
+    ):
         frames = thread["frames"] if shows_all else [frame for frame in thread["frames"] if _is_of_users(frame[0])]
         if not frames and not thread["serves"] and not thread["waits_for"]:
             left_out += 1
@@ -142,3 +147,10 @@ def _is_of_users(file: str) -> bool:
     inner = os.path.normpath(file)
     folders = inner.split(os.sep)
     return not {"zrpc", "zmq"} & set(folders) and folders[-1] != "threading.py"
+
+
+def event(event: list[Any]) -> str:
+    """One line of a trace: when it ended, which way it went, its function and peer, how long it took, its outcome."""
+    at, way, function, peer, took_s, outcome = event
+    clock = time.strftime("%H:%M:%S", time.localtime(at)) + f"{at % 1:.3f}"[1:]
+    return f"{clock}  {'to  ' if way == 'out' else 'from'} {peer}  {function}  {duration(took_s)}  {outcome}"
