@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 NO_RICH = "zrpc top needs the package rich: pip install 'zrpc[cli]'. Without it: zrpc status"
 CALLS_SHOWN = 15
+WIDE = 130
+"""Columns that all is shown on; on fewer, `NARROW`."""
+NARROW = ("NAME", "UP", "PING", "OUT", "RUNS", "QUEUED", "MEMORY", "CALLS/S")
+PLAIN_WIDTH = 160
+"""Where the output is no terminal."""
 AGES = ((10.0, "red"), (1.0, "yellow"))
 """From which age on a call has which colour, in seconds."""
 
@@ -49,14 +55,16 @@ class Rates:
         self._at, self._before = now, counted
 
 
-def render(report: dict[str, Any]) -> RenderableType:
-    """One picture of `report`."""
+def render(report: dict[str, Any], width: int) -> RenderableType:
+    """One picture of `report`, for so many columns of text."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
     workers = Table(box=None, header_style="bold", pad_edge=False)
-    for name in (*text.COLUMNS, "CALLS/S", "TCP OUT/S", "TCP IN/S"):
+    names = (*text.COLUMNS, "CALLS/S", "TCP OUT/S", "TCP IN/S")
+    shown = [place for place, name in enumerate(names) if width >= WIDE or name in NARROW]
+    for name in (names[place] for place in shown):
         workers.add_column(name, justify="left" if name in ("NAME", "HOST") else "right", no_wrap=True)
     for worker in report["workers"]:
         rates = worker.get("rates")
@@ -64,7 +72,8 @@ def render(report: dict[str, Any]) -> RenderableType:
             f"{rates['calls']:.0f}", text.size(rates["sent_nbytes"]), text.size(rates["received_nbytes"])
         ]  # fmt: skip
         style = None if worker["answers"] else "red"
-        workers.add_row(*(escape(str(cell)) for cell in (*text.worker_row(worker), *told)), style=style)
+        cells = [*text.worker_row(worker), *told]
+        workers.add_row(*(escape(str(cells[place])) for place in shown), style=style)
     calls = Table(box=None, header_style="bold", pad_edge=False)
     for name in text.CALL_COLUMNS:
         calls.add_column(name, justify="right" if name in ("AGE", "LIMIT") else "left", overflow="fold")
@@ -97,15 +106,15 @@ def top(
         typer.echo(NO_RICH, err=True)
         raise typer.Exit(EXIT_USAGE) from error
     with attached("top", init_method, address, pid, timeout) as observer:
-        rates, console = Rates(), Console()
+        rates, console = Rates(), Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         try:
             if as_json or not console.is_terminal:
                 for report in _reports(observer, rates, timeout, interval, count):
-                    tell(report) if as_json else console.print(render(report))
+                    tell(report) if as_json else console.print(render(report, PLAIN_WIDTH))
             else:
                 with Live(console=console, screen=True, auto_refresh=False) as live:
                     for report in _reports(observer, rates, timeout, interval, count):
-                        live.update(render(report), refresh=True)
+                        live.update(render(report, console.width), refresh=True)
         except KeyboardInterrupt:
             return
         if report["silent"]:

@@ -74,6 +74,8 @@ def called_in(frame: FrameType) -> str | None:
     func: Callable[..., Any] | None = variables.get("func")
     if func is None:
         return None
+    if (op := api.operator_name(func)) is not None:
+        return op
     name = getattr(func, "__qualname__", type(func).__qualname__)
     if str(name).startswith("_local_invoke"):
         args: Sequence[Any] = variables.get("args") or ()

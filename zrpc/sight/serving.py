@@ -37,6 +37,11 @@ class Sight:
         self._tracing = Tracing(agent.observed)
         agent.observed.answer_with(self._answer, self._on_gone, self._tracing.run_due)
 
+    @property
+    def is_tracing(self) -> bool:
+        """Whether calls are told to an observer. Any thread."""
+        return self._tracing.is_on
+
     def _answer(self, question: Question) -> None:
         if question.what == "trace":
             self._tracing.ask(question)

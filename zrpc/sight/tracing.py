@@ -47,6 +47,11 @@ class Tracing:
         self._num_sent = 0
         self._flush_at = math.inf
 
+    @property
+    def is_on(self) -> bool:
+        """Whether an observer wants to be told."""
+        return bool(self._wanted)
+
     def ask(self, question: Question) -> None:
         """An observer wants to be told, or goes on to."""
         was_off = not self._wanted
