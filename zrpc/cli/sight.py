@@ -9,7 +9,9 @@ Exit codes: 0: all is as asked; 1: the group or worker was not found, or does no
 from __future__ import annotations
 
 import json
+import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +29,9 @@ EXIT_USAGE = 2
 EXIT_SILENT = 3
 EXIT_STUCK = 4
 
+_SECRETS = ("ZRPC_SECRET", "ZRPC_SECRET_FILE", "ZRPC_INSECURE")
+_ADOPTED = (*_SECRETS, "ZRPC_INIT_METHOD", "ZRPC_GROUP", "ZRPC_LOCAL_DIR")
+
 InitMethod = Annotated[
     str | None,
     typer.Option(
@@ -35,7 +40,7 @@ InitMethod = Annotated[
     ),
 ]  # fmt: skip
 Address = Annotated[str | None, typer.Option(help="or where one of its workers listens, tcp://HOST:PORT")]
-Pid = Annotated[int | None, typer.Option(help="or the process of one of its workers on this host")]
+Pid = Annotated[int | None, typer.Option(help="or the process of one of its workers here; its secret is used")]
 Timeout = Annotated[float, typer.Option(min=0.05, help="seconds to wait for answers")]
 Json = Annotated[bool, typer.Option("--json", help="as JSON, for programs")]
 Worker = Annotated[str, typer.Argument(help="name or rank of the worker", show_default=False)]
@@ -49,12 +54,36 @@ def attached(
     """An observer of the group, and its errors as messages and exit codes."""
     from zrpc.sight.meeting import observe
 
+    if pid is not None:
+        init_method = adopt_environment(pid)
     try:
-        with observe(init_method if address is None and pid is None else None, address, pid, timeout_s) as observer:
+        with observe(init_method if address is None else None, address, pid, timeout_s) as observer:
             yield observer
     except (ConfigError, ZrpcError) as error:
         typer.echo(f"zrpc {command}: {error}", err=True)
         raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_NOT_FOUND) from error
+
+
+def adopt_environment(pid: int) -> str | None:
+    """Take the secret from the environment of a process, as far as it is there: `zrpc launch` makes one for each run.
+
+    Whoever can read that can be the process: the kernel lets in its user and root alone.
+
+    Returns:
+        The broker of its group, if the environment names one.
+    """
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None
+    pairs = (entry.decode(errors="surrogateescape").partition("=") for entry in raw.split(b"\0"))
+    there = {name: value for name, _, value in pairs if name in _ADOPTED}
+    if not there.keys().isdisjoint(_SECRETS):
+        for name in _SECRETS:
+            os.environ.pop(name, None)
+    os.environ.update(there)
+    method = there.get("ZRPC_INIT_METHOD", "")
+    return method if method.startswith("broker://") else None
 
 
 def member_of(observer: Observer, worker: str) -> Member:

@@ -123,9 +123,8 @@ def _on_this_host(credentials: Credentials | None, pid: int | None, timeout_s: f
         if pid is not None:
             groups = [group for group in groups if any(_is_process(one, pid) for one in group.values())]
         if not groups:
-            silent = f" ({len(lives)} listen, and do not answer: they stand still, or have another secret)"
             raise RendezvousError(
-                f"no worker of this user and secret runs on this host{silent if lives else ''}: give the meeting point "
+                f"no worker of this user and secret runs on this host{_others(lives)}: give the meeting point "
                 "of the group (--init-method), or the address of a worker (--address)"
             )
         if len(groups) > 1:
@@ -152,6 +151,17 @@ def _lives_here() -> list[Incarnation]:
                     if len(life) == INCARNATION_NBYTES and local_socket.is_listening(life):
                         found.append(life)
     return found
+
+
+def _others(lives: list[Incarnation]) -> str:
+    """What is known of workers of this host that do not answer."""
+    if not lives:
+        return ""
+    pids = sorted({pid for life in lives[:32] if (pid := local_socket.process_of(life)) is not None})
+    told = (
+        f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids[:8]))}" if pids else f"{len(lives)} workers"
+    )
+    return f" ({told} did not answer: another secret, which --pid takes from that process's environment, or it hangs)"
 
 
 def _is_process(member: Member, pid: int) -> bool:
