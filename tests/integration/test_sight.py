@@ -207,6 +207,24 @@ def test_workers_are_found_on_this_host_and_by_the_address_of_one(cluster: Clust
     address = found["workers"][1]["address"]
     code, output, _ = zrpc("status", "--address", address, "--json", "--timeout", WITHIN_S)
     assert (code, [row["pid"] for row in json.loads(output)["workers"]]) == (0, pids)
+    code, output, _ = zrpc("doctor", "--pid", str(pids[0]), "--timeout", WITHIN_S)
+    assert code == 0
+    assert re.search(
+        r"^OK    group: 2 workers.*\nOK    worker0: it answers.*\nOK    worker1: it answers", output, re.MULTILINE
+    )
+    Path(tmp_path, "go-on").touch()
+    assert [outcome.result for outcome in running.wait(120)] == [["worker0", "worker1"]] * 2
+
+
+def test_workers_without_local_links_are_looked_at_through_the_network(
+    cluster_in_each_mode: Cluster, tmp_path: Path
+) -> None:
+    """They connect to where the command listens, or the broker relays; bytes are counted there."""
+    method = cluster_in_each_mode.new_init_method()
+    running = cluster_in_each_mode.start(wait_here, args=(str(tmp_path),), init_method=method, shared_memory=False)
+    started(tmp_path, 2)
+    found = seen(method)
+    assert [(row["answers"], row["received_nbytes"] > 0) for row in found["workers"]] == [(True, True)] * 2
     Path(tmp_path, "go-on").touch()
     assert [outcome.result for outcome in running.wait(120)] == [["worker0", "worker1"]] * 2
 

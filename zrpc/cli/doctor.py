@@ -10,7 +10,8 @@ import typer
 
 from zrpc.cli import checks, text
 from zrpc.cli.findings import Finding, Level, run
-from zrpc.cli.sight import Address, InitMethod, Json, Pid, Timeout, attached, look, tell
+from zrpc.cli.sight import Address, InitMethod, Json, Pid, Timeout, find, look, tell
+from zrpc.errors import RendezvousError, ZrpcError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,11 +41,10 @@ def doctor(
         one.level is not Level.FAIL for one in findings if one.about in ("secret", "keys", "meeting point")
     )
     if (init_method or address or pid is not None) and is_reachable:
-        with attached("doctor", init_method, address, pid, timeout) as observer:
-            for finding in group(observer, timeout):
-                findings.append(finding)
-                if not as_json:
-                    _show(finding)
+        for finding in group(init_method, address, pid, timeout):
+            findings.append(finding)
+            if not as_json:
+                _show(finding)
     if as_json:
         tell([{**vars(finding), "level": finding.level.value} for finding in findings])
     failed = sum(finding.level is Level.FAIL for finding in findings)
@@ -52,7 +52,18 @@ def doctor(
         raise typer.Exit(1)
 
 
-def group(observer: Observer, timeout_s: float) -> Iterator[Finding]:
+def group(init_method: str | None, address: str | None, pid: int | None, timeout_s: float) -> Iterator[Finding]:
+    """What there is to find at the workers of a group, if it runs."""
+    try:
+        with find(init_method, address, pid, timeout_s) as observer:
+            yield from workers(observer, timeout_s)
+    except RendezvousError as error:
+        yield Finding("group", Level.WARN, f"none runs there now: {error}", "start its workers, or look elsewhere")
+    except ZrpcError as error:
+        yield Finding("group", Level.FAIL, str(error), "see docs/sight.md, Which group")
+
+
+def workers(observer: Observer, timeout_s: float) -> Iterator[Finding]:
     """What there is to find at the workers of a running group."""
     report = look(observer, timeout_s)
     yield Finding("group", Level.OK, text.group_line(report))

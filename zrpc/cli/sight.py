@@ -52,16 +52,21 @@ def attached(
     command: str, init_method: str | None, address: str | None, pid: int | None, timeout_s: float
 ) -> Iterator[Observer]:
     """An observer of the group, and its errors as messages and exit codes."""
-    from zrpc.sight.meeting import observe
-
-    if pid is not None:
-        init_method = adopt_environment(pid)
     try:
-        with observe(init_method if address is None else None, address, pid, timeout_s) as observer:
+        with find(init_method, address, pid, timeout_s) as observer:
             yield observer
     except (ConfigError, ZrpcError) as error:
         typer.echo(f"zrpc {command}: {error}", err=True)
         raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_NOT_FOUND) from error
+
+
+def find(init_method: str | None, address: str | None, pid: int | None, timeout_s: float) -> Observer:
+    """An observer of the group that the options mean. Raises what `zrpc.sight.meeting.observe` does."""
+    from zrpc.sight.meeting import observe
+
+    if pid is not None:
+        init_method = adopt_environment(pid)
+    return observe(init_method if address is None else None, address, pid, timeout_s)
 
 
 def adopt_environment(pid: int) -> str | None:

@@ -76,14 +76,14 @@ def observe(
 # ---- without a broker ------------------------------------------------------------------------------------------------
 
 
-def _at_workers(credentials: Credentials | None, group: FoundGroup) -> Observer:
+def _at_workers(credentials: Credentials | None, group: FoundGroup, *, takes_any: bool = False) -> Observer:
     """An observer to whom workers connect."""
     hosts = [split_address(one)[0] for one in (member.card.get("address") for member in group.members) if one]
     away = next((host for host in hosts if not host.startswith(_LOOPBACK)), None)
     anywhere = "127.0.0.1" if away is None else "[::]" if ":" in away else "0.0.0.0"
     bind = os.environ.get(BIND_VARIABLE, f"tcp://{anywhere}:0")
     endpoint = PeerEndpoint(new_life(credentials), bind, local=True, credentials=credentials)
-    return Observer(endpoint, reachable_address(endpoint.address, away), group)
+    return Observer(endpoint, reachable_address(endpoint.address, away), group, takes_any=takes_any)
 
 
 def _by_address(address: str, credentials: Credentials | None, timeout_s: float) -> Observer:
@@ -94,7 +94,7 @@ def _by_address(address: str, credentials: Credentials | None, timeout_s: float)
         )
     split_address(address)
     anyone = Member(WorkerInfo("worker", 0), new_incarnation(), {"address": address})
-    observer = _at_workers(credentials, FoundGroup([anyone]))
+    observer = _at_workers(credentials, FoundGroup([anyone]), takes_any=True)
     try:
         answer = observer.ask([anyone.incarnation], "members", timeout_s=timeout_s)[anyone.incarnation]
         if answer.seen is None:

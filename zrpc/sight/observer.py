@@ -73,11 +73,14 @@ class Observer:
         address: where it listens; empty: nowhere.
         group: what it looks into.
         refresh: looks for members anew, and gives the group; None: that cannot be done.
+        takes_any: who answers may be of another life than the one that was asked: only an address is known of it.
     """
 
     def __init__(
-        self, endpoint: Endpoint, address: str, group: FoundGroup, refresh: Callable[[], FoundGroup] | None = None
-    ) -> None:
+        self, endpoint: Endpoint, address: str, group: FoundGroup, refresh: Callable[[], FoundGroup] | None = None, *,
+        takes_any: bool = False,
+    ) -> None:  # fmt: skip
+        self._takes_any = takes_any
         self.group = group
         self._endpoint = endpoint
         self._address = address
@@ -179,7 +182,7 @@ class Observer:
         if isinstance(message, Seen):
             with self._changed:
                 asked = self._asked.get(envelope.call_id)
-                if asked is not None:
+                if asked is not None and (asked.to == source or self._takes_any):
                     asked.on_seen(source, message.seen)
                 self._changed.notify_all()
 

@@ -180,8 +180,9 @@ class Carrier:
         return self._endpoint.queued_nbytes(peer)
 
     def shared_counts(self) -> dict[str, int]:
-        """See `SharedMemory.counts`; nothing where there is none."""
-        return {} if self._shared_memory is None else self._shared_memory.counts()
+        """See `SharedMemory.counts` and `SharedMemory.counts_of_others`; nothing where there is none."""
+        memory = self._shared_memory
+        return {} if memory is None else {**memory.counts(), **memory.counts_of_others()}
 
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""

@@ -145,8 +145,12 @@ class SharedMemory:
         self._attachments.trim()
 
     def counts(self) -> dict[str, int]:
-        """See `SlabPool.counts` and, for slabs of others that are mapped here, `Attachments.counts`."""
-        return {**self._pool.counts(), **self._attachments.counts()}
+        """See `SlabPool.counts`."""
+        return self._pool.counts()
+
+    def counts_of_others(self) -> dict[str, int]:
+        """See `Attachments.counts`: slabs of others that are mapped here."""
+        return self._attachments.counts()
 
     def close(self) -> None:
         """Let go of everything; memory of others that is in use stays until it is not."""

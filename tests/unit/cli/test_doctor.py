@@ -84,6 +84,14 @@ def test_a_store_that_is_not_there_yet_is_a_warning(monkeypatch: pytest.MonkeyPa
     assert one(network.ports, "meeting point").level is Level.WARN
 
 
+def test_a_group_that_does_not_run_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may be about to be started."""
+    monkeypatch.setenv("ZRPC_INIT_METHOD", f"file://{tmp_path}/store")
+    code, findings = doctor()
+    assert (code, findings["group"]["level"]) == (0, "WARN")
+    assert "none runs there now" in findings["group"]["text"]
+
+
 def test_a_folder_that_is_not_there_is_no_meeting_point() -> None:
     (finding,) = network.meeting_point("file:///no/such/folder/store")
     assert finding.level is Level.FAIL
