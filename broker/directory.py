@@ -291,7 +291,7 @@ class Directory:
         for other in run.seats:
             if other not in rebuilt.views:  # it came before they were back
                 actions += [Tell(other, Joined(seat.incarnation, seat.name, seat.rank, seat.card)) for seat in back]
-        actions += [Tell(s.incarnation, Welcome(s.rank, members_of(run), self._interval_s, run.id)) for s in back]
+        actions += [Tell(s.incarnation, Welcome(s.rank, _members(run), self._interval_s, run.id)) for s in back]
         if not run.seats:
             self._forget_run(run)
         waiting, run.waiting = run.waiting, {}
@@ -323,7 +323,7 @@ class Directory:
         return [
             Admit(seat.incarnation, run.room),
             *others,
-            Tell(seat.incarnation, Welcome(seat.rank, members_of(run), self._interval_s, run.id)),
+            Tell(seat.incarnation, Welcome(seat.rank, _members(run), self._interval_s, run.id)),
         ]
 
     def _begin(self, run: Run) -> list[Action]:
@@ -333,7 +333,7 @@ class Directory:
             if seat.rank == UNGIVEN:
                 seat.rank = run.lowest_free_rank()
         admissions = [Admit(incarnation, run.room) for incarnation in run.seats]
-        members = members_of(run)
+        members = _members(run)
         welcomes = [Tell(s.incarnation, Welcome(s.rank, members, self._interval_s, run.id)) for s in run.seats.values()]
         return [*admissions, *welcomes]
 
@@ -362,7 +362,7 @@ class Directory:
         return Forming([seat.name for seat in run.seats.values()], run.world_size, self._interval_s)
 
 
-def members_of(run: Run) -> list[list[Any]]:
+def _members(run: Run) -> list[list[Any]]:
     """As in `Welcome`."""
     return [[s.incarnation, s.name, s.rank, s.card] for s in sorted(run.seats.values(), key=lambda s: s.rank)]
 

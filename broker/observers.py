@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from zrpc.wire.messages import Refused
 from zrpc.wire.observing import OBSERVER_NAME, Attached
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
-from zrpc_broker.directory import GROUP_MAX_LENGTH, members_of
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation
@@ -31,8 +30,9 @@ def attach(directory: Directory, keyring: Keyring | None, source: Incarnation, w
         reason = keyring.why_not_name(source, OBSERVER_NAME)
         if reason is not None:
             return [Tell(source, Refused(reason))]
-    run = directory.current(wanted.group) if len(wanted.group) <= GROUP_MAX_LENGTH else None
+    run = directory.current(wanted.group)
     if run is None:
         return [Dismiss(source), Tell(source, Attached([], 0, NO_GROUP))]
-    told = Attached(members_of(run), run.world_size, run.phase.value)
+    members = [[s.incarnation, s.name, s.rank, s.card] for s in sorted(run.seats.values(), key=lambda s: s.rank)]
+    told = Attached(members, run.world_size, run.phase.value)
     return [Dismiss(source), Admit(source, run.room), Tell(source, told)]

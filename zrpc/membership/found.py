@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from zrpc.secret import Secret
 
 KIND = re.compile(r"zrpc/(?:restart-(\d+)-of-(\d+)/)?(\d+)/kind")
+ROUNDS = re.compile(r"(zrpc/torchrun-.*-of-(\d+)/\d+)/rank/0")
+"""Where torchrun may start workers again, each life of rank 0 has a round of its own."""
 GENERATIONS_MAX = 256
 """So many are looked for in a store that does not list its keys."""
 SIZE_MAX = 1 << 16
@@ -55,42 +57,53 @@ def in_store(raw: Any, secret: Secret | None, where: str) -> FoundGroup:
     """
     import torch.distributed as dist
 
-    prefixes = _prefixes(raw)
+    keys = _keys(raw)
+    prefixes = _prefixes(keys)
+    rounds = [match for key in sorted(keys) if (match := ROUNDS.fullmatch(key))]
+    if rounds:
+        prefix, size = rounds[-1].groups()
+        store = with_secret(cast("Store", dist.PrefixStore(prefix, raw)), secret)
+        return _static(store, min(int(size), SIZE_MAX), f"round/{store.get('rank/0').decode()}/")
     if not prefixes:
         raise RendezvousError(
             f"no group has met at {where}: check the address, and that its workers have called init_rpc"
         )
     store = with_secret(cast("Store", dist.PrefixStore(prefixes[-1], raw)), secret)
-    kind, _, size = store.get("kind").decode().partition(" ")
+    kind, _, said = store.get("kind").decode().partition(" ")
     if kind != "static":
         return FoundGroup(_dynamic(store), 0, "it grows and shrinks")
-    if not (size.isascii() and size.isdigit() and int(size) <= SIZE_MAX):
-        raise RefusedError(f"the store at {where} says {size[:32]!r} of the size of its group: it is no worker's")
-    return _static(store, int(size))
+    if not (said.isascii() and said.isdigit() and int(said) <= SIZE_MAX):
+        raise RefusedError(f"the store at {where} says {said[:32]!r} of the size of its group: it is no worker's")
+    return _static(store, int(said))
 
 
-def _prefixes(raw: Any) -> list[str]:
-    """Under what the keys of groups lie, the one that came last at the end."""
+def _keys(raw: Any) -> list[str]:
+    """The keys of a store, or of those that matter here the first ones."""
     try:
-        keys = list(raw.list_keys())
+        return list(raw.list_keys())
     except (RuntimeError, AttributeError):
-        keys = [f"zrpc/{number}/kind" for number in range(GENERATIONS_MAX) if raw.check([f"zrpc/{number}/kind"])]
+        return [f"zrpc/{number}/kind" for number in range(GENERATIONS_MAX) if raw.check([f"zrpc/{number}/kind"])]
+
+
+def _prefixes(keys: list[str]) -> list[str]:
+    """Under what the keys of groups lie, the one that came last at the end."""
     found = [match for key in keys if (match := KIND.fullmatch(key))]
     found.sort(key=lambda match: (int(match[1] or -1), int(match[3])))
     return [match[0].removesuffix("/kind") for match in found]
 
 
-def _static(store: Any, size: int) -> FoundGroup:
-    if store.check(["roster"]):
-        roster = unpack_roster(store.get("roster"))
+def _static(store: Any, size: int, base: str = "") -> FoundGroup:
+    """A group of that size, whose roster and records lie under `base`."""
+    if store.check([f"{base}roster"]):
+        roster = unpack_roster(store.get(f"{base}roster"))
         if isinstance(roster, Failure):
             return FoundGroup([], size, f"it cannot be: {roster.why}")
         return FoundGroup([Record.unpack(raw).member for raw in roster], size, "complete")
     came = []
     for rank in range(size):
-        if store.check([f"member/{rank}"]):
+        if store.check([f"{base}member/{rank}"]):
             with suppress(RefusedError):
-                came.append(Record.unpack(store.get(f"member/{rank}")).member)
+                came.append(Record.unpack(store.get(f"{base}member/{rank}")).member)
     absent = [str(rank) for rank in range(size) if not store.check([f"rank/{rank}"])]
     return FoundGroup(came, size, f"not all have come: rank(s) {', '.join(absent) or 'none'} are missing")
 

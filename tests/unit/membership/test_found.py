@@ -9,8 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from zrpc.errors import ConfigError, RefusedError, RendezvousError
-from zrpc.ids import new_incarnation
+from zrpc.ids import WorkerInfo, new_incarnation
 from zrpc.membership import found
+from zrpc.membership.authenticated_store import with_secret
+from zrpc.membership.group import Member
+from zrpc.membership.records import Record, pack_roster
 from zrpc.membership.rendezvous import open_for_looking
 from zrpc.membership.store import StoreGroup
 from zrpc.secret import Secret
@@ -61,6 +64,20 @@ def test_the_group_that_came_last_is_meant() -> None:
     join(raw, "zrpc/restart-0-of-1/0", "started", 0, 1)
     join(raw, "zrpc/restart-1-of-1/0", "again", 0, 1)
     assert names(raw) == (["again"], 1)
+
+
+def test_of_the_rounds_of_torchrun_that_of_the_newest_rank_0_is_meant() -> None:
+    """Each life of it has a round of its own, whose roster names the members."""
+    raw = dist.HashStore()
+    prefix = "zrpc/torchrun-none-of-1/0"
+    store = with_secret(dist.PrefixStore(prefix, raw), SECRET)  # type: ignore[arg-type]
+    for name in ("before", "now"):
+        life = new_incarnation()
+        record = Record(Member(WorkerInfo(name, 0), life, {}), 1, life.hex()).pack()
+        store.set("rank/0", life.hex())
+        store.set(f"round/{life.hex()}/kind", "static 1")
+        store.set(f"round/{life.hex()}/roster", pack_roster([record]))
+    assert names(raw) == (["now"], 1)
 
 
 def test_an_empty_store_has_no_group() -> None:
