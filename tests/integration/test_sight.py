@@ -92,7 +92,7 @@ def worker(rank: int, folder: str, method: str, environment: dict[str, str], is_
         known |= {*names()}
         Path(folder, "over").touch()
     else:
-        until(lambda: Path(folder, "over").exists(), "worker 0 is done", within_s=120)
+        until(lambda: known.update(names()) or Path(folder, "over").exists(), "worker 0 is done", within_s=120)
     rpc.shutdown()
     return sorted(known | {f"worker{rank}"})
 
@@ -279,6 +279,36 @@ def test_a_group_that_is_not_complete_shows_who_is_missing(cluster_in_each_mode:
     assert found["code"] == 3
     assert found["group"]["here"] == 1
     assert found["group"]["world_size"] == 2
+
+
+TORCHRUN = """
+import os, sys
+from pathlib import Path
+import zrpc as rpc
+from tests.integration.test_sight import wait_here
+
+rank = int(os.environ["RANK"])
+rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
+wait_here(rank, sys.argv[1])
+rpc.shutdown()
+"""
+
+
+def test_workers_of_torchrun_are_found_in_its_store(tmp_path: Path) -> None:
+    """It keeps the store itself, and may start its workers again: their keys lie elsewhere."""
+    program, port = tmp_path / "program.py", str(free_port())
+    program.write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([*command, str(program), str(tmp_path)], env=environment) as torchrun:
+        try:
+            pids = started(tmp_path, 2)
+            found = seen("env://", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            assert [(row["pid"], row["answers"]) for row in found["workers"]] == [(pid, True) for pid in pids]
+            Path(tmp_path, "go-on").touch()
+            assert torchrun.wait(120) == 0
+        finally:
+            torchrun.terminate()
 
 
 # ---- traces ----------------------------------------------------------------------------------------------------------

@@ -132,9 +132,21 @@ def open_for_looking(init_method: str, timeout_s: float) -> dist.Store:
     if url.scheme not in ("tcp", "env"):
         raise ConfigError(f"init_method {init_method!r} cannot be looked at: file, tcp, env and broker can")
     try:
-        return _open_tcp(init_method, -1, None, timeout_s)
+        _open_tcp(init_method, -1, None, timeout_s)  # it says why it cannot be reached, and waits for no name server
+        host, port = (url.hostname, url.port) if url.scheme == "tcp" else _master()
+        limit = timedelta(seconds=timeout_s)
+        return dist.TCPStore(str(host), int(port or 0), None, False, limit, wait_for_workers=False)  # lists its keys
     except ValueError as error:
         raise ConfigError(f"init_method {init_method!r} cannot be used: {error}") from error
+    except RuntimeError as error:
+        if isinstance(error, LimitError | RefusedError | RendezvousError):
+            raise
+        raise RendezvousError(f"the store of init_method {init_method!r} cannot be opened: {error}") from error
+
+
+def _master() -> tuple[str | None, int]:
+    """Where `env://` says that the store is."""
+    return os.environ.get("MASTER_ADDR"), _int_from_env("MASTER_PORT", 0)
 
 
 def _copy_of(path: str) -> str:
@@ -182,7 +194,7 @@ def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: fl
     url = urlparse(init_method)
     host, port = url.hostname, url.port
     if url.scheme == "env":
-        host, port = os.environ.get("MASTER_ADDR"), _int_from_env("MASTER_PORT", 0)
+        host, port = _master()
     if not host or not port or not 0 < port < 1 << 16:
         raise ValueError(
             "it needs a host and a port from 1 to 65535: tcp://host:port, or MASTER_ADDR and MASTER_PORT for env://"
