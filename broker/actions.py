@@ -33,4 +33,19 @@ class Dismiss:
     incarnation: Incarnation
 
 
-Action = Tell | Admit | Dismiss
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Keep what others in `room` send to a worker that is to come back there."""
+
+    incarnation: Incarnation
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Send a worker what was kept for it. Comes after it was told who the others are."""
+
+    incarnation: Incarnation
+
+
+Action = Tell | Admit | Dismiss | Expect | Release

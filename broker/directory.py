@@ -8,10 +8,19 @@ Theory of operation. A group, known by its key, is used by one run after another
   slowest to have left, and workers restarted after a crash find each other though a survivor still hangs about.
 - A dynamic run (`world_size` 0) is OPEN: workers come and go, and a name or rank is free again when its holder is gone.
 - A run whose last worker is gone is forgotten.
-- A broker that starts knows nothing, and there may have been another one in its place. Members of that one say who they
-  are (`Rejoin`), and their run is REBUILDING (`zrpc_broker.rebuilding`) until all that they name are back, or for
-  `rejoin_wait_s`. Whoever registers meanwhile waits. As names and ranks would be given twice if newcomers to a dynamic
-  group came first, those wait for the first `settle_s` seconds of a broker, too.
+
+A broker that starts knows nothing, and there may have been another one in its place. Members of that one say who they
+are, and which others they know (`Rejoin`). Each is welcomed at once, and the others that it named are absent: they are
+members still, what they are sent waits (`Expect`), and they are lost where they are not back in `rejoin_wait_s`. Only
+these wait:
+
+- Members that take each other for lost, or whose static group had not been begun for all of them: the run is REBUILDING
+  (`zrpc_broker.rebuilding`) until all are back, or for `rejoin_wait_s`.
+- Newcomers to dynamic groups, for the first `settle_s` seconds of a broker: until then a name or rank that looks free
+  may be a member's that is not back and was not named.
+- Who wants the name or the rank of an absent member, until that one was absent for `CLAIM_S`. Then the absent one is
+  lost: it is refused if it comes back later.
+- Newcomers to a static group with absent members: it is complete, or the next run begins.
 
 Ranks that workers leave to the broker (-1) are given out when a static run is complete, as somebody may still come and
 ask for a certain one; in a dynamic run at once. They are the lowest free ones, in the order of arrival.
@@ -21,100 +30,28 @@ from __future__ import annotations
 
 import itertools
 import os
-import reprlib
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from zrpc.errors import ProtocolError
-from zrpc.ids import EndedLives, WorkerInfo
+from zrpc.ids import EndedLives
 from zrpc.wire.messages import Forming, Heartbeat, Joined, Left, Refused, Register, Welcome
-from zrpc_broker.actions import Action, Admit, Dismiss, Tell
-from zrpc_broker.rebuilding import TOO_LATE, Rebuilding
+from zrpc_broker.actions import Action, Admit, Dismiss, Expect, Release, Tell
+from zrpc_broker.checks import malformed, malformed_return
+from zrpc_broker.rebuilding import TOO_LATE, TWO_VIEWS
+from zrpc_broker.runs import RUN_NBYTES, Absent, Phase, Run, Seat
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from zrpc.ids import Incarnation
     from zrpc.wire.rejoining import Rejoin
 
-UNGIVEN = -1
-GROUP_MAX_LENGTH = 256
-RUN_NBYTES = 8
+CLAIM_S = 2.0
+"""So long the name and the rank of a member that is absent are kept for it, if somebody else wants them."""
 
-_OWN_GROUP = "or give this run a group of its own with ZRPC_GROUP"
+_LEFT = "it left the group"
 _LOST = "this worker is lost for the others"
 _STRANGER = "the broker does not know this worker: it took it for lost. Start the run again"
-
-
-class Phase(Enum):
-    FORMING = "static, and not all workers have come"
-    RUNNING = "static and complete"
-    CLOSING = "static, and somebody is gone already"
-    OPEN = "dynamic: workers come and go"
-    REBUILDING = "members of a broker that died come back"
-
-
-@dataclass(slots=True)
-class Seat:
-    """One worker of a run."""
-
-    incarnation: Incarnation
-    name: str
-    rank: int
-    card: dict[str, Any]
-
-
-@dataclass(slots=True)
-class Run:
-    """One use of a group, from its first worker's coming to its last one's going.
-
-    Attributes:
-        key: the group.
-        world_size: how many workers it has; 0: it is dynamic.
-        room: where the hub has them reach each other.
-        phase: see `Phase`.
-        id: what members say that come back to it.
-        seats: its workers.
-        rebuilding: while it is REBUILDING: what its members have said.
-        waiting: those that registered meanwhile.
-    """
-
-    key: str
-    world_size: int
-    room: int
-    phase: Phase
-    id: bytes = b""
-    seats: dict[Incarnation, Seat] = field(default_factory=dict)
-    rebuilding: Rebuilding = field(default_factory=lambda: Rebuilding(0.0))
-    waiting: dict[Incarnation, Register] = field(default_factory=dict)
-
-    def refusal(self, wanted: Register | Rejoin) -> str | None:
-        """Why a worker cannot come in; None if it can."""
-        if wanted.world_size != self.world_size:
-            return (
-                f"group {self.key!r} was begun with {_size(self.world_size)} and {wanted.name!r} came with "
-                f"{_size(wanted.world_size)}: start all workers with the same, {_OWN_GROUP}"
-            )
-        for seat in self.seats.values():
-            if seat.name == wanted.name:
-                return (
-                    f"worker name {wanted.name} is not unique: a worker of group {self.key!r} has it (rank "
-                    f"{'not given yet' if seat.rank == UNGIVEN else seat.rank}). Choose another name"
-                )
-            if wanted.rank != UNGIVEN and seat.rank == wanted.rank:
-                return (
-                    f"rank {wanted.rank} is taken by {seat.name!r} of group {self.key!r}: "
-                    "start each worker with a rank of its own"
-                )
-        if self.phase is Phase.RUNNING:
-            return (
-                f"group {self.key!r} is complete: its {self.world_size} workers are running. "
-                f"Wait until they are done, {_OWN_GROUP}"
-            )
-        return None
-
-    def lowest_free_rank(self) -> int:
-        taken = {seat.rank for seat in self.seats.values()}
-        return next(rank for rank in itertools.count() if rank not in taken)
 
 
 class Directory:
@@ -136,7 +73,7 @@ class Directory:
         self._current: dict[str, Run] = {}
         self._run_of: dict[Incarnation, Run] = {}
         self._rebuilt: dict[tuple[str, bytes], Run] = {}  # runs of brokers before, by group and id
-        self._rebuilding: dict[int, Run] = {}  # by room
+        self._unsettled: dict[int, Run] = {}  # by room
         self._ended = EndedLives()
         self._waits_in: dict[Incarnation, Run] = {}
         self._rooms = itertools.count(1)
@@ -153,14 +90,14 @@ class Directory:
         if incarnation in self._run_of or incarnation in self._waits_in:
             reason: str | None = "this worker has registered already: call shutdown before the next init_rpc"
         else:
-            reason = _malformed(wanted)
+            reason = malformed(wanted)
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         run = self._open_run(wanted)
-        if run.phase is Phase.OPEN and not run.seats and now < self._settled_at:
-            self._begin_rebuilding(run, self._settled_at)
-            self._current[run.key] = run
-        if run.phase is Phase.REBUILDING:
+        if incarnation in run.absent:
+            return self._take_in(run, incarnation, wanted, now)
+        if self._must_wait(run, wanted, now):
+            self._current[run.key] = self._unsettled[run.room] = run
             run.waiting[incarnation] = wanted
             self._waits_in[incarnation] = run
             return self.heartbeat(incarnation)
@@ -168,9 +105,10 @@ class Directory:
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         self._current[run.key] = run
+        claimed = [action for life in run.claimed(wanted) for action in self._give_up(run, life, True, TOO_LATE)]
         seat = self._seat(run, incarnation, wanted.name, wanted.rank, wanted.card)
         if run.phase is Phase.OPEN:
-            return self._come_in(run, seat)
+            return [*claimed, *self._come_in(run, seat)]
         if len(run.seats) < run.world_size:
             return [Tell(incarnation, self._forming(run))]
         return self._begin(run)
@@ -181,32 +119,47 @@ class Directory:
             return [Tell(incarnation, Refused("this worker is here already"))]
         if (reason := self._ended.get(incarnation)) is not None:
             return [Tell(incarnation, Refused(f"{_LOST}: {reason}. Start the run again"))]
-        reason = _malformed(said) or _malformed_return(said)
+        reason = malformed(said) or malformed_return(said)
         if reason is not None:
             return [Tell(incarnation, Refused(reason))]
         run = self._run_to_rebuild(said)
-        reason = run.refusal(said)
+        reason = run.refusal(said, incarnation)
         if reason is not None:
-            return [Tell(incarnation, Refused(reason))]
+            return [Tell(incarnation, Refused(f"{_LOST}: {reason}"))]
         if run.phase is not Phase.REBUILDING:
-            self._begin_rebuilding(run, now)
+            run.begin_rebuilding(now)
+        self._unsettled[run.room] = run
         try:
             run.rebuilding.add(incarnation, said, now + self._rejoin_wait_s)
         except ProtocolError as error:
-            return [Tell(incarnation, Refused(str(error)))]
+            return [Tell(incarnation, Refused(str(error))), *self.tick(now)]
         self._rebuilt[run.key, said.run] = run
         if run.world_size == 0 or run.key not in self._current:
             self._current[run.key] = run
+        run.absent.pop(incarnation, None)
+        replaced = [action for life in run.claimed(said) for action in self._give_up(run, life, True, TOO_LATE)]
         self._seat(run, incarnation, said.name, said.rank, said.card)
-        self._move_named(run)
-        return self.tick(now)
+        self._move_named(run, now)
+        self._note_absent(run, now)
+        return [*replaced, *self.tick(now)]
 
     def tick(self, now: float) -> list[Action]:
-        """What is due: runs are rebuilt where nothing more is awaited."""
-        if not self._rebuilding:
-            return []
-        rebuilt = [run for run in self._rebuilding.values() if self._is_rebuilt(run, now)]
-        return [action for run in rebuilt for action in self._end_rebuilding(run, now)]
+        """What is due: members that are not back are lost, runs go on, and those that waited come in."""
+        actions: list[Action] = []
+        for run in list(self._unsettled.values()):
+            for life in [life for life, one in run.absent.items() if now >= one.until]:
+                actions += self._give_up(run, life, True, TOO_LATE)
+            if run.phase is Phase.REBUILDING and (now >= run.rebuilding.until or not run.rebuilding.needs_others):
+                actions += self._end_rebuilding(run)
+            for life, wanted in list(run.waiting.items()):
+                if not self._must_wait(run, wanted, now):
+                    del run.waiting[life], self._waits_in[life]
+                    actions += self.register(life, wanted, now)
+            if not run.is_unsettled:
+                del self._unsettled[run.room]
+                if not run.seats:
+                    self._forget_run(run)
+        return actions
 
     def count(self, group: str) -> int:
         """How many workers of that group are here."""
@@ -227,13 +180,21 @@ class Directory:
 
     def leave(self, incarnation: Incarnation) -> list[Action]:
         """A worker says goodbye; it is told when that is done."""
-        return [*self._remove(incarnation, False, "it left the group"), Tell(incarnation, Left(incarnation, False, ""))]
+        return [*self._remove(incarnation, False, _LEFT), Tell(incarnation, Left(incarnation, False, ""))]
 
     def lose(self, incarnation: Incarnation, reason: str) -> list[Action]:
         """A worker is gone without a goodbye."""
         return self._remove(incarnation, True, reason)
 
     # ---- rebuilding -------------------------------------------------------------------------------------------------
+
+    def _must_wait(self, run: Run, wanted: Register, now: float) -> bool:
+        """Whether a worker that registers for that run can neither be let in nor refused yet."""
+        if run.phase is Phase.REBUILDING:
+            return True
+        if run.world_size:
+            return bool(run.absent)
+        return now < self._settled_at or any(now < run.absent[life].since + CLAIM_S for life in run.claimed(wanted))
 
     def _run_to_rebuild(self, said: Rejoin) -> Run:
         """The run that a member was in: the one that others of it brought with them, or a new one of the same id.
@@ -247,12 +208,16 @@ class Directory:
             run = Run(said.group, said.world_size, next(self._rooms), Phase.OPEN, said.run)
         return run
 
-    def _begin_rebuilding(self, run: Run, until: float) -> None:
-        run.phase = Phase.REBUILDING
-        run.rebuilding = run.rebuilding.next(until, run.seats)
-        self._rebuilding[run.room] = run
+    def _take_in(self, run: Run, life: Incarnation, wanted: Register, now: float) -> list[Action]:
+        """One that was named registers: it was not told that it had come in."""
+        if run.phase is not Phase.REBUILDING:
+            run.begin_rebuilding(now)
+        away = run.absent.pop(life)
+        run.rebuilding.take_in(life, now + self._rejoin_wait_s)
+        self._seat(run, life, away.name, away.rank, wanted.card)
+        return self.tick(now)
 
-    def _move_named(self, run: Run) -> None:
+    def _move_named(self, run: Run, now: float) -> None:
         """Members that others name and that registered, as they were not told that their run has begun, are back."""
         for life, named in list(run.rebuilding.named.items()):
             where = self._run_of.get(life)
@@ -262,43 +227,57 @@ class Directory:
             if not where.seats and self._current.get(where.key) is where:
                 self._current[where.key] = run
             del self._run_of[life]
-            run.rebuilding.take_in(life)
+            run.rebuilding.take_in(life, now)
+            run.absent.pop(life, None)
             self._seat(run, life, named.name, named.rank, seat.card)
 
     def _seat(self, run: Run, incarnation: Incarnation, name: str, rank: int, card: dict[str, Any]) -> Seat:
         self._run_of[incarnation] = run
+        for other in self._unsettled.values():
+            other.absent.pop(incarnation, None)
         return run.seats.setdefault(incarnation, Seat(incarnation, name, rank, card))
 
-    def _is_rebuilt(self, run: Run, now: float) -> bool:
-        is_settled = bool(run.world_size) or now >= self._settled_at
-        return now >= run.rebuilding.until or (is_settled and not run.rebuilding.awaited())
+    def _note_absent(self, run: Run, now: float) -> None:
+        """Those that were named are absent; not one whose name or rank another one has, or that is here, or over."""
+        names, ranks = {one.name for one in run.seats.values()}, {one.rank for one in run.seats.values()}
+        for life in run.rebuilding.awaited() - run.absent.keys():
+            named = run.rebuilding.named[life]
+            is_here = life in self._run_of or life in self._waits_in
+            if is_here or life in self._ended or named.name in names or named.rank in ranks:
+                run.rebuilding.forget(life)
+            else:
+                run.absent[life] = Absent(named.name, named.rank, now, now + self._rejoin_wait_s)
 
-    def _end_rebuilding(self, run: Run, now: float) -> list[Action]:
-        """All are back that will be: they are welcomed, and those that registered meanwhile come in."""
+    def _end_rebuilding(self, run: Run) -> list[Action]:
+        """What members said fits together, or is made to: those that are back are welcomed."""
         rebuilt = run.rebuilding
-        del self._rebuilding[run.room]
+        awaited = rebuilt.awaited()
+        run.end_rebuilding()
         actions: list[Action] = []
-        for life in rebuilt.awaited():
-            self._ended.note(life, TOO_LATE)
-        run.phase = Phase.OPEN
         for life, reason in rebuilt.refused().items():
             actions += [*self._remove(life, True, reason), Tell(life, Refused(f"{_LOST}: {reason}"))]
+        for life in run.absent.keys() - awaited:
+            actions += self._give_up(run, life, True, TWO_VIEWS)
         back = [run.seats[life] for life in rebuilt.views if life in run.seats]
-        if run.world_size:
-            run.phase = Phase.RUNNING if len(run.seats) == run.world_size else Phase.CLOSING
-        run.id = run.id or os.urandom(RUN_NBYTES)
         actions += [Admit(seat.incarnation, run.room) for seat in back]
+        actions += [Expect(life, run.room) for life in run.absent]
         for other in run.seats:
             if other not in rebuilt.views:  # it came before they were back
                 actions += [Tell(other, Joined(seat.incarnation, seat.name, seat.rank, seat.card)) for seat in back]
-        actions += [Tell(s.incarnation, Welcome(s.rank, _members(run), self._interval_s, run.id)) for s in back]
-        if not run.seats:
-            self._forget_run(run)
-        waiting, run.waiting = run.waiting, {}
-        for life, wanted in waiting.items():
-            del self._waits_in[life]
-            actions += self.register(life, wanted, max(now, self._settled_at))
-        return actions
+        for seat in back:
+            known = rebuilt.views[seat.incarnation]
+            over = [(life, self._ended[life]) for life in known - run.seats.keys() if life in self._ended]
+            actions += [Tell(seat.incarnation, Left(life, reason != _LEFT, reason)) for life, reason in over]
+            actions.append(self._welcome(run, seat, known))
+        return [*actions, *(Release(seat.incarnation) for seat in back)]
+
+    def _give_up(self, run: Run, life: Incarnation, lost: bool, reason: str) -> list[Action]:
+        """A member that is absent will not come back."""
+        del run.absent[life]
+        run.rebuilding.forget(life)
+        self._ended.note(life, reason)
+        run.note_gone()
+        return [Dismiss(life), *self._tell_all(run, Left(life, lost, reason))]
 
     def _forget_run(self, run: Run) -> None:
         self._current = {key: one for key, one in self._current.items() if one is not run}
@@ -316,26 +295,16 @@ class Directory:
 
     def _come_in(self, run: Run, seat: Seat) -> list[Action]:
         """Into a dynamic run. The others are told before the newcomer: they know it when its first message comes."""
-        if seat.rank == UNGIVEN:
-            seat.rank = run.lowest_free_rank()
+        run.give_rank(seat.incarnation)
         joined = Joined(seat.incarnation, seat.name, seat.rank, seat.card)
         others = [Tell(other, joined) for other in run.seats if other != seat.incarnation]
-        return [
-            Admit(seat.incarnation, run.room),
-            *others,
-            Tell(seat.incarnation, Welcome(seat.rank, _members(run), self._interval_s, run.id)),
-        ]
+        return [Admit(seat.incarnation, run.room), *others, self._welcome(run, seat)]
 
     def _begin(self, run: Run) -> list[Action]:
         """The last worker of a static run has come."""
-        run.phase = Phase.RUNNING
-        for seat in run.seats.values():
-            if seat.rank == UNGIVEN:
-                seat.rank = run.lowest_free_rank()
+        run.begin()
         admissions = [Admit(incarnation, run.room) for incarnation in run.seats]
-        members = _members(run)
-        welcomes = [Tell(s.incarnation, Welcome(s.rank, members, self._interval_s, run.id)) for s in run.seats.values()]
-        return [*admissions, *welcomes]
+        return [*admissions, *(self._welcome(run, seat) for seat in run.seats.values())]
 
     def _remove(self, incarnation: Incarnation, lost: bool, reason: str) -> list[Action]:
         waits_in = self._waits_in.pop(incarnation, None)
@@ -343,57 +312,31 @@ class Directory:
             del waits_in.waiting[incarnation]
         run = self._run_of.pop(incarnation, None)
         if run is None:
-            return []
+            away = next((one for one in self._unsettled.values() if incarnation in one.absent), None)
+            return [] if away is None else self._give_up(away, incarnation, lost, reason)
         self._ended.note(incarnation, reason)
         del run.seats[incarnation]
-        if run.phase is Phase.REBUILDING:  # those that are back are not told of others yet
-            run.rebuilding.forget(incarnation)
-            settled = [other for other in run.seats if other not in run.rebuilding.views]
-            return [Dismiss(incarnation), *(Tell(other, Left(incarnation, lost, reason)) for other in settled)]
-        if not run.seats:
-            self._forget_run(run)
         if run.phase is Phase.FORMING:
+            if not run.seats:
+                self._forget_run(run)
             return []
-        if run.phase is Phase.RUNNING:
-            run.phase = Phase.CLOSING
-        return [Dismiss(incarnation), *(Tell(other, Left(incarnation, lost, reason)) for other in run.seats)]
+        gone: list[Action] = [Dismiss(incarnation)]
+        if run.phase is Phase.REBUILDING:
+            run.rebuilding.forget(incarnation)
+        elif not run.seats:
+            self._forget_run(run)
+            gone += [Dismiss(life) for life in run.absent]
+            run.absent.clear()
+        run.note_gone()
+        return [*gone, *self._tell_all(run, Left(incarnation, lost, reason))]
+
+    def _tell_all(self, run: Run, message: Left) -> list[Action]:
+        """Those who were welcomed."""
+        waiting = run.rebuilding.views if run.phase is Phase.REBUILDING else ()
+        return [Tell(one, message) for one in run.seats if one not in waiting]
+
+    def _welcome(self, run: Run, seat: Seat, known: Collection[Incarnation] = ()) -> Action:
+        return Tell(seat.incarnation, Welcome(seat.rank, run.members(known), self._interval_s, run.id))
 
     def _forming(self, run: Run) -> Forming:
         return Forming([seat.name for seat in run.seats.values()], run.world_size, self._interval_s)
-
-
-def _members(run: Run) -> list[list[Any]]:
-    """As in `Welcome`."""
-    return [[s.incarnation, s.name, s.rank, s.card] for s in sorted(run.seats.values(), key=lambda s: s.rank)]
-
-
-def _size(world_size: int) -> str:
-    return f"world_size={world_size}" if world_size else "no world_size (as a group that grows and shrinks)"
-
-
-def _malformed_return(said: Rejoin) -> str | None:
-    """What is wrong with a return beside that."""
-    if said.rank == UNGIVEN or type(said.run) is not bytes or len(said.run) != RUN_NBYTES:
-        return f"{reprlib.repr(said.run)} stands for no run: install the same zrpc on workers and broker"
-    return None
-
-
-def _malformed(wanted: Register | Rejoin) -> str | None:
-    """What is wrong with a registration whatever the group."""
-    values: list[object] = [wanted.name, wanted.rank, wanted.world_size, wanted.card, wanted.group]
-    if [type(value) for value in values] != [str, int, int, dict, str]:
-        return f"{reprlib.repr(wanted)} is malformed: install the same zrpc on workers and broker"
-    if len(wanted.group) > GROUP_MAX_LENGTH:
-        return (
-            f"the name of a group has {len(wanted.group)} characters, and may have {GROUP_MAX_LENGTH}: choose another"
-        )
-    try:
-        WorkerInfo(wanted.name, wanted.rank)
-    except RuntimeError as error:
-        return str(error)
-    if wanted.world_size < 0:
-        return f"world_size is {wanted.world_size}: it must be 1 or more, or none for a group that grows and shrinks"
-    if wanted.rank < UNGIVEN or (wanted.world_size and wanted.rank >= wanted.world_size):
-        wish = f"from 0 to {wanted.world_size - 1} (world_size - 1)" if wanted.world_size else "0 or more"
-        return f"rank {wanted.rank} of {wanted.name!r} is out of range: it must be {wish}, or -1 to be given one"
-    return None

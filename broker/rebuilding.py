@@ -1,8 +1,8 @@
 """A run that a broker rebuilds from what its members say. Pure: what they say goes in, who is in comes out.
 
 What: members whose broker died come to this one and say who they are, which others they take for members, and which
-lives they were told are over. The run is rebuilt once all that were named are back, or when the time for that is over.
-Nobody is welcomed before: a worker that is lost for one member must be lost for all.
+lives they were told are over. As a worker that is lost for one member must be lost for all, those that take each other
+for lost wait until all that were named are back, or the time for that is over (`needs_others`).
 
 Invariants: a life that is over for some and there for others can only be in or out. It is in if more members, itself
 counted, take it for a member than were told that it is over; those are out then, as they cannot go on with it.
@@ -31,7 +31,7 @@ NAMED_MAX = 65_536
 _RANK_END = 1 << 31
 
 TOO_LATE = "it did not come back to the broker in time"
-_TWO_VIEWS = "the broker before told some members that it is lost, and others not"
+TWO_VIEWS = "the broker before told some members that it is lost, and others not"
 
 
 class Named(NamedTuple):
@@ -51,6 +51,7 @@ class Rebuilding:
         views: of each one that came back: which members it named.
         over: of each one that came back, now or earlier: which lives it was told are over.
         settled: those that were welcomed before, with what they had named.
+        is_partial: whether one that is back does not know its group yet, which is to be complete when it does.
     """
 
     until: float
@@ -58,12 +59,19 @@ class Rebuilding:
     views: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
     over: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
     settled: dict[Incarnation, frozenset[Incarnation]] = field(default_factory=dict)
+    is_partial: bool = False
 
-    def next(self, until: float, seats: Iterable[Incarnation]) -> Rebuilding:
-        """The one that follows, as another member comes back, when those in `seats` are welcomed already."""
+    @property
+    def needs_others(self) -> bool:
+        """Whether those that are back have to wait for others."""
+        return (self.is_partial or bool(self.refused())) and bool(self.awaited())
+
+    def next(self, until: float, seats: Iterable[Incarnation], absent: Iterable[Incarnation]) -> Rebuilding:
+        """The one that follows, as another member comes back: those in `seats` are welcomed, `absent` were named."""
         known = self.settled | self.views
         settled = {life: known.get(life, frozenset()) for life in seats}
-        return Rebuilding(until, over={life: self.over.get(life, frozenset()) for life in settled}, settled=settled)
+        over = {life: self.over.get(life, frozenset()) for life in settled}
+        return Rebuilding(until, {life: self.named[life] for life in absent}, over=over, settled=settled)
 
     def add(self, source: Incarnation, said: Rejoin, until: float) -> None:
         """`source` is back; the others are waited for until `until` at least.
@@ -79,9 +87,11 @@ class Rebuilding:
         for life, one in named.items():
             self.named.setdefault(life, one)
 
-    def take_in(self, source: Incarnation) -> None:
-        """`source` is back, and was not told of its group yet."""
+    def take_in(self, source: Incarnation, until: float) -> None:
+        """`source` is back, and was not told of its group yet; the others are waited for until `until` at least."""
+        self.until = max(self.until, until)
         self.views[source] = self.over[source] = frozenset()
+        self.is_partial = True
 
     def forget(self, source: Incarnation) -> None:
         """`source` is gone again: it is not waited for."""
@@ -99,9 +109,9 @@ class Rebuilding:
         out: dict[Incarnation, str] = {}
         for life in {life for over in self.over.values() for life in over if self._is_back(life)}:
             if self._is_over(life):
-                out[life] = _TWO_VIEWS
+                out[life] = TWO_VIEWS
             else:
-                out |= {source: _TWO_VIEWS for source, over in self.over.items() if life in over}
+                out |= {source: TWO_VIEWS for source, over in self.over.items() if life in over}
         return out
 
     def _is_over(self, life: Incarnation) -> bool:

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 from zrpc import protocol_errors
 from zrpc.errors import ProtocolError
-from zrpc.transport.hub import Control, Event, Hello, Hint, Hub, Undelivered, Unreachable
+from zrpc.transport.hub import Hub
+from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
 from zrpc.wire.observing import Attach
 from zrpc.wire.rejoining import Locate, Located, Rejoin
 from zrpc_broker import defaults
-from zrpc_broker.actions import Action, Admit, Dismiss, Tell
-from zrpc_broker.directory import UNGIVEN, Directory
+from zrpc_broker.actions import Action, Admit, Dismiss, Expect, Release, Tell
+from zrpc_broker.directory import Directory
 from zrpc_broker.liveness import LOOKS, Liveness, Standing
 from zrpc_broker.observers import attach
+from zrpc_broker.runs import UNGIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -129,16 +131,18 @@ class Broker:
         if isinstance(event, Control):
             self._on_control(event, now)
         elif isinstance(event, Hello):
-            if event.is_again and event.source in self._directory:
-                self._lose(event.source, "its connection to the broker broke", is_back=True)
             self._liveness.heard(event.source, now)
             waiting = self._unanswerable.pop(event.source, None)
             if waiting is not None:
                 self._register(event.source, *waiting, now)
+        elif isinstance(event, Replaced):
+            self._lose(event.source, "its connection to the broker broke", is_forgotten=True)
+        elif isinstance(event, Question):
+            self._on_question(event)
         elif isinstance(event, Undelivered):
             self._on_undelivered(event)
         elif isinstance(event, Unreachable):
-            self._lose(event.peer, event.reason)
+            self._lose(event.peer, event.reason, is_forgotten=True)
         elif isinstance(event, Hint):
             self._liveness.hint(now)
 
@@ -159,8 +163,6 @@ class Broker:
         elif isinstance(message, Heartbeat):
             if source not in self._unanswerable:
                 self._perform(self._directory.heartbeat(source), source, envelope.call_id)
-        elif isinstance(message, Locate):
-            self._tell(source, Located(self._directory.count(message.group)), envelope.call_id)
         elif isinstance(message, Attach):  # sent again until it is answered
             if not self._hub.has_said_hello(source):
                 return
@@ -172,6 +174,18 @@ class Broker:
         else:
             name = type(message).__name__
             self._tell(source, Refused(f"a {name} is not for the broker: install the same zrpc on both"))
+
+    def _on_question(self, event: Question) -> None:
+        try:
+            message = decode(event.frames).message
+        except ProtocolError as error:
+            protocol_errors.received.note("question", event.asker.hex(), error, at_once=True)
+            message = None
+        if isinstance(message, Locate):
+            answer: Message = Located(self._directory.count(message.group))
+        else:
+            answer = Refused("the broker does not know this question: install the same zrpc on both")
+        self._hub.answer(event.asker, encode(Envelope(answer, 0)))
 
     def _look_at_silent(self, now: float) -> None:
         """See what those that say nothing are about."""
@@ -222,14 +236,14 @@ class Broker:
         else:
             self._perform(self._directory.heartbeat(event.source), event.source, 0)
 
-    def _lose(self, member: Incarnation, reason: str, *, is_back: bool = False) -> None:
-        """A worker is lost; `is_back`: there is a new connection of it, on which it can be told so."""
+    def _lose(self, member: Incarnation, reason: str, *, is_forgotten: bool = False) -> None:
+        """A worker is lost; `is_forgotten`: the hub knows that. What it knows now is of a newer connection."""
         if member in self._directory:
             _log.warning("%s is lost: %s", self._describe(member), reason)
         self._unanswerable.pop(member, None)
         self._liveness.forget(member)
         actions = self._directory.lose(member, reason)
-        if not is_back:
+        if not is_forgotten:
             self._hub.forget(member)
         self._perform(actions, member, 0)
 
@@ -254,6 +268,10 @@ class Broker:
                 self._hub.admit(action.incarnation, action.room)
             elif isinstance(action, Dismiss):
                 self._hub.dismiss(action.incarnation)
+            elif isinstance(action, Expect):
+                self._hub.expect(action.incarnation, action.room)
+            elif isinstance(action, Release):
+                self._hub.release(action.incarnation)
 
     def _tell(self, to: Incarnation, message: Message, call_id: int = 0) -> None:
         self._hub.send(to, encode(Envelope(message, call_id)))

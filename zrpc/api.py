@@ -17,10 +17,12 @@ from zrpc.agent.retry import call as call_again
 from zrpc.agent.retry import call_async as begin_again
 from zrpc.agent.scripted import check_arguments
 from zrpc.config import UNSET_RPC_TIMEOUT_S, check_timeout
+from zrpc.errors import DrainingError
+from zrpc.functions import name_of
 from zrpc.ids import WorkerInfo
 from zrpc.profiling import ExecMode, is_profiling, record, sending
 from zrpc.rref.making import remote_builtin, remote_python
-from zrpc.wire import pickling, values
+from zrpc.wire import by_value, pickling, values
 from zrpc.wire.messages import BuiltinCall, Message, PythonCall
 from zrpc.wire.scripting import qualified_name
 
@@ -180,6 +182,8 @@ def _create(
     if is_async:
         func = _bare(func)
     op, payload = _take_apart(func, args, kwargs)
+    if op is None and by_value.names_main(payload):
+        payload = _for_another_main(agent, info, payload, func, args, kwargs)
     limit_s = _limit_s(timeout)
     if isinstance(func, torch.jit.ScriptFunction):
         check_arguments(func, args or (), kwargs or {})
@@ -238,6 +242,9 @@ def broadcast(
         is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
         sent = _bare(func) if is_async else func
         op, payload = _take_apart(sent, args, kwargs)
+        if op is None and by_value.names_main(payload):
+            for to in receivers:
+                payload = _for_another_main(agent, to, payload, sent, args, kwargs)
         message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
         calls = None if is_profiling() else call_all(agent, receivers, message, payload, _limit_s(timeout))
         del payload
@@ -253,7 +260,12 @@ def get_worker_info(worker_name: str | None = None) -> WorkerInfo:
         UnknownWorkerError: no such worker (yet).
     """
     agent = current_agent()
-    return agent.info if worker_name is None else agent.resolve(worker_name)
+    if worker_name is None:
+        return agent.info
+    try:
+        return agent.resolve(worker_name)
+    except DrainingError:  # to ask who it is is no call
+        return agent.members.find(worker_name)
 
 
 def _call(
@@ -267,15 +279,36 @@ def _call(
     if is_async:
         func = _bare(func)
     op, payload = _take_apart(func, args, kwargs)
+    if op is None and by_value.names_main(payload):
+        payload = _for_another_main(agent, info, payload, func, args, kwargs)
     message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
     limit_s, waited = None if timeout == UNSET_RPC_TIMEOUT_S else timeout, mode is ExecMode.SYNC
     if not is_profiling():
-        return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
+        name = name_of(func)
+        return agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited, function=name)
     recording = record(agent, mode, function_name(func), info)
     with sending(recording):
         call = agent.request(info, message, payload, timeout_s=limit_s, hooked=True, waited=waited)
     recording.began(call)
     return call
+
+
+def _for_another_main(
+    agent: Agent, to: WorkerInfo, payload: Payload, func: Callable[..., Any], args: Any, kwargs: Any
+) -> Payload:
+    """What is to be sent of a call that names something of `__main__`: `to` may run another script, or a notebook."""
+    member = agent.members.by_incarnation(to.incarnation)
+    is_same = member is None or member.card.get(by_value.CARD_KEY) == by_value.identity()
+    is_pickled = agent.options.allow != "registered" and _pickle_call == pickling.dumps_call
+    if is_same or not is_pickled or isinstance(func, torch.jit.ScriptFunction) or not by_value.pickler_class():
+        return payload
+    if (
+        agent.options.allow == "registered"
+        or _pickle_call != pickling.dumps_call
+        or isinstance(func, torch.jit.ScriptFunction)
+    ):
+        return payload
+    return pickling.dumps_by_value((func, _as_tuple(args), {} if kwargs is None else _as_dict(kwargs)))
 
 
 def _not_callable(func: object) -> TypeError:

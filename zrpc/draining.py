@@ -2,10 +2,11 @@
 
 What: a worker that drains says so to all members. From then on a call to it fails where it is made, with
 `DrainingError`: it did not run, and may be made to another worker, or wait for the next one of that name. What had come
-before is run and answered. References and autograd contexts work on until `shutdown`.
+before is run and answered. References and autograd contexts work on until `shutdown`; the log names the RRefs that
+others still hold. In a static group `shutdown` waits for the others, as ever.
 
 Failure: a member that cannot be told goes on calling, and is answered. A call that runs for longer than the time limit
-is not waited for; the log names how many there are.
+is not waited for; the log names it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from zrpc.agent.pool import blocking
 from zrpc.config import check_timeout
 from zrpc.errors import ConfigError, ZrpcError
 from zrpc.exposed import expose
+from zrpc.rref.context import RRefContext
+from zrpc.rref.leftovers import describe_leftovers
 from zrpc.wire import pickling
 from zrpc.wire.messages import PythonCall
 
@@ -64,7 +67,11 @@ def drain(timeout: float = 0.0) -> bool:
     limit_s = check_timeout(timeout, "timeout")
     deadline = time.monotonic() + limit_s if limit_s else None
     _tell(agent)
-    return _finish(agent, deadline)
+    is_finished = _finish(agent, deadline)
+    left = describe_leftovers(agent.extensions[RRefContext])
+    if left:
+        log.warning("%s has drained, and is to stay as long as others need what it keeps: %s", agent.info, left)
+    return is_finished
 
 
 def drain_worker(to: str | int | WorkerInfo) -> None:
@@ -99,13 +106,13 @@ def _finish(agent: Agent, deadline: float | None) -> bool:
     """Wait until no request is served; false: it was not so by `deadline`."""
     report_at = time.monotonic() + REPORT_S
     with blocking():
-        while (serving := agent.counts()["server_active_calls"]) and not _is_stuck(agent):
+        while agent.counts()["server_active_calls"] and not _is_stuck(agent):
             now = time.monotonic()
             if deadline is not None and now >= deadline:
-                log.warning("%s has drained, but for %d calls that still run", agent.info, serving)
+                log.warning("%s has drained, but for what is still under way: %s", agent.info, agent.describe_waits())
                 return False
             if now >= report_at:
-                log.warning("%s drains, and waits for %d calls that run here", agent.info, serving)
+                log.warning("%s drains; under way: %s", agent.info, agent.describe_waits())
                 report_at = now + REPORT_S
             time.sleep(PAUSE_S)
     return True

@@ -1,9 +1,10 @@
-"""Marks on functions that are called remotely."""
+"""Marks on functions that are called remotely, and their names."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 ASYNC_ATTRIBUTE = "_wrapped_async_rpc_function"
@@ -31,3 +32,15 @@ def async_execution(fn: F) -> F:
 
     wrapper._wrapped_async_rpc_function = fn  # type: ignore[attr-defined]  # the mark, under torch's name
     return wrapper  # type: ignore[return-value]
+
+
+_NAMED = frozenset({FunctionType, BuiltinFunctionType, MethodType, type})
+
+
+def name_of(func: object) -> str:
+    """How `func` is called in texts for people; an object that can be called has the name of its class.
+
+    No code of users runs: their classes may say anything of the attributes of an object.
+    """
+    name: str = func.__qualname__ if type(func) in _NAMED else type(func).__qualname__  # type: ignore[attr-defined]
+    return name

@@ -31,7 +31,7 @@ from zrpc.agent.pool import blocking
 from zrpc.agent.repeating import outlast
 from zrpc.errors import PeerLostError, RendezvousError, RpcTimeoutError
 from zrpc.exposed import expose
-from zrpc.gathering import Gathering, GatheringTable, Key, Lost
+from zrpc.gathering import Gathering, GatheringTable, Key, LateError, Lost, WorkersLostError
 from zrpc.wire import carried, pickling
 from zrpc.wire.messages import PythonCall
 
@@ -49,10 +49,6 @@ RemoteCall = tuple["Callable[..., Any]", tuple[Any, ...]]
 REPORT_S = 10.0  # how often the log says for whom a shutdown waits
 ASK_TIMEOUT_S = 1.0  # how long a worker whose time is over waits to be told, or to tell, who did not come
 TELL_TIMEOUT_S = 30.0  # how long it may take to give a result to a worker that asks for it late
-
-
-class WorkersLostError(PeerLostError):
-    """All workers came to a gathering that survives losses, but those that are lost; the text names them."""
 
 
 class RemoteFunctions:
@@ -173,7 +169,7 @@ class Gatherings:
         if not self._agent.is_static_group:
             with suppress(RendezvousError):  # the store is gone: those who are known here may still gather
                 self._agent.refresh()
-        lives = tuple(self._agent.resolve(name).incarnation for name in names)
+        lives = tuple(self._agent.members.find(name).incarnation for name in names)  # also of those that drain
         with self._changed:
             gathering = self._table.begin(Key(names, 0, survives_loss, lives))
         return gathering.key, gathering
@@ -222,7 +218,7 @@ class Gatherings:
             if name != self._agent.info.name and name not in lost and member is not None:
                 self._agent.watch(member.info)
 
-    def _late(self, key: Key, gathering: Gathering, timeout_s: float) -> PeerLostError:
+    def _late(self, key: Key, gathering: Gathering, timeout_s: float) -> LateError:
         """The time is over: which workers did not come? The leader knows, and tells those that did."""
         known_lost = self._table.lost(key)
         me, leader = self._agent.info.name, gathering.leader(known_lost)
@@ -237,10 +233,10 @@ class Gatherings:
             for call in [self._start(key, name, news, ASK_TIMEOUT_S) for name in others]:
                 _outcome(call)
         lost = "".join(f"; {name} is lost" for name in known_lost)
-        return PeerLostError(
+        return LateError(
             f"the gathering of {', '.join(key.names)} cannot be completed: {', '.join(missing)} did not come within "
-            f"{timeout_s:g} s{lost}"
-        )
+            f"{timeout_s:g} s{lost}", missing,
+        )  # fmt: skip
 
     def _ask_missing(self, key: Key, leader: str) -> list[str] | None:
         answer = _outcome(self._start(key, leader, _payload((_missing, (key,))), ASK_TIMEOUT_S, waited=True))

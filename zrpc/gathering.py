@@ -12,9 +12,25 @@ from zrpc.errors import PeerLostError
 from zrpc.ids import EndedLives
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from zrpc.ids import Incarnation
+
+
+class WorkersLostError(PeerLostError):
+    """All workers came to a gathering that survives losses, but those that are lost; the text names them."""
+
+
+class LateError(PeerLostError):
+    """Some workers did not come in time to a gathering that survives losses.
+
+    Attributes:
+        missing: their names.
+    """
+
+    def __init__(self, text: str, missing: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.missing = list(missing)
 
 
 class Key(NamedTuple):

@@ -13,7 +13,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from zrpc import api, draining, gather, interrupts
+from zrpc import api, draining, ending, gather, interrupts
 from zrpc.agent.agent import Agent
 from zrpc.agent.card import card_of
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
@@ -66,10 +66,6 @@ BIND_VARIABLE = "ZRPC_BIND"
 """Replaces the default `bind`, for programs that do not set it."""
 UNLIMITED_JOIN_S = 1800.0
 """How long to wait for the others where `rpc_timeout` is 0, no limit."""
-RREF_DRAIN_S = 100.0
-"""How long a static group's references may take to be given up at shutdown; torch waits as long."""
-LOSS_DRAIN_S = 5.0
-"""The same where workers are lost: what they took along of the protocol of references is not waited for."""
 FLUSH_S = 2.0
 """How long last messages may take to leave at shutdown."""
 EXIT_AFTER_LOSS_S = 1.0
@@ -160,51 +156,24 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S)
         graceful: first wait until every worker of a static group has come here too and its calls are done, and serve
             it meanwhile. A worker that is lost is not waited for; the others are, and then learn of it.
         timeout: seconds for each of the steps: to wait for the others, for references to be given up, for calls to end,
-            and for the others again; 0: no limit, but `RREF_DRAIN_S` for references.
+            and for the others again; 0: no limit, but 100 s for references.
 
     Raises:
         NotInitializedError: this process is no worker.
         ConfigError: `timeout` is no number of seconds.
         PeerLostError: workers died, and all others have come; or some did not come within `timeout`. The text names
-            them. This worker is shut down all the same.
+            them, and what is under way. This worker is shut down all the same.
         RpcTimeoutError: a worker that has come could not be told within `timeout` that all have; the same.
     """
     agent = current_agent()
     limit_s = check_timeout(timeout, "timeout")
     try:
         if graceful and agent.is_static_group:
-            lost = workers_lost(gather.gather_living, limit_s)
-            delete_rrefs(agent, limit_s if lost is None else LOSS_DRAIN_S)
-            finish_calls(agent, limit_s)
-            gather.gather_living(limit_s)
+            ending.end_together(agent, limit_s)
         elif graceful:
-            delete_rrefs(agent, FLUSH_S)  # others may go on using what this worker owns: that is no reason to stay
-            finish_calls(agent, limit_s)
+            ending.end_alone(agent, limit_s)
     finally:
         finalize(agent, ignore_rref_leak=True)
-
-
-def workers_lost(wait: Callable[[float], None], timeout_s: float) -> gather.WorkersLostError | None:
-    """Call `wait`, which waits for the living as `gather.gather_living`; the error that names the lost ones, if any.
-
-    It is kept back: those that live have calls under way that are to end well. The next wait raises it again.
-    """
-    try:
-        wait(timeout_s)
-    except gather.WorkersLostError as error:
-        return error
-    return None
-
-
-def delete_rrefs(agent: Agent, timeout_s: float) -> None:
-    """Give up this worker's references and wait until others gave up theirs to what it owns; 0: `RREF_DRAIN_S`."""
-    agent.extensions[RRefContext].delete_all_user_and_unforked_owner_rrefs(timeout_s or RREF_DRAIN_S)
-
-
-def finish_calls(agent: Agent, timeout_s: float) -> None:
-    """Wait until no call is under way; `timeout_s` 0: no limit."""
-    if not agent.quiesce(timeout_s):
-        log.warning("%s shuts down with calls under way: %s", agent.info, agent.describe_waits())
 
 
 def finalize(agent: Agent, ignore_rref_leak: bool) -> None:

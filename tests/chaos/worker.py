@@ -128,6 +128,21 @@ def many_calls(rng: random.Random, new_id: Callable[[], str]) -> None:
             journal.write("answered", one, name)
 
 
+def cancelled(rng: random.Random, new_id: Callable[[], str]) -> None:
+    """A call that is called off, at once or a little later. It may have run, and even be answered."""
+    call, peer = new_id(), rng.choice(peers)
+    journal.write("made", call, peer)
+    try:
+        future: Any = rpc.rpc_async(peer, run_nested, args=(call, torch.ones(1000), rng.choice(peers)))
+        _stop.wait(rng.choice((0.0, 0.001, 0.01)))
+        future.cancel()
+        future.wait()
+    except Exception as error:
+        fail(call, peer, error)
+        raise
+    journal.write("answered", call, peer)
+
+
 def references(rng: random.Random, new_id: Callable[[], str]) -> None:
     size = rng.choice(SIZES[1:3])
     made = rpc.remote(rng.choice(peers), torch.ones, args=(size,))
@@ -146,7 +161,7 @@ def gradients(rng: random.Random, new_id: Callable[[], str]) -> None:
         journal.write("wrong", f"{new_id()}: the gradient is {got}")
 
 
-WORK = (calls, many_calls, references, gradients)
+WORK = (calls, many_calls, cancelled, references, gradients)
 
 
 def load(seed: int, number: int) -> None:

@@ -105,6 +105,55 @@ def test_a_worker_that_died_with_the_broker_is_lost_once() -> None:
             process.close()
 
 
+def test_workers_come_and_members_go_on_while_one_that_died_is_waited_for() -> None:
+    """A newcomer, and a new life of the one that died: nobody waits for as long as the broker does for the old one."""
+    with running_broker() as broker:
+        process = WorkerProcess(broker.address, "victim", 0)
+        try:
+            process.wait_joined()
+            with workers(broker.address, "a", "b", world_size=None, local=False) as (a, b):
+                (victim,) = [member.incarnation for member in a.members if member.info.name == "victim"]
+                broker.process.send_signal(signal.SIGSTOP)
+                process.close()
+                with again(broker) as second, workers(second.address, "d", world_size=None, local=False) as (d,):
+                    assert {member.info.name for member in d.members} == {"a", "b", "d"}
+                    relays(d, a, b"hello")
+                    relays(a, b, b"after")
+                    assert not a.seen.lost, "the one that died is waited for"
+                    with workers(second.address, "victim", world_size=None, local=False) as (new,):
+                        assert {member.info.name for member in new.members} == {"a", "b", "d", "victim"}
+                        for worker in (a, b):
+                            worker.seen.wait(lambda worker=worker: "victim" in names(worker))  # type: ignore[misc]
+                            assert [peer for peer, _ in worker.seen.lost] == [victim]
+        finally:
+            process.close()
+
+
+@pytest.mark.parametrize("world_size", [0, 3], ids=["dynamic", "static"])
+def test_messages_for_a_member_that_is_not_back_arrive_when_it_is(world_size: int) -> None:
+    """In the order in which they were sent. The others go on with each other meanwhile."""
+    with running_broker() as broker:
+        process = WorkerProcess(broker.address, "slow", world_size)
+        try:
+            with workers(broker.address, "a", "b", world_size=world_size or None, local=False) as (a, b):
+                process.wait_joined()
+                a.group.refresh()
+                (slow,) = [one.incarnation for one in (*a.members, *a.seen.joined) if one.info.name == "slow"]
+                process.process.send_signal(signal.SIGSTOP)
+                with again(broker):
+                    relays(a, b, b"after")
+                    for number in range(100):
+                        a.endpoint.send(slow, [b"%d" % number])
+                    relays(b, a, b"after")
+                    process.process.send_signal(signal.SIGCONT)
+                    a.seen.wait(lambda: len(a.seen.frames) == 101)
+                    echoes = [frames for source, frames in a.seen.frames if source == slow]
+                    assert echoes == [[b"%d" % number] for number in range(100)]
+                    assert not a.seen.lost
+        finally:
+            process.close()
+
+
 def test_newcomers_get_names_and_ranks_that_are_free() -> None:
     """One comes to the broker before the members of the group are back."""
     with (

@@ -152,10 +152,23 @@ def test_a_worker_that_drains_takes_no_new_calls_and_finishes_what_runs(
     assert took_s >= 0.2
 
 
-def be_drained(_: int, method: str, here: str) -> None:
-    init("worker0", 0, method)
-    Path(here).touch()
-    until(lambda: Path(here + "-told").exists(), "it is told to drain", within_s=60)
+def takes_calls(to: str) -> bool:
+    try:
+        return rpc.rpc_sync(to, identity, args=(1,)) == 1
+    except DrainingError:
+        return False
+
+
+def be_drained(rank: int, method: str, here: str) -> None:
+    init(f"worker{rank}", rank, method)
+    if rank == 1:
+        until(lambda: is_member("worker0"), "the other one is here", within_s=60)
+        assert takes_calls("worker0")
+        Path(here).touch()
+        until(lambda: not takes_calls("worker0"), "it takes no new calls", within_s=60)
+        assert takes_calls("worker1")
+        Path(here + "-seen").touch()
+    until(Path(here + "-seen").exists, "it has drained", within_s=60)
     rpc.shutdown()
 
 
@@ -163,7 +176,7 @@ def test_the_command_drains_a_worker(meeting: tuple[Cluster, str], tmp_path: Pat
     """`zrpc drain` joins for a moment, with the secret of the group, and leaves; an unknown name is an error."""
     cluster, method = meeting
     here = os.fspath(tmp_path / "here")
-    draining = cluster.start(be_drained, 1, args=(method, here), init=False)
+    draining = cluster.start(be_drained, 2, args=(method, here), init=False)
     until(Path(here).exists, "it is here", within_s=60)
     environment = dict(os.environ, RANK="", WORLD_SIZE="")
     del environment["RANK"], environment["WORLD_SIZE"]
@@ -177,27 +190,24 @@ def test_the_command_drains_a_worker(meeting: tuple[Cluster, str], tmp_path: Pat
     ]
     assert [one.returncode for one in done] == [1, 0], done
     assert "could not find destination name nobody" in done[0].stderr
-    Path(here + "-told").touch()
-    (outcome,) = draining.wait(60.0)
-    assert outcome.error is None, outcome.error
+    assert [outcome.error for outcome in draining.wait(60.0)] == [None, None]
 
 
 SIGTERM_PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 import zrpc as rpc
 
 def slow():
     open(sys.argv[1], "w").close()
-    time.sleep(1)
+    time.sleep(5)  # longer than a worker waits that ends without draining
     return "done"
 
 rank = int(os.environ["RANK"])
 rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
 if rank == 0:
-    future = rpc.rpc_async("worker1", slow)
-    while not future.done():
-        time.sleep(0.01)
-    print("answered:", future.wait(), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the caller goes on: what a worker asks for that ends is called off
+    print("answered:", rpc.rpc_sync("worker1", slow), flush=True)
+    sys.exit()
 time.sleep(600)
 """
 
@@ -216,3 +226,4 @@ def test_workers_of_the_launcher_finish_what_runs_at_sigterm(tmp_path: Path) -> 
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 143, output
     assert "takes no new calls" in output, output
+    assert "answered: done" in output, output

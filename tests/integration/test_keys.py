@@ -20,7 +20,7 @@ from zrpc.errors import PeerLostError, RefusedError, RendezvousError, ZrpcError
 from zrpc.ids import new_incarnation
 from zrpc.transport import sockets
 from zrpc.transport.credentials import Credentials, make_pair
-from zrpc.transport.hub import BROKER, RECEIVER, SENDER
+from zrpc.transport.identities import BROKER, RECEIVER, SENDER
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Refused, Welcome
 from zrpc.wire.rejoining import Rejoin

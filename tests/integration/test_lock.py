@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import zmq
 
 import zrpc as rpc
+from tests.integration.broker_harness import running_broker, workers
 from tests.integration.harness import MODES, Cluster
 from tests.waiting import until
 from zrpc.errors import RefusedError, ZrpcError
+from zrpc.secret import find_secret
+from zrpc.transport import sockets
+from zrpc.transport.credentials import Credentials
+from zrpc.transport.identities import BROKER, END_NBYTES, RECEIVER, SENDER
+from zrpc.wire.envelope import Envelope, encode
+from zrpc.wire.messages import Leave
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +110,31 @@ def test_a_broker_without_authentication_is_not_joined_by_workers_with_a_secret(
         assert "or none (insecure)" in outcome
     finally:
         started.close()
+
+
+def test_a_member_does_not_take_the_place_of_another_at_the_broker() -> None:
+    """Another process that knows the secret says that it is that worker: nobody is lost, and it gets no messages."""
+    credentials = Credentials(find_secret())
+    with (
+        running_broker() as broker,
+        workers(broker.address, "victim", "b", local=False) as (victim, b),
+        sockets.make_context() as context,
+        sockets.make_socket(context, zmq.DEALER, RECEIVER + victim.incarnation + b"\xff" * END_NBYTES) as receiver,
+        sockets.make_socket(context, zmq.DEALER, SENDER + victim.incarnation + b"\xff" * END_NBYTES) as sender,
+    ):
+        sockets.connect(receiver, broker.address, credentials)
+        sockets.connect(sender, broker.address, credentials)
+        receiver.send(b"")
+        sender.send_multipart([BROKER, *encode(Envelope(Leave(), 0))])
+        assert broker.process.stderr is not None
+        assert "another one waits until that is gone" in broker.process.stderr.readline()
+        for _ in range(10):
+            b.endpoint.send(victim.incarnation, [b"for the victim"])
+        victim.seen.wait(lambda: len(victim.seen.frames) == 10)
+        victim.endpoint.send(b.incarnation, [b"of the victim"])
+        b.seen.wait(lambda: len(b.seen.frames) == 1)
+        assert not receiver.poll(0)
+        assert not any([b.seen.lost, b.seen.left, victim.seen.lost])
 
 
 def serve_and_wait(rank: int, folder: Path) -> list[str]:

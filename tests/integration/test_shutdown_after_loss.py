@@ -14,7 +14,7 @@ import torch
 
 import zrpc as rpc
 from tests.integration.harness import MODES
-from zrpc import errors, lifecycle
+from zrpc import ending, errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,7 @@ def die_halfway(rank: int, init_method: str, dying: int) -> list[str]:
     options = rpc.RpcBackendOptions(init_method=init_method)
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=3, rpc_backend_options=options)
     if rank == dying:
-        lifecycle.delete_rrefs = lambda *_: die()
+        ending.delete_rrefs = lambda *_: die()
     return names_lost(rpc.shutdown)
 
 

@@ -82,8 +82,16 @@ def in_thread(work: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
-def send_soon(signum: int, after_s: float = 0.3) -> threading.Thread:
+def send_soon(signum: int, after_s: float = 0.3, until_it_joins: bool = False) -> threading.Thread:
+    """Send a signal to this process; `until_it_joins`: when it has threads of a worker that joins its group.
+
+    Before, `init_rpc` imports modules. Python loses what a signal handler raises in a callback of a weak reference, and
+    each import has one.
+    """
+
     def send() -> None:
+        if until_it_joins:
+            until(lambda: any(one.name == "zrpc-control" for one in threading.enumerate()), "it joins", within_s=60)
         time.sleep(after_s)
         os.kill(os.getpid(), signum)
 
@@ -293,7 +301,7 @@ def be_interrupted_at_the_ends(rank: int, method: str, second: str) -> None:
         rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)
 
     if rank == 0:
-        sender = send_soon(signal.SIGINT)
+        sender = send_soon(signal.SIGINT, until_it_joins=True)
         with pytest.raises(KeyboardInterrupt):
             init(method)  # the other one does not come
         sender.join()

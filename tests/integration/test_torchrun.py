@@ -7,16 +7,21 @@ import subprocess
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
 
 import psutil
 import pytest
 
+import zrpc as rpc
 from tests.integration.harness import free_port
 from tests.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.integration.harness import Cluster
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PROGRAM = """
@@ -71,37 +76,85 @@ def test_workers_that_torchrun_starts_again_meet_again(tmp_path: Path, way: str)
 def test_a_group_of_torchrun_shrinks(tmp_path: Path) -> None:
     """One of four nodes is killed: the other three meet again as a group of three.
 
-    Their workers fail, so each node counts a restart. One that is started again because another node waits counts none,
-    and would look for the others under another count: nodes that look at their workers less often see the failure.
+    A node whose worker has failed counts a restart, and one that starts its worker again because another node waits
+    counts none. Nodes that look at their workers often differ so; all meet.
     """
     log = tmp_path / "log"
-    endpoint = f"127.0.0.1:{free_port()}"
-    timing = "join_timeout=100,last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4"
-    options = [
-        "--nnodes", "3:4", "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "shrink", "--rdzv-conf", timing,
-    ]  # fmt: skip
-    command = [*TORCHRUN, *options, program(tmp_path), os.fspath(log), "shrink"]
-    output = [(tmp_path / f"node{number}").open("w") for number in range(4)]
-    nodes: list[subprocess.Popen[bytes]] = []
-    try:
-        for number, file in enumerate(output):
-            nodes.append(subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True))
-            if number == 0:
-                time.sleep(1)  # it hosts the rendezvous, and is not the one that is killed
+    with nodes_of(tmp_path, "3:4", "shrink") as nodes:
+        for _ in range(4):
+            nodes.start()
         until(lambda: log.exists() and log.read_text().count("size=4") == 4, "four have met", within_s=90)
-        lost = [psutil.Process(nodes[3].pid), *psutil.Process(nodes[3].pid).children(recursive=True)]
-        for process in lost:
-            process.kill()
-        for node in nodes[:3]:
-            assert node.wait(120) == 0, (tmp_path / "node0").read_text()[-3000:]
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                for process in [*psutil.Process(node.pid).children(recursive=True), node]:
-                    process.kill()
-                node.wait()
-        for file in output:
-            file.close()
+        nodes.kill(3)
+        nodes.await_end(0, 1, 2)
     ended = sorted(line.partition("rank")[2] for line in log.read_text().splitlines() if line.startswith("end"))
     assert ended == [f"={rank} size=3" for rank in range(3)]
+
+
+def meet_in_rounds(rank: int, method: str, number: int) -> None:
+    os.environ.update(TORCHELASTIC_RUN_ID="rounds", TORCHELASTIC_RESTART_COUNT=str(rank * number))
+    rpc.init_rpc(
+        f"worker{rank}", rank=rank, world_size=3, rpc_backend_options=rpc.RpcBackendOptions(init_method=method)
+    )
+    assert [rpc.rpc_sync(to, max, args=(to, 0)) for to in range(3)] == [0, 1, 2]
+    rpc.shutdown()
+
+
+def test_nodes_that_count_restarts_differently_meet(cluster: Cluster) -> None:
+    """In one round after the other over one store: torchrun's nodes count failures of their own workers alone."""
+    method = cluster.new_init_method()
+    for number in range(1, 4):
+        cluster.run(meet_in_rounds, 3, args=(method, number), init=False)
+
+
+class Nodes:
+    """Nodes of torchrun on this machine, each with one worker."""
+
+    def __init__(self, directory: Path, command: list[str]) -> None:
+        self._directory = directory
+        self._command = command
+        self._files: list[IO[str]] = []
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """One more. The first one hosts the rendezvous."""
+        file = (self._directory / f"node{len(self._nodes)}").open("w")
+        self._files.append(file)
+        self._nodes.append(subprocess.Popen(self._command, stdout=file, stderr=file, start_new_session=True))
+        if len(self._nodes) == 1:
+            time.sleep(1)
+
+    def kill(self, number: int) -> None:
+        """It is gone, and its worker."""
+        node = self._nodes[number]
+        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
+            process.kill()
+
+    def await_end(self, *numbers: int) -> None:
+        """Wait until these have ended well."""
+        for number in numbers:
+            assert self._nodes[number].wait(120) == 0, (self._directory / f"node{number}").read_text()[-3000:]
+
+    def close(self) -> None:
+        """End what is left."""
+        for number, node in enumerate(self._nodes):
+            if node.poll() is None:
+                self.kill(number)
+            node.wait()
+        for file in self._files:
+            file.close()
+
+
+@contextmanager
+def nodes_of(directory: Path, counts: str, what: str) -> Iterator[Nodes]:
+    """Nodes, as many as `counts` says, that run `PROGRAM`."""
+    timing = "join_timeout=100,last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=4"
+    options = [
+        "--nnodes", counts, "--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "0.1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", what,
+        "--rdzv-conf", timing,
+    ]  # fmt: skip
+    nodes = Nodes(directory, [*TORCHRUN, *options, program(directory), os.fspath(directory / "log"), what])
+    try:
+        yield nodes
+    finally:
+        nodes.close()

@@ -23,6 +23,7 @@ from zrpc.agent.pool import HandlerPool, blocking
 from zrpc.agent.queue import Queue
 from zrpc.agent.server import Server
 from zrpc.agent.suspicion import Suspicions
+from zrpc.agent.under_way import describe
 from zrpc.config import check_timeout
 from zrpc.control import ControlThread
 from zrpc.errors import ZrpcError
@@ -53,8 +54,7 @@ log = logging.getLogger("zrpc")
 M = TypeVar("M", bound=Message)
 
 REPORT_S = 5.0  # how often the log says what a shutdown waits for
-CONTROL_END_S = 1.0
-"""So long, at least, a closing worker waits for its control thread, whose tasks do not wait for others."""
+CONTROL_END_S = 1.0  # so long, at least, a closing worker waits for its control thread, whose tasks do not wait
 
 
 class Agent:
@@ -131,7 +131,7 @@ class Agent:
             self._server.event_loop.is_here, propagates=options.propagate_deadlines,
         )  # fmt: skip
         self._suspicions = Suspicions(
-            options.liveness_timeout, self._gates, self._peers, self._client, self.control.submit
+            options.liveness_timeout, self._gates, self._peers, self._client, self.control.submit, self._server.callers
         )
         self.completions = self._client.completions
         self.event_loop = self._server.event_loop
@@ -186,9 +186,8 @@ class Agent:
         return True
 
     def describe_waits(self) -> str:
-        """What is under way: the calls out, by message and callee, and how many are served here."""
-        asked = ", ".join(f"{count} {what}" for what, count in self._client.calls.describe().items())
-        return f"{asked or 'no calls'} that others are to answer, and {self._server.num_serving} calls that run here"
+        """What is under way: the calls out, and those that run here."""
+        return describe(self._client.calls.all(), self._server.requests())
 
     def say_goodbye(self, timeout_s: float) -> None:
         """Tell the peers of a dynamic group that this worker leaves; wait up to `timeout_s` for them to know.
@@ -393,6 +392,7 @@ class Agent:
         self.lost_at = time.monotonic()
         self._suspicions.lose(worker)
         self._client.lose(worker, reason)
+        self._server.lose(worker.incarnation)
         for listener in self._lost_listeners:
             try:
                 listener(worker, reason)

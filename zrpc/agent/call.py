@@ -102,19 +102,20 @@ class Call:
         gate: where it counts until it is answered.
         message: what was asked.
         timeout_s: its time limit in seconds; 0: none.
+        function: the name of the function that the callee is to run, where it is known.
         began: when it was made (`time.monotonic`).
         failed: whether it is done and went wrong.
     """
 
     __slots__ = (
         "_answer", "_callbacks", "_deadline", "_error", "_inline", "_lock", "_mark", "_of_users", "_opening", "_owner",
-        "_payload", "_raised", "_waited", "_wake_ups", "announced", "began", "call_id", "failed", "gate", "message",
-        "peer", "timeout_s",
+        "_payload", "_raised", "_waited", "_wake_ups", "announced", "began", "call_id", "failed", "function", "gate",
+        "message", "peer", "timeout_s",
     )  # fmt: skip
 
     def __init__(
         self, owner: CallOwner, call_id: int, peer: WorkerInfo, gate: Gate, message: Message, timeout_s: float,
-        waited: bool, of_users: bool = False, announced: object = None,
+        waited: bool, of_users: bool = False, announced: object = None, function: str | None = None,
     ) -> None:  # fmt: skip
         self._owner = owner
         self._of_users = of_users
@@ -126,8 +127,9 @@ class Call:
         self.timeout_s = timeout_s
         self.failed = False
         self.announced = announced
-        self.began = began = time.monotonic()
-        self._deadline = began + timeout_s if timeout_s else None
+        self.function = function
+        self.began = time.monotonic()
+        self._deadline = self.began + timeout_s if timeout_s else None
         self._lock = threading.Lock()
         self._wake_ups: WakeUps | None = None  # made by the first thread that waits and does not read
         self._inline: list[Callable[[Call], None]] | None = None

@@ -5,7 +5,6 @@ What is to be done next, its callbacks, is given back as work: the thread that r
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from zrpc import interrupts
@@ -51,13 +50,9 @@ class Calls:
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def under_way(self) -> list[Call]:
-        """The calls under way, the oldest first."""
+    def all(self) -> list[Call]:
+        """Those under way."""
         return list(self._under_way.values())
-
-    def describe(self) -> Counter[str]:
-        """How many calls of which message are under way to whom."""
-        return Counter(f"{type(call.message).__name__} to {call.peer.name}" for call in list(self._under_way.values()))
 
     def is_of_another(self, source: Incarnation, call_id: int) -> bool:
         """Whether that call is under way, and to another worker than `source`."""

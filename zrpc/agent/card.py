@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zrpc.membership import agreement
+from zrpc.wire import by_value
 
 if TYPE_CHECKING:
     from zrpc.agent.agent import Agent
@@ -28,5 +29,6 @@ def card_of(agent: Agent) -> dict[str, Any]:
         agreement.REGISTERED: options.allow == "registered",
         "device_maps": maps,
         "devices": [str(device) for device in options.devices],
+        by_value.CARD_KEY: by_value.identity(),
         "device_count": torch.cuda.device_count(),  # it makes no CUDA context
     }

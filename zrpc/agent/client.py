@@ -117,7 +117,7 @@ class Client:
 
     def request(
         self, to: WorkerInfo, message: Message, payload: Payload | None = None, *, timeout_s: float | None = None,
-        hooked: bool = False, waited: bool = False, goes_back: bool = False,
+        hooked: bool = False, waited: bool = False, goes_back: bool = False, function: str | None = None,
     ) -> Call:  # fmt: skip
         """Send a request. What goes wrong on the way is the call's outcome; only an unsendable payload raises here.
 
@@ -132,6 +132,7 @@ class Client:
             hooked: let the hooks see it.
             waited: the caller calls `wait` at once on this very thread, which then keeps the time limit.
             goes_back: tensors of the payload go where those of an answer would, by the device map of the callee.
+            function: the name of what the callee is to run, for people.
 
         Raises:
             SerializationError: a tensor of the payload cannot travel.
@@ -152,7 +153,7 @@ class Client:
         envelope = seal(message, call_id, payload, extras, route)
         gate = self._gates[to.incarnation]
         announced = None if extras is None else self._hooks.announced(extras)
-        call = Call(self, call_id, to, gate, message, limit_s, waited, hooked, announced)
+        call = Call(self, call_id, to, gate, message, limit_s, waited, hooked, announced, function)
         if parent is not None and (over := parent.over()) is not None:
             call.complete(None, over)
             return call

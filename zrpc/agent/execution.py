@@ -53,11 +53,11 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     raise failures.pop()
 
 
-def execute_python(payload: Payload, *, keep: bool = False) -> Any:
-    """Run the pickled function of `payload`.
+def execute_python(request: Request[Any], *, keep: bool = False) -> Any:
+    """Run the pickled function of `request`.
 
     Args:
-        payload: the pickled call.
+        request: it has the pickled call, and is told which function that is.
         keep: the result stays here; that of a TorchScript function may be a `ScriptValue`.
 
     Returns:
@@ -68,8 +68,10 @@ def execute_python(payload: Payload, *, keep: bool = False) -> Any:
         RuntimeError: the function is TorchScript and raised anything.
         Exception: whatever the function raises.
     """
+    payload = request.payload
     func, args, kwargs = pickling.loads_call(payload)
     payload.let_go()
+    request.runs(func)
     if not isinstance(func, torch.jit.ScriptFunction):
         return _run(func, args, kwargs)
     try:
@@ -219,11 +221,11 @@ def serve_python(request: Request[PythonCall]) -> None:
 
     def work() -> None:
         if request.message.async_execution:
-            result = execute_python(request.payload)
+            result = execute_python(request)
             on_value = partial(_reply, request)
             when_done(result, request.async_calls, on_value, request.fail, request.when_cancelled)
             return
-        outcome = [execute_python(request.payload)]
+        outcome = [execute_python(request)]
         if type(outcome[0]) is CoroutineType:
             run_coroutine(outcome.pop(), request, lambda value: request.reply(pickling.dumps(value)), fail)
         else:  # no name refers to the result: memory that nothing else sees may go along with it

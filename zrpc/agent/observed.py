@@ -132,7 +132,7 @@ class Observed:
 
     def calls(self) -> list[Call]:
         """The calls of this worker under way, the oldest first."""
-        return self._client.calls.under_way()
+        return self._client.calls.all()
 
     @property
     def num_made(self) -> int:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from zrpc.errors import CallCancelledError, RpcTimeoutError
+from zrpc.functions import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,20 +31,26 @@ class ServedCall:
     """A call as far as code that serves it may ask about it.
 
     Attributes:
+        began: when it came (`time.monotonic`).
         deadline: when its caller gives up (`time.monotonic`); None: never.
-        began: when it came (`time.monotonic`); of what is no call of users 0.
+        function: the name of the function that it runs; None: it runs none, or not yet.
         is_cancelled: its caller waits no longer, and has said so, or code that serves it was told that its time is
             over. What comes of it is no result any more.
     """
 
-    __slots__ = ("_listeners", "_nested", "_prune_at", "began", "deadline", "is_cancelled")
+    __slots__ = ("_listeners", "_nested", "_prune_at", "began", "deadline", "function", "is_cancelled")
 
     def __init__(self, time_left_ms: int | None) -> None:
-        self.began = began = 0.0 if time_left_ms is None else time.monotonic()
-        self.deadline = began + time_left_ms / 1000 if time_left_ms else None
+        self.began = time.monotonic()
+        self.deadline = self.began + time_left_ms / 1000 if time_left_ms else None
+        self.function: str | None = None
         self.is_cancelled = False
         self._nested: dict[int, None] | None = None
         self._listeners: dict[Callable[[], object], None] | None = None
+
+    def runs(self, function: object) -> None:
+        """It runs `function`."""
+        self.function = name_of(function)
 
     def left_s(self) -> float | None:
         """What is left of its time in seconds, 0 or more; None: it has no limit."""

@@ -20,7 +20,7 @@ from zrpc.agent.gate import payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
 from zrpc.agent.request import Answerer, AsyncCalls, Request, Traced
-from zrpc.agent.served import serving
+from zrpc.agent.running import Handler, run, run_all
 from zrpc.errors import (
     AgentClosedError,
     CallCancelledError,
@@ -30,7 +30,6 @@ from zrpc.errors import (
     ProtocolError,
     ZrpcError,
 )
-from zrpc.exception_text import log_error
 from zrpc.transport.credit import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception, remote_traceback
 from zrpc.wire.messages import Cancel, Message, Reply
@@ -38,8 +37,6 @@ from zrpc.wire.observing import Look
 from zrpc.wire.payload import Payload, seal
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from zrpc.agent.gate import Gates
     from zrpc.agent.hooks import Hooks
     from zrpc.agent.peers import Peers
@@ -57,7 +54,6 @@ _UNREACHABLE = (PeerLostError, ConnectionLostError, AgentClosedError)
 """Where the connection to a broker broke, the caller knows, and does not wait for the answer."""
 
 M = TypeVar("M", bound=Message)
-Handler = Callable[[Request[Any]], "Work | None"]
 Refuse = Callable[[Request[Any], ZrpcError], None]
 """Answers a request that is not begun, with the reason."""
 
@@ -128,6 +124,10 @@ class Server:
     def trace(self, on_answer: Callable[[Request[Any], BaseException | None], None] | None) -> None:
         """From now on tell `on_answer` of the answer to each request that comes; None: tell nothing."""
         self._answerer = self if on_answer is None else Traced(self, on_answer)
+
+    def callers(self) -> list[WorkerInfo]:
+        """The workers whose requests are not answered yet."""
+        return list({request.source.incarnation: request.source for request in self.requests()}.values())
 
     def handle(
         self, message_type: type[M], handler: Callable[[Request[M]], Work | None], inline: bool,
@@ -211,12 +211,12 @@ class Server:
         request = Request(self._answerer, source, envelope, envelope.message)
         self._requests[request.key] = request
         handler, inline = self._handlers.get(type(envelope.message), (self._reject, True))
-        work: Work | None = partial(_run_all, handler, request)
+        work: Work | None = partial(run_all, handler, request)
         if inline and self._inbox.is_read_here and self._inbox.must_hand_on:
-            self._inbox.hand_on(lambda: self._submit(_run(handler, request)))
+            self._inbox.hand_on(lambda: self._submit(run(handler, request)))
             return None
         if inline:
-            work = _run(handler, request)
+            work = run(handler, request)
         if work is None:
             return None
         if is_reading and self._inbox.can_work and self._quickness.expects_quick():
@@ -255,6 +255,23 @@ class Server:
                 self._refuse(found, CallCancelledError("the call was cancelled before it began"))
             elif nested:
                 self._cancel_calls(nested)
+
+    def lose(self, caller: Incarnation) -> None:
+        """That worker is gone: what waits here for it is dropped, and what runs for it is cancelled.
+
+        But creations of RRefs that run: others may hold these, also such that their forks are not counted yet.
+        On the control thread. There is no answer: it would reach nothing.
+        """
+        for request in self.requests():
+            if request.source.incarnation != caller or not request.is_of_users:
+                continue
+            if self.queue.leave(request):
+                self.queue.note_cancelled()
+                request.let_go()
+                self._end(request)
+            elif type(request.message) not in self._refusals and not request.is_cancelled:
+                self.queue.note_cancelled()
+                self._cancel_calls(request.cancel())
 
     def _refuse(self, request: Request[Any], reason: ZrpcError) -> None:
         """Answer a request that is not begun. It must not block."""
@@ -361,32 +378,3 @@ class Server:
         if self._is_awaited and not self._requests:
             with self._lock:
                 self._idle.notify_all()
-
-
-def served_in(frame: FrameType) -> Request[Any] | None:
-    """The request that a thread serves in `frame`; None: it serves none there."""
-    return frame.f_locals.get("request") if frame.f_code is _run_all.__code__ else None
-
-
-def _run(handler: Handler, request: Request[Any]) -> Work | None:
-    """Run a handler; what it raises is the answer, unless it has answered."""
-    try:
-        return handler(request)
-    except BaseException as error:
-        if request.answered:
-            what = type(request.message).__name__
-            finalizers.defer(partial(log_error, log, "the handler of %s failed after its answer", what, error=error))
-        else:
-            request.fail(error)
-    return None
-
-
-def _run_all(handler: Handler, request: Request[Any]) -> None:
-    """Run a handler, and the work that it returns."""
-    serving.set(request)
-    try:
-        work = _run(handler, request)
-        if work is not None:
-            work()
-    finally:
-        serving.set(None)

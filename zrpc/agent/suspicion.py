@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from zrpc.errors import ZrpcError
+from zrpc.errors import LimitError, ZrpcError
 from zrpc.wire.messages import Heartbeat
 
 if TYPE_CHECKING:
@@ -46,14 +47,16 @@ class Suspicions:
         peers: who is here.
         client: asks.
         submit: runs a task on the control thread.
+        callers: those that wait for this worker: their end is to be noticed, too.
 
     Attributes:
         since: since when each of them is suspected (`time.monotonic`), by its life.
     """
 
     def __init__(
-        self, limit_s: float, gates: Gates, peers: Peers, client: Client, submit: Callable[[Callable[[], object]], None]
-    ) -> None:
+        self, limit_s: float, gates: Gates, peers: Peers, client: Client,
+        submit: Callable[[Callable[[], object]], None], callers: Callable[[], list[WorkerInfo]],
+    ) -> None:  # fmt: skip
         self.since: dict[Incarnation, float] = {}
         self._limit_s = limit_s
         self._interval_s = limit_s / LOOKS
@@ -61,6 +64,7 @@ class Suspicions:
         self._peers = peers
         self._client = client
         self._submit = submit
+        self._callers = callers
         self._asked: set[Incarnation] = set()
         self._looked_at = time.monotonic()
 
@@ -71,6 +75,9 @@ class Suspicions:
         if left_s > 0:
             return left_s
         self._looked_at = now
+        for caller in self._callers():
+            with suppress(LimitError):  # no socket for it now: it is tried again
+                self._peers.watch(caller)
         for life, gate in list(self._gates.items()):
             if (gate.num_calls or life in self.since) and life not in self._asked:
                 member = self._peers.registry.by_incarnation(life)

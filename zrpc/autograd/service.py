@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CLOSE_FLUSH_S = 5.0
 """How long a worker that shuts down may take to tell of contexts that it released."""
 
+MAX_NAMED = 5
+
 Done = Callable[[BaseException | None], None]
 
 
@@ -96,6 +98,12 @@ class AutogradService:
             "num_autograd_contexts": len(contexts),
             "num_current_backward_passes": sum(context.active is not None for context in contexts),
         }
+
+    def describe(self) -> str:
+        """Which contexts there are, in words; empty: none."""
+        contexts = self.contexts.all()
+        named = [f"{each.context_id}{', in a backward pass' * (each.active is not None)}" for each in contexts]
+        return f"{len(contexts)} autograd contexts ({'; '.join(named[:MAX_NAMED])})" if contexts else ""
 
     # ---- for passes ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""`zrpc drain`: a member for a moment, which tells a worker to take no new calls."""
+"""`zrpc drain`: a member for a moment, which tells a worker to take no new calls.
+
+No command can be a member of a static group, which is complete from its start: then the error says what to do instead.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,21 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from zrpc.errors import RefusedError, UnknownWorkerError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from zrpc.errors import ZrpcError
 
 OBSERVER_RANKS = 1 << 30
 """Ranks from here on are those of commands: no worker has one of them, so that none is refused its own."""
 TIMEOUT_S = 30.0
+_INSTEAD = (
+    "A command can join groups that grow and shrink alone. In a static group drain {worker} from within: "
+    "call zrpc.drain() in its program, or zrpc.rpc_sync({worker!r}, zrpc.drain, args=(SECONDS,)) in another worker's; "
+    "it leaves at the end of its program"
+)
 
 
 @contextmanager
@@ -38,9 +50,20 @@ def drain(worker: str, init_method: str) -> None:
 
     Raises:
         UnknownWorkerError: there is none.
+        RefusedError: the group is static, or as `attached`.
         ZrpcError: as `attached`.
     """
     from zrpc.draining import drain_worker
 
-    with attached(init_method):
-        drain_worker(worker)
+    try:
+        with attached(init_method):
+            drain_worker(worker)
+    except (RefusedError, UnknownWorkerError) as error:
+        if isinstance(error, RefusedError) and not _is_of_kind(error):
+            raise
+        raise type(error)(f"{error}. {_INSTEAD.format(worker=worker)}") from error
+
+
+def _is_of_kind(error: ZrpcError) -> bool:
+    """Whether it refuses this command because the group is static."""
+    return any(said in str(error) for said in ("is static", "is complete", "world_size"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from zrpc import gather, lifecycle
+from zrpc import ending, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
+from zrpc.errors import DrainingError
 from zrpc.rref.context import RRefContext
 
 if TYPE_CHECKING:
@@ -105,7 +106,12 @@ class TensorPipeAgent(RpcAgent):
 
     def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo:
         """This worker, or the one of that name or rank."""
-        return self._agent.info if worker is None else self._agent.resolve(worker)
+        if worker is None:
+            return self._agent.info
+        try:
+            return self._agent.resolve(worker)
+        except DrainingError:  # to ask who it is is no call
+            return self._agent.members.find(worker)
 
     def get_worker_infos(self) -> list[WorkerInfo]:
         """Everybody in the group."""
@@ -131,15 +137,15 @@ class TensorPipeAgent(RpcAgent):
 
     def join(self, shutdown: bool = False, timeout: float = 0.0) -> None:
         """Wait until no call is under way in this worker and, in a static group, in any other."""
-        lifecycle.finish_calls(self._agent, timeout)
+        ending.finish_calls(self._agent, timeout)
         if self._agent.is_static_group:
             if shutdown:
                 self._agent.extensions[RRefContext].expect_goodbyes()
-            gather.gather_living(timeout)
+            ending.wait_for_all(timeout)
 
     def sync(self) -> None:
         """Wait until no call of this worker is under way."""
-        lifecycle.finish_calls(self._agent, 0.0)
+        ending.finish_calls(self._agent, 0.0)
 
     def shutdown(self) -> None:
         """End this worker at once."""

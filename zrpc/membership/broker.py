@@ -99,10 +99,11 @@ class BrokerGroup:
         self._answered_probe = 0
         self._heartbeats: threading.Thread | None = None
         self._registration: Register
+        self._is_introduced = False  # on this connection
         self._run = b""
         self._ended = EndedLives(ENDED_MAX)
         endpoint.tell(
-            self._on_control, self._on_broker_lost, self._on_broken, self._on_connected, self._on_local_lost,
+            self._on_control, self._on_broker_lost, self._on_broken, self._introduce, self._on_local_lost,
             self._group,
         )  # fmt: skip
 
@@ -123,6 +124,8 @@ class BrokerGroup:
     ) -> tuple[Member, list[Member]]:
         """See `Group.join`."""
         with self._changed:
+            if self._ended_by is not None:  # the transport was refused before this
+                raise self._ended_by
             if self._state is not _State.OUTSIDE:
                 raise ProtocolError(f"{name!r} cannot join group {self._group!r} again: it is {self._state.value}")
             self._state = _State.JOINING
@@ -131,7 +134,7 @@ class BrokerGroup:
             self._endpoint.open()
             self._heartbeats = threads.start(self._heartbeat_loop, "zrpc-heartbeat")  # they wait for an interval first
             if self._endpoint.is_resumed():  # else when there is a connection
-                self._register()
+                self._introduce()
         except BaseException:
             with self._changed:
                 self._set_state(_State.ENDED)
@@ -151,6 +154,8 @@ class BrokerGroup:
     def refresh(self) -> None:
         """See `Group.refresh`: the broker's answer comes after all that it said before. Not on the reading thread."""
         probe = next(self._probes)
+        if not self._is_introduced:
+            return
         with contextlib.suppress(ZrpcError):
             self._tell(Heartbeat(), probe)
             with self._changed:
@@ -240,15 +245,15 @@ class BrokerGroup:
             was, before = self._state, self._members
             if was not in (_State.JOINING, _State.REJOINING):
                 return
-            self._members = {member.incarnation: member for member in members}
+            self._members = {one.incarnation: before.get(one.incarnation, one) for one in members}
             self._welcomed = self._welcomed or members
             self._set_state(_State.JOINED)
         if was is _State.REJOINING:
+            for life in before.keys() - self._members.keys():  # first: another one may have its name
+                self._on_gone(Left(life, True, NOT_BACK))
             for member in members:
                 if member.incarnation not in before:
                     self._on_joined(member)
-            for life in before.keys() - self._members.keys():
-                self._on_gone(Left(life, True, NOT_BACK))
         self._endpoint.resume()
 
     def _on_newcomer(self, message: Joined) -> None:
@@ -280,37 +285,32 @@ class BrokerGroup:
 
     def _on_broken(self) -> None:
         with self._changed:
+            self._is_introduced = False
             if self._state is _State.JOINED:
                 self._set_state(_State.REJOINING)
             elif self._state is _State.LEAVING:  # it is not known whether the broker took note
                 self._set_state(_State.ENDED)
 
-    def _on_connected(self) -> None:
-        """There is a broker again, or for the first time. It may know nothing of this worker."""
-        with self._changed:
-            state = self._state
-        if state is _State.JOINING:
-            self._register()
-        elif state is _State.REJOINING:
-            with contextlib.suppress(ZrpcError):
-                self._tell(self._rejoin())
-
     def _on_local_lost(self, life: Incarnation, reason: str) -> None:
         self._note_ended(life, reason)
 
-    def _register(self) -> None:
-        with contextlib.suppress(ZrpcError):  # the broker is lost, or refuses this worker: `_end` says why
-            self._tell(self._registration)
+    def _introduce(self) -> None:
+        """Say who this is, as the first message on a connection. The broker may know nothing of this worker."""
+        with self._changed:
+            if self._is_introduced or self._state not in (_State.JOINING, _State.REJOINING):
+                return
+            with contextlib.suppress(ZrpcError):  # there is no connection: when there is; or `_end` says why
+                self._tell(self._registration if self._state is _State.JOINING else self._rejoin())
+                self._is_introduced = True
 
     def _rejoin(self) -> Rejoin:
         wanted, me = self._registration, self._endpoint.incarnation
-        with self._changed:
-            info = self._members[me].info
-            others = [[one.incarnation, one.info.name, one.info.id] for one in self._members.values()]
-            return Rejoin(
-                info.name, info.id, wanted.world_size, wanted.card, wanted.group, self._run,
-                [entry for entry in others if entry[0] != me], list(self._ended),
-            )  # fmt: skip
+        info = self._members[me].info
+        others = [[one.incarnation, one.info.name, one.info.id] for one in self._members.values()]
+        return Rejoin(
+            info.name, info.id, wanted.world_size, wanted.card, wanted.group, self._run,
+            [entry for entry in others if entry[0] != me], list(self._ended),
+        )  # fmt: skip
 
     def _on_broker_lost(self, reason: str, is_refused: bool) -> None:
         if is_refused:
@@ -347,7 +347,7 @@ class BrokerGroup:
             and endpoint.is_host_gone(self._interval_s)
         ):
             endpoint.break_off(f"the host of the broker at {endpoint.address}, or the way to it, is gone")
-        elif self._looks % LOOKS == 0:
+        elif self._looks % LOOKS == 0 and self._is_introduced:
             with contextlib.suppress(ZrpcError):
                 self._tell(Heartbeat())
         self._looks += 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qs, urlparse
 
 from zrpc.errors import ConfigError, LimitError, RefusedError, RendezvousError
+from zrpc.membership.elastic_start import is_started_by_torchrun
 from zrpc.membership.tcp_store import ListenError, open_tcp_store
 
 if TYPE_CHECKING:
@@ -169,14 +170,14 @@ def _remove(path: str) -> None:
 
 
 def _prefix(generation: int, world_size: int | None) -> str:
-    """Under what the keys of a group lie. Each restart of torchrun's, and each other size, is a group of its own.
+    """Under what the keys of a group lie.
 
-    Its store outlives the workers that it starts again, and so does a file.
+    torchrun's store outlives the workers that it starts again, and so does a file: `ElasticStart` keeps its rounds of
+    one size apart.
     """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if restart is None or world_size is None:
+    if world_size is None or not is_started_by_torchrun():
         return f"zrpc/{generation}"
-    return f"zrpc/restart-{restart}-of-{world_size}/{generation}"
+    return f"zrpc/torchrun-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-of-{world_size}/{generation}"
 
 
 def _place_of(init_method: str) -> str:

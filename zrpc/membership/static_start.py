@@ -21,6 +21,8 @@ from zrpc.errors import RefusedError, RendezvousError
 from zrpc.membership.records import Failure, Record, pack_roster, unpack_roster
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zrpc.membership.counter import Store
     from zrpc.membership.group import Member
 
@@ -64,12 +66,7 @@ class StaticStart:
             RuntimeError: the store failed.
         """
         self._check_size()
-        if not self._claim(f"rank/{self._rank}", self._life):
-            self._store.set(f"twice/{self._rank}", b"1")
-            raise RefusedError(
-                f"rank {self._rank} is taken by another worker of this group: start each worker with a rank of its "
-                "own, and use no file that a group before has left behind"
-            )
+        self._take_rank()
         mine = self._lead() if self._rank == 0 else self._follow()
         return self._read_roster(mine)
 
@@ -88,16 +85,25 @@ class StaticStart:
             self._store.set("roster", pack_roster([mine.pack()]))  # those who wait are to know at once, too
             _refuse_sizes([mine], first_size)
 
+    def _take_rank(self) -> None:
+        if not self._claim(f"rank/{self._rank}", self._life):
+            self._store.set(f"twice/{self._rank}", b"1")
+            raise RefusedError(
+                f"rank {self._rank} is taken by another worker of this group: start each worker with a rank of its "
+                "own, and use no file that a group before has left behind"
+            )
+
     def _claim(self, key: str, mine: str) -> bool:
         return self._store.compare_set(key, "", mine).decode() == mine
 
     def _lead(self) -> bytes:
         """What rank 0 does: its own record, then the roster when all have written theirs."""
         mine = Record(self._me, self._world_size, self._life).pack()
-        self._store.set("member/0", mine)
-        if self._wait_for([f"member/{other}" for other in range(self._world_size)], LEADER_POLL_MAX_S):
+        self._store.set(self._record_key(0), mine)
+        keys = self._wait_for(self._record_keys, LEADER_POLL_MAX_S)
+        if keys is not None:
             try:
-                raw = [self._read_record(other) for other in range(self._world_size)]
+                raw = [self._read_record(other, key) for other, key in enumerate(keys)]
             except RefusedError as error:
                 if self._claim("end", "failed"):
                     self._store.set("roster", Failure(str(error), self._world_size).pack())
@@ -108,8 +114,15 @@ class StaticStart:
                 self._store.set("roster", pack_roster(raw))
         return mine
 
-    def _read_record(self, rank: int) -> bytes:
-        raw = self._store.get(f"member/{rank}")
+    def _record_key(self, rank: int) -> str:
+        """Under which the record of that rank lies, as far as is known now."""
+        return f"member/{rank}"
+
+    def _record_keys(self) -> list[str]:
+        return [self._record_key(rank) for rank in range(self._world_size)]
+
+    def _read_record(self, rank: int, key: str) -> bytes:
+        raw = self._store.get(key)
         if Record.unpack(raw).leader != self._life:
             raise RefusedError(
                 f"the record of rank {rank} in the store of this group is of an earlier run: its worker has met "
@@ -119,11 +132,11 @@ class StaticStart:
 
     def _follow(self) -> bytes:
         """What the others do: wait for rank 0, as a record says of which life of it the worker knows."""
-        if not self._wait_for(["rank/0"]):
+        if self._wait_for(lambda: ["rank/0"]) is None:
             return b""
         mine = Record(self._me, self._world_size, self._store.get("rank/0").decode()).pack()
-        self._store.set(f"member/{self._rank}", mine)
-        self._wait_for(["roster"])
+        self._store.set(self._record_key(self._rank), mine)
+        self._wait_for(_roster)
         return mine
 
     def _read_roster(self, mine: bytes) -> list[Member]:
@@ -135,39 +148,47 @@ class StaticStart:
         records = [Record.unpack(raw) for raw in roster]
         _refuse_sizes(records, self._world_size)
         if len(roster) != self._world_size or roster[self._rank] != mine:
-            raise RefusedError(
-                f"the roster in the store of this group was made without this worker, rank {self._rank}: it is of an "
-                "earlier run. Use a fresh store, which only the workers can reach"
-            )
+            raise self._left_out()
         members = [record.member for record in records]
         _check_names(members)
         self._num_here = self._world_size
         return members
 
-    def _wait_for(self, keys: list[str], pause_max_s: float = POLL_MAX_S) -> bool:
-        """Wait until `keys` are there; false: the roster is there before, and says why they will not be.
+    def _left_out(self) -> Exception:
+        return RefusedError(
+            f"the roster in the store of this group was made without this worker, rank {self._rank}: it is of an "
+            "earlier run. Use a fresh store, which only the workers can reach"
+        )
+
+    def _look(self) -> None:
+        """Each look at the store: raise what ends the wait. Here nothing does but the roster."""
+
+    def _wait_for(self, keys: Callable[[], list[str]], pause_max_s: float = POLL_MAX_S) -> list[str] | None:
+        """Wait until `keys()` are there, and return them; None: the roster is there before, and says why they are not.
 
         One is looked for at a time, so that it costs the store no more to wait for both.
 
         The first one whose time is over writes in place of the roster why there is none: a group that lacks it cannot
         be either, and all are to say the same.
         """
-        for looked_for in itertools.cycle((keys, ["roster"])):
-            if self._store.check(looked_for):
-                break
+        for look_for in itertools.cycle((keys, _roster)):
+            found = look_for()
+            if self._store.check(found):
+                return found if look_for is keys else None
+            self._look()
             now = time.monotonic()
             if now > self._deadline and self._claim("end", "failed"):
                 self._store.set("roster", self._why_incomplete().pack())
-                return False
+                return None
             if now > self._deadline + FAILED_LINGER_S:
                 raise RendezvousError("all workers came, but rank 0 died before it could tell the rest")
             # A Store offers no event that a FileStore and a TCPStore both have.
             time.sleep(min(max(POLL_MIN_S, (now - self._began) * POLL_SHARE), pause_max_s))
-        return looked_for == keys
+        raise AssertionError("a cycle does not end")
 
     def _why_incomplete(self) -> Failure:
-        absent = self._without("rank")
-        silent = absent or self._without("member")
+        absent = self._without(lambda rank: f"rank/{rank}")
+        silent = absent or self._without(self._record_key)
         twice = [str(rank) for rank in range(self._world_size) if self._store.check([f"twice/{rank}"])]
         again = f"; two workers were started with rank {' and with rank '.join(twice)}" if twice else ""
         return Failure(
@@ -176,8 +197,12 @@ class StaticStart:
             self._world_size - len(absent),
         )
 
-    def _without(self, what: str) -> list[str]:
-        return [str(rank) for rank in range(self._world_size) if not self._store.check([f"{what}/{rank}"])]
+    def _without(self, key_of: Callable[[int], str]) -> list[str]:
+        return [str(rank) for rank in range(self._world_size) if not self._store.check([key_of(rank)])]
+
+
+def _roster() -> list[str]:
+    return ["roster"]
 
 
 def check_kind(store: Store, mine: str) -> str:

@@ -1,8 +1,9 @@
 """Membership kept in a torch Store (TCPStore, FileStore, HashStore or what `torchrun` provides).
 
-How a static group starts is in `StaticStart`. In a dynamic one each worker writes one record, under a counter, so that
-a look at the counter tells of newcomers; another counter tells of those that left or died. A thread looks at both
-every `LOOK_INTERVAL_S`, and a newcomer is looked for at once when a name, rank or incarnation is not known (`refresh`).
+How a static group starts is in `StaticStart`, and under torchrun in `ElasticStart`. In a dynamic one each worker writes
+one record, under a counter, so that a look at the counter tells of newcomers; another counter tells of those that left
+or died. A thread looks at both every `LOOK_INTERVAL_S`, and a newcomer is looked for at once when a name, rank or
+incarnation is not known (`refresh`).
 
 Others may write to the store too; see `AuthenticatedStore`. A newcomer refuses to join where it finds what is not the
 group's; a member passes over that. A newcomer to a dynamic group cannot tell a run that goes on from one that is over:
@@ -28,6 +29,7 @@ from zrpc.ids import Incarnation, WorkerInfo
 from zrpc.membership.authenticated_store import with_secret
 from zrpc.membership.claims import LEFT, Claims, note_left
 from zrpc.membership.counter import Counter
+from zrpc.membership.elastic_start import ElasticStart, is_started_by_torchrun
 from zrpc.membership.group import Member, OnJoined, OnLeft
 from zrpc.membership.records import Record
 from zrpc.membership.static_start import StaticStart, check_kind
@@ -87,7 +89,7 @@ class StoreGroup:
         self._look_interval_s = look_interval_s
         self._has_left = threading.Event()
         self._looker: threading.Thread | None = None
-        self._start: StaticStart | None = None
+        self._start: StaticStart | ElasticStart | None = None
         self._warned: set[str] = set()
         self._me: Member | None = None
 
@@ -108,7 +110,8 @@ class StoreGroup:
         try:
             if world_size:
                 me = Member(WorkerInfo(name, rank), incarnation, card)
-                self._start = StaticStart(self._store, me, world_size, timeout_s)
+                kind = ElasticStart if is_started_by_torchrun() else StaticStart
+                self._start = kind(self._store, me, world_size, timeout_s)
                 return me, self._start.join()
             return self._join_dynamic(name, rank, incarnation, card)
         except (RefusedError, RendezvousError, LimitError):

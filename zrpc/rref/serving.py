@@ -52,7 +52,7 @@ class RRefServer:
     def serve_python_remote(self, request: Request[PythonRemote]) -> None:
         """Run the function; its result, or what it raises, is the value. An asynchronous one is not waited for here."""
         is_async = request.message.async_execution
-        self._serve_remote(request, lambda: execute_python(request.payload, keep=not is_async), is_async)
+        self._serve_remote(request, lambda: execute_python(request, keep=not is_async), is_async)
 
     def serve_builtin_remote(self, request: Request[BuiltinRemote]) -> None:
         """Run the operator; its result, or what it raises, is the value."""

@@ -99,7 +99,7 @@ def _call(call: Call, now: float, functions: dict[int, str]) -> dict[str, Any]:
         "id": call.call_id,
         "to": call.peer.name,
         "life": call.peer.incarnation,
-        "function": functions.get(call.call_id) or what_is_asked(call.message, b""),
+        "function": functions.get(call.call_id) or call.function or what_is_asked(call.message, b""),
         "age_s": now - call.began,
         "limit_s": call.timeout_s,
     }

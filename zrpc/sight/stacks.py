@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from zrpc.agent.call import awaited_in
-from zrpc.agent.server import served_in
+from zrpc.agent.running import served_in
 from zrpc.sight.names import called_in, frames_from, what_is_asked
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The connection of a worker to a broker: two sockets, which may be connected anew, to the same broker or another one.
 
-What: a worker sends on one DEALER and receives on another (`zrpc.transport.hub`). The one that sends is made for each
-connection. The one that receives stays, as the reading thread reads it; it is disconnected and connected by that
+What: a worker sends on one DEALER and receives on another (`zrpc.transport.identities`). The one that sends is made for
+each connection. The one that receives stays, as the reading thread reads it; it is disconnected and connected by that
 thread.
 
 Invariants: a connection that broke is not made again by ZeroMQ, behind whose back messages would be lost: it is let go
@@ -15,7 +15,6 @@ Failure: `attach` says why there is no connection.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc.transport import sockets
-from zrpc.transport.hub import END_NBYTES, RECEIVER, SENDER
+from zrpc.transport.identities import END_NBYTES, RECEIVER, SENDER
 from zrpc.transport.silence import is_gone
 from zrpc.transport.socket_link import SocketLink
 from zrpc.transport.watch import EVENTS, HANDSHAKE_FAILED, ConnectionState
@@ -63,6 +62,7 @@ class BrokerConnection:
         receiver: where messages come.
         link: sends to the broker.
         refusal: why the broker does not let this worker in; None: it does, as far as is known.
+        doubt: the same, of one that may also have been about to die; None: the last connection was made.
     """
 
     def __init__(
@@ -83,6 +83,8 @@ class BrokerConnection:
         self._sender = sender
         self._polled: list[sockets.Socket] = []
         self._was_up = False  # at any time
+        self.doubt: str | None = None
+        self._number = 0  # of the connection: how many were tried before
         self._poller = zmq.Poller()
         self._begin()
 
@@ -111,7 +113,8 @@ class BrokerConnection:
         Raises:
             ConfigError: as `connect`.
         """
-        end = os.urandom(END_NBYTES)
+        self._number += 1
+        end = self._number.to_bytes(END_NBYTES, "big")
         self._close_sender()
         self._begin()
         sender = sockets.make_socket(self._context, zmq.DEALER, SENDER + self._incarnation + end)
@@ -133,7 +136,8 @@ class BrokerConnection:
             raise errors[0]
         deadline = time.monotonic() + ATTACH_S
         while not self.is_up and self.refusal is None and not is_over() and time.monotonic() < deadline:
-            self.poll(None, _LOOK_MS)
+            if Told.BROKE in self.poll(None, _LOOK_MS):  # what ZeroMQ makes of it by itself is another connection
+                return False
         return self.is_up
 
     def detach(self, on_reader: OnReader) -> None:
@@ -195,14 +199,17 @@ class BrokerConnection:
     def _on_event(self, event: int) -> Told | None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._num_up += 1
-            self._was_up = self._was_up or self.is_up
+            if self.is_up:
+                self._was_up, self.doubt = True, None
             return Told.CONNECTED
         if event == zmq.EVENT_DISCONNECTED and self._num_up:
             return Told.BROKE
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._was_up:  # a broker that is just dying
-            return None
         if event in (*HANDSHAKE_FAILED, zmq.EVENT_CONNECTED):
-            self.refusal = self.refusal or self._state.on_event(event, time.monotonic())
+            reason = self._state.on_event(event, time.monotonic())
+            if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._was_up:  # of a broker that is just dying, too
+                self.doubt = reason or self.doubt
+            else:
+                self.refusal = self.refusal or reason
         return None
 
     def _drain_events(self) -> None:

@@ -1,6 +1,6 @@
 """Brokered transport: a worker reaches all others through one broker, and listens nowhere.
 
-The worker has two DEALERs, both connected to the broker's one ROUTER (`zrpc.transport.hub` has the frames): any thread
+The worker has two DEALERs, both connected to the broker's one ROUTER (`zrpc.transport.identities`): any thread
 sends on the one, under its lock; the reading thread reads the other. Before it is ever read, the second one says hello,
 so that the broker knows that it can be answered.
 
@@ -35,7 +35,7 @@ from zrpc.transport import sockets
 from zrpc.transport.broker_connection import BrokerConnection
 from zrpc.transport.brokers import Finder
 from zrpc.transport.credit import CreditLink
-from zrpc.transport.hub import BROKER
+from zrpc.transport.identities import BROKER
 from zrpc.transport.link_endpoint import LinkEndpoint
 from zrpc.transport.relaying import Listeners, Relaying
 from zrpc.transport.socket_link import RelayLink

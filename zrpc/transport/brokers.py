@@ -20,7 +20,7 @@ import zmq
 
 from zrpc.errors import ProtocolError
 from zrpc.transport import sockets
-from zrpc.transport.hub import END_NBYTES, RECEIVER
+from zrpc.transport.identities import ASKER, END_NBYTES
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.rejoining import Locate, Located
 
@@ -88,7 +88,7 @@ class Finder:
         counts: dict[str, int] = {}
         try:
             for address in addresses:
-                identity = RECEIVER + self._incarnation + os.urandom(END_NBYTES)
+                identity = ASKER + self._incarnation + os.urandom(END_NBYTES)
                 sock = sockets.make_socket(self._context, zmq.DEALER, identity)
                 made.append(sock)
                 sockets.connect(sock, address, self._credentials)

@@ -1,17 +1,6 @@
 """The broker's side of the brokered transport: one ROUTER that relays frames between workers without reading them.
 
-Theory of operation. A worker has two DEALERs connected to the one ROUTER: it sends on the one whose identity is
-`SENDER + incarnation` and receives on the one whose identity is `RECEIVER + incarnation`. So every socket is one-way,
-and the worker needs no port of its own.
-
-    worker to hub   [SENDER + source] destination, frames...      destination b"": the broker itself
-    hub to worker   [RECEIVER + destination] source, frames...    source b"": the broker itself
-    hello           [RECEIVER + source] b""                       the receiver can be reached from now on
-
-A hello may bring a message to the broker, which answers on that very connection.
-
-A worker that connects again puts a few random bytes behind its incarnation in both identities (`new_end`): so what is
-left of the connection before is never in its way.
+Theory of operation. `zrpc.transport.identities` says which connections there are, and what comes on them.
 
 - Frames between workers pass as they came (`copy=False`); only members of one room reach each other.
 - `ROUTER_MANDATORY` makes both kinds of trouble visible: EHOSTUNREACH means that the receiver's connection is gone,
@@ -19,6 +8,7 @@ left of the connection before is never in its way.
   in bytes. A worker whose backlog passes its limit is given up (`Unreachable`): nothing is dropped without word of it.
 - Where workers have keys of their own, each message is one of the worker whose key its connection has proved, or is
   dropped (`zrpc.transport.senders`).
+- A newer connection of a worker counts once the older one is gone (`zrpc.transport.contests`).
 - A ROUTER does not say who went away. Its monitor says that somebody did (`Hint`), and the broker then probes.
 
 One thread owns a `Hub`; only `wake` may be called from others, and from a signal handler.
@@ -38,23 +28,18 @@ from typing import TYPE_CHECKING
 import zmq
 
 from zrpc import protocol_errors
-from zrpc.ids import INCARNATION_NBYTES, Incarnation
 from zrpc.transport import descriptors, sockets
+from zrpc.transport.contests import LOOK_S, Contests
 from zrpc.transport.credentials import Authenticator, keyring_of
+from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
+from zrpc.transport.identities import ASKER, BROKER, END, IDENTITY_NBYTES, RECEIVER, SENDER, SOURCE
 from zrpc.transport.senders import Senders
 from zrpc.transport.silence import is_gone
 
 if TYPE_CHECKING:
+    from zrpc.ids import Incarnation
     from zrpc.transport.credentials import Credentials
     from zrpc.wire.envelope import Buffer
-
-SENDER = b"S"
-RECEIVER = b"R"
-BROKER = b""
-"""Stands for the broker as a source or a destination."""
-END_NBYTES = 4
-_SOURCE = slice(1, 1 + INCARNATION_NBYTES)
-_IDENTITY_NBYTES = (1 + INCARNATION_NBYTES, 1 + INCARNATION_NBYTES + END_NBYTES)
 
 BACKLOG_MAX_NBYTES = 256 << 20
 CONTROL_MAX_NBYTES = 1 << 20
@@ -70,56 +55,30 @@ _NOW_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """The receiver of `source` is connected. `is_again`: the one that it had before was not seen to end."""
-
-    source: Incarnation
-    is_again: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """`source` sent `frames` to the broker."""
-
-    source: Incarnation
-    frames: list[Buffer]
-
-
-@dataclass(frozen=True, slots=True)
-class Undelivered:
-    """`source` addressed a worker that is not in its room."""
-
-    source: Incarnation
-    destination: Incarnation
-
-
-@dataclass(frozen=True, slots=True)
-class Unreachable:
-    """`peer` is gone, or so slow that it is given up."""
-
-    peer: Incarnation
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """Some connection went away."""
-
-
-Event = Hello | Control | Undelivered | Unreachable | Hint
 Frames = Sequence["Buffer | zmq.Frame"]
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
     incarnation: Incarnation
-    receiver: bytes
+    end: bytes = b""  # of the identities of its newest connection
     said_hello: bool = False
     file: int | None = None  # of the connection
     room: dict[Incarnation, _Peer] | None = None
     backlog: deque[tuple[bytes, Frames]] = field(default_factory=deque)
     backlog_nbytes: int = 0
+    held: deque[tuple[bytes, Frames]] | None = None  # while it is to come back: what others sent it
+    held_nbytes: int = 0
+    receiver: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.receiver = RECEIVER + self.incarnation + self.end
+
+    def begin(self, end: bytes) -> None:
+        """There is no connection, but perhaps the one with that end."""
+        self.end, self.receiver = end, RECEIVER + self.incarnation + end
+        self.said_hello, self.file, self.backlog_nbytes = False, None, 0
+        self.backlog.clear()
 
 
 class Hub:
@@ -160,6 +119,7 @@ class Hub:
         self._peers: dict[Incarnation, _Peer] = {}
         self._rooms: dict[int, dict[Incarnation, _Peer]] = {}
         self._clogged: set[_Peer] = set()
+        self._contests = Contests()
         self._active: set[Incarnation] = set()
         self._events: list[Event] = []
         self._has_warned = False
@@ -168,6 +128,8 @@ class Hub:
         """Relay what is there, waiting up to `timeout_ms` for something; returns what the broker must see to."""
         if self._clogged:
             timeout_ms = min(timeout_ms, RETRY_MS)
+        elif self._contests:
+            timeout_ms = min(timeout_ms, int(LOOK_S * 1000))
         taken = self._take_batch()
         if not taken and not self._events:
             ready = dict(self._poller.poll(timeout_ms))
@@ -180,6 +142,8 @@ class Hub:
             self._authenticator.answer()
         for peer in list(self._clogged):
             self._retry(peer)
+        for origin, frame, parts in self._contests.take_due() if self._contests else ():
+            self._take(origin, frame, parts, is_kept=True)
         events, self._events = self._events, []
         return events
 
@@ -209,13 +173,28 @@ class Hub:
         peer.room = self._rooms.setdefault(room, {})
         peer.room[incarnation] = peer
 
+    def expect(self, incarnation: Incarnation, room: int) -> None:
+        """As `admit`, for a worker that is to come back: what it is sent is kept until `release`."""
+        peer = self._peer(incarnation)
+        if peer.room is None:
+            self.admit(incarnation, room)
+            peer.held = deque()
+
+    def release(self, incarnation: Incarnation) -> None:
+        """Send a worker what was kept for it."""
+        peer = self._peer(incarnation)
+        held, peer.held, peer.held_nbytes = peer.held or (), None, 0
+        for source, frames in held:
+            if self._peers.get(incarnation) is peer:  # else it was given up
+                self._push(peer, source, frames)
+
     def dismiss(self, incarnation: Incarnation) -> None:
-        """The opposite of `admit`."""
+        """The opposite of `admit` and `expect`."""
         peer = self._peers.get(incarnation)
         if peer is None or peer.room is None:
             return
         del peer.room[incarnation]
-        peer.room = None
+        peer.room, peer.held, peer.held_nbytes = None, None, 0
         self._rooms = {key: room for key, room in self._rooms.items() if room}
 
     def forget(self, incarnation: Incarnation) -> None:
@@ -229,6 +208,11 @@ class Hub:
         """Send a message of the broker's own. A destination that is gone comes back as an event."""
         self._push(self._peer(to), BROKER, frames)
 
+    def answer(self, asker: bytes, frames: Frames) -> None:
+        """Answer a `Question`. Dropped if the one who asked does not wait for it any more."""
+        with contextlib.suppress(zmq.ZMQError):  # it is gone, or reads nothing
+            self._router.send_multipart([asker, BROKER, *frames], _NOW)
+
     def close(self) -> None:
         """Close the sockets. Idempotent."""
         if self._context.closed:
@@ -238,10 +222,33 @@ class Hub:
         self._wake_out.close()
 
     def _peer(self, incarnation: Incarnation) -> _Peer:
-        peer = self._peers.get(incarnation)
+        return self._peers.get(incarnation) or self._peers.setdefault(incarnation, _Peer(incarnation))
+
+    def _newest(self, source: Incarnation, end: bytes) -> _Peer | None:
+        """The worker, if the connection with that end counts, or now does; None: another one does."""
+        peer = self._peers.get(source)
+        if peer is not None and end > peer.end:
+            if peer.held is not None or not peer.said_hello:  # nothing was told to the one before
+                peer.begin(end)
+            elif self._is_there(peer):
+                return None
+            else:
+                self._events.append(Replaced(source))
+                self.forget(source)
+                peer = None
         if peer is None:
-            peer = self._peers[incarnation] = _Peer(incarnation, RECEIVER + incarnation)
-        return peer
+            peer = self._peers[source] = _Peer(source, end)
+        return peer if peer.end == end else None
+
+    def _is_there(self, peer: _Peer) -> bool:
+        """Whether its connection is, as far as is known: it is sent a message that says nothing."""
+        try:
+            self._router.send_multipart([peer.receiver, BROKER, b""], _NOW)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError:
+            return False
+        return True
 
     def _take_batch(self) -> int:
         for taken in range(BATCH):
@@ -260,30 +267,35 @@ class Hub:
         while frame.more:
             frame = recv(_NOW, copy=False)
             parts.append(frame)
-        if len(origin) not in _IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER) or not parts:
+        if len(origin) not in IDENTITY_NBYTES or origin[:1] not in (SENDER, RECEIVER, ASKER) or not parts:
             text = f"{len(parts)} frames came, and not from a zrpc worker"
             protocol_errors.received.note("message", reprlib.repr(origin), text, at_once=True)
-            return True
-        source = origin[_SOURCE]
-        if self._senders is not None and not self._senders.is_from(source, frame):
-            return True
-        if origin[:1] == SENDER:
-            self._active.add(source)
-            self._route(source, parts)
-        else:
-            self._on_hello(self._peer(source), origin, frame)
-            if any(map(len, parts)):
-                self._take_control(source, parts)
+        elif self._senders is None or self._senders.is_from(origin[SOURCE], frame):
+            self._take(origin, frame, parts)
         return True
 
-    def _on_hello(self, peer: _Peer, receiver: bytes, frame: zmq.Frame) -> None:
-        is_again = peer.said_hello and peer.receiver != receiver
-        if is_again:
-            self.forget(peer.incarnation)
-            peer = self._peer(peer.incarnation)
-        peer.receiver, peer.said_hello, peer.file = receiver, True, int(frame.get(zmq.SRCFD))
-        self._events.append(Hello(peer.incarnation, is_again))
-        self._check_room()
+    def _take(self, origin: bytes, frame: zmq.Frame, parts: list[zmq.Frame], *, is_kept: bool = False) -> None:
+        source, end = origin[SOURCE], origin[END]
+        if origin[:1] == ASKER:
+            if (frames := self._control_frames(source, parts)) is not None:
+                self._events.append(Question(origin, frames))
+            return
+        peer = self._peers.get(source)
+        if peer is None or peer.end != end:
+            known = peer
+            if is_kept or not self._contests.has(source):
+                peer = self._newest(source, end)
+            if peer is None or peer.end != end:
+                if known is not None and end > known.end:
+                    self._contests.add(source, (origin, frame, parts))
+                return
+        if origin[:1] == SENDER:
+            self._active.add(source)
+            self._route(peer, parts)
+        else:
+            peer.said_hello, peer.file = True, int(frame.get(zmq.SRCFD))
+            self._events.append(Hello(source))
+            self._check_room()
 
     def _check_room(self) -> None:
         """Say so before there is no room: ZeroMQ refuses connections without a word."""
@@ -294,27 +306,34 @@ class Hub:
                 descriptors.describe(),
             )
 
-    def _route(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
+    def _route(self, known: _Peer, parts: list[zmq.Frame]) -> None:
+        source = known.incarnation
         destination = parts.pop(0).bytes
         if destination == BROKER:
-            self._take_control(source, parts)
+            if (frames := self._control_frames(source, parts)) is not None:
+                self._events.append(Control(source, frames))
             return
-        known = self._peers.get(source)
-        room = None if known is None else known.room
-        peer = None if room is None else room.get(destination)
+        peer = None if known.room is None else known.room.get(destination)
         if peer is None:
             self._events.append(Undelivered(source, destination))
+        elif peer.held is not None:
+            self._hold(peer, peer.held, source, parts)
         elif parts:
             self._push(peer, source, parts)
 
-    def _take_control(self, source: Incarnation, parts: list[zmq.Frame]) -> None:
+    def _control_frames(self, source: Incarnation, parts: list[zmq.Frame]) -> list[Buffer] | None:
+        """A message to the broker; None: it is dropped."""
         if sum(map(len, parts)) > CONTROL_MAX_NBYTES:
             text = "it is for the broker, and too large for that"
             protocol_errors.received.note("message", source.hex(), text, at_once=True)
-            return
+            return None
         frames: list[Buffer] = [part.bytes for part in parts]
-        if any(frames):  # else an interrupted sender left it behind (`zrpc.transport.socket_link.send_frames`)
-            self._events.append(Control(source, frames))
+        return frames if any(frames) else None  # an interrupted sender left it behind (`socket_link.send_frames`)
+
+    def _hold(self, peer: _Peer, held: deque[tuple[bytes, Frames]], source: bytes, frames: Frames) -> None:
+        held.append((source, frames))
+        peer.held_nbytes += _nbytes(frames)
+        self._check_size(peer, peer.held_nbytes, "it is not back")
 
     def _push(self, peer: _Peer, source: bytes, frames: Frames) -> None:
         if not peer.backlog and self._try_send(peer, source, frames):
@@ -322,9 +341,12 @@ class Hub:
         peer.backlog.append((source, frames))
         peer.backlog_nbytes += _nbytes(frames)
         self._clogged.add(peer)
-        if peer.backlog_nbytes > self._backlog_max_nbytes:
+        self._check_size(peer, peer.backlog_nbytes, "it is too slow")
+
+    def _check_size(self, peer: _Peer, nbytes: int, why: str) -> None:
+        if nbytes > self._backlog_max_nbytes:
             limit_mb = self._backlog_max_nbytes >> 20
-            self._give_up(peer, f"it is too slow: more than {limit_mb} MiB wait for it at the broker")
+            self._give_up(peer, f"{why}: more than {limit_mb} MiB wait for it at the broker")
 
     def _try_send(self, peer: _Peer, source: bytes, frames: Frames) -> bool:
         """False: at its high-water mark. True: sent, or the peer is gone and an event says so."""
@@ -340,7 +362,10 @@ class Hub:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._give_up(peer, "its connection to the broker is gone")
+            if peer.held is not None:  # it is to come back, and may try again
+                peer.begin(peer.end)
+            else:
+                self._give_up(peer, "its connection to the broker is gone")
         return True
 
     def _retry(self, peer: _Peer) -> None:

@@ -147,8 +147,10 @@ class Relaying:
 
     def _search_once(self, wake: Socket, group: str) -> None:
         if self._broken_at is not None and time.monotonic() - self._broken_at > self._grace_s:
-            text = "the connection to the broker broke, and for {:g} s there was none at {}"
-            self._listeners.on_given_up(text.format(self._grace_s, ", ".join(self._addresses)), False)
+            doubt = self._connection.doubt
+            text = f"the connection to the broker broke, and for {self._grace_s:g} s there was none"
+            text += f" at {', '.join(self._addresses)}" if doubt is None else f" that lets this worker in: {doubt}"
+            self._listeners.on_given_up(text, doubt is not None)
             return
         found = self._finder.find(group, self._last)
         try:

@@ -24,6 +24,7 @@ from zrpc.errors import NotAllowedError, ProtocolError, SerializationError
 from zrpc.exception_text import describe, is_interrupt, repr_of, text_of
 from zrpc.wire import (  # noqa: F401  # three of them: for their reducers
     arrays,
+    by_value,
     loading,
     storages,
     streams,
@@ -87,13 +88,35 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
         if _is_plain(cls) and not (cls in _TEXTS and len(obj) >= streams.PIECE_MIN_NBYTES):
             with suppress(values.UnpackableError):
                 return values.pack(obj)
+    try:
+        return _dumps(obj, whole, keep_graph, attachments, pickle.Pickler)
+    except SerializationError as error:
+        if not by_value.may_help(error.__cause__):
+            raise
+    return dumps_by_value(obj, whole=whole, keep_graph=keep_graph, attachments=attachments)
+
+
+def dumps_by_value(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachments: bool = True) -> Payload:
+    """As `dumps`, but functions and classes without a name that others know travel as code.
+
+    Raises:
+        SerializationError: as `dumps`; or there is no cloudpickle here.
+    """
+    pickler_class = by_value.pickler_class()
+    if pickler_class is None:
+        raise SerializationError(f"{repr_of(obj)} cannot be sent by value: install cloudpickle (`zrpc[by-value]`)")
+    return _dumps(obj, whole, keep_graph, attachments, pickler_class)
+
+
+def _dumps(obj: Any, whole: bool, keep_graph: bool, attachments: bool, pickler_class: type[pickle.Pickler]) -> Payload:
     payload, buffers = Payload(), list[Buffer]()
     now = under_way
     outer = now.enter(payload, None if whole else buffers, keep_graph, attachments)
     stream = streams.Writer()
     try:
-        pickler = pickle.Pickler(stream, PROTOCOL)
-        pickler.dispatch_table = dispatch_table
+        pickler = pickler_class(stream, PROTOCOL)
+        if pickler_class is pickle.Pickler:
+            pickler.dispatch_table = dispatch_table
         pickler.dump(obj)
         exceptions = take_all_apart()
     except BaseException as error:
@@ -102,7 +125,8 @@ def dumps(obj: Any, *, whole: bool = False, keep_graph: bool = False, attachment
             raise
         raise SerializationError(
             f"{repr_of(obj)} cannot be pickled: {text_of(error)}. Pass objects that pickle can name or copy: functions "
-            "and classes defined at the top level of a module that both sides can import"
+            "and classes defined at the top level of a module that both sides can import. With cloudpickle "
+            "(`pip install zrpc[by-value]`, on both sides) lambdas, closures and notebook cells travel too"
         ) from error
     finally:
         now.leave(outer)
@@ -219,7 +243,8 @@ def loads(payload: Payload) -> Any:
     except (AttributeError, ImportError) as error:
         raise SerializationError(
             f"{text_of(error)}. The default RPC pickler does not serialize function code: define the function or class "
-            "in a module that caller and callee both import"
+            "in a module that caller and callee both import, or install cloudpickle (`pip install zrpc[by-value]`) for "
+            "both, which sends lambdas, closures and what a script or notebook defines by value"
         ) from error
     except (SerializationError, ProtocolError, NotAllowedError):
         raise

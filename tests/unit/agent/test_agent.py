@@ -491,6 +491,8 @@ def test_requests_that_come_early_are_kept_back() -> None:
         b.agent.handle(RRefFetch, gate, inline=True)
         calls = [a.agent.request(b.info, FETCH, pickling.dumps(number)) for number in range(3)]
         b.agent.handle(RRefUserDelete, gate, inline=True)
+        a.agent.handle(RRefFetch, lambda request: request.reply(), inline=True)
+        b.agent.request(a.info, FETCH, pickling.dumps(0)).wait()  # its answer comes after the requests
         assert not any(call.done() for call in calls)
         assert gate.requests == []
         b.agent.open()

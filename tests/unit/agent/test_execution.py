@@ -12,11 +12,24 @@ from zrpc import functions
 from zrpc.agent import execution
 from zrpc.agent.future import Future
 from zrpc.agent.request import AsyncCalls
+from zrpc.agent.served import ServedCall
 from zrpc.errors import ProtocolError
 from zrpc.wire import pickling, values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class Served(ServedCall):
+    """What running a function takes of a request."""
+
+    def __init__(self, func: object, *args: Any) -> None:
+        super().__init__(None)
+        self.payload = pickling.dumps((func, args, {}))
+
+
+def python(func: object, *args: Any) -> Any:
+    return execution.execute_python(Served(func, *args))  # type: ignore[arg-type]
 
 
 def builtin(op: str, *args: Any, **kwargs: Any) -> Any:
@@ -61,11 +74,11 @@ def test_an_observer_surrounds_what_is_run() -> None:
 
     execution.observe(observer)
     try:
-        assert execution.execute_python(pickling.dumps((max, (1, 2), {}))) == 2
+        assert python(max, 1, 2) == 2
         assert builtin("aten::neg", torch.ones(1)).item() == -1
     finally:
         execution.observe(None)
-    execution.execute_python(pickling.dumps((max, (1, 2), {})))
+    assert python(max, 1, 2) == 2
     assert seen == ["before", "after"] * 2
 
 

@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from zrpc.wire.messages import Forming, Heartbeat, Joined, Left, Refused, Register, Welcome
 from zrpc_broker.actions import Action, Admit, Dismiss, Tell
-from zrpc_broker.directory import Directory, Phase
+from zrpc_broker.directory import Directory
+from zrpc_broker.runs import Phase
 
 if TYPE_CHECKING:
     from zrpc.ids import Incarnation

@@ -19,7 +19,9 @@ from zrpc.keyring import Keyring
 from zrpc.secret import find_secret
 from zrpc.transport import local_socket, sockets
 from zrpc.transport.credentials import Credentials, make_pair
-from zrpc.transport.hub import BROKER, RECEIVER, SENDER, Control, Event, Hello, Hub
+from zrpc.transport.hub import Hub
+from zrpc.transport.hub_events import Control, Event, Hello
+from zrpc.transport.identities import BROKER, RECEIVER, SENDER
 from zrpc.transport.look import has_ended
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch import nn
 from tests.unit.wire.travel import sent, travel
 from zrpc.errors import ProtocolError, SerializationError
 from zrpc.ids import WorkerInfo
-from zrpc.wire import pickling
+from zrpc.wire import by_value, pickling
 from zrpc.wire.payload import Payload
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def test_other_calls_are_pickled(call: Any) -> None:
     ]
 
 
-def test_a_function_that_its_module_does_not_name_so_is_refused_by_pickle() -> None:
+def test_a_function_that_its_module_does_not_name_so_is_refused_by_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for cloudpickle: see test_by_value.py."""
+    monkeypatch.setattr(by_value, "pickler_class", lambda: None)
     impostor = types.FunctionType(twice.__code__, globals(), "twice")
     for function in (impostor, lambda: None):
         with pytest.raises(SerializationError, match="cannot be pickled"):
@@ -314,7 +316,8 @@ class Unprintable:
 
 
 @pytest.mark.parametrize("value", [threading.Lock(), lambda: 1, [io.StringIO, threading.Event()], (i for i in "ab")])
-def test_what_cannot_be_pickled_is_refused_with_cause_and_advice(value: Any) -> None:
+def test_what_cannot_be_pickled_is_refused_with_cause_and_advice(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_value, "pickler_class", lambda: None)
     with pytest.raises(SerializationError, match=r"cannot be pickled: .* top level of a module") as caught:
         pickling.dumps([value])
     assert caught.value.__cause__ is not None

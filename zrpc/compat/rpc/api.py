@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 
 import zrpc.api
-from zrpc import gather, lifecycle
+from zrpc import ending, gather, lifecycle
 from zrpc.agent.current import current_agent, is_agent_set
 from zrpc.api import get_worker_info, remote, rpc_sync
 from zrpc.compat import agent, invocation
@@ -235,11 +235,11 @@ def _wait_all_workers(timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
     """Wait until every worker of the group is here, but those that are lost; `timeout` 0: without limit.
 
     Raises:
-        RuntimeError: as `zrpc.gather.gather_living`.
+        RuntimeError: as `zrpc.ending.wait_for_all`.
     """
     _gatherings().call_by(_Functions())
     try:
-        gather.gather_living(timeout)
+        ending.wait_for_all(timeout)
     except RuntimeError:
         logger.exception("not all workers came to the end")
         raise
@@ -247,7 +247,7 @@ def _wait_all_workers(timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
 
 def _delete_all_user_and_unforked_owner_rrefs(timeout: float = DELETE_TIMEOUT_S) -> None:
     """Give up this worker's references, and wait up to `timeout` seconds until the others gave up theirs."""
-    lifecycle.delete_rrefs(current_agent(), timeout)
+    ending.delete_rrefs(current_agent(), timeout)
 
 
 def _destroy_rref_context(ignore_rref_leak: bool) -> dict[str, str]:
@@ -279,11 +279,11 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
     try:
         here: TensorPipeAgent = _get_current_rpc_agent()
         if here.is_static_group:
-            lost = lifecycle.workers_lost(_wait_all_workers, timeout)
+            lost = ending.workers_lost(_wait_all_workers, timeout)
             if lost is None:
                 _delete_all_user_and_unforked_owner_rrefs()
             else:
-                _delete_all_user_and_unforked_owner_rrefs(lifecycle.LOSS_DRAIN_S)
+                _delete_all_user_and_unforked_owner_rrefs(ending.LOSS_DRAIN_S)
         here.join(shutdown=True, timeout=timeout)
     finally:
         _finalize_shutdown()
