@@ -165,6 +165,10 @@ class Directory:
         """How many workers of that group are here."""
         return sum(run.key == group for run in self._run_of.values())
 
+    def current(self, group: str) -> Run | None:
+        """The run of that group that is there now, or is to be."""
+        return self._current.get(group) or next((run for run in self._run_of.values() if run.key == group), None)
+
     def heartbeat(self, incarnation: Incarnation) -> list[Action]:
         """A worker says that it is alive."""
         if incarnation in self._waits_in:

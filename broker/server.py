@@ -15,11 +15,13 @@ from zrpc.transport.hub import Hub
 from zrpc.transport.hub_events import Control, Event, Hello, Hint, Question, Replaced, Undelivered, Unreachable
 from zrpc.wire.envelope import Envelope, decode, encode
 from zrpc.wire.messages import Heartbeat, Leave, Left, Message, Refused, Register
+from zrpc.wire.observing import Attach
 from zrpc.wire.rejoining import Locate, Located, Rejoin
 from zrpc_broker import defaults
 from zrpc_broker.actions import Action, Admit, Dismiss, Expect, Release, Tell
 from zrpc_broker.directory import Directory
 from zrpc_broker.liveness import LOOKS, Liveness, Standing
+from zrpc_broker.observers import attach
 from zrpc_broker.runs import UNGIVEN
 
 if TYPE_CHECKING:
@@ -161,6 +163,10 @@ class Broker:
         elif isinstance(message, Heartbeat):
             if source not in self._unanswerable:
                 self._perform(self._directory.heartbeat(source), source, envelope.call_id)
+        elif isinstance(message, Attach):  # sent again until it is answered
+            if not self._hub.has_said_hello(source):
+                return
+            self._perform(attach(self._directory, self._keyring, source, message), source, envelope.call_id)
         elif isinstance(message, Leave):
             self._unanswerable.pop(source, None)
             _log.info("%s leaves", self._describe(source))

@@ -96,6 +96,18 @@ class Keyring:
             )
         return None
 
+    def why_not_name(self, life: Incarnation, name: str) -> str | None:
+        """Why a worker may not have that name in that life, whatever its rank; None: it may."""
+        reason, entry = self.why_not(life), self.entry_of(life)
+        if reason is not None or entry is None:
+            return f"{name!r} is refused: {reason}"
+        if entry.may_have(name):
+            return None
+        return (
+            f"{name!r} is refused: its key {entry.label!r} may claim {entry.describe()}. Make one that may: "
+            f"`zrpc keys new LABEL --workers {name}`"
+        )
+
     def refusal(self, life: Incarnation, name: str, rank: int) -> str | None:
         """Why a worker may not be `name` and `rank` in that life; None: it may. Rank -1: it leaves that to others."""
         reason = self.why_not(life)

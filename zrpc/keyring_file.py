@@ -77,9 +77,13 @@ class Entry:
 
     def permits(self, name: str, rank: int) -> bool:
         """Whether it may claim `name` and `rank`."""
-        return any(fnmatchcase(name, pattern) for pattern in self.workers) and (
+        return self.may_have(name) and (
             self.ranks == ANY or any(first <= rank <= last for first, last in _parse_ranks(self.ranks))
         )
+
+    def may_have(self, name: str) -> bool:
+        """Whether it may claim `name`, with some rank."""
+        return any(fnmatchcase(name, pattern) for pattern in self.workers)
 
     def describe(self) -> str:
         """What it may claim."""

@@ -11,12 +11,11 @@ import os
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from zrpc import api, draining, ending, gather, interrupts
 from zrpc.agent.agent import Agent
+from zrpc.agent.card import card_of
 from zrpc.agent.current import current_agent, is_agent_set, set_agent
 from zrpc.agent.execution import forget_operators
 from zrpc.autograd import install as install_autograd
@@ -31,7 +30,6 @@ from zrpc.config import (
 )
 from zrpc.errors import AlreadyInitializedError, ConfigError
 from zrpc.ids import WorkerInfo
-from zrpc.membership import agreement
 from zrpc.membership.permitted import permitted
 from zrpc.membership.rendezvous import open_store, resolve_rank
 from zrpc.membership.store import StoreGroup
@@ -40,6 +38,7 @@ from zrpc.profiling import install as install_profiling
 from zrpc.rref.context import RRefContext
 from zrpc.rref.serving import install as install_rrefs
 from zrpc.secret import group_secret
+from zrpc.sight.serving import install as install_sight
 from zrpc.transport import descriptors
 from zrpc.transport.credentials import keyring_of, new_life, worker_credentials
 from zrpc.transport.look import has_ended
@@ -47,12 +46,14 @@ from zrpc.transport.peer import PeerEndpoint
 from zrpc.transport.shared_memory import SharedMemory
 from zrpc.transport.slabs import is_supported
 from zrpc.transport.sockets import reachable_address
-from zrpc.wire import by_value, loading, pickling
+from zrpc.wire import loading, pickling
 from zrpc.wire.listed import ListedRules
 from zrpc.wire.registered import RegisteredRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from zrpc.membership.counter import Store
     from zrpc.wire.loading import Rules
@@ -217,12 +218,12 @@ def _start(agent: Agent, name: str, rank: int, world_size: int | None) -> None:
     _allow(agent.options.allow, name)
     gather.install(agent)
     install_rrefs(agent, api, partial(_backward, agent))  # proxies of RRefs call as programs do, seen by profiles
-    for install in (install_autograd, install_profiling, install_optim):
+    for install in (install_autograd, install_profiling, install_optim, install_sight):
         install(agent)
     if agent.address is not None and world_size:
         _make_room(world_size)
     try:
-        agent.join(name, rank, world_size, _card(agent), _join_limit_s(agent.options))
+        agent.join(name, rank, world_size, card_of(agent), _join_limit_s(agent.options))
         set_agent(agent)
     except BaseException:
         agent.close(0.0)
@@ -243,23 +244,6 @@ def _make_room(world_size: int) -> None:
             "a worker that talks to all %d of this group has %d files open for it, and that is too many here (%s): "
             "raise the limit with `ulimit -n`, or use a broker", world_size, count, descriptors.describe(),
         )  # fmt: skip
-
-
-def _card(agent: Agent) -> dict[str, Any]:
-    """What this worker tells the others about itself."""
-    options = agent.options
-    maps = {
-        to: {str(here): str(there) for here, there in device_map.items()}
-        for to, device_map in options.device_maps.items()
-    }
-    return {
-        "address": agent.address,
-        agreement.REGISTERED: options.allow == "registered",
-        "device_maps": maps,
-        "devices": [str(device) for device in options.devices],
-        by_value.CARD_KEY: by_value.identity(),
-        "device_count": torch.cuda.device_count(),  # it makes no CUDA context
-    }
 
 
 def _peer_agent(options: RpcBackendOptions, store: Store) -> Agent:

@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.rref",),
     ("zrpc.autograd",),
     ("zrpc.api", "zrpc.draining", "zrpc.gather"),
-    ("zrpc.optim", "zrpc.nn", "zrpc.ending"),
+    ("zrpc.optim", "zrpc.nn", "zrpc.sight", "zrpc.ending"),
     ("zrpc.lifecycle",),
     ("zrpc",),
     ("zrpc.compat",),

@@ -16,6 +16,7 @@ from zrpc.agent.execution import serve_builtin, serve_python
 from zrpc.agent.garbage import Garbage
 from zrpc.agent.gate import Gates
 from zrpc.agent.hooks import CallHook, Hooks
+from zrpc.agent.observed import Observed
 from zrpc.agent.outage import Outage
 from zrpc.agent.peers import PeerRoutes, Peers
 from zrpc.agent.pool import HandlerPool, blocking
@@ -64,21 +65,18 @@ class Agent:
         endpoint: the transport; the agent starts and closes it.
         group: the membership; the agent joins and leaves it.
         address: where others reach this worker; None with a broker.
-        connect: tells the transport of a member's address (nothing, with a broker).
-        disconnect: tells the transport that a member is gone for good.
+        connect, disconnect: tell the transport of a member's address, and that it is gone (nothing, with a broker).
         shared_memory: for large buffers between workers of one host; None: they go through the endpoint.
         open_accelerator: opens the devices, if any are used.
-        checks_answers: an answer ends a call only if it is of the worker that was called: members are not trusted
-            with being any of them.
+        checks_answers: an answer ends a call only if it is of the worker that was called.
 
     Attributes:
         request: see `Client.request`: it is this very method, as each call takes it.
-        notify: see `Client.notify`.
-        completions: see `Client`.
-        drop: see `Garbage.drop`.
+        notify, completions: see `Client`.
+        observed: this worker as observers see it.
         event_loop: where `async def` functions run.
         outage: is told when the connection to a broker is gone, and when there is one again.
-        wake: see `Inbox.wake`.
+        drop, wake: see `Garbage.drop` and `Inbox.wake`.
     """
 
     info: WorkerInfo
@@ -137,6 +135,9 @@ class Agent:
         )
         self.completions = self._client.completions
         self.event_loop = self._server.event_loop
+        self.observed = Observed(
+            endpoint, self._carrier, self._peers, self._client, self._server, self._gates, self.control
+        )
         self.outage = Outage(self.control, self._carrier, self._client)
         self.request = self._client.request
         self.notify = self._client.notify
@@ -233,7 +234,6 @@ class Agent:
         """Serve requests of `message_type` with `handler`.
 
         Args:
-            message_type: what it serves.
             handler: called once a request; it, or what it starts, answers. It may return further work.
             inline: run it on the reader that takes the message, in the order in which messages came (a caller that
                 reads hands it on to one): it must not block. Else it runs as what it may return does: on a reader
@@ -374,9 +374,9 @@ class Agent:
 
     def _run_timers(self) -> float:
         """Do what is due; after how many seconds more will be. Runs on the control thread."""
-        expire_s, trim_s = self._client.calls.expire_due(), self._carrier.trim()
-        look_s = trim_s if self._closed else self._suspicions.look()
-        return min(trim_s, look_s) if expire_s is None else min(expire_s, trim_s, look_s)
+        expire_s, due_s = self._client.calls.expire_due(), min(self._carrier.trim(), self.observed.run_due())
+        look_s = due_s if self._closed else self._suspicions.look()
+        return min(due_s, look_s) if expire_s is None else min(expire_s, due_s, look_s)
 
     def _run_on(self, streams: Streams | None) -> None:
         """This worker uses devices from now on: tasks run on streams of their own, and values are marked."""

@@ -33,6 +33,7 @@ from zrpc.wire.raisable import Raisable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from zrpc.agent.gate import Gate
     from zrpc.ids import WorkerInfo
@@ -375,6 +376,11 @@ class Call:
             raise
         except BaseException as error:
             self._answer, self._error = None, without_traceback(error)  # where it was unpacked is of no interest
+
+
+def awaited_in(frame: FrameType) -> Call | None:
+    """The call whose outcome a thread waits for in `frame`; None: it does not."""
+    return frame.f_locals.get("self") if frame.f_code is Call.await_done.__code__ else None
 
 
 def _what_became(is_unsent: bool) -> str:

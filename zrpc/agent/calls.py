@@ -28,6 +28,9 @@ class Calls:
         wake_reader: wakes the caller that reads until a call is done; needed where no message ended it.
         on_late: is given answers that nobody waits for any more.
         wake: has `expire_due` called soon.
+
+    Attributes:
+        add: `add(call)` says that a call begins.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Calls:
         self._wake_reader = wake_reader
         self._on_late = on_late
         self._under_way: dict[int, Call] = {}
+        self.add = self._add
         self._deadlines = Deadlines(self._expire, self._under_way.__contains__, lambda: len(self._under_way), wake)
 
     def __len__(self) -> int:
@@ -65,9 +69,17 @@ class Calls:
         if call is not None:
             call.cancel()
 
-    def add(self, call: Call) -> None:
-        """A call begins."""
+    def _add(self, call: Call) -> None:
         self._under_way[call.call_id] = call
+
+    def trace(self, on_begun: Callable[[Call], None] | None) -> None:
+        """From now on tell `on_begun` of each call that begins, on its caller's thread; None: tell nothing."""
+
+        def add(call: Call) -> None:
+            self._add(call)
+            on_begun(call)  # type: ignore[misc]  # it is one then
+
+        self.add = self._add if on_begun is None else add
 
     def limit(self, call_id: int, after_s: float) -> None:
         """End a call that no thread waits for in `after_s` seconds, unless it is done by then."""

@@ -106,6 +106,11 @@ class Client:
         self._held: dict[int, tuple[Call, Envelope, Payload | None]] = {}  # by call id; there was no broker
         self._closed = False
 
+    @property
+    def num_made(self) -> int:
+        """How many requests were made so far; the counter of their numbers says so."""
+        return int(repr(self._call_ids)[len("count(") : -1]) - 1
+
     def set_timeout(self, timeout_s: float) -> None:
         """See `Agent.set_rpc_timeout`."""
         self.timeout_s = check_timeout(timeout_s, "rpc_timeout")

@@ -80,6 +80,14 @@ class Gate:
         """Requests on the way."""
         return self._window.num_calls
 
+    def seen(self) -> dict[str, int]:
+        """What is on the way, what waits for room, and how much may be on the way."""
+        window = self._window
+        return {
+            "calls": window.num_calls, "nbytes": window.nbytes, "waiting": window.num_waiting,
+            "max_calls": self._max_calls, "max_nbytes": self._max_nbytes,
+        }  # fmt: skip
+
     def enter(
         self, call_id: int, envelope: Envelope, to: WorkerInfo, limit_s: float, standing: Callable[[], Standing]
     ) -> float:

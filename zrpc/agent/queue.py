@@ -34,6 +34,9 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, request: object) -> bool:
+        return getattr(request, "key", None) in self._waiting
+
     def enter(self, request: Request[Any], me: WorkerInfo) -> OverloadedError | None:
         """`request` is to wait; why it may not, if too many wait at `me` already."""
         if self._max_calls and len(self._waiting) >= self._max_calls and request.is_of_users:

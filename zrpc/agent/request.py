@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zrpc.agent.event_loop import EventLoop
     from zrpc.agent.hooks import CallHook, Hooks
     from zrpc.ids import Incarnation, WorkerInfo
-    from zrpc.wire.envelope import Envelope
+    from zrpc.wire.envelope import Buffer, Envelope
     from zrpc.wire.route import Stager
 
 M = TypeVar("M", bound=Message)
@@ -65,6 +65,29 @@ class Answerer(Protocol):
 
     def is_serving(self, source: Incarnation, call_id: int) -> bool:
         """Whether that request is here, and not answered yet."""
+
+
+class Traced:
+    """Answers as `answerer` does, and tells `on_answer` of each answer before. Any thread may use it."""
+
+    def __init__(self, answerer: Answerer, on_answer: Callable[[Request[Any], BaseException | None], None]) -> None:
+        self._answerer = answerer
+        self._on_answer = on_answer
+        self.hooks, self.async_calls, self.event_loop = answerer.hooks, answerer.async_calls, answerer.event_loop
+
+    @property
+    def staging(self) -> Stager:
+        """See `Answerer.staging`."""
+        return self._answerer.staging
+
+    def answer(self, request: Request[Message], payload: Payload | None, error: BaseException | None) -> None:
+        """See `Answerer.answer`."""
+        self._on_answer(request, error)
+        self._answerer.answer(request, payload, error)
+
+    def is_serving(self, source: Incarnation, call_id: int) -> bool:
+        """See `Answerer.is_serving`."""
+        return self._answerer.is_serving(source, call_id)
 
 
 class Request(ServedCall, Generic[M]):
@@ -116,6 +139,14 @@ class Request(ServedCall, Generic[M]):
     def has_beside(self, call_id: int) -> bool:
         """Whether call `call_id` of the same caller is here, and not answered yet."""
         return self._answerer.is_serving(self.source.incarnation, call_id)
+
+    @property
+    def stream(self) -> Buffer:
+        """What is still there of its packed or pickled values; it may be nothing. To be looked at only."""
+        came, payload = self._envelope, self._payload
+        if payload is not None:
+            return payload.data
+        return b"" if came is None else came.data
 
     def let_go(self) -> None:
         """It will not be begun: keep nothing of what came with it."""

@@ -19,8 +19,8 @@ from zrpc.agent.event_loop import EventLoop
 from zrpc.agent.gate import payload_nbytes
 from zrpc.agent.pool import HandlerPool
 from zrpc.agent.quickness import Quickness
-from zrpc.agent.request import AsyncCalls, Request
-from zrpc.agent.served import serving
+from zrpc.agent.request import Answerer, AsyncCalls, Request, Traced
+from zrpc.agent.running import Handler, run, run_all
 from zrpc.errors import (
     AgentClosedError,
     CallCancelledError,
@@ -30,10 +30,10 @@ from zrpc.errors import (
     ProtocolError,
     ZrpcError,
 )
-from zrpc.exception_text import log_error
 from zrpc.transport.credit import COUNTED_MIN_NBYTES
 from zrpc.wire.exceptions import dump_exception, remote_traceback
 from zrpc.wire.messages import Cancel, Message, Reply
+from zrpc.wire.observing import Look
 from zrpc.wire.payload import Payload, seal
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ _UNREACHABLE = (PeerLostError, ConnectionLostError, AgentClosedError)
 """Where the connection to a broker broke, the caller knows, and does not wait for the answer."""
 
 M = TypeVar("M", bound=Message)
-Handler = Callable[[Request[Any]], "Work | None"]
 Refuse = Callable[[Request[Any], ZrpcError], None]
 """Answers a request that is not begun, with the reason."""
 
@@ -102,6 +101,8 @@ class Server:
         self._holds = 1  # why requests are kept back: how many reasons there are
         self._early: deque[tuple[Incarnation, Envelope]] | None = deque()
         self._serves_early = False
+        self._on_look: Callable[[Incarnation, Envelope], None] | None = None
+        self._answerer: Answerer = self
 
     @property
     def num_serving(self) -> int:
@@ -113,8 +114,16 @@ class Server:
         return (source, call_id) in self._requests
 
     def requests(self) -> list[Request[Any]]:
-        """Those that are not answered yet."""
+        """Those that are not answered yet, the oldest first. Any thread."""
         return list(self._requests.values())
+
+    def observed_by(self, on_look: Callable[[Incarnation, Envelope], None]) -> None:
+        """Have `on_look(life, envelope)` take what observers ask, on the thread that reads: it must not block."""
+        self._on_look = on_look
+
+    def trace(self, on_answer: Callable[[Request[Any], BaseException | None], None] | None) -> None:
+        """From now on tell `on_answer` of the answer to each request that comes; None: tell nothing."""
+        self._answerer = self if on_answer is None else Traced(self, on_answer)
 
     def callers(self) -> list[WorkerInfo]:
         """The workers whose requests are not answered yet."""
@@ -173,6 +182,10 @@ class Server:
         member = self._peers.registry.by_incarnation(source)
         if member is not None and self._early is None:
             return self._serve(member.info, envelope)
+        if type(envelope.message) is Look:
+            if self._on_look is not None:
+                self._on_look(source, envelope)
+            return None
         with self._lock:
             if self._early is not None:
                 self._early.append((source, envelope))
@@ -195,15 +208,15 @@ class Server:
 
     def _serve(self, source: WorkerInfo, envelope: Envelope, *, is_reading: bool = True) -> Work | None:
         """Have a request served; `is_reading`: by the thread that has read it, and may be given the work."""
-        request = Request(self, source, envelope, envelope.message)
+        request = Request(self._answerer, source, envelope, envelope.message)
         self._requests[request.key] = request
         handler, inline = self._handlers.get(type(envelope.message), (self._reject, True))
-        work: Work | None = partial(_run_all, handler, request)
+        work: Work | None = partial(run_all, handler, request)
         if inline and self._inbox.is_read_here and self._inbox.must_hand_on:
-            self._inbox.hand_on(lambda: self._submit(_run(handler, request)))
+            self._inbox.hand_on(lambda: self._submit(run(handler, request)))
             return None
         if inline:
-            work = _run(handler, request)
+            work = run(handler, request)
         if work is None:
             return None
         if is_reading and self._inbox.can_work and self._quickness.expects_quick():
@@ -365,27 +378,3 @@ class Server:
         if self._is_awaited and not self._requests:
             with self._lock:
                 self._idle.notify_all()
-
-
-def _run(handler: Handler, request: Request[Any]) -> Work | None:
-    """Run a handler; what it raises is the answer, unless it has answered."""
-    try:
-        return handler(request)
-    except BaseException as error:
-        if request.answered:
-            what = type(request.message).__name__
-            finalizers.defer(partial(log_error, log, "the handler of %s failed after its answer", what, error=error))
-        else:
-            request.fail(error)
-    return None
-
-
-def _run_all(handler: Handler, request: Request[Any]) -> None:
-    """Run a handler, and the work that it returns."""
-    serving.set(request)
-    try:
-        work = _run(handler, request)
-        if work is not None:
-            work()
-    finally:
-        serving.set(None)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from zrpc.cli import keys
+from zrpc.cli import doctor, keys, sight, top, trace
 from zrpc.cli.plan import BROKER_RESTARTS, Launch, Program
 from zrpc.errors import ConfigError, ZrpcError
 from zrpc_broker import defaults
@@ -36,6 +36,8 @@ Restarts = Annotated[int, typer.Option(min=0, help="how often a broker that ends
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(keys.app, name="keys")
+for _command in (sight.status, top.top, sight.ping, sight.stacks, trace.trace, doctor.doctor):
+    app.command()(_command)
 
 
 def _show_version(wanted: bool) -> None:

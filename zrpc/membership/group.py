@@ -17,7 +17,7 @@ class Member:
         info: its name and rank; it knows the life too.
         incarnation: this life's id, and its identity on the transport.
         card: what it tells the others about itself (msgpack values): `address` where it listens (none with a broker),
-            `host` it runs on, `devices` and device maps.
+            `host` it runs on, `pid` of its process there, `devices` and device maps.
     """
 
     info: WorkerInfo

@@ -73,9 +73,14 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 16
 
 
+def _is_pid(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 32
+
+
 _CARD: dict[str, Callable[[object], bool]] = {
     "address": _is_text,
     "host": _is_text,
+    "pid": _is_pid,
     "devices": _are_texts,
     "device_count": _is_count,
     "device_maps": _are_maps,

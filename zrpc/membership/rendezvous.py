@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qs, urlparse
@@ -114,6 +118,57 @@ def open_store(init_method: str, rank: int, world_size: int | None, timeout_s: f
     return cast("Store", prefixed)  # torch's stubs deny that `set` takes bytes
 
 
+def open_for_looking(init_method: str, timeout_s: float) -> dist.Store:
+    """The store of `init_method` as it is, for a process that joins no group. Of a file it is a copy.
+
+    Raises:
+        ConfigError: `init_method` is no meeting point that can be looked at.
+        RendezvousError: there is no store.
+    """
+    import torch.distributed as dist
+
+    url = urlparse(init_method)
+    if url.scheme == "file":
+        return dist.FileStore(_copy_of(url.path), -1)
+    if url.scheme not in ("tcp", "env"):
+        raise ConfigError(f"init_method {init_method!r} cannot be looked at: file, tcp, env and broker can")
+    try:
+        _open_tcp(init_method, -1, None, timeout_s)  # it says why it cannot be reached, and waits for no name server
+        host, port = (url.hostname, url.port) if url.scheme == "tcp" else _master()
+        limit = timedelta(seconds=timeout_s)
+        return dist.TCPStore(str(host), int(port or 0), None, False, limit, wait_for_workers=False)  # lists its keys
+    except ValueError as error:
+        raise ConfigError(f"init_method {init_method!r} cannot be used: {error}") from error
+    except RuntimeError as error:
+        if isinstance(error, LimitError | RefusedError | RendezvousError):
+            raise
+        raise RendezvousError(f"the store of init_method {init_method!r} cannot be opened: {error}") from error
+
+
+def _master() -> tuple[str | None, int]:
+    """Where `env://` says that the store is."""
+    return os.environ.get("MASTER_ADDR"), _int_from_env("MASTER_PORT", 0)
+
+
+def _copy_of(path: str) -> str:
+    """A copy of the file of a store, for this process alone: torch counts who opens the file, and who has closed it."""
+    import fcntl
+
+    try:
+        with open(path, "rb") as file, tempfile.NamedTemporaryFile(prefix="zrpc-store-", delete=False) as copy:
+            atexit.register(_remove, copy.name)
+            fcntl.flock(file, fcntl.LOCK_SH)  # as torch does while it writes
+            shutil.copyfileobj(file, copy)
+    except OSError as error:
+        raise RendezvousError(f"the file of the group, {path}, cannot be read: {error.strerror}") from error
+    return copy.name
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
 def _prefix(generation: int, world_size: int | None) -> str:
     """Under what the keys of a group lie.
 
@@ -140,7 +195,7 @@ def _open_tcp(init_method: str, rank: int, world_size: int | None, timeout_s: fl
     url = urlparse(init_method)
     host, port = url.hostname, url.port
     if url.scheme == "env":
-        host, port = os.environ.get("MASTER_ADDR"), _int_from_env("MASTER_PORT", 0)
+        host, port = _master()
     if not host or not port or not 0 < port < 1 << 16:
         raise ValueError(
             "it needs a host and a port from 1 to 65535: tcp://host:port, or MASTER_ADDR and MASTER_PORT for env://"

@@ -59,6 +59,14 @@ class Cell:
         """Whether the value or the error is here."""
         return self._callbacks is None
 
+    @property
+    def kind(self) -> str:
+        """What it holds: the name of a type, or why it holds no value. No code of users is run."""
+        if not self.is_set():
+            return "(not made yet)"
+        cls = type(self._value)
+        return "(its making failed)" if self._error is not None else f"{cls.__module__}.{cls.__qualname__}"
+
     def set_value(self, value: Any) -> None:
         """Set the value, and run who waits for it on this thread. Nothing happens if the cell is set."""
         self._set(value, None)

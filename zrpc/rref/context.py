@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from zrpc import finalizers, interrupts
 from zrpc.agent.pool import blocking
@@ -21,6 +21,7 @@ from zrpc.errors import PeerLostError, RRefError
 from zrpc.rref.actions import Action, AskOwner, Orphan, Release, Tell, Unmade
 from zrpc.rref.cell import Cell
 from zrpc.rref.forkdata import ForkData
+from zrpc.rref.looks import debug_counts
 from zrpc.rref.owners import Availability
 from zrpc.rref.states import UserState
 from zrpc.rref.table import RRefTable
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 UNSENT_GRACE_S = 2.0
 """How long a shutdown waits for forks that nobody is known to have. Those in answers are with their readers by then."""
 
+T = TypeVar("T")
 _NEW_LIFE = "init_rpc made another one since."
 _FORK_PHRASE = "Cannot call fork an UserRRef after deletion."
 _UNCONFIRMED = (UserState.CREATING, UserState.FORKING)
@@ -297,15 +299,12 @@ class RRefContext:
 
     def debug_info(self) -> dict[str, str]:
         """Counts, under the names that torch gives them."""
+        return self.looked_at(debug_counts)
+
+    def looked_at(self, look: Callable[[RRefTable | None, dict[RRefId, Cell], int], T]) -> T:
+        """What `look` makes of the table, the values here and the number of messages under way, under the lock."""
         with self._lock:
-            table = self._table_made
-            forks = table.owned_forks() if table else {}
-            return {
-                "num_owner_rrefs": str(len(forks)),
-                "num_pending_users": str(table.num_unconfirmed_users if table else 0),
-                "num_pending_futures": str(self._num_sending),
-                "num_forks": str(sum(map(len, forks.values()))),
-            }
+            return look(self._table_made, self._cells, self._num_sending)
 
     # ---- below
 

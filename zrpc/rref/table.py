@@ -24,6 +24,7 @@ from zrpc.rref.users import UserTable
 from zrpc.wire.messages import RRefChildAccept, RRefForkRequest, RRefUserDelete
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Sequence
 
     from zrpc.ids import ForkId, Incarnation, RRefId
@@ -225,6 +226,10 @@ class RRefTable:
     def owned_forks(self) -> dict[RRefId, dict[ForkId, Incarnation]]:
         """The forks of this worker's RRefs with the lives that hold them."""
         return {rref_id: self._owners.forks(rref_id) for rref_id in self._owners}
+
+    def users_by_owner(self, at_most: int) -> Counter[Incarnation]:
+        """How many forks this worker holds of RRefs of which owner; so many are looked at."""
+        return self._users.by_owner(at_most)
 
     @property
     def num_owned(self) -> int:

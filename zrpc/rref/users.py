@@ -9,7 +9,9 @@ Two rules keep the owner's value alive for as long as anybody can ask for it:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from zrpc.rref.actions import Action, AskOwner, Tell
@@ -62,6 +64,10 @@ class UserTable:
 
     def __iter__(self) -> Iterator[ForkId]:
         return iter(self._forks)
+
+    def by_owner(self, at_most: int) -> Counter[Incarnation]:
+        """How many forks there are by the life of the owner; so many are looked at."""
+        return Counter(fork.owner for fork in islice(self._forks.values(), at_most))
 
     @property
     def num_unconfirmed(self) -> int:

@@ -164,6 +164,11 @@ class Attachments:
             if is_home or any(memory is loan.memory for memory in self._mapped.values()):  # else nobody would unpin it
                 loan.memory.pin(pins)
 
+    def counts(self) -> dict[str, int]:
+        """How many slabs of others are mapped here, and how many loans of them are out."""
+        with self._lock:
+            return {"mapped": len(self._mapped), "loans": len(self._loans)}
+
     def forget(self, source: Incarnation) -> None:
         """`source` is gone: keep nothing mapped of it but what is in use."""
         self._let_go(lambda key, _: key[0] == source)

@@ -231,7 +231,7 @@ class BrokeredEndpoint(LinkEndpoint):
         if self._relaying.resume():
             self._on_resume()
 
-    def add_peer(self, peer: Incarnation) -> None:
+    def add_peer(self, peer: Incarnation, _address: str = "") -> None:
         """A worker can be sent to from now on."""
         with self._lock:
             self._peers.add(peer)

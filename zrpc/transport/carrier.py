@@ -179,6 +179,11 @@ class Carrier:
         """See `Endpoint.queued_nbytes`."""
         return self._endpoint.queued_nbytes(peer)
 
+    def shared_counts(self) -> dict[str, int]:
+        """See `SharedMemory.counts` and `SharedMemory.counts_of_others`; nothing where there is none."""
+        memory = self._shared_memory
+        return {} if memory is None else {**memory.counts(), **memory.counts_of_others()}
+
     def forget(self, peer: Incarnation) -> None:
         """`peer` is gone."""
         if self._shared_memory is not None:

@@ -175,6 +175,11 @@ def make_pair() -> KeyPair:
     return KeyPair(*zmq.curve_keypair())
 
 
+def zmq_versions() -> tuple[str, str, bool]:
+    """Of pyzmq and of libzmq, and whether that can encrypt (CURVE)."""
+    return zmq.__version__, zmq.zmq_version(), bool(zmq.has("curve"))
+
+
 class Authenticator:
     """Decides on connections to the sockets of one context that listen. Make it before them.
 

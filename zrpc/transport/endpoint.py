@@ -58,6 +58,21 @@ class Endpoint(Protocol):
     def meet(self, peer: Incarnation) -> None:
         """`peer` can be sent to from now on: send what it could not be answered before."""
 
+    def add_peer(self, peer: Incarnation, address: str) -> None:
+        """`peer`, which is no member and listens at `address`, can be sent to from now on. Idempotent."""
+
+    def remove_peer(self, peer: Incarnation, reason: str) -> bool:
+        """It cannot be any more; false if that was known."""
+
+    def why_not_observe(self, life: Incarnation) -> str | None:
+        """Why an observer may not look at this worker, as far as its key says; None: it may."""
+
+    def local_ports(self) -> set[int]:
+        """The ports that it listens on."""
+
+    def remote_addresses(self) -> set[tuple[str, int]]:
+        """Where it connects to."""
+
     def queued_nbytes(self, to: Incarnation) -> int:
         """How much waits here because that worker has not read what was sent before, in bytes."""
 

@@ -21,9 +21,11 @@ from zrpc import threads
 from zrpc.errors import AgentClosedError, PeerLostError, ZrpcError
 from zrpc.ids import EndedLives
 from zrpc.transport import fork, sockets
+from zrpc.transport.credentials import keyring_of
 from zrpc.transport.credit import CreditLink, answer_of, is_mark, total_of
 from zrpc.transport.inbox import READERS, Inbox
 from zrpc.transport.local_links import LocalLinks
+from zrpc.wire.observing import OBSERVER_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,6 +155,14 @@ class LinkEndpoint(ABC):
         owed = self._owed.pop(peer, None)
         if owed is not None:
             self._answer_mark(peer, owed)
+
+    def why_not_observe(self, life: Incarnation) -> str | None:
+        """See `Endpoint.why_not_observe`."""
+        keyring = keyring_of(self._credentials)
+        if keyring is None:
+            return None
+        keyring.reload()
+        return keyring.why_not_name(life, OBSERVER_NAME)
 
     def queued_nbytes(self, to: Incarnation) -> int:
         """See `Endpoint.queued_nbytes`."""

@@ -125,6 +125,17 @@ def is_listening(incarnation: Incarnation) -> bool:
         return False
 
 
+def process_of(incarnation: Incarnation) -> int | None:
+    """The process of the worker of that life, as the kernel knows it; None: it does not listen on this host."""
+    try:
+        with _make_socket() as probe:
+            probe.connect(path_in(directory(), incarnation))
+            found = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            return int(_CREDENTIALS.unpack(found)[0]) or None
+    except OSError:
+        return None
+
+
 def remove(path: str) -> None:
     """Remove the file of a socket. Idempotent."""
     with contextlib.suppress(OSError):

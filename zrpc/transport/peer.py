@@ -112,6 +112,16 @@ class PeerEndpoint(LinkEndpoint):
         with self._lock:
             self._addresses.setdefault(peer, address)
 
+    add_peer = connect
+    """See `Endpoint.add_peer`."""
+
+    def remove_peer(self, peer: Incarnation, reason: str) -> bool:
+        """See `Endpoint.remove_peer`."""
+        del reason
+        was_known = peer in self._addresses
+        self.disconnect(peer)
+        return was_known
+
     def disconnect(self, peer: Incarnation) -> None:
         """Forget a peer that said goodbye; what was sent to it may still leave."""
         with self._lock:

@@ -148,6 +148,10 @@ class SharedMemory:
         """See `SlabPool.counts`."""
         return self._pool.counts()
 
+    def counts_of_others(self) -> dict[str, int]:
+        """See `Attachments.counts`: slabs of others that are mapped here."""
+        return self._attachments.counts()
+
     def close(self) -> None:
         """Let go of everything; memory of others that is in use stays until it is not."""
         self._pool.close()

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from zrpc.wire import rejoining, unanswered
+from zrpc.wire import observing, rejoining, unanswered
 from zrpc.wire.messages import MESSAGES, PROTOCOL_VERSION
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "wire.md"
@@ -15,7 +15,7 @@ ROW = re.compile(r"^\| (\d+) \| (\w+) \| ([^|]*)\|[^|]*\|[^|]*\| (yes|no) \|", r
 
 def test_every_message_is_listed_with_its_fields_in_order() -> None:
     text = PAGE.read_text()
-    assert {rejoining.Rejoin.CODE, unanswered.CallsUnanswered.CODE} <= MESSAGES.keys()
+    assert {rejoining.Rejoin.CODE, unanswered.CallsUnanswered.CODE, observing.Look.CODE} <= MESSAGES.keys()
     listed = {}
     for code, name, cell, idempotent in ROW.findall(text):
         names = [name for group in cell.split(";") for name in group.split(":")[0].replace(",", " ").split()]

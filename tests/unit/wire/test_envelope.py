@@ -46,6 +46,7 @@ from zrpc.wire.messages import (
     Welcome,
     make_message,
 )
+from zrpc.wire.observing import Attach, Attached, Look, Seen
 from zrpc.wire.payload import open_payload
 from zrpc.wire.region import MEMBER_MAX_NBYTES
 from zrpc.wire.rejoining import Locate, Located, Rejoin
@@ -113,6 +114,16 @@ GOLDEN: list[tuple[Message, str]] = [
     ),
     (Locate("run"), "9801310791a372756ec09090c400"),
     (Located(3), "980132079103c09090c400"),
+    (Attach("run"), "98013c0791a372756ec09090c400"),
+    (
+        Attached([[WHO, "a", 0, {}]], 2, "complete"),
+        "98013d07939194c4083132333435363738a161008002a8636f6d706c657465c09090c400",
+    ),
+    (
+        Look("status", {"of": 1}, "tcp://1.2.3.4:5"),
+        "98013e0793a673746174757381a26f6601af7463703a2f2f312e322e332e343a35c09090c400",
+    ),
+    (Seen({"time": 1.5}), "98013f079181a474696d65cb3ff8000000000000c09090c400"),
 ]
 """Each message with call id 7 and nothing beside it. Other bytes mean another protocol: raise PROTOCOL_VERSION."""
 
