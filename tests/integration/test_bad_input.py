@@ -61,7 +61,7 @@ def calls_that_cannot_work(rank: int) -> list[str]:
         (ValueError, "name, its rank or its WorkerInfo", lambda: rpc.rpc_sync(1.5, double, args=(1,))),  # type: ignore[arg-type]
         (TypeError, "callable", lambda: rpc.rpc_sync(to, 5)),  # type: ignore[arg-type]
         (errors.SerializationError, "lock", lambda: rpc.rpc_sync(to, double, args=(threading.Lock(),))),
-        (errors.SerializationError, "lambda", lambda: rpc.rpc_sync(to, lambda: 1)),
+        (errors.SerializationError, "lock", lambda: rpc.rpc_sync(to, (lambda lock: lambda: lock)(threading.Lock()))),
         (errors.SerializationError, "lock", lambda: rpc.rpc_sync(to, Unpicklable)),
         (errors.SerializationError, "no_such_function", lambda: rpc.rpc_sync(to, Missing())),
         (errors.SerializationError, "lock", lambda: rpc.rpc_async(to, Unpicklable).wait()),
