@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from zrpc.lifecycle import init_rpc as init_rpc
     from zrpc.lifecycle import shutdown as shutdown
     from zrpc.rref.rref import RRef as RRef
+    from zrpc.session import session as session
 
 _HOMES = {
     "Future": "zrpc.agent.collection",  # which lets torch.futures see failures of its futures
@@ -45,6 +46,7 @@ _HOMES = {
     "remote": "zrpc.api",
     "rpc_async": "zrpc.api",
     "rpc_sync": "zrpc.api",
+    "session": "zrpc.session",
     "shutdown": "zrpc.lifecycle",
     "time_remaining": "zrpc.agent.served",
 }
@@ -68,6 +70,7 @@ __all__ = [
     "remote",
     "rpc_async",
     "rpc_sync",
+    "session",
     "shutdown",
     "time_remaining",
 ]

@@ -48,6 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zrpc.api", "zrpc.draining", "zrpc.gather"),
     ("zrpc.optim", "zrpc.nn", "zrpc.sight", "zrpc.ending"),
     ("zrpc.lifecycle",),
+    ("zrpc.session",),
     ("zrpc",),
     ("zrpc.compat",),
     ("zrpc.cli",),
