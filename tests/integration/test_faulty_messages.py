@@ -37,6 +37,7 @@ from zrpc.wire.messages import (
     Register,
     Welcome,
 )
+from zrpc.wire.observing import Attach, Attached, Look, Seen
 from zrpc.wire.rejoining import Locate, Located, Rejoin
 
 if TYPE_CHECKING:
@@ -46,8 +47,12 @@ if TYPE_CHECKING:
     from tests.integration.harness import Cluster
 
 OF_BROKERS = {Register, Welcome, Refused, Joined, Left, Leave, Heartbeat, Forming, Rejoin, Locate, Located}
+OF_OBSERVERS = {Attach, Attached, Look, Seen}
+"""Who looks from outside asks again: see test_sight.py."""
 AFTER_A_LOSS = {JoinContexts}
-BETWEEN_WORKERS = sorted(set(MESSAGES.values()) - OF_BROKERS - AFTER_A_LOSS, key=lambda message: message.CODE)
+BETWEEN_WORKERS = sorted(
+    set(MESSAGES.values()) - OF_BROKERS - OF_OBSERVERS - AFTER_A_LOSS, key=lambda message: message.CODE
+)
 PHASES: tuple[tuple[Fault, int], ...] = (("drop", 1), ("drop", 3), ("delay", 1), ("delay", 3), ("repeat", 3))
 NUM_ATTEMPTS = 20
 SHORT_S = 1.0
