@@ -182,7 +182,7 @@ def _create(
     if is_async:
         func = _bare(func)
     op, payload = _take_apart(func, args, kwargs)
-    if op is None and by_value.names_main(payload):
+    if op is None and (by_value.MAIN in payload.data or (payload.buffers and by_value.names_main(payload))):
         payload = _for_another_main(agent, info, payload, func, args, kwargs)
     limit_s = _limit_s(timeout)
     if isinstance(func, torch.jit.ScriptFunction):
@@ -242,7 +242,7 @@ def broadcast(
         is_async = getattr(func, ASYNC_ATTRIBUTE, None) is not None
         sent = _bare(func) if is_async else func
         op, payload = _take_apart(sent, args, kwargs)
-        if op is None and by_value.names_main(payload):
+        if op is None and (by_value.MAIN in payload.data or (payload.buffers and by_value.names_main(payload))):
             for to in receivers:
                 payload = _for_another_main(agent, to, payload, sent, args, kwargs)
         message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
@@ -279,7 +279,7 @@ def _call(
     if is_async:
         func = _bare(func)
     op, payload = _take_apart(func, args, kwargs)
-    if op is None and by_value.names_main(payload):
+    if op is None and (by_value.MAIN in payload.data or (payload.buffers and by_value.names_main(payload))):
         payload = _for_another_main(agent, info, payload, func, args, kwargs)
     message: Message = PythonCall(is_async) if op is None else BuiltinCall(op)
     limit_s, waited = None if timeout == UNSET_RPC_TIMEOUT_S else timeout, mode is ExecMode.SYNC
